@@ -1,0 +1,37 @@
+"""hfdetox: pull an image classifier, fine-tune a backdoor away, measure what that did, publish the result."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hfdetox.data import load_images
+    from hfdetox.defenses.d3 import D3, D3Config
+    from hfdetox.detox import DetoxResult, detoxify, evaluate
+    from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
+    from hfdetox.models import Classifier, load_classifier
+    from hfdetox.report import Report
+
+_HOMES = {
+    "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
+    "load_classifier": "models", "Classifier": "models",
+    "load_images": "data",
+    "D3": "defenses.d3", "D3Config": "defenses.d3",
+    "Report": "report",
+    "HfdetoxError": "errors", "RunError": "errors", "UsageError": "errors", "HubError": "errors",
+}  # fmt: skip
+
+__all__ = [
+    "D3", "Classifier", "D3Config", "DetoxResult", "HfdetoxError", "HubError", "Report", "RunError", "UsageError",
+    "__version__", "detoxify", "evaluate", "load_classifier", "load_images",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hfdetox.{_HOMES[name]}"), name)

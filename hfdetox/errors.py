@@ -1,0 +1,28 @@
+"""The errors a person can act on; each carries the exit status of the command line's contract."""
+
+from __future__ import annotations
+
+
+class HfdetoxError(Exception):
+    """Base of every error whose message is meant for the person who runs hfdetox.
+
+    The message is one line that says what is wrong and what to do.
+    """
+
+    exit_status = 1
+
+
+class RunError(HfdetoxError, RuntimeError):
+    """The run was possible but failed (loss not finite, disk full, broken image, accuracy near chance)."""
+
+
+class UsageError(HfdetoxError, ValueError):
+    """It cannot be run as asked (options, sizes, labels, columns, output exists, pickle-only repository)."""
+
+    exit_status = 2
+
+
+class HubError(HfdetoxError, OSError):
+    """The Hub or the network (unknown, gated or unreachable repository, token, offline without the files)."""
+
+    exit_status = 3

@@ -1,0 +1,201 @@
+"""The report: everything measured and everything needed to repeat it, as dataclasses and as `detox_report.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfdetox.errors import UsageError
+
+REPORT_NAME = "detox_report.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of images, with its exact 95 % (Clopper-Pearson) interval; every number is a fraction in [0, 1]."""
+
+    value: float
+    successes: int
+    samples: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A defence effectiveness rating in [0, 1] (0.5: nothing happened) with its 95 % paired-bootstrap interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where the model came from and what it is; `revision` is a commit id, or None for a folder or an object."""
+
+    id: str
+    revision: str | None
+    library: str
+    architecture: str
+    num_labels: int
+    parameters: int
+    dtype: str
+    weights_sha256: str | None
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Which images were used; the index hashes are SHA-256 over the chosen row numbers of the source splits."""
+
+    id: str
+    config: str | None
+    split: str
+    eval_split: str
+    revision: str | None
+    source: str
+    clean_samples: int
+    eval_samples: int
+    indices_sha256: str
+    eval_indices_sha256: str
+    label_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DefenseInfo:
+    """What was done to the model; `precision` is the one that really ran, `images_per_second` covers training only."""
+
+    name: str
+    preset: str | None
+    parameters: dict[str, Any]
+    layers: list[str]
+    epochs: int
+    steps: int
+    seconds: float
+    images_per_second: float
+    precision: str
+    devices: list[str]
+
+
+@dataclass(frozen=True)
+class TriggerResult:
+    """One trigger's effect on one state of the model; `target` is a label index."""
+
+    kind: str
+    spec: str
+    mode: str
+    file_sha256: str | None
+    target: int
+    attack_success_rate: Rate
+    robust_accuracy: Rate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One state of the model, measured on the evaluation images; `loss` is the mean cross-entropy in nats."""
+
+    accuracy: Rate
+    loss: float
+    triggers: dict[str, TriggerResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """What was written and where it went."""
+
+    weights_sha256: str | None = None
+    pushed_to: str | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class EnvironmentInfo:
+    """What the run ran on; `command` repeats it."""
+
+    python: str
+    torch: str
+    accelerate: str
+    transformers: str
+    timm: str
+    datasets: str
+    device: str
+    seed: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything measured and everything needed to repeat it.
+
+    `after`, `defense_effectiveness_rating` and the fields of `output` are None until they are known, so that the
+    card can be built and checked before the training starts.
+    """
+
+    hfdetox_version: str
+    model: ModelInfo
+    dataset: DatasetInfo
+    defense: DefenseInfo
+    before: Measurement | None
+    after: Measurement | None
+    defense_effectiveness_rating: dict[str, Rating] | None
+    history: list[dict[str, Any]]
+    output: OutputInfo
+    environment: EnvironmentInfo
+    warnings: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types, `schema_version` and `hfdetox_version` first."""
+        plain = dataclasses.asdict(self)
+        return {"schema_version": plain.pop("schema_version"), **plain}
+
+    def save(self, folder: Path) -> Path:
+        """Write `detox_report.json` into `folder` and return its path."""
+        path = folder / REPORT_NAME
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Report:
+        """Rebuild a report from `to_dict`'s result; raises UsageError for another schema version or unknown fields."""
+        version = plain.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UsageError(f"report has schema version {version!r}; this hfdetox reads {SCHEMA_VERSION}")
+        return typing.cast(Report, from_plain(cls, plain))
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """Read `detox_report.json` from `folder`; raises UsageError when it is missing or not a report."""
+        path = folder / REPORT_NAME
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UsageError(f"{folder} has no {REPORT_NAME}; it was not written by hfdetox") from None
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{path} is not a hfdetox report: {error}") from error
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Build `kind` (a dataclass, container or scalar type) from plain JSON types; TypeError for unknown fields."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return from_plain(next(a for a in arguments if a is not type(None)), value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise TypeError(f"unknown fields {unknown} for {getattr(kind, '__name__', kind)}")
+        return typing.cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    if origin is tuple:
+        return tuple(from_plain(arguments[0], item) for item in value)
+    if origin is list:
+        return [from_plain(arguments[0], item) for item in value]
+    if origin is dict:
+        return {name: from_plain(arguments[1], item) for name, item in value.items()}
+    return value
