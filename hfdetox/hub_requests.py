@@ -1,0 +1,226 @@
+"""How every call to the Hub is made: with a time-out, with retries, and with errors a person can act on.
+
+huggingface_hub retries some requests itself and raises others at once (repo_info, whoami, create_repo, the commit, a
+file's GET); `ask` retries those, keeps the Hub's Retry-After, and turns what is left into one `HubError` line.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import errno
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import constants, get_session, get_token
+from huggingface_hub.errors import (
+    BadRequestError,
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
+
+BASE_DELAY = 1.0
+# a commit of many files may take the Hub most of a minute before the first byte of its answer
+TIMEOUT = httpx2.Timeout(connect=15.0, read=60.0, write=60.0, pool=60.0)
+_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_BAD_TOKEN = "Invalid credentials in Authorization header"
+
+Answer = TypeVar("Answer")
+
+
+class UnknownRepoError(HubError):
+    """No such repository, revision or file, or it is hidden from this token."""
+
+
+class AccessError(HubError):
+    """The Hub knows the repository and refuses: gated, disabled, no token, a wrong or a read-only one."""
+
+
+class UnreachableError(HubError):
+    """The Hub does not answer, or not as a Hub does."""
+
+
+class OfflineError(HubError):
+    """HF_HUB_OFFLINE is set and what was asked for is not in the cache."""
+
+
+class IntegrityError(HubError):
+    """What came from the Hub, or lies in the cache, is not what the Hub says it is."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how patiently a failed request is repeated.
+
+    Attributes:
+        attempts: tries in all, at least 1.
+        base_delay: seconds before the first repetition; doubled each time, up to `max_delay`.
+        max_delay: longest pause in seconds that hfdetox chooses itself.
+        max_wait: longest pause in seconds that the Hub may ask for (Retry-After, RateLimit); beyond it the call fails.
+    """
+
+    attempts: int = 4
+    base_delay: float = BASE_DELAY
+    max_delay: float = 8.0
+    max_wait: float = 310.0
+
+    def delay(self, failures: int, error: BaseException) -> float | None:
+        """Return the seconds to wait after the `failures`-th failure (from 1), or None when it must not be repeated."""
+        if failures >= self.attempts or not is_transient(error):
+            return None
+        asked = asked_delay(error)
+        if asked is not None:
+            return asked if asked <= self.max_wait else None
+        return float(min(self.max_delay, self.base_delay * 2 ** (failures - 1)))
+
+
+DEFAULT_RETRY = Retry()
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether repeating the request may help: 408, 429, 5xx, a lost connection, a file cut short."""
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return False  # the client has already tried these for as long as it does
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _TRANSIENT_STATUS
+    if isinstance(error, httpx2.TransportError):
+        return not isinstance(error, (httpx2.UnsupportedProtocol, httpx2.ProxyError))
+    # a builtin ConnectionError is a failed Xet transfer, RuntimeError a failed LFS one, OSError a file cut short
+    return isinstance(error, ConnectionError) or "Error while uploading" in str(error) or _is_cut_file(error)
+
+
+def asked_delay(error: BaseException) -> float | None:
+    """Return how many seconds the Hub asks to wait (Retry-After in either form, RateLimit), or None."""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    headers = error.response.headers
+    value = headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    if value:
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:
+            return None  # a header nobody can read is no wish
+    limit = parse_ratelimit_headers(headers)
+    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    return None
+
+
+def ask(call: Callable[[], Answer], what: str, *, retry: Retry = DEFAULT_RETRY) -> Answer:
+    """Return `call()`, repeated as `retry` says; `what` names the thing asked for in messages ("model org/m").
+
+    Raises the subclass of HubError that fits, RunError when the disk is full, UsageError for an id that cannot be one.
+    Only errors of the client libraries are translated; those of hfdetox pass through.
+    """
+    failures = 0
+    while True:
+        set_timeout()
+        try:
+            return call()
+        except HfdetoxError:
+            raise
+        except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError, RuntimeError) as error:
+            failures += 1
+            delay = retry.delay(failures, error)
+            if delay is None:
+                raise translate(error, what) from error
+            time.sleep(delay)
+
+
+def set_timeout() -> None:
+    """Give the client's shared session a time-out where it has none; a person's own session is left as it is."""
+    session = get_session()
+    if session.timeout == httpx2.Timeout(None):
+        session.timeout = TIMEOUT
+
+
+def translate(error: BaseException, what: str) -> HfdetoxError:
+    """Return the error a person should see for an error of the client libraries; it never holds a token."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return translate(error.__cause__, what)
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return OfflineError(not_cached(what))
+    if isinstance(error, LocalTokenNotFoundError):
+        return AccessError(f"no token for {what}; log in with `hf auth login` or set HF_TOKEN")
+    if isinstance(error, HFValidationError):
+        return UsageError(f"{what}: neither a folder nor a Hub id (NAMESPACE/NAME): {_line(str(error))}")
+    if isinstance(error, HfHubHTTPError):
+        return _translate_status(error, what)
+    if isinstance(error, (httpx2.TransportError, httpx2.InvalidURL)):
+        reason = _line(str(error)) or type(error).__name__
+        return UnreachableError(
+            f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); check the network and "
+            "HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use files that are cached"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or constants.HF_HUB_CACHE
+        return RunError(f"the disk is full ({place}); free some space or set HF_HOME elsewhere")
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return RunError(f"the cache cannot be used: {_line(str(error))}; set HF_HOME to a folder that can be written")
+    if _is_cut_file(error):
+        return IntegrityError(f"a file of {what} arrived incomplete; run it again")
+    reason = _line(str(error)) or type(error).__name__
+    return UnreachableError(
+        f"{constants.ENDPOINT} does not answer as a Hub does for {what} ({reason}); check HF_ENDPOINT and proxies"
+    )
+
+
+def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
+    status = error.response.status_code
+    said = f": {_line(error.server_message)}" if error.server_message else ""
+    logged_in = bool(get_token())
+    if isinstance(error, GatedRepoError):
+        if logged_in:
+            return AccessError(f"{what} is gated and this account has no access; ask for it on the repository's page")
+        return AccessError(f"{what} is gated and there is no token; log in with `hf auth login` or set HF_TOKEN")
+    if _BAD_TOKEN in str(error) or "Invalid user token" in str(error):
+        return AccessError(f"the Hub refuses the token (asked for {what}); `hf auth login` again or set another HF_TOKEN")
+    if isinstance(error, RepositoryNotFoundError):
+        step = "that this account may read it" if logged_in else "log in with `hf auth login` or HF_TOKEN if it is private"
+        return UnknownRepoError(f"{what} is not on the Hub at {constants.ENDPOINT}; check the spelling, and {step}")
+    if isinstance(error, RevisionNotFoundError):
+        return UnknownRepoError(f"{what}: no such branch, tag or commit; leave the revision out to use the main branch")
+    if isinstance(error, EntryNotFoundError):
+        return UnknownRepoError(f"{what}: a file is missing on the Hub ({error.response.url.path})")
+    if isinstance(error, DisabledRepoError):
+        return AccessError(f"{what} was disabled on the Hub; choose another")
+    if status in (401, 403):
+        return AccessError(f"the Hub refuses {what} ({status}{said}); use a token that may do this")
+    if status == 429:
+        wait = asked_delay(error)
+        until = f"in {wait:.0f} s" if wait else "later"
+        return UnreachableError(f"the Hub limits requests (asked for {what}); try again {until}, or log in")
+    if isinstance(error, BadRequestError) or status < 500:
+        return HubError(f"the Hub rejects the request for {what} ({status}{said})")
+    return UnreachableError(f"the Hub fails with status {status} for {what}; try again later (https://status.huggingface.co)")
+
+
+def not_cached(what: str) -> str:
+    """Return the line for something that is asked for offline and not there."""
+    return f"{what} is not in the cache and HF_HUB_OFFLINE is set; unset it, or pull it once while online"
+
+
+def _is_cut_file(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+
+
+def _line(text: str) -> str:
+    """Return `text` as one line of at most 200 characters, without the token should a server echo it."""
+    token = get_token()
+    text = " ".join(text.split())
+    return (text.replace(token, "<token>") if token else text)[:200]
