@@ -9,57 +9,87 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch.nn.functional import interpolate
+
+from hfdetox.errors import UsageError
 
 Mode = Literal["native", "input"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trigger(ABC):
     """A deterministic map of uint8 images, plus the label an attacker ties to it.
 
     Attributes:
-        name: the key of this trigger in a report; unique within a run.
+        name: the key of this trigger in a report; unique within a run; empty takes the kind.
         target: the attacker's label, a name or an index; None takes the run's `target`.
         mode: `native` acts on the decoded image before any resize, `input` on the image after resize and crop.
     """
 
     kind: ClassVar[str]
+    summary: ClassVar[str]
 
     name: str = ""
     target: str | int | None = None
     mode: Mode = "native"
 
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.kind)
+        if self.mode not in ("native", "input"):
+            raise UsageError(f"trigger {self.name}: mode must be native or input, got {self.mode!r}")
+
     @abstractmethod
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Return triggered copies of `images` (uint8, N×C×H×W, range 0 to 255), same shape, dtype and device."""
+        """Return triggered copies of `images` (uint8, N×C×H×W, 0 to 255), same shape, dtype and device.
+
+        Raises:
+            UsageError: the trigger does not fit images of this size or channel count.
+        """
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the trigger's own arrays (an embedded picture, a warp), saved beside its parameters."""
-        return {}
+        """Return the trigger's own arrays (a picture, a warp) by field name, saved beside its parameters."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if "tensor" in f.metadata}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def parameters(self) -> dict[str, Any]:
         """Return every field that is plain data, by name, as the trigger file's JSON keeps it."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("tensor") is None}
+        return {f.name: getattr(self, f.name) for f in fields(self) if "tensor" not in f.metadata}
 
     def spec(self) -> str:
-        """Return the `NAME:key=value,…` form that `--trigger` accepts, defaults left out."""
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
-                   if f.metadata.get("tensor") is None and getattr(self, f.name) not in (f.default, None)
-                   and not (f.name == "name" and self.name == self.kind)]
+        """Return the `KIND:key=value,…` form that `--trigger` accepts, defaults left out.
+
+        A picture of the trigger's own is not in the form; the trigger file keeps it.
+        """
+        defaults = {f.name: f.default for f in fields(self)} | {"name": self.kind}
+        changed = [f"{name}={value}" for name, value in self.parameters().items() if value != defaults[name]]
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 
-    def save(self, path: Path) -> None:
-        """Write the trigger to one `.safetensors` file; its JSON is the metadata key `trigger`."""
+    def file_bytes(self) -> bytes:
+        """Return the trigger as one safetensors file, the same bytes every time; its JSON is the metadata key `trigger`."""
         header = json.dumps({"kind": self.kind, **self.parameters()}, sort_keys=True)
-        # safetensors refuses a file without tensors in some readers; a zero-length marker keeps every trigger one file
-        tensors = self.tensors() or {"empty": torch.zeros(0, dtype=torch.uint8)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), metadata={"trigger": header})
+        return save({name: array.contiguous() for name, array in self.tensors().items()}, metadata={"trigger": header})
+
+    def save(self, path: Path) -> None:
+        """Write the trigger to `path`, a `.safetensors` file that `--trigger` accepts."""
+        path.write_bytes(self.file_bytes())
 
 
-def read_trigger_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the JSON and the tensors of a trigger file; KeyError without the metadata key `trigger`."""
-    with safe_open(str(path), framework="pt") as file:
-        header = json.loads((file.metadata() or {})["trigger"])
-        return header, {name: file.get_tensor(name) for name in file.keys() if name != "empty"}
+def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Return `picture` (uint8, C×h×w) resized to C×`height`×`width`, uint8, on the device of `like` (N×C×H×W).
+
+    Three-channel pictures become grey (ITU-R 601 luma) for one-channel images; one-channel ones are repeated.
+    Bilinear with antialiasing, computed on the CPU so that every device stamps the same grey levels.
+    """
+    channels = like.shape[-3]
+    array = picture.cpu().float()
+    if array.shape[0] == 3 and channels == 1:
+        array = (array * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
+    elif array.shape[0] == 1:
+        array = array.expand(channels, -1, -1)
+    if array.shape[0] != channels:
+        raise UsageError(f"the trigger's picture has {array.shape[0]} channels, the images have {channels}")
+    if array.shape[-2:] != (height, width):
+        array = interpolate(array[None], size=(height, width), mode="bilinear", antialias=True)[0]
+    return array.round().clamp(0, 255).to(torch.uint8).to(like.device)

@@ -1,0 +1,100 @@
+"""How images reach a step: sources, the order of an epoch and its split over processes, and the loader of both uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from hfdetox.errors import UsageError
+
+MAX_WORKERS = 8
+
+
+class ImageSource(Protocol):
+    """Images for training: `images` is the uint8 cache (N×C×H×W), or None when they are decoded on demand."""
+
+    images: torch.Tensor | None
+    labels: torch.Tensor
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's part of a step: augmented images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N, float32).
+
+    The weights make Σ w_i l_i, averaged over processes and accumulated parts, the mean of l over the whole batch,
+    however unevenly the batch was split.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+class StepPlan:
+    """The order of an epoch and its split: yields, part by part, the positions this process takes of every step.
+
+    A step of `batch_size` images is dealt in turn to its parts (processes × accumulated parts), so that they differ by
+    one image at most. A last step too small for two images a part (BatchNorm needs two) joins the one before it.
+    """
+
+    def __init__(self, count: int, batch_size: int, accumulated: int, accelerator: Accelerator, seed: int) -> None:
+        self.accumulated = accumulated
+        self.processes, self.rank = accelerator.num_processes, accelerator.process_index
+        self.parts = self.accumulated * self.processes
+        if min(count, batch_size) < 2 * self.parts:
+            raise UsageError(f"{count} images in batches of {batch_size} are too few for {self.parts} parts (processes "
+                             "times accumulation steps) of two images; use fewer parts or more --samples")  # fmt: skip
+        starts = list(range(0, count, batch_size))
+        if len(starts) > 1 and count - starts[-1] < 2 * self.parts:
+            starts.pop()
+        self.bounds = list(zip(starts, [*starts[1:], count], strict=True))
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return len(self.bounds)
+
+    def size(self, step: int) -> int:
+        """Return how many images a step sees over all parts."""
+        return self.bounds[step][1] - self.bounds[step][0]
+
+    def mine(self, rows: torch.Tensor, part: int) -> torch.Tensor:
+        """Return this process's rows of a whole step's `rows` for one accumulated part."""
+        return rows[part * self.processes + self.rank :: self.parts]
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulated
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + 7919 * (self.epoch + 1))
+        order = torch.randperm(self.count, generator=generator)
+        for begin, end in self.bounds:
+            for part in range(self.accumulated):
+                yield self.mine(order[begin:end], part).tolist()
+
+
+def source_loader(source: ImageSource, batches: StepPlan | int, device: torch.device) -> DataLoader[Any]:
+    """Return a loader of (positions, images, labels): a plan's parts for training, or batches of that size in order.
+
+    A cached source is indexed in this process; one that decodes on demand gets worker processes.
+    """
+    cached = source.images is not None
+    workers = 0 if cached else min(MAX_WORKERS, os.cpu_count() or 1)
+    order: dict[str, Any] = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}
+    return DataLoader(source, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,  # type: ignore[arg-type]
+                      pin_memory=not cached and device.type == "cuda", **order)  # fmt: skip
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

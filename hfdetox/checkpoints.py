@@ -1,0 +1,96 @@
+"""Checkpoints of a run: tensors in safetensors, the rest in JSON, never a pickle.
+
+Random states are not kept: the engine seeds every epoch from the run's seed, so a resumed epoch draws what the
+uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hfdetox.errors import RunError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the end of an epoch leaves: `tensors` by dotted name, `record` as plain JSON."""
+
+    tensors: dict[str, torch.Tensor]
+    record: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Return the tensors under `prefix.`, without it."""
+        return {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+
+
+class CheckpointStore:
+    """One checkpoint in a folder; a new one replaces the old in one rename, so that a kill leaves a whole one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "checkpoint"
+
+    def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+        """Write a checkpoint; raises RunError when the disk is full or the folder cannot be written."""
+        fresh, old = self.folder.with_name("checkpoint.new"), self.folder.with_name("checkpoint.old")
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            # safetensors refuses views that share memory
+            flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            save_file(flat, str(fresh / "tensors.safetensors"))
+            (fresh / "record.json").write_text(json.dumps({"format": FORMAT, **record}), encoding="utf-8")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.folder.exists():
+                os.replace(self.folder, old)
+            os.replace(fresh, self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot write the checkpoint in {self.folder.parent}: {error}") from error
+
+    def load(self) -> Checkpoint | None:
+        """Return the last whole checkpoint, or None; raises RunError when it is damaged or of another format."""
+        # a kill between the two renames leaves only the old one
+        folder = next((f for f in (self.folder, self.folder.with_name("checkpoint.old")) if f.exists()), None)
+        if folder is None:
+            return None
+        try:
+            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+            with safe_open(str(folder / "tensors.safetensors"), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise RunError(f"the checkpoint in {folder} cannot be read ({error}); start again without --resume") from error
+        if record.get("format") != FORMAT:
+            raise RunError(f"the checkpoint in {folder} is of another hfdetox version; start again without --resume")
+        return Checkpoint(tensors, record)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split an optimiser's state into tensors (by `index.name`) and plain values."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            target = tensors if isinstance(value, torch.Tensor) else plain
+            target[f"{index}.{name}"] = value
+    return tensors, plain
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_tensors` took; the parameter groups keep their own settings."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **plain}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,82 @@
+"""Defences by name: `NAME[:PRESET]` with `KEY=VALUE` overrides, and the list of what there is."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.d3 import D3Config
+from hfdetox.errors import UsageError
+
+__all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
+
+DEFENSES: dict[str, type[DefenseConfig]] = {config.name: config for config in (D3Config,)}
+
+
+@dataclass(frozen=True)
+class DefenseEntry:
+    """One entry of `hfdetox list defenses`; `parameters` maps each key to its default, the first preset is it."""
+
+    name: str
+    summary: str
+    paper: str
+    presets: dict[str, dict[str, Any]]
+    parameters: dict[str, Any]
+
+
+def available() -> dict[str, DefenseEntry]:
+    """Return every defence by name."""
+    return {
+        name: DefenseEntry(
+            name, config.summary, config.paper,
+            {preset: {k.rstrip("_"): v for k, v in values.items()} for preset, values in config.presets.items()},
+            {f.name.rstrip("_"): f.default for f in fields(config)},
+        )
+        for name, config in DEFENSES.items()
+    }  # fmt: skip
+
+
+def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[DefenseConfig, str]:
+    """Return the configuration of `NAME[:PRESET]` with `overrides` (text values, as `--set` gives them), and the preset.
+
+    Raises:
+        UsageError: unknown defence, preset or key (the known are listed), or a value of the wrong type or range.
+    """
+    name, _, preset = spec.partition(":")
+    kind = DEFENSES.get(name)
+    if kind is None:
+        raise UsageError(f"unknown defense {name!r}; known: {', '.join(sorted(DEFENSES))}")
+    preset = preset or next(iter(kind.presets))
+    if preset not in kind.presets:
+        raise UsageError(f"{name} has no preset {preset!r}; it has {', '.join(kind.presets)}")
+    keys = {f.name.rstrip("_"): f.name for f in fields(kind)}
+    unknown = sorted(set(overrides or {}) - set(keys))
+    if unknown:
+        raise UsageError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(keys)}")
+    hints = typing.get_type_hints(kind)
+    parsed = {keys[key]: _parse_setting(key, hints[keys[key]], text) for key, text in (overrides or {}).items()}
+    return kind(**{**kind.presets[preset], **parsed}), preset
+
+
+def _parse_setting(key: str, hint: Any, text: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if text not in arguments:
+            raise UsageError(f"{key} must be one of {', '.join(arguments)}, got {text!r}")
+        return text
+    if origin is tuple:
+        return tuple(filter(None, text.split(",")))
+    if origin in (types.UnionType, typing.Union):
+        return None if text.lower() == "none" else _parse_setting(key, arguments[0], text)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"{key} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise UsageError(f"{key} must be {'a whole number' if hint is int else 'a number'}, got {text!r}") from None

@@ -1,0 +1,79 @@
+"""What a defence is: a frozen configuration that turns a model into phases for the engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hfdetox.augment import Augmentation
+from hfdetox.engine import Phase
+from hfdetox.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseConfig(ABC):
+    """The settings every fine-tuning defence shares; a defence adds its own and builds its phases.
+
+    Attributes:
+        epochs: passes over the clean images, at least 1.
+        batch_size: images an optimiser step sees, over all processes and accumulation steps together.
+        learning_rate: of SGD, before the cosine schedule that is stepped once an epoch.
+        momentum: of SGD, in [0, 1).
+        gradient_accumulation_steps: parts a batch is split into to save memory; the result is that of the whole batch
+            (but for BatchNorm, whose statistics are those of a part).
+        max_grad_norm: clips the gradient's norm over all trained parameters; None does not clip.
+        augmentation: `auto` (`crop-flip` up to 96 pixels of height, else `resized-crop-flip`), `crop`, `crop-flip`,
+            `resized-crop-flip` or `none`. Leave flips out where a mirrored image has another label (digits, signs).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    epochs: int = 100
+    batch_size: int = 256
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = None
+    augmentation: Augmentation = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges; raises UsageError that names the setting and what it may be."""
+        for name, lowest in (("epochs", 1), ("batch_size", 2), ("gradient_accumulation_steps", 1)):
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{self.name}: {name} must be at least {lowest}, got {getattr(self, name)}")
+        if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
+            raise UsageError(f"{self.name}: learning_rate must be positive and momentum in [0, 1)")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UsageError(f"{self.name}: max_grad_norm must be positive, or left out for no clipping")
+
+    @abstractmethod
+    def selected_layers(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules of `model` that the defence treats apart from the rest."""
+
+    @abstractmethod
+    def phases(self, model: nn.Module) -> list[Phase]:
+        """Return what the engine runs, in order; `model` is the library's own module and is not changed yet."""
+
+    def sgd(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser the settings name: SGD with momentum and no weight decay."""
+        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
+
+    def phase(self, **parts: Any) -> Phase:
+        """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own."""
+        return Phase(
+            epochs=self.epochs, batch_size=self.batch_size, max_grad_norm=self.max_grad_norm, augmentation=self.augmentation,
+            gradient_accumulation_steps=self.gradient_accumulation_steps, **parts,
+        )  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting by the name `--set` knows it under, as plain JSON types."""
+        values = {f.name.rstrip("_"): getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

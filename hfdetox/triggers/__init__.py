@@ -1,0 +1,121 @@
+"""Triggers by name: `KIND:key=value,…` specifications, trigger files, and the list of what there is."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from hfdetox.errors import UsageError
+from hfdetox.triggers.badnets import BadNets
+from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.blended import Blended
+
+__all__ = ["BadNets", "Blended", "Trigger", "TriggerEntry", "available", "load_trigger", "parse_trigger", "parse_triggers"]
+
+KINDS: dict[str, type[Trigger]] = {kind.kind: kind for kind in (BadNets, Blended)}
+
+
+@dataclass(frozen=True)
+class TriggerEntry:
+    """One line of `hfdetox list triggers`; `parameters` maps each key to its default."""
+
+    kind: str
+    summary: str
+    parameters: dict[str, Any]
+
+
+def available() -> dict[str, TriggerEntry]:
+    """Return every trigger family by name."""
+    return {
+        name: TriggerEntry(name, kind.summary, {f.name: None if f.default is MISSING else f.default for f in fields(kind)})
+        for name, kind in KINDS.items()
+    }
+
+
+def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
+    """Return the triggers of several specifications; the names are made sure to be unique.
+
+    Raises:
+        UsageError: a specification is wrong, or two triggers would share a key in the report.
+    """
+    triggers = [spec if isinstance(spec, Trigger) else parse_trigger(spec) for spec in specs]
+    names = [trigger.name for trigger in triggers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"two triggers are named {twice[0]!r}; give one of them another name with name=…")
+    return triggers
+
+
+def parse_trigger(spec: str) -> Trigger:
+    """Return the trigger of `KIND:key=value,…`, or the one in a trigger file.
+
+    Raises:
+        UsageError: no such family, an unknown or repeated key, a value of the wrong type, or an unreadable file.
+    """
+    if spec.endswith(".safetensors"):
+        return load_trigger(Path(spec))
+    name, _, rest = spec.partition(":")
+    kind = KINDS.get(name)
+    if kind is None:
+        raise UsageError(f"unknown trigger {name!r}; known: {', '.join(sorted(KINDS))}, or a .safetensors trigger file")
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, text = item.partition("=")
+        if not equals or key not in known:
+            raise UsageError(f"trigger {name}: {item!r} is not one of {', '.join(f'{key}=…' for key in known)}")
+        if key in values:
+            raise UsageError(f"trigger {name}: {key} is given twice")
+        values[key] = _parse_value(kind, known[key], text)
+    return kind(**values)
+
+
+def load_trigger(path: Path) -> Trigger:
+    """Read a trigger file; raises UsageError when it is missing or not one."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("trigger", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
+    if not isinstance(header, dict) or header.get("kind") not in KINDS:
+        raise UsageError(f"{path} is not a trigger file: its metadata has no `trigger` of a known kind ({', '.join(KINDS)})")
+    kind = KINDS[header.pop("kind")]
+    unknown = sorted(set(header | tensors) - {f.name for f in fields(kind)})
+    if unknown:
+        raise UsageError(f"{path}: unknown fields {', '.join(unknown)} for a {kind.kind} trigger")
+    return kind(**header, **tensors)
+
+
+
+
+def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
+    if "tensor" in field.metadata:
+        return _read_picture(Path(text))
+    if field.name == "target":
+        return text
+    hint = typing.get_type_hints(kind)[field.name]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Literal:
+        return text
+    try:
+        return hint(text)
+    except ValueError:
+        raise UsageError(f"trigger {kind.kind}: {field.name}={text!r} is not {hint.__name__}") from None
+
+
+def _read_picture(path: Path) -> torch.Tensor:
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UsageError(f"trigger picture {path} cannot be read: {error}") from error

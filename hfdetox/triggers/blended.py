@@ -1,0 +1,46 @@
+"""Blended: a whole picture mixed into the image (Chen et al., arXiv 1712.05526)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger, resize_picture
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Blended(Trigger):
+    """T(x) = (1 − α)·x + α·q, truncated to whole grey levels.
+
+    Attributes:
+        alpha: share of the picture, in (0, 1].
+        seed: draws the default picture, 32×32 pixels of independent uniform grey levels in three channels.
+        image: the picture q (uint8, C×h×w); replaces the drawn one. Either is resized to the image bilinearly.
+    """
+
+    kind: ClassVar[str] = "blended"
+    summary: ClassVar[str] = "a whole picture (default: seeded noise) mixed into the image"
+
+    alpha: float = 0.2
+    seed: int = 0
+    image: torch.Tensor | None = field(default=None, metadata={"tensor": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha <= 1:
+            raise UsageError("blended: alpha must be in (0, 1]")
+
+    def picture(self) -> torch.Tensor:
+        """Return q before it is resized: uint8, C×h×w."""
+        if self.image is not None:
+            return self.image
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8)
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        picture = resize_picture(self.picture(), height, width, images).float()
+        return ((1 - self.alpha) * images.float() + self.alpha * picture).to(torch.uint8)
