@@ -1,0 +1,259 @@
+"""The command line: parses, calls, prints. What it calls is imported in the commands, for torch takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from hfdetox import screen
+from hfdetox.environment import check_torchvision, command_line, is_main_process, mask_secrets
+from hfdetox.errors import HfdetoxError, UsageError
+from hfdetox.options import DetoxOptions, EvaluateOptions, ScreenOptions, given_options, show_version, takes
+
+INTERRUPTED = 130
+FIRST_WORDS = ("demo", "detox", "evaluate", "push", "list", "--help", "--version")
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", no_args_is_help=False,
+    help="Pull an image classifier, fine-tune a backdoor away on a few clean images, measure, and publish it with a card."
+    "\n\n"
+    "[bold]hfdetox MODEL[/bold] is short for [bold]hfdetox detox MODEL[/bold]; "
+    "its options: [bold]hfdetox detox --help[/bold].",
+)  # fmt: skip
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@takes(DetoxOptions)
+def detox(context: typer.Context, options: DetoxOptions) -> None:
+    """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
+    given = given_options(context)
+    arguments = options.arguments(given)
+    if options.resume is not None and "dry_run" in given:
+        raise UsageError("--dry-run has nothing to plan for --resume: leave one out")
+    with interruptible(lambda: resume_advice(options.run_folder())), standard_output(options) as out:
+        quieten(options)
+        check_torchvision()
+        from hfdetox.detox import detoxify, plan
+
+        if options.dry_run:
+            planned = plan(options.model, **arguments)
+            out.show(planned, screen.plan_lines(planned))
+            return
+        command = command_line(command_arguments(context))
+        result = detoxify(options.model, **arguments, progress=shows_progress(options), command=command)
+        report = result.report
+        for warning in report.warnings:
+            complain(f"warning: {warning}")
+        lines: list[Any] = [screen.title(report.model, report.dataset), screen.report_table(report)]
+        if result.output is not None:
+            lines.append(f"model, card (README.md), report and plots: {result.output}{os.sep}")
+        if report.output.pushed_to is not None:
+            lines.append(f"published: {screen.at_revision(report.output.pushed_to, report.output.commit)}")
+        out.show(report.to_dict(), lines)
+
+
+@app.command()
+@takes(EvaluateOptions)
+def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
+    """Measure MODEL as it is: accuracy, and what each known trigger does."""
+    if options.model is None:
+        raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox evaluate --help)")
+    with interruptible(lambda: "nothing was written"), standard_output(options) as out:
+        quieten(options)
+        check_torchvision()
+        from hfdetox.detox import evaluate as measure
+
+        measured = measure(options.model, **options.data_arguments(), progress=shows_progress(options))
+        out.show(dataclasses.asdict(measured), [screen.measurement_table({options.model: measured})])
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What hfdetox wrote (--output).")],
+    repo: Annotated[str, typer.Argument(help="Where to publish it: USER/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the existing one.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Also if hfdetox did not make the repository.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Publish a folder that hfdetox wrote, for instance after a push that failed."""
+    from hfdetox.report import Report
+
+    Report.load(folder)  # refuses a folder that hfdetox did not write
+    again = shlex.join(["hfdetox", "push", str(folder), repo])
+    with interruptible(lambda: f"push again with: {again}"):
+        from hfdetox.hub import push_folder
+
+        pushed = push_folder(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
+        say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the whole demo.")] = 0,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the results.")] = Path("demo-output"),
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Backdoor a small classifier of handwritten digits and clean it, without any network, in a few minutes."""
+    with interruptible(lambda: f"run hfdetox demo again; {output} may hold the parts that were done"):
+        check_torchvision()
+        from hfdetox.demo import run as run_demo
+
+        raise typer.Exit(run_demo(seed=seed, output=output, console=Console(quiet=not is_main_process())))
+
+
+@app.command(name="list")
+def list_entries(
+    what: Annotated[Literal["defenses", "triggers"], typer.Argument(help="Which family to list.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """List the defences (with presets and settings) or the trigger families."""
+    with interruptible(lambda: "nothing was written"):
+        check_torchvision()
+        if what == "triggers":
+            from hfdetox import triggers
+
+            for trigger in triggers.available().values():
+                say(screen.entry_table(f"{trigger.kind}: {trigger.summary}", trigger.parameters))
+            return
+        from hfdetox import defenses
+
+        for entry in defenses.available().values():
+            presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
+            say(screen.entry_table(f"{entry.name}: {entry.summary} ({entry.paper})", entry.parameters), presets)
+
+
+class Output:
+    """Standard output of a command: a JSON document, or lines and tables, or nothing."""
+
+    def __init__(self, options: ScreenOptions, stream: Any) -> None:
+        self.options, self.stream = options, stream
+
+    def show(self, document: dict[str, Any], lines: Sequence[Any]) -> None:
+        """Write the document with `--json`, else the lines (text or rich tables) unless `--quiet`."""
+        if not is_main_process():
+            return
+        if self.options.as_json:
+            self.stream.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        elif not self.options.quiet:
+            say(*lines)
+
+
+@contextlib.contextmanager
+def standard_output(options: ScreenOptions) -> Iterator[Output]:
+    """With `--json`, send what a library prints to standard error: only the document goes to standard output."""
+    output = Output(options, sys.stdout)
+    with contextlib.redirect_stdout(sys.stderr) if options.as_json else contextlib.nullcontext():
+        yield output
+
+
+@contextlib.contextmanager
+def interruptible(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says how to go on, and exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain(f"interrupted; {advice()}")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def resume_advice(run_folder: Path | None) -> str:
+    """Return how to go on with the run in `run_folder`, or that it had not begun."""
+    if run_folder is None or not run_folder.is_dir():
+        return "the run had not begun, and nothing was written"
+    return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
+
+
+def quieten(options: ScreenOptions) -> None:
+    """Turn the client libraries' own bars and notices down; they read these once, when they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not shows_progress(options):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def shows_progress(options: ScreenOptions) -> bool:
+    """Return whether this process draws progress bars (on standard error)."""
+    return is_main_process() and not options.quiet
+
+
+def say(*lines: Any) -> None:
+    """Print text and rich tables on standard output, from the main process only."""
+    if is_main_process():
+        console = Console(file=sys.stdout, highlight=False)
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=isinstance(line, str))
+
+
+def complain(line: str) -> None:
+    """Print one line on standard error, without secrets.
+
+    Every process does: one that fails alone, or first, would take its reason with it.
+    """
+    rank = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    sys.stderr.write(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}\n")
+
+
+def command_arguments(context: typer.Context) -> list[str]:
+    """Return the arguments that repeat this run, as they were typed."""
+    arguments: list[str] = context.find_root().obj
+    return arguments
+
+
+def with_command(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `detox` put first, unless they begin with a command, --help or --version."""
+    return list(arguments) if arguments and arguments[0] in FIRST_WORDS else ["detox", *arguments]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status (0, 1, 2, 3 or 130, see design); errors are one line."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(
+            args=with_command(arguments), prog_name="hfdetox", standalone_mode=False, obj=list(arguments)
+        )
+    except typer.TyperException as error:
+        complain(f"error: {error.format_message()}")
+        return error.exit_code
+    except HfdetoxError as error:
+        if "--debug" in arguments:
+            sys.stderr.write(mask_secrets(traceback.format_exc()))
+        complain(f"error: {error}")
+        return error.exit_status
+    return status if isinstance(status, int) else 0
+
+
+def main() -> None:
+    """Run the command line of this process and exit with its status."""
+    arguments = sys.argv[1:]
+    if "--debug" not in arguments:
+        sys.excepthook = one_line_hook
+    sys.exit(run(arguments))
+
+
+def one_line_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an exception that hfdetox did not foresee in one line; Python then exits with status 1."""
+    complain(f"error: {kind.__name__}: {error} (not foreseen: run again with --debug, and report the traceback)")

@@ -1,0 +1,100 @@
+"""What a run looks like on the terminal: tables of rates, and the lines around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report
+
+
+def percent(value: float) -> str:
+    """Return a fraction in [0, 1] as a percentage with one decimal, such as `93.1 %`."""
+    return f"{100 * value:.1f} %"
+
+
+def estimate(number: Rate | Rating) -> str:
+    """Return a rate or rating with its 95 % interval, such as `93.1 % (92.6 to 93.6)`."""
+    low, high = number.interval
+    return f"{percent(number.value)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def measurement_table(states: Mapping[str, Measurement], ratings: Mapping[str, Rating] | None = None) -> Table:
+    """Return one column a state (such as before and after), one row a rate; `ratings` go under the last state.
+
+    Args:
+        states: at least one measurement by its heading; all of the same triggers and images.
+        ratings: defence effectiveness by trigger name.
+    """
+    first = next(iter(states.values()))
+    table = Table(caption="in brackets: 95 % interval", caption_justify="left")
+    table.add_column("")
+    for heading in states:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_row("accuracy", *(estimate(s.accuracy) for s in states.values()), f"{first.accuracy.samples:,}")
+    table.add_row("loss", *(f"{s.loss:.3f}" for s in states.values()), "")
+    for name, trigger in first.triggers.items():
+        results = [state.triggers[name] for state in states.values()]
+        count = f"{trigger.attack_success_rate.samples:,}"
+        # Text, not markup: a trigger may be named "[red]"
+        table.add_section()
+        table.add_row(Text(f"{name}: attack success"), *(estimate(r.attack_success_rate) for r in results), count)
+        table.add_row(Text(f"{name}: robust accuracy"), *(estimate(r.robust_accuracy) for r in results), count)
+        if ratings and name in ratings:
+            table.add_row(Text(f"{name}: DER"), *[""] * (len(states) - 1), estimate(ratings[name]), "")
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """Return the before/after table of a finished run."""
+    states = {"before": report.before, "after": report.after}
+    return measurement_table(
+        {heading: state for heading, state in states.items() if state is not None}, report.defense_effectiveness_rating
+    )
+
+
+def title(model: ModelInfo, dataset: DatasetInfo) -> str:
+    """Return the line above a run's table: which model, which images."""
+    return f"{at_revision(model.id, model.revision)} ({model.library} {model.architecture}), {_images(dataset)}"
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    """Return `name` with the first 12 digits of its commit, if it has one."""
+    return f"{name}@{revision[:12]}" if revision else name
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return a dry run's answers, one line each; what was not asked for is left out."""
+    return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in plan.items() if value not in (None, [], {})]
+
+
+def entry_table(heading: str, parameters: Mapping[str, Any]) -> Table:
+    """Return the settings of a defence or a trigger family, with their defaults."""
+    table = Table(title=heading, title_justify="left", title_style="bold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default")
+    for name, default in parameters.items():
+        table.add_row(Text(name), Text(_plain(default)))
+    return table
+
+
+def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:
+    """Return what `--defense NAME:PRESET` changes, such as `d3:code sets lambda=0.5`."""
+    return f"{name}:{preset} " + (f"sets {_plain(values)}" if values else "is these defaults")
+
+
+def _images(dataset: DatasetInfo) -> str:
+    name = at_revision(dataset.id, dataset.revision)
+    return f"{dataset.clean_samples:,} clean images of {name}, measured on {dataset.eval_samples:,} others"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return str(value)
