@@ -43,7 +43,7 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(8 + len(_LFS_POINTER))
         if start.startswith(_LFS_POINTER):
-            raise NotSafetensorsError(f"{path.name} is a git-lfs pointer, not weights; run `git lfs pull` in its folder")
+            raise NotSafetensorsError(f"{path.name} is a git-lfs pointer, not weights; run `git lfs pull` there")
         try:
             with safe_open(str(path), framework="numpy"):
                 pass

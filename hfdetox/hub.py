@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
-from hfdetox.errors import HubError, UsageError
+from hfdetox.errors import UsageError
 from hfdetox.hub_requests import (
     DEFAULT_RETRY,
     AccessError,
@@ -45,7 +45,7 @@ RepoType = Literal["model", "dataset"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SIDE_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -73,6 +73,7 @@ class RepoState:
     sha: str
     files: dict[str, FileState]
     repo_type: RepoType = "model"
+    private: bool = False
     offline: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -110,7 +111,7 @@ def resolve(
     )
     name, sha = str(info.id), str(info.sha)
     ask(lambda: validate_repo_id(name), what)
-    if not _COMMIT.fullmatch(sha):
+    if not COMMIT_ID.fullmatch(sha):
         raise UnreachableError(f"{constants.ENDPOINT} names no commit for {what}; check HF_ENDPOINT")
     if info.gated:
         # the facts about a gated repository are public, so that they say nothing about access to its cached files
@@ -118,7 +119,7 @@ def resolve(
     files = list_files(name, sha, repo_type=repo_type, retry=retry)
     _remember(name, repo_type, revision, sha)
     moved = () if name == repo_id else (f"{what} is called {name} on the Hub now; using that name",)
-    return RepoState(name, sha, files, repo_type, warnings=moved)
+    return RepoState(name, sha, files, repo_type, private=bool(info.private), warnings=moved)
 
 
 def pull_model(
@@ -192,7 +193,7 @@ def read_text_file(
     A revision that is not a commit id is asked of the Hub first. Offline, a file that is not cached reads as None.
     Raises what `resolve` raises.
     """
-    if not _COMMIT.fullmatch(revision):
+    if not COMMIT_ID.fullmatch(revision):
         revision = resolve(repo_id, repo_type=repo_type, revision=revision, retry=retry).sha
 
     def read() -> str | None:
@@ -235,14 +236,14 @@ def _weight_files(state: RepoState, retry: Retry) -> list[str]:
 
 def _resolve_offline(repo_id: str, repo_type: RepoType, revision: str | None, what: str) -> RepoState:
     missing = OfflineError(not_cached(what))
-    sha = revision if revision and _COMMIT.fullmatch(revision) else None
+    sha = revision if revision and COMMIT_ID.fullmatch(revision) else None
     if sha is None:
         reference = _reference(repo_id, repo_type, revision)
         if reference is None or not reference.is_file():
             raise missing
         sha = reference.read_text(encoding="utf-8").strip()
     snapshot = _snapshot(repo_id, repo_type, sha)
-    if not _COMMIT.fullmatch(sha) or not snapshot.is_dir():
+    if not COMMIT_ID.fullmatch(sha) or not snapshot.is_dir():
         raise missing
     files = {p.relative_to(snapshot).as_posix(): _cached_state(p) for p in sorted(snapshot.rglob("*")) if p.is_file()}
     notes = [f"offline: {what} is the cached commit {sha[:12]}; nobody checked that it is current or still allowed"]
@@ -257,7 +258,7 @@ def _cached_state(pointer: Path) -> FileState:
     return FileState(
         pointer.stat().st_size,
         blob if _SHA256.fullmatch(blob) else None,
-        blob if _COMMIT.fullmatch(blob) else "",
+        blob if COMMIT_ID.fullmatch(blob) else "",
     )
 
 
@@ -307,21 +308,3 @@ def _safe_name(name: str, what: str) -> str:
     if not parts or name != "/".join(parts) or parts[0] == "/" or ".." in parts or set(name) & set(alien):
         raise IntegrityError(f"{what} names a file {name!r} that would leave its folder; do not use it")
     return name
-
-
-def require_online(what: str) -> None:
-    """Raise OfflineError when HF_HUB_OFFLINE forbids what cannot be done from the cache."""
-    if constants.is_offline_mode():
-        raise OfflineError(f"{what} needs the Hub and HF_HUB_OFFLINE is set; unset it")
-
-
-def is_same_content(state: FileState, path: Path) -> bool:
-    """Return whether a local file is what the Hub's listing says of it (size, then SHA-256 or git's id)."""
-    if path.stat().st_size != state.size:
-        return False
-    return sha256_file(path) == state.sha256 if state.sha256 else git_sha1_file(path) == state.git_sha1
-
-
-def as_hub_error(error: HubError, ending: str) -> HubError:
-    """Return an error of the same kind whose line goes on with `ending`."""
-    return type(error)(f"{error}; {ending}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import errno
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def is_transient(error: BaseException) -> bool:
         return False  # the client has already tried these for as long as it does
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _TRANSIENT_STATUS
+    if isinstance(error, json.JSONDecodeError):
+        return True  # a gateway's HTML page where the client reads JSON before it looks at the status
     if isinstance(error, httpx2.TransportError):
         return not isinstance(error, (httpx2.UnsupportedProtocol, httpx2.ProxyError))
     # a builtin ConnectionError is a failed Xet transfer, RuntimeError a failed LFS one, OSError a file cut short
@@ -121,9 +124,17 @@ def asked_delay(error: BaseException) -> float | None:
     return None
 
 
-def ask(call: Callable[[], Answer], what: str, *, retry: Retry = DEFAULT_RETRY) -> Answer:
+def ask(
+    call: Callable[[], Answer],
+    what: str,
+    *,
+    retry: Retry = DEFAULT_RETRY,
+    recover: Callable[[BaseException], Answer | None] | None = None,
+) -> Answer:
     """Return `call()`, repeated as `retry` says; `what` names the thing asked for in messages ("model org/m").
 
+    `recover` sees each failure, after the pause and before the repetition; what it returns, unless None, is the answer:
+    a commit whose answer was lost has happened all the same.
     Raises the subclass of HubError that fits, RunError when the disk is full, UsageError for an id that cannot be one.
     Only errors of the client libraries are translated; those of hfdetox pass through.
     """
@@ -137,9 +148,12 @@ def ask(call: Callable[[], Answer], what: str, *, retry: Retry = DEFAULT_RETRY) 
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError, RuntimeError) as error:
             failures += 1
             delay = retry.delay(failures, error)
+            time.sleep(delay or 0.0)
+            found = recover(error) if recover is not None else None
+            if found is not None:
+                return found
             if delay is None:
                 raise translate(error, what) from error
-            time.sleep(delay)
 
 
 def set_timeout() -> None:
@@ -161,6 +175,8 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
         return UsageError(f"{what}: neither a folder nor a Hub id (NAMESPACE/NAME): {_line(str(error))}")
     if isinstance(error, HfHubHTTPError):
         return _translate_status(error, what)
+    if "Invalid metadata in README.md" in str(error):
+        return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
     if isinstance(error, (httpx2.TransportError, httpx2.InvalidURL)):
         reason = _line(str(error)) or type(error).__name__
         return UnreachableError(
@@ -189,9 +205,9 @@ def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
             return AccessError(f"{what} is gated and this account has no access; ask for it on the repository's page")
         return AccessError(f"{what} is gated and there is no token; log in with `hf auth login` or set HF_TOKEN")
     if _BAD_TOKEN in str(error) or "Invalid user token" in str(error):
-        return AccessError(f"the Hub refuses the token (asked for {what}); `hf auth login` again or set another HF_TOKEN")
+        return AccessError(f"the Hub refuses the token for {what}; log in again with `hf auth login` or set HF_TOKEN")
     if isinstance(error, RepositoryNotFoundError):
-        step = "that this account may read it" if logged_in else "log in with `hf auth login` or HF_TOKEN if it is private"
+        step = "that this account may read it" if logged_in else "if it is private `hf auth login` or set HF_TOKEN"
         return UnknownRepoError(f"{what} is not on the Hub at {constants.ENDPOINT}; check the spelling, and {step}")
     if isinstance(error, RevisionNotFoundError):
         return UnknownRepoError(f"{what}: no such branch, tag or commit; leave the revision out to use the main branch")
@@ -205,6 +221,8 @@ def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
         wait = asked_delay(error)
         until = f"in {wait:.0f} s" if wait else "later"
         return UnreachableError(f"the Hub limits requests (asked for {what}); try again {until}, or log in")
+    if status == 412:
+        return HubError(f"{what} was changed by somebody else meanwhile; run it again")
     if isinstance(error, BadRequestError) or status < 500:
         return HubError(f"the Hub rejects the request for {what} ({status}{said})")
     return UnreachableError(f"the Hub fails with status {status} for {what}; try again later (https://status.huggingface.co)")
