@@ -1,0 +1,173 @@
+"""transformers: load an image classifier and its processor from a folder, and write them back in their own format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from hfdetox._loaded import Loaded, copy_companions, numbered_labels
+from hfdetox._weights import StoredWeights, dtype_name, raise_for_keys
+from hfdetox.errors import UsageError
+from hfdetox.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
+
+
+class NotAClassifierError(UsageError):
+    """The model does not give one logit per label, one label per image."""
+
+
+def load_folder(
+    folder: Path,
+    stored: StoredWeights,
+    name: str,
+    *,
+    trust_remote_code: bool,
+    processor: Any = None,
+    preprocessing: Preprocessing | None = None,
+) -> Loaded:
+    """Load a local transformers folder in float32, from safetensors, strictly.
+
+    Raises:
+        NotAClassifierError: config.json does not describe a single-label image classifier.
+        WeightsMismatchError: the checkpoint lacks tensors of the model, or has others.
+        UsageError: it needs a newer transformers or code from the repository.
+    """
+    config = _load_config(folder, name, trust_remote_code)
+    _check_config(config, name)
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
+        raise UsageError(f"transformers cannot load {name}: {_one_line(error)}") from error
+    raise_for_keys(
+        name,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        mismatched=[
+            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
+        ],
+    )
+    if processor is None and preprocessing is None:
+        processor = _load_processor(folder, name, trust_remote_code)
+    return describe(model, processor, preprocessing)
+
+
+def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
+                "read that code first"
+            ) from error
+        raise UsageError(f"transformers cannot read the config.json of {name}: {_one_line(error)}") from error
+
+
+def _check_config(config: Any, name: str) -> None:
+    """Refuse what is not a classifier of one label per image, before its weights are read."""
+    remote = "AutoModelForImageClassification" in getattr(config, "auto_map", {})
+    if not remote:
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            raise NotAClassifierError(
+                f"{name} is not an image classifier (model type {config.model_type}); "
+                "give a model that AutoModelForImageClassification loads"
+            )
+        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        names = {c.__name__ for c in (known if isinstance(known, tuple) else (known,))}
+        if config.architectures and not names & set(config.architectures):
+            raise NotAClassifierError(
+                f"{name} is not an image classifier but a {config.architectures[0]}; "
+                "give a model with a trained classification head"
+            )
+    if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
+        raise NotAClassifierError(f"{name} is a {config.problem_type} model; hfdetox handles one label per image")
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotAClassifierError(f"{name} is quantized and cannot be trained; give the unquantized model")
+    check_num_labels(config.num_labels, name)
+
+
+def check_num_labels(count: int, name: str) -> None:
+    """Raise NotAClassifierError for fewer than two outputs."""
+    if count < 2:
+        found = "no classification head" if count == 0 else "a single output"
+        raise NotAClassifierError(f"{name} has {found}; hfdetox handles classifiers of two or more labels")
+
+
+def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    try:
+        # the default backend, as `pipeline` takes it: the backends' resizes differ by up to several grey levels
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise PreprocessingError(
+            f"{name} has no usable preprocessor_config.json ({_one_line(error)}); "
+            "pass processor=… or preprocessing=… through the API"
+        ) from error
+
+
+def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) -> Loaded:
+    """Return what hfdetox needs to know of a transformers model; one of `processor` and `preprocessing` is given."""
+    config = model.config
+    _check_config(config, type(model).__name__)
+    labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
+    # LABEL_0 is what transformers writes when nobody named the labels
+    named = labels != tuple(f"LABEL_{index}" for index in range(len(labels))) and labels != numbered_labels(len(labels))
+    return Loaded(
+        model=model,
+        preprocessing=preprocessing or processor_preprocessing(processor, channels=_channels(config)),
+        labels=labels if named else numbered_labels(len(labels)),
+        labels_are_names=named,
+        library="transformers",
+        architecture=type(model).__name__,
+        processor=processor,
+    )
+
+
+def processor_preprocessing(processor: Any, *, channels: int) -> Preprocessing:
+    """Return the preprocessing of an image processor; of a multi-modal processor its image part."""
+    processor = getattr(processor, "image_processor", processor)
+    if hasattr(processor, "val_transforms") and hasattr(processor, "data_config"):
+        return TimmPreprocessing(processor.data_config)  # the timm wrapper's processor is timm's own transform
+    return ProcessorPreprocessing(processor, channels=channels)
+
+
+def _channels(config: Any) -> int:
+    if getattr(config, "pretrained_cfg", None):
+        return int(config.pretrained_cfg.get("input_size", (3,))[0])
+    return int(
+        getattr(config, "num_channels", None)
+        or getattr(getattr(config, "vision_config", None), "num_channels", None)
+        or 3
+    )
+
+
+def write(
+    folder: Path, loaded: Loaded, state: dict[str, torch.Tensor], source: Path | None, dominant: torch.dtype
+) -> list[Path]:
+    """Write config, processor and weights into `folder` in transformers' own names; returns the weight files."""
+    model: Any = loaded.model
+    model.save_pretrained(folder, state_dict=state)
+    if source:
+        # byte for byte what was published: save_pretrained would add this version's defaults and drop unknown keys
+        copy_companions(source, folder, extra=("config.json", "*.py"))
+    else:
+        model.config.dtype = dtype_name(dominant)
+        model.config.save_pretrained(folder)
+        if loaded.processor is not None:
+            loaded.processor.save_pretrained(folder)
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
