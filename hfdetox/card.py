@@ -1,0 +1,282 @@
+"""The model card: typed data through the templates in `cards/`, validated without the network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in its __all__
+
+from hfdetox import markdown
+from hfdetox.errors import UsageError
+from hfdetox.report import Measurement, Rate, Rating, Report
+from hfdetox.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, run_verdict, trigger_verdicts
+
+CARD_NAME = "README.md"
+PENDING = "pending"
+LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}
+SHOWN_LAYERS = 12
+TEXT_FIELDS = ("base_model", "base_model_relation", "library_name", "license_name", "license_link", "pipeline_tag")
+LIST_FIELDS = ("license", "tags", "datasets", "metrics")
+
+
+class CardError(UsageError):
+    """The card that would be written is not one that the Hub accepts; the message names the field."""
+
+
+def build_card(report: Report, *, source_card: str | None, repo_id: str | None, plots: Sequence[str] = (),
+               labels: Sequence[str] | None = None) -> str:
+    """Return the whole README.md of the processed model: YAML, text, and the source card's text below.
+
+    Args:
+        report: with `after` (and `before`) None, the numbers read "pending": such a card is validated before training.
+        source_card: the source model's README.md as text, or None; only its licence enters the YAML.
+        repo_id: where the model will be pushed, used in the code that loads it; None: code for the local folder.
+        plots: paths of the PNG files relative to the card, as `plots.draw_plots` returns them.
+        labels: the model's label names in its own order; None: targets are shown as indices.
+
+    The result is not validated here: call `validate_card`.
+    """
+    fields, body = split_card(source_card or "")
+    licence = _licence(fields)
+    context = {
+        **_measured(report, labels), **_described(report, repo_id), **licence,
+        "report": report, "model": report.model, "defense": report.defense, "environment": report.environment,
+        "repo_id": repo_id, "library": report.model.library if report.model.library in LIBRARY_TAGS else "torch",
+        "plots": {PurePosixPath(path).stem: path for path in plots},
+        "source_text": markdown.embed_source(body, _source_url(report)),
+        "source_heading": markdown.SOURCE_HEADING, "source_mark": markdown.SOURCE_MARK,
+    }
+    # the source's words are values of the template, never a template themselves
+    text = _templates().get_template("model_card.md.jinja").render(context)
+    own, mark, source = text.partition(f"\n{markdown.SOURCE_MARK}\n")
+    own = re.sub(r"\n{3,}", "\n\n", own)
+    return f"---\n{card_data(report, licence, repo_id).to_yaml()}\n---\n\n{(own + mark + source).strip()}\n"
+
+
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """Return (YAML fields, text) of any model card; no fields where there is no YAML or it cannot be read."""
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    block = REGEX_YAML_BLOCK.search(card)
+    if not block:
+        return {}, card
+    try:
+        fields = yaml.safe_load(block.group(2))
+    except yaml.YAMLError:
+        fields = None
+    return (fields if isinstance(fields, dict) else {}), card[block.end():]
+
+
+def card_data(report: Report, licence: Mapping[str, Any], repo_id: str | None) -> ModelCardData:
+    """Return the card's YAML fields; what is unknown (licence, a base model or dataset on the Hub) is left out."""
+    model, dataset = report.model, report.dataset
+    base_model = model.id if hub_id(model.id, model.revision) else None
+    library = model.library if model.library in ("timm", "transformers") else None
+    return ModelCardData(
+        **licence, library_name=library, pipeline_tag="image-classification", base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        tags=["hfdetox", "backdoor-defense", report.defense.name, LIBRARY_TAGS.get(model.library, "pytorch")],
+        datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None,
+        metrics=["accuracy"], model_name=_title(report, repo_id), eval_results=_model_index(report))
+
+
+def hub_id(name: str, revision: str | None) -> bool:
+    """Tell whether `name` is a repository on the Hub: it has a commit, and its spelling is a repository's."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return revision is not None
+
+
+def validate_card(text: str) -> None:
+    """Check, without the network, what the Hub checks of a card when it is pushed; raises CardError.
+
+    The YAML must parse into the client's ModelCardData with fields of the types the Hub allows, repository ids must be
+    spelt like ones, the model-index must parse with a finite number (or "pending") for every metric, no section of
+    the text may be empty.
+    """
+    if not REGEX_YAML_BLOCK.search(text):
+        raise CardError("the model card has no YAML block; report this as a bug of hfdetox")
+    try:
+        data = ModelCard(text).data
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise CardError(f"the model card's YAML is not valid: {markdown.one_line(error)}; "
+                        "check the licence fields of the source model's card") from error
+    for name in TEXT_FIELDS:
+        if not isinstance(data.get(name, ""), str):
+            raise CardError(f"the model card's field {name} must be text, not {data.get(name)!r}")
+    for name in LIST_FIELDS:
+        value = data.get(name, [])
+        if not (isinstance(value, list) or (name == "license" and isinstance(value, str))) or \
+                not all(isinstance(item, str) and item for item in value):
+            raise CardError(f"the model card's field {name} must be a list of texts, not {value!r}")
+    for name in filter(None, [data.get("base_model"), *data.get("datasets", [])]):
+        if not hub_id(name, ""):
+            raise CardError(f"{name!r} in the model card is not the id of a repository on the Hub")
+    for result in data.get("eval_results", []):
+        value = result.metric_value
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and value != PENDING:
+            raise CardError(f"the model card's metric {result.metric_type!r} must be a finite number, not {value!r}")
+    own = re.split(f"^{re.escape(markdown.SOURCE_MARK)}$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    if empty := markdown.empty_sections(REGEX_YAML_BLOCK.sub("", own, count=1)):
+        raise CardError(f"the model card has a section without text: {empty[0]}; report this as a bug of hfdetox")
+
+
+def percent(fraction: float) -> str:
+    """Return a rate in [0, 1] as a percentage with one decimal, such as "94.2 %"."""
+    return f"{100 * fraction:.1f} %"
+
+
+def describe_rate(rate: Rate | Rating | None) -> str:
+    """Return "94.2 % (942 of 1,000; 92.6–95.6)", a rating without its counts, "pending" for None."""
+    if rate is None:
+        return PENDING
+    counts = f"{rate.successes:,} of {rate.samples:,}; " if isinstance(rate, Rate) else ""
+    low, high = rate.interval
+    return f"{percent(rate.value)} ({counts}{100 * low:.1f}–{100 * high:.1f})"
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    folder = resources.files("hfdetox.cards")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced,
+                               pct=percent, count=lambda number: f"{number:,}", literal=json.dumps)
+    return environment
+
+
+def _licence(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return license, license_name and license_link as the source's YAML has them, each None where it has not."""
+    licence = fields.get("license")
+    if isinstance(licence, list):
+        licence = [item for item in licence if isinstance(item, str)]
+    elif not isinstance(licence, str):
+        licence = None
+    named = {name: fields.get(name) for name in ("license_name", "license_link")}
+    return {"license": licence or None,
+            **{name: value if isinstance(value, str) else None for name, value in named.items()}}
+
+
+def _title(report: Report, repo_id: str | None) -> str:
+    if repo_id:
+        return repo_id.split("/")[-1]
+    return f"{_shown_id(report.model.id, report.model.revision).split('/')[-1]}-detoxed"
+
+
+def _shown_id(name: str, revision: str | None) -> str:
+    """Return a Hub id as it is, of a local folder only the last part: where it lay is nobody's business."""
+    return name if hub_id(name, revision) else Path(name).name or name
+
+
+def _source_url(report: Report) -> str | None:
+    model = report.model
+    return f"{constants.ENDPOINT}/{model.id}/{{kind}}/{model.revision}" if hub_id(model.id, model.revision) else None
+
+
+def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
+    """Return the template's values that do not depend on any measurement."""
+    model, dataset, command = report.model, report.dataset, report.environment.command
+    revisions = {"--revision": model.revision, "--dataset-revision": dataset.revision}
+    pins = [f"{option} {revision}" for option, revision in revisions.items()
+            if revision and not re.search(rf"(^|\s){option}[ =]", command)]
+    return {
+        "title": _title(report, repo_id), "model_id": _shown_id(model.id, model.revision),
+        "dataset_id": _shown_id(dataset.id, dataset.revision), "pins": " ".join(pins) if command else "",
+        "shown_layers": report.defense.layers[:SHOWN_LAYERS],
+        "hidden_layers": max(0, len(report.defense.layers) - SHOWN_LAYERS),
+        "parameters": [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+                       for name, value in report.defense.parameters.items()],
+        "works_above": WORKS_ABOVE, "mitigated_at_most": MITIGATED_AT_MOST,
+    }
+
+
+def _measured(report: Report, labels: Sequence[str] | None) -> dict[str, Any]:
+    """Return the template's summary sentence, table rows and triggers with their verdicts."""
+    verdicts = trigger_verdicts(report)
+    triggers = []
+    for name, result in (report.before.triggers if report.before else {}).items():
+        target = markdown.code(labels[result.target] if labels else result.target)
+        triggers.append({"name": name, "target": target, "mode": result.mode, "spec": result.spec,
+                         "file_sha256": result.file_sha256, "verdict": verdicts[name]})
+    return {"summary": _summary(report), "rows": _rows(report), "triggers": triggers}
+
+
+def _summary(report: Report) -> str:
+    if report.before is None or report.after is None:
+        return "**Its numbers are still pending.**"
+    before, after = report.before.accuracy.value, report.after.accuracy.value
+    accuracy = (f"Accuracy went from {percent(before)} to {percent(after)} "
+                f"({100 * (after - before):+.1f} points).".replace("-", "−"))
+    verdict = run_verdict(report)
+    if verdict is None:
+        return f"**No trigger was known, so no backdoor was measured.** {accuracy}"
+    words = {
+        Verdict.MITIGATED: "**Mitigated** for every trigger that worked before, out of those measured.",
+        Verdict.REDUCED: "**Reduced, not mitigated**, for at least one of the triggers measured.",
+        Verdict.NOT_MITIGATED: "**Not mitigated** for at least one of the triggers measured.",
+        Verdict.NO_EVIDENCE: "**No evidence found**: none of the triggers measured worked, before or after.",
+    }
+    return f"{words[verdict]} {accuracy}"
+
+
+def _rows(report: Report) -> list[dict[str, str]]:
+    before, after, ratings = report.before, report.after, report.defense_effectiveness_rating
+
+    def loss(measurement: Measurement | None) -> str:
+        return PENDING if measurement is None else f"{measurement.loss:.3f}"
+
+    rows = [{"name": "Accuracy (ACC)", "before": describe_rate(before.accuracy if before else None),
+             "after": describe_rate(after.accuracy if after else None)},
+            {"name": "Loss (mean cross-entropy)", "before": loss(before), "after": loss(after)}]
+    for name, result in (before.triggers if before else {}).items():
+        later = after.triggers.get(name) if after else None
+        for label, field in (("ASR", "attack_success_rate"), ("RA", "robust_accuracy")):
+            rows.append({"name": f"{label} of {markdown.cell(name)}", "before": describe_rate(getattr(result, field)),
+                         "after": describe_rate(getattr(later, field) if later else None)})
+        rows.append({"name": f"DER of {markdown.cell(name)}", "before": "–",
+                     "after": describe_rate(ratings.get(name) if ratings else None)})
+    if before and len(before.triggers) > 1:
+        rows.append({"name": "DER, mean", "before": "–",
+                     "after": describe_rate(ratings.get("mean") if ratings else None)})
+    return rows
+
+
+def _model_index(report: Report) -> list[EvalResult]:
+    """Return what the model-index holds: the values after, as fractions, each trigger's as metrics of our own types."""
+    dataset, after = report.dataset, report.after
+    on_hub = hub_id(dataset.id, dataset.revision)
+
+    def result(kind: str, title: str, rate: Rate | None, **extra: Any) -> EvalResult:
+        return EvalResult(
+            task_type="image-classification", task_name="Image classification",
+            # local images have no id that a stranger could look up; "imagefolder" is what the Hub's own tools write
+            dataset_type=dataset.id if on_hub else "imagefolder", dataset_name=_shown_id(dataset.id, dataset.revision),
+            dataset_config=dataset.config, dataset_split=dataset.eval_split,
+            dataset_revision=dataset.revision if on_hub else None,
+            metric_type=kind, metric_name=title, metric_value=PENDING if rate is None else rate.value, **extra)
+
+    results = [result("accuracy", "Accuracy", after.accuracy if after else None)]
+    for name, trigger in (report.before.triggers if report.before else {}).items():
+        later = after.triggers.get(name) if after else None
+        extra = {"metric_config": name,
+                 "metric_args": {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target}}
+        results += [result("attack_success_rate", f"Attack success rate, trigger {name}",
+                           later.attack_success_rate if later else None, **extra),
+                    result("robust_accuracy", f"Robust accuracy, trigger {name}",
+                           later.robust_accuracy if later else None, **extra)]
+    return results
