@@ -17,14 +17,19 @@ MAX_WORKERS = 8
 
 
 class ImageSource(Protocol):
-    """Images for training: `images` is the uint8 cache (N×C×H×W), or None when they are decoded on demand."""
+    """Labelled images to train on or to measure with.
+
+    `images` is the cache (N×C×H×W, uint8 or a callable's own floats), or None when they are decoded on demand;
+    `positions` (N, int64) is what `__getitems__` gives first: each image's own number, whatever the order.
+    """
 
     images: torch.Tensor | None
     labels: torch.Tensor
+    positions: torch.Tensor
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class TriggerView:
-    """The triggered copies of the evaluation images whose true class is not the target."""
+    """The triggered copies of the evaluation images whose true class is not the target (a label index)."""
 
     trigger: Trigger
     target: int
-    positions: NDArray[np.int64]
     source: ImageSource
 
 
@@ -91,8 +90,9 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     training = network.training
     network.eval()
     device = accelerator.device
-    predicted = torch.zeros(len(source), dtype=torch.long)
-    losses = torch.zeros(len(source), dtype=torch.float64)
+    places = source.positions.cpu()
+    predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
+    losses = torch.zeros(len(predicted), dtype=torch.float64)
     loader = accelerator.prepare(source_loader(source, BATCH_SIZE, device))
     bar = tqdm(total=len(source), desc=title, unit="image", leave=False, dynamic_ncols=True,
                disable=not (progress and accelerator.is_main_process))  # fmt: skip
@@ -110,13 +110,13 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
         losses[positions.cpu()] = loss.double().cpu()
     accelerator.free_memory()
     network.train(training)
-    return Predictions(predicted.numpy(), losses.numpy())
+    return Predictions(predicted[places].numpy(), losses[places].numpy())
 
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
             title: str = "measure", progress: bool = False) -> Outcome:  # fmt: skip
     """Measure accuracy and loss on the clean images, and each trigger on its view; every number comes from one pass."""
-    truth = evaluation.labels.numpy()
+    truth = evaluation.labels.cpu().numpy()
     clean = predict(network, evaluation, accelerator, title=title, progress=progress)
     correct = clean.predicted == truth
     results: dict[str, TriggerResult] = {}
@@ -127,9 +127,9 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
         results[view.trigger.name] = TriggerResult(
             kind=view.trigger.kind, spec=view.trigger.spec(), mode=view.trigger.mode, file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(), target=view.target,
             attack_success_rate=rate(int(hit.sum()), len(hit)),
-            robust_accuracy=rate(int((answers == view.source.labels.numpy()).sum()), len(hit)),
+            robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),
         )  # fmt: skip
-        hits[view.trigger.name] = (view.positions, hit)
+        hits[view.trigger.name] = (view.source.positions.cpu().numpy(), hit)
         triggered[view.trigger.name] = answers
     measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results)
     return Outcome(measurement, correct, hits, clean.predicted, triggered)

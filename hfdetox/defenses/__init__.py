@@ -62,6 +62,15 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
     return kind(**{**kind.presets[preset], **parsed}), preset
 
 
+def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:
+    """Return the (spec, overrides) from which `parse_defense` makes an equal configuration."""
+    base = type(config)()
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(base, f.name)}
+    texts = {k.rstrip("_"): ",".join(v) if isinstance(v, tuple) else str(v).lower() if isinstance(v, bool) else str(v)
+             for k, v in changed.items()}  # fmt: skip
+    return config.name, texts
+
+
 def _parse_setting(key: str, hint: Any, text: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,6 +38,9 @@ class Trigger(ABC):
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.kind)
+        # the name becomes a file's name, and `mean` is a key of the report
+        if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or self.name == "mean":
+            raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'")
         if self.mode not in ("native", "input"):
             raise UsageError(f"trigger {self.name}: mode must be native or input, got {self.mode!r}")
 

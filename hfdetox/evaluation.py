@@ -1,0 +1,144 @@
+"""What a run measures on: the evaluation images and the triggered copies of them, prepared once for before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from hfdetox.errors import RunError, UsageError
+from hfdetox.images import ImageSet
+from hfdetox.labels import accuracy_hint
+from hfdetox.metrics import Outcome, TriggerView, measure
+from hfdetox.models import Classifier
+from hfdetox.pixels import Pixels
+from hfdetox.triggers.base import Trigger
+
+# a model whose whole interval lies within this share of the way from chance to certainty has learnt nothing here
+CHANCE_MARGIN = 0.05
+# a relabelling must win this much accuracy before it is worth a warning: small samples always gain a little
+PERMUTATION_GAIN = 0.2
+# of the GPU's free memory, at most this share is taken by cached images
+CACHE_SHARE = 0.25
+
+
+@dataclass
+class Evaluation:
+    """Evaluation images of one classifier and one view a trigger, on the device they are measured on."""
+
+    classifier: Classifier
+    accelerator: Accelerator
+    clean: Pixels
+    views: list[TriggerView]
+    progress: bool
+
+    def measure(self, title: str) -> Outcome:
+        """Measure the classifier as it is now: float32, eval mode."""
+        network = self.classifier.network.to(self.accelerator.device)
+        return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
+
+
+def prepare_evaluation(classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
+                       target: str | None, warn: Callable[[str], None], progress: bool) -> Evaluation:  # fmt: skip
+    """Decode the evaluation images, and put each trigger on those whose true class is not its target.
+
+    Raises:
+        UsageError: a target that is not a label, a trigger that changes no pixel or does not fit, or no image left for it.
+        RunError: an image that cannot be decoded.
+    """
+    clean = decoded(images, classifier, accelerator, "decode", progress)
+    views = []
+    for trigger in triggers:
+        index = resolve_target(trigger.target if trigger.target is not None else target, classifier.labels)
+        if trigger.target is None and target is None:
+            warn(f"trigger {trigger.name} names no target; label 0 ({classifier.labels[0]}) is taken, see --target")
+        positions = clean.without_label(index)
+        if not len(positions):
+            raise UsageError(f"every evaluation image is of the target class {classifier.labels[index]!r}; trigger "
+                             f"{trigger.name} cannot be measured with them")  # fmt: skip
+        with _bar(f"trigger {trigger.name}", len(positions), accelerator, progress) as bar:
+            source = to_device(clean.view(trigger, positions=positions, progress=_updates(bar)), accelerator)
+        _check_changes(trigger, clean, source)
+        views.append(TriggerView(replace(trigger, target=index), index, source))
+    return Evaluation(classifier, accelerator, clean, views, progress)
+
+
+def decoded(images: ImageSet, classifier: Classifier, accelerator: Accelerator, title: str, progress: bool) -> Pixels:
+    """Return the images as the classifier sees them, cached on its device where they fit."""
+    with _bar(title, len(images), accelerator, progress) as bar:
+        pixels = Pixels(images, classifier.preprocessing, progress=_updates(bar))
+    return to_device(pixels, accelerator)
+
+
+def to_device(pixels: Pixels, accelerator: Accelerator) -> Pixels:
+    """Move a cache to the GPU when it takes only a part of what is free there."""
+    if accelerator.device.type == "cuda" and pixels.images is not None:
+        free, _ = torch.cuda.mem_get_info(accelerator.device)
+        if pixels.images.nbytes <= CACHE_SHARE * free:
+            pixels.to(accelerator.device)
+    return pixels
+
+
+def resolve_target(target: str | int | None, labels: Sequence[str]) -> int:
+    """Return the label index of `target`: a label's name wins over an index; None is label 0.
+
+    Raises:
+        UsageError: neither a label nor an index of one.
+    """
+    if target is None:
+        return 0
+    if isinstance(target, str):
+        names = [label.casefold() for label in labels]
+        if target.casefold() in names:
+            return names.index(target.casefold())
+    try:
+        index = int(target)
+    except ValueError:
+        index = -1
+    if not 0 <= index < len(labels):
+        shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+        raise UsageError(f"target {target!r} is neither a label ({shown}) nor an index from 0 to {len(labels) - 1}")
+    return index
+
+
+def check_plausible(outcome: Outcome, truth: torch.Tensor, labels: Sequence[str], warn: Callable[[str], None]) -> None:
+    """Stop when the model's accuracy is near chance; say so when other label orders would fit far better.
+
+    Raises:
+        RunError: near chance, where a defence and its numbers would mean nothing.
+    """
+    accuracy, count = outcome.measurement.accuracy, len(labels)
+    confusion = np.zeros((count, count), dtype=np.int64)
+    np.add.at(confusion, (truth.cpu().numpy(), outcome.predicted), 1)
+    best = accuracy_hint(confusion)
+    hint = ""
+    if best > accuracy.value + PERMUTATION_GAIN:
+        hint = (f"; with its labels in another order it would reach {best:.1%}, so the labels are probably permuted: "
+                "give the right pairs with --label-map")  # fmt: skip
+    chance = 1 / count
+    if accuracy.interval[0] <= chance + CHANCE_MARGIN * (1 - chance):
+        raise RunError(f"the model's accuracy on the clean images is {accuracy.value:.1%}, near chance ({chance:.1%}): its "
+                       f"labels or its preprocessing are probably wrong for this dataset{hint}")  # fmt: skip
+    if hint:
+        warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
+
+
+def _check_changes(trigger: Trigger, clean: Pixels, triggered: Pixels) -> None:
+    if clean.images is None or triggered.images is None:
+        return
+    few = triggered.positions[:64]
+    if torch.equal(clean.images[few].cpu(), triggered.images[:64].cpu()):
+        raise UsageError(f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size")
+
+
+def _bar(title: str, total: int, accelerator: Accelerator, progress: bool) -> tqdm:  # type: ignore[type-arg]
+    return tqdm(total=total, desc=title, unit="image", leave=False, dynamic_ncols=True,
+                disable=not (progress and accelerator.is_main_process))  # fmt: skip
+
+
+def _updates(bar: tqdm) -> Callable[[int, int], None]:  # type: ignore[type-arg]
+    return lambda done, total: bar.update(done - bar.n) and None

@@ -1,0 +1,169 @@
+"""The result of a run, and how it becomes a folder and a repository: whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hfdetox.card import CARD_NAME, build_card, validate_card
+from hfdetox.errors import RunError
+from hfdetox.evaluation import Evaluation
+from hfdetox.leaderboard import eval_results
+from hfdetox.metrics import Outcome
+from hfdetox.models import Classifier, load_classifier
+from hfdetox.plots import StripRow, draw_plots
+from hfdetox.publish import PushResult, push_folder
+from hfdetox.report import Report
+from hfdetox.runs import check_output, publish_folder
+from hfdetox.triggers.base import Trigger
+
+STRIP_COLUMNS = 6
+STRIP_ROWS = 4
+CHECKED_IMAGES = 8
+
+
+@dataclass
+class Exhibits:
+    """What the output folder shows besides the report: pictures, weight changes, triggers, the source's card."""
+
+    weight_changes: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    strip: list[StripRow] = field(default_factory=list)
+    triggers: Sequence[Trigger] = ()
+    source_card: str | None = None
+    dataset_eval_yaml: str | None = None
+    whole_split: bool = True
+    probe: torch.Tensor | None = None
+
+
+@dataclass
+class DetoxResult:
+    """A cleaned model and what was measured.
+
+    Attributes:
+        report: every number; `report.after.accuracy.value` is a fraction in [0, 1].
+        classifier: the cleaned model, rounded to the dtype it is saved in.
+        output: the folder it was written to, None before `save`.
+    """
+
+    report: Report
+    classifier: Classifier
+    exhibits: Exhibits = field(repr=False)
+    output: Path | None = None
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write model, card, report, plots and triggers to `folder`, which appears complete or not at all.
+
+        Args:
+            overwrite: replace an earlier result of hfdetox; anything else is never replaced.
+
+        Raises:
+            UsageError: the folder holds something else.
+            RunError: it cannot be written (disk full), or what was written does not give the same logits again.
+        """
+        folder = Path(folder)
+        check_output(folder, overwrite=overwrite)
+        try:
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        except OSError as error:
+            raise RunError(f"cannot write beside {folder}: {error.strerror or error}; choose another --output") from error
+        try:
+            # mkdtemp makes folders that only their owner can read
+            fresh.chmod(0o755)
+            self._write(fresh)
+            publish_folder(fresh, folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write {folder}: {reason}; free some space, then go on with --resume") from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.output = folder
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False) -> PushResult:
+        """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
+
+        Raises:
+            UsageError: the repository exists and was not made by hfdetox.
+            HubError: no token, no right to write, or the Hub cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.output or self.save(Path(scratch) / "model")
+            pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
+            if folder.is_relative_to(scratch):
+                self.output = None
+        done = replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
+        self.report = replace(self.report, output=done)
+        if self.output is not None:
+            self.report.save(self.output)
+        return pushed
+
+    def _write(self, folder: Path) -> None:
+        weights = self.classifier.save(folder)
+        self._check_loads(folder)
+        self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
+        for trigger in self.exhibits.triggers:
+            (folder / "triggers").mkdir(exist_ok=True)
+            trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+        plots = draw_plots(self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip)
+        for name, text in eval_results(self.report, self.exhibits.dataset_eval_yaml,
+                                       whole_split=self.exhibits.whole_split).items():  # fmt: skip
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        card = build_card(self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
+                          labels=self.classifier.labels)  # fmt: skip
+        validate_card(card)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        self.report.save(folder)
+
+    @torch.inference_mode()
+    def _check_loads(self, folder: Path) -> None:
+        # the numbers in the card are those of the model in memory; they must be those of the file as well
+        probe = self.exhibits.probe
+        if probe is None or self.classifier.info.library == "torch":
+            return
+        again = load_classifier(folder).network(probe)
+        here = self.classifier.network.cpu()(probe)
+        if not torch.allclose(again, here, rtol=1e-4, atol=1e-4):
+            raise RunError("the saved model does not give the logits of the one in memory; nothing was written. "
+                           "Report this with the model's id")  # fmt: skip
+
+
+def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[StripRow]:
+    """Return the picture strip: a few images clean and with each trigger, with predictions before and after.
+
+    Nothing where the images are not kept as pixels (a callable's own floats, or decoded on demand).
+    """
+    clean, labels = evaluation.clean, evaluation.classifier.labels
+    if clean.images is None or clean.images.dtype != torch.uint8:
+        return []
+    shared = set(clean.positions.tolist())
+    for view in evaluation.views:
+        shared &= set(view.source.positions.tolist())
+    chosen = sorted(shared or clean.positions.tolist())
+    chosen = chosen[:: max(1, len(chosen) // STRIP_COLUMNS)][:STRIP_COLUMNS]
+    rows = [_row("Clean images", clean, chosen, labels, before.predicted, after.predicted)]
+    for view in evaluation.views[: STRIP_ROWS - 1]:
+        name = view.trigger.name
+        if view.source.images is not None and shared:
+            rows.append(_row(name, view.source, chosen, labels, before.triggered[name], after.triggered[name]))
+    return rows
+
+
+def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], before: NDArray[np.int64],
+         after: NDArray[np.int64]) -> StripRow:  # fmt: skip
+    place = {position: item for item, position in enumerate(pixels.positions.tolist())}
+    items = [place[position] for position in chosen]
+    images = pixels.images[items].permute(0, 2, 3, 1).cpu()
+    # grey images have one channel
+    pictures = images.expand(-1, -1, -1, 3).numpy()
+    truth = pixels.labels.cpu()[items].tolist()
+    return StripRow(title, pictures, [labels[i] for i in truth], [labels[i] for i in before[items]], [labels[i] for i in after[items]])

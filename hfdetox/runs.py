@@ -1,0 +1,147 @@
+"""A run: its options, and the folder `OUTPUT.run/` that lets a stopped one go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hfdetox.checkpoints import CheckpointStore
+from hfdetox.errors import RunError, UsageError
+from hfdetox.report import from_plain
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Everything that decides a run's result, as plain data; `model` and `dataset` are None for objects.
+
+    `settings` are the defence's by the names and in the texts that `--set` takes.
+    """
+
+    model: str | None
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    samples: int | float = 0.05
+    eval_samples: int | None = None
+    label_map: str | None = None
+    allow_missing_classes: bool = False
+    defense: str = "d3:paper"
+    settings: dict[str, str]
+    triggers: list[str]
+    target: str | None = None
+    precision: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+    revision: str | None = None
+    dataset_revision: str | None = None
+    trust_remote_code: bool = False
+    output: str | None = None
+
+    def command(self) -> str:
+        """Return the shell command that repeats the run; options at their defaults are left out."""
+        if self.model is None or self.dataset is None:
+            return "a call of hfdetox.detoxify with objects in memory; see this report's fields for its settings"
+        words = ["hfdetox", *(["detox"] if self.model in ("demo", "detox", "evaluate", "push", "list") else []), self.model]
+        flags = {"triggers": "--trigger", "settings": "--set"}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            flag = flags.get(option.name, "--" + option.name.replace("_", "-"))
+            if option.name == "model" or value in (option.default, None, False, [], {}):
+                continue
+            if value is True:
+                words.append(flag)
+            elif isinstance(value, dict):
+                words += [word for key, text in value.items() for word in (flag, f"{key}={text}")]
+            else:
+                words += [word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))]
+        return shlex.join(words)
+
+
+class RunFolder:
+    """`OUTPUT.run/`: the options of the run as `run.json`, and the last checkpoint.
+
+    Raises:
+        UsageError: the folder is there and is not to be resumed, or is not a run.
+        RunError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = CheckpointStore(path)
+
+    @classmethod
+    def beside(cls, output: str | Path) -> RunFolder:
+        """Return the run folder that belongs to an output folder."""
+        output = Path(output)
+        return cls(output.with_name(output.name + ".run"))
+
+    def refuse_existing(self) -> None:
+        """Raise UsageError when a run is there already."""
+        if self.path.exists():
+            raise UsageError(f"{self.path} holds a run that did not finish: go on with hfdetox --resume {shlex.quote(str(self.path))}, "
+                             "or remove the folder to start again")  # fmt: skip
+
+    def begin(self, options: RunOptions) -> None:
+        """Create the folder and record the options."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = self.path / (RUN_FILE + ".new")
+            fresh.write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
+            os.replace(fresh, self.path / RUN_FILE)
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
+
+    def recorded(self) -> RunOptions:
+        """Return the options the run began with."""
+        try:
+            plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+            options = from_plain(RunOptions, plain)
+        except (OSError, json.JSONDecodeError, TypeError) as error:
+            raise UsageError(f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder") from error
+        return replace(options)
+
+    def remove(self) -> None:
+        """Delete the folder; called only after the result is safe."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise UsageError when `output` holds something that is not to be replaced.
+
+    An empty folder is taken; with `overwrite` also one that hfdetox wrote.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    made_here = output.is_dir() and (output / "detox_report.json").is_file()
+    if not made_here:
+        raise UsageError(f"{output} exists and was not written by hfdetox; choose another --output")
+    if not overwrite:
+        raise UsageError(f"{output} holds an earlier result; choose another --output, or replace it with --overwrite")
+
+
+def publish_folder(fresh: Path, output: Path) -> None:
+    """Move the finished folder `fresh` (on the same disk) to `output` in one rename; an old result goes only then."""
+    old = output.with_name(f".{output.name}.old")
+    try:
+        if output.exists():
+            os.replace(output, old)
+        os.replace(fresh, output)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"cannot move the result to {output}: {error.strerror or error}; it is whole in {fresh}") from error
+
+
+def trigger_specs(specs: Sequence[Any]) -> list[str]:
+    """Return the text form of trigger specifications or objects."""
+    return [spec if isinstance(spec, str) else spec.spec() for spec in specs]
