@@ -68,7 +68,9 @@ def hub() -> Iterator[HubServer]:
     """The session's Hub, without faults, with an empty log and the accounts of the start. Repos stay between tests."""
     _SERVER.reset()
     yield _SERVER
+    errors = list(_SERVER.errors)
     _SERVER.reset()
+    assert not errors, "mistakes in tests/hub: " + "\n".join(errors)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ class Answer:
         return (self.body.stat().st_size if self.stop is None else self.stop) - self.start
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 -- a refusal is a regular answer here, not a failure of the server
     """An error as the Hub words it: `X-Error-Code` decides which exception the client raises."""
 
     def __init__(

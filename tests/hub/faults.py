@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tests.hub.answers import Answer, Refusal
+from tests.hub.answers import Answer, Refusal, json_answer
 
 Origin = Literal["hub", "storage"]
 
@@ -79,11 +79,17 @@ class Faults:
         headers: dict[str, str] | None = None,
         message: str | None = None,
         code: str | None = None,
+        body: object = None,
         skip: int = 0,
         origin: Origin | None = None,
     ) -> Rule:
-        """Answer with this status (and headers such as Retry-After); the request is not carried out."""
+        """Answer with this status (and headers such as Retry-After), the body being an error or the given JSON.
+
+        The request is not carried out.
+        """
         reply = Refusal(status, message or f"fault: status {status}", code, headers).answer()
+        if body is not None:
+            reply = json_answer(body, status, headers)
         return self._add(Rule(method, re.compile(path), skip, times, origin, answer=reply))
 
     def cut_body(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
@@ -46,7 +47,7 @@ def ranged(hub: HubServer, request: Request, sha256: str, headers: dict[str, str
     return Answer(206, path, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, start, stop)
 
 
-def lfs_batch(hub: HubServer, request: Request, caller: Caller, repo: Repo) -> Answer:
+def lfs_batch(hub: HubServer, request: Request, caller: Caller, repo: Repo, rest: str) -> Answer:
     """POST `/ID.git/info/lfs/objects/batch`: where to put the objects that the repo does not have yet."""
     check_logged_in(caller)
     answers = []
@@ -114,7 +115,7 @@ def _storage_path(path: str) -> tuple[str, str, str, str]:
     return kind.removesuffix("s"), unquote("/".join(names)), oid, unquote(name)
 
 
-def _joined(hub: HubServer, request: Request, oid: str):  # type: ignore[no-untyped-def]
+def _joined(hub: HubServer, request: Request, oid: str) -> Iterator[bytes]:
     for part in request.json["parts"]:
         sha256 = hub.parts.pop((oid, part["partNumber"]), None)
         if sha256 is None or part["etag"].strip('"') != sha256:

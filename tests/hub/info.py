@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
@@ -29,7 +30,8 @@ def card_metadata(text: str) -> dict[str, Any] | None:
     metadata = yaml.safe_load("\n".join(lines[1:end]))
     if metadata is not None and not isinstance(metadata, dict):
         raise ValueError("the metadata must be a mapping")
-    return json.loads(json.dumps(metadata, default=str))
+    plain: dict[str, Any] | None = json.loads(json.dumps(metadata, default=str))
+    return plain
 
 
 def repo_info(hub: HubServer, request: Request, caller: Caller, repo: Repo, rest: str) -> Answer:
@@ -170,7 +172,7 @@ def _last_change(history: list[Commit], path: str) -> Commit:
     def content(commit: Commit) -> dict[str, StoredFile]:
         return {p: f for p, f in commit.files.items() if p == path or p.startswith(f"{path}/")}
 
-    for newer, older in zip(history, history[1:], strict=False):
+    for newer, older in itertools.pairwise(history):
         if content(newer) != content(older):
             return newer
     return history[-1]

@@ -53,26 +53,23 @@ def respond_hub(hub: HubServer, request: Request) -> Answer:
     fixed = FIXED.get((method, request.path.rstrip("/")))
     if fixed is not None:
         return fixed(hub, request, caller)
+    action, rest = None, ""
     if match := API_PATH.fullmatch(request.path):
         kind, repo_id, word, rest = match.groups()
         action = ACTIONS.get((method, word or ""))
-        if action is not None:
-            return _on_repo(
-                hub, request, caller, kind, repo_id, lambda repo: action(hub, request, caller, repo, rest or "")
-            )
     elif method == "GET" and (match := RESOLVE_PATH.fullmatch(request.path)):
         kind, repo_id, rest = match.groups()
-        return _on_repo(
-            hub, request, caller, kind, repo_id, lambda repo: files.resolve(hub, request, caller, repo, rest)
-        )
+        action = files.resolve
     elif method == "POST" and (match := LFS_PATH.fullmatch(request.path)):
         kind, repo_id = match.groups()
-        return _on_repo(hub, request, caller, kind, repo_id, lambda repo: files.lfs_batch(hub, request, caller, repo))
-    raise info.unknown(request)
+        action = files.lfs_batch
+    if action is None:
+        raise info.unknown(request)
+    return _on_repo(hub, request, caller, kind, repo_id, action, rest or "")
 
 
 def _on_repo(
-    hub: HubServer, request: Request, caller: Caller, kind: str | None, quoted: str, action: Callable[[Repo], Answer]
+    hub: HubServer, request: Request, caller: Caller, kind: str | None, quoted: str, action: Action, rest: str
 ) -> Answer:
     """Find the repo that the caller may see and answer, or send the client on to the new id of a moved one."""
     repo_id, repo_type = unquote(quoted), (kind or "models").removesuffix("s")
@@ -81,7 +78,7 @@ def _on_repo(
     if new is not None:
         check_visible(caller, hub.storage.get(new, repo_type))
         return Answer(307, b"", {"Location": request.target.replace(quoted, quote(new), 1)})
-    return action(check_visible(caller, repo))
+    return action(hub, request, caller, check_visible(caller, repo), rest)
 
 
 def whoami(hub: HubServer, request: Request, caller: Caller) -> Answer:

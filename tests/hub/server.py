@@ -6,6 +6,7 @@ python -m tests.hub.server --root DIR --port 8765   serves DIR (made when missin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import secrets
 import threading
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ class HubServer:
     """The Hub on one free port and its LFS storage on another.
 
     `token` is a write token of the user `me` (member of `org`), `read_token` a read-only one of the same user,
-    `stranger_token` a write token of somebody with no rights on their repos. `faults` makes requests fail,
-    `log` holds the requests that came. Repo types are "model" (default), "dataset" and "space".
+    `stranger_token` a write token of somebody with no rights on their repos. `faults` makes requests fail, `log` holds
+    the requests that came, `errors` the tracebacks of mistakes in this server (answered 500).
+    Repo types are "model" (default), "dataset" and "space".
     """
 
     token, read_token, stranger_token = "hf_test_write_me", "hf_test_read_me", "hf_test_write_stranger"
@@ -36,10 +38,11 @@ class HubServer:
         self.storage = Storage(Path(root))
         self.faults = Faults()
         self.log: list[Logged] = []
+        self.errors: list[str] = []
         self.secret = secrets.token_bytes(16)
         self.parts: dict[tuple[str, int], str] = {}
-        self._hub = Listener("hub", port, lambda request: respond_hub(self, request), self.faults, self.log)
-        self._store = Listener("storage", 0, lambda request: respond_storage(self, request), self.faults, self.log)
+        self._hub = Listener("hub", port, lambda request: respond_hub(self, request), self)
+        self._store = Listener("storage", 0, lambda request: respond_storage(self, request), self)
         self.url, self.storage_url = self._hub.url, self._store.url
         self.reset()
 
@@ -47,6 +50,7 @@ class HubServer:
         """Forget faults and log, and make accounts and limits what they are at the start; repos stay."""
         self.faults.clear()
         self.log.clear()
+        self.errors.clear()
         self.page_size = 1000
         # LFS objects of more bytes than this are uploaded in parts of `multipart_chunk` bytes; None: never.
         self.multipart_above: int | None = None
@@ -188,10 +192,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with HubServer(arguments.root, arguments.port) as server:
         print(f"export HF_ENDPOINT={server.url} HF_TOKEN={server.token} HF_HUB_DISABLE_XET=1", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ from tests.hub.answers import entry_not_found, revision_not_found
 
 REPO_TYPES = ("model", "dataset", "space")
 # What the Hub's default .gitattributes sends to LFS; in dataset repos media files too.
-LFS_SUFFIXES = tuple(
-    ".7z .arrow .bin .bz2 .ckpt .ftz .gz .h5 .joblib .mlmodel .model .msgpack .npy .npz .onnx .ot .parquet .pb .pickle "
-    ".pkl .pt .pth .rar .safetensors .tar .tflite .tgz .wasm .xz .zip .zst".split()
-)
-MEDIA_SUFFIXES = tuple(".bmp .gif .png .tiff .jpg .jpeg .webp .mp4 .webm .wav .mp3 .flac .ogg".split())
+LFS_SUFFIXES = (
+    ".7z", ".arrow", ".bin", ".bz2", ".ckpt", ".ftz", ".gz", ".h5", ".joblib", ".mlmodel", ".model", ".msgpack", ".npy",
+    ".npz", ".onnx", ".ot", ".parquet", ".pb", ".pickle", ".pkl", ".pt", ".pth", ".rar", ".safetensors", ".tar",
+    ".tflite", ".tgz", ".wasm", ".xz", ".zip", ".zst",
+)  # fmt: skip
+MEDIA_SUFFIXES = (".bmp", ".gif", ".png", ".tiff", ".jpg", ".jpeg", ".webp", ".mp4", ".webm", ".wav", ".mp3", ".flac")
 LFS_THRESHOLD = 10 * 1024 * 1024
 
 
 def now() -> str:
     """The time in UTC as the Hub writes it (ISO 8601 with milliseconds and Z)."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
 def git_sha1(content: bytes) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from email.message import Message
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import parse_qs, urlsplit
 
 from tests.hub.answers import Answer, Refusal
@@ -90,13 +92,20 @@ class Request:
         return start, stop
 
 
+class Owner(Protocol):
+    """What a listener needs of the server that it belongs to."""
+
+    faults: Faults
+    log: list[Logged]
+    errors: list[str]
+
+
 class Listener:
     """A threaded server on a port of 127.0.0.1 that gives every request to `respond`."""
 
-    def __init__(
-        self, origin: Origin, port: int, respond: Callable[[Request], Answer], faults: Faults, log: list[Logged]
-    ) -> None:
-        self.origin, self.respond, self.faults, self.log = origin, respond, faults, log
+    def __init__(self, origin: Origin, port: int, respond: Callable[[Request], Answer], owner: Owner) -> None:
+        self.origin, self.respond, self.owner = origin, respond, owner
+        self.connections: set[socket.socket] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler, bind_and_activate=False)
         self._server.daemon_threads = True
         self._server.request_queue_size = 64
@@ -111,9 +120,17 @@ class Listener:
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the port; connections in use end with their request."""
+        """Close the port and all connections, kept-alive ones too."""
         self._server.shutdown()
         self._server.server_close()
+        for connection in list(self.connections):
+            hang_up(connection)
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection, whoever is reading or writing it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -122,19 +139,27 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = 1 << 16
 
     def handle(self) -> None:
+        connections = self.server.listener.connections  # type: ignore[attr-defined]
+        connections.add(self.connection)
         try:
             super().handle()
         except OSError:
             # A client that went away in the middle of an answer is no event for a server.
             self.close_connection = True
+        finally:
+            connections.discard(self.connection)
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):  # what was not flushed to a closed connection
+            super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing on standard error: the log holds the requests."""
 
     def _serve(self) -> None:
         listener: Listener = self.server.listener  # type: ignore[attr-defined]
-        request = Request(self.command, self.path, self.headers, self.rfile)
-        rules = listener.faults.before_answer(self.command, self.path, listener.origin)
+        request = Request(self.command, self.path, self.headers, cast(BinaryIO, self.rfile))
+        rules = listener.owner.faults.before_answer(self.command, self.path, listener.origin)
         for rule in rules:
             time.sleep(rule.delay)
             if rule.before is not None:
@@ -146,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             pass  # the next request on this connection starts after this one's body
         dropped = any(rule.drop for rule in rules)
         query = request.raw_query.split("X-Signature=")[0].rstrip("&")
-        listener.log.append(
+        listener.owner.log.append(
             Logged(
                 self.command,
                 request.path,
@@ -169,10 +194,15 @@ class _Handler(BaseHTTPRequestHandler):
             return listener.respond(request)
         except Refusal as refusal:
             return refusal.answer()
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- a mistake in this server must be seen in the test that met it
+            listener.owner.errors.append(traceback.format_exc())
+            return Refusal(500, f"mistake in the test server: {error!r}").answer()
 
     def _send(self, listener: Listener, answer: Answer) -> None:
         head = self.command == "HEAD"
-        rules = [] if head else listener.faults.on_body(self.command, self.path, listener.origin, answer)
+        rules = [] if head else listener.owner.faults.on_body(self.command, self.path, listener.origin, answer)
         cut = min((rule.cut_after for rule in rules if rule.cut_after is not None), default=None)
         answer = damaged(answer, rules)
         self.send_response(answer.status)
@@ -199,4 +229,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        self.wfile.flush()
+        hang_up(self.connection)
