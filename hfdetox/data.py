@@ -1,0 +1,292 @@
+"""Pull clean images: a small balanced set for the defence and another to measure with, in the model's label order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from hfdetox.choice import Choice, check_samples, choose_balanced, choose_uniform, sample_count
+from hfdetox.columns import ColumnError, LabelReader
+from hfdetox.errors import UsageError
+from hfdetox.images import BrokenImageError, ImageSet
+from hfdetox.labels import Alignment, LabelMismatchError, align_labels
+from hfdetox.origin import Origin, open_dataset
+from hfdetox.pixels import Pixels
+from hfdetox.report import DatasetInfo
+from hfdetox.sources import SCAN_LIMIT, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+__all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "default_dataset", "load_images"]
+
+# of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
+_EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
+_TRAIN_NAMES = ("train", "training")
+_EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+
+
+class SplitError(UsageError):
+    """A split that the dataset does not have, or none that fits."""
+
+
+class TooFewImagesError(UsageError):
+    """Fewer images than asked for, or a class without any."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a run works with: `clean` for the defence, `evaluation` for measuring (no image in both), and their record."""
+
+    clean: ImageSet
+    evaluation: ImageSet
+    info: DatasetInfo
+
+
+def load_images(
+    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str], samples: int | float = 0.05,
+    eval_samples: int | None = None, config: str | None = None, split: str | None = None, eval_split: str | None = None,
+    image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
+    label_map: Path | Mapping[str, Any] | None = None, seed: int = 0, channels: int = 3,
+    allow_missing_classes: bool = False, warn: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Images:  # fmt: skip
+    """Choose, fetch and check clean images of a Hub dataset, a folder or a `datasets` object.
+
+    Args:
+        dataset: a folder that exists, else a Hub id; or a loaded `Dataset`/`DatasetDict`.
+        labels: the model's label names in index order; all labels returned are indices into it.
+        samples: images for the defence: an int is a count, a float a fraction of the split (at most 5000 images); as
+            balanced over the classes as they allow.
+        eval_samples: images for measuring, drawn uniformly; None is the whole evaluation split.
+        split, eval_split: default train, and test (else validation); seeded disjoint parts where there is one split.
+        label_map: a JSON or YAML file, or a dict, of dataset names to model names, indices or null.
+        seed: decides every choice; the same seed and revision give the same images.
+        channels: 3 decodes to RGB, 1 to grey.
+        allow_missing_classes: go on when a class of the model has no image.
+        warn: called with each line a person should know of.
+        progress: called with (done, total) while the images are decoded once, to find broken ones and duplicates.
+
+    Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError) with
+    the row of an image that cannot be decoded, and HubError for the Hub.
+    """
+    check_samples(samples)
+    if eval_samples is not None:
+        check_samples(int(eval_samples), "--eval-samples")
+    origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
+                          label_column=label_column, warn=warn)  # fmt: skip
+    plan = _Plan(origin, labels, samples, eval_samples, label_map, seed, channels, allow_missing_classes, warn, progress)
+    return plan.load(*_split_names(origin.splits, split, eval_split))
+
+
+@dataclass
+class _Plan:
+    """One call of `load_images` with its dataset opened."""
+
+    origin: Origin
+    labels: Sequence[str]
+    samples: int | float
+    eval_samples: int | None
+    label_map: Path | Mapping[str, Any] | None
+    seed: int
+    channels: int
+    allow_missing_classes: bool
+    warn: Callable[[str], None]
+    progress: Callable[[int, int], None] | None
+
+    def load(self, train: str, measures: list[str]) -> Images:
+        """Choose and fetch; `measures` are the evaluation splits to try in turn."""
+        source = self.origin.open(train)
+        evaluation = source if measures[0] == train else self.origin.open(measures[0])
+        reader, alignment = self._align(source, evaluation)
+        if evaluation is source:
+            clean_rows, eval_rows = self._disjoint(source, reader, alignment)
+        else:
+            evaluation, eval_rows = self._measured(evaluation, measures, reader, alignment)
+            clean_rows = self._balanced(source, reader, alignment, np.zeros(0, np.int64))
+        clean = ImageSet(source.fetch(clean_rows.indices.tolist()), clean_rows.labels, clean_rows.indices.tolist(),
+                         split=source.split, channels=self.channels)  # fmt: skip
+        measured = ImageSet(evaluation.fetch(eval_rows.indices.tolist()), eval_rows.labels, eval_rows.indices.tolist(),
+                            split=evaluation.split, channels=self.channels)  # fmt: skip
+        measured = self._without_duplicates(clean, measured)
+        return Images(clean, measured, self._info(clean, measured, alignment))
+
+    def _align(self, source: Source, evaluation: Source) -> tuple[LabelReader, Alignment]:
+        columns = self.origin.columns(source.split)
+        other = self.origin.columns(evaluation.split)
+        if (columns.kind, columns.names) != (other.kind, other.names):
+            raise ColumnError(f"splits {source.split} and {evaluation.split} do not have the same classes; choose another --eval-split")
+        seen: set[str] = set()
+        if columns.kind == "text":
+            for part in {source.split: source, evaluation.split: evaluation}.values():
+                seen.update(value for _, values in part.scan() for value in values if value)
+        reader = LabelReader(columns, sorted(seen))
+        alignment = align_labels(reader.names, self.labels, self.label_map)
+        if alignment.note:
+            self.warn(alignment.note)
+        return reader, alignment
+
+    def _model_labels(self, source: Source, reader: LabelReader, alignment: Alignment, values: Sequence[Any]) -> np.ndarray:
+        """Return the model's label index of stored label values; -1 where there is none or the class is left out."""
+        found = reader.read(values)
+        mapping = np.array([*alignment.mapping, -1])  # index -1 is a row without a label
+        if len(found) and found.max() >= len(alignment.mapping):
+            raise LabelMismatchError(
+                f"split {source.split} has the label {found.max()} and the model {len(self.labels)} labels; "
+                "name another --label-column, or say which classes these are with --label-map"
+            )
+        return mapping[found]
+
+    def _all_rows(self, source: Source, reader: LabelReader, alignment: Alignment) -> Choice:
+        """Return every usable row of a split with its label."""
+        blocks = [(indices, self._model_labels(source, reader, alignment, values)) for indices, values in source.scan()]
+        indices = np.concatenate([block[0] for block in blocks] or [np.zeros(0, np.int64)])
+        labels = np.concatenate([block[1] for block in blocks] or [np.zeros(0, np.int64)])
+        usable = labels >= 0
+        if source.limited:
+            self.warn(f"split {source.split} is a stream of which the first {SCAN_LIMIT} rows were read; the rest was not looked at")
+        return Choice(indices, labels).without(usable)
+
+    def _balanced(self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Choice:
+        """Choose the clean images, none of the rows in `taken`."""
+        rng = np.random.default_rng([self.seed, 1])
+        if source.rows is None and isinstance(self.samples, float):
+            for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
+                pass
+
+        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for indices, values in source.scan(rng):
+                labels = self._model_labels(source, reader, alignment, values)
+                yield indices, np.where(np.isin(indices, taken), -1, labels) if len(taken) else labels
+
+        def count() -> int:
+            return sample_count(self.samples, source.rows or 0)
+
+        classes = sorted(set(alignment.mapping) - {-1})
+        chosen, seen = choose_balanced(blocks(), count, classes, rng)
+        self._check_balance(source, chosen, seen, count())
+        return chosen
+
+    def _check_balance(self, source: Source, chosen: Choice, seen: dict[int, int], wanted: int) -> None:
+        """Raise TooFewImagesError, or warn, where the chosen images are not what was asked for."""
+        where = f"split {source.split}" + (f" (its first {SCAN_LIMIT} rows, the scan limit)" if source.limited else "")
+        available = sum(seen.values())
+        if available < wanted:
+            if not isinstance(self.samples, float) or not available:
+                raise TooFewImagesError(f"--samples {self.samples}: {where} has {available} images to choose from; ask for fewer")
+            self.warn(f"{where} has only {available} usable images; all were taken")
+        took = np.bincount(chosen.labels, minlength=len(self.labels))
+        present = [c for c, number in seen.items() if number]
+        if wanted < len(present) and not self.allow_missing_classes:
+            raise TooFewImagesError(f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} classes; "
+                                    f"give --samples {len(present)} or more")  # fmt: skip
+        missing = [self.labels[c] for c in range(len(self.labels)) if not took[c]]
+        if missing:
+            names = ", ".join(name[:40] for name in missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            if not self.allow_missing_classes:
+                raise TooFewImagesError(f"{where} has no image of {len(missing)} of the model's {len(self.labels)} classes ({names}); "
+                                        "choose another dataset, or go on with --allow-missing-classes")  # fmt: skip
+            self.warn(f"no clean image of {len(missing)} of the model's {len(self.labels)} classes ({names})")
+        counts = took[took > 0]
+        if counts.max() - counts.min() > 1:
+            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} of a class, as many as {where} allows")
+
+    def _disjoint(self, source: Source, reader: LabelReader, alignment: Alignment) -> tuple[Choice, Choice]:
+        """Choose both sets from one split: first, uniformly, what is measured with, then the clean images of the rest."""
+        rows = self._all_rows(source, reader, alignment)
+        total = len(rows.indices)
+        count = self.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
+        if count >= total:
+            raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and --eval-samples {count} "
+                                    "leaves none for the defence; ask for fewer")  # fmt: skip
+        measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
+        self.warn(f"split {source.split} serves for both: {count} of its {total} images are kept for measuring, seeded and disjoint")
+        return self._balanced(source, reader, alignment, measured.indices), measured
+
+    def _measured(self, source: Source, names: list[str], reader: LabelReader, alignment: Alignment) -> tuple[Source, Choice]:
+        """Choose the evaluation rows of the first split in `names` that has labels; `source` is that of the first name."""
+        for number, name in enumerate(names):
+            source = source if number == 0 else self.origin.open(name)
+            if self.eval_samples is None:
+                source.expect_all()
+            rows = self._all_rows(source, reader, alignment)
+            total = len(rows.indices)
+            if total:
+                break
+            if number + 1 < len(names):
+                self.warn(f"split {name} has no labels; {names[number + 1]} is used for measuring")
+        else:
+            raise TooFewImagesError(f"split {names[-1]} has no image with a label to measure with; choose another --eval-split")
+        if self.eval_samples is not None and self.eval_samples > total:
+            self.warn(f"--eval-samples {self.eval_samples}: split {source.split} has {total} images; all are used")
+        return source, choose_uniform(rows, self.eval_samples, np.random.default_rng([self.seed, 2]))
+
+    def _without_duplicates(self, clean: ImageSet, measured: ImageSet) -> ImageSet:
+        """Return the evaluation images whose pixels are not those of a clean image; decodes every image once."""
+        total = len(clean) + len(measured)
+
+        def report(offset: int) -> Callable[[int, int], None]:
+            return lambda done, _: self.progress(offset + done, total) if self.progress else None
+
+        known = set(clean.fingerprints(report(0)))
+        prints = measured.fingerprints(report(len(clean)))
+        keep = [position for position, fingerprint in enumerate(prints) if fingerprint not in known]
+        dropped = len(measured) - len(keep)
+        if not dropped:
+            return measured
+        if not keep:
+            raise TooFewImagesError(f"every image of split {measured.split} is among the clean images; choose another --eval-split")
+        self.warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out of the evaluation")
+        return measured.subset(keep)
+
+    def _info(self, clean: ImageSet, measured: ImageSet, alignment: Alignment) -> DatasetInfo:
+        origin = self.origin
+        return DatasetInfo(
+            id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
+            source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
+            indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
+            label_map=alignment.label_map,
+        )  # fmt: skip
+
+
+def default_dataset(card_text: str | None) -> str:
+    """Return the one dataset that a model card's YAML names; UsageError when it names none or several."""
+    advice = "give --dataset ID"
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card_text or "", re.DOTALL)
+    try:
+        header = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError as error:
+        raise UsageError(f"the YAML of the model's card cannot be read; {advice}") from error
+    named = header.get("datasets") if isinstance(header, dict) else None
+    ids = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    ids = sorted({name.strip() for name in ids if isinstance(name, str) and name.strip()})
+    if not ids:
+        raise UsageError(f"the model's card names no dataset; {advice}")
+    if len(ids) > 1:
+        raise UsageError(f"the model's card names {len(ids)} datasets ({', '.join(ids[:5])}); {advice}")
+    return ids[0]
+
+
+def _split_names(splits: Sequence[str], split: str | None, eval_split: str | None) -> tuple[str, list[str]]:
+    """Return the split for the defence and those to measure with, the preferred one first; the same one means parts."""
+    for name, option in ((split, "--split"), (eval_split, "--eval-split")):
+        if name is not None and name not in splits:
+            raise SplitError(f"{option} {name}: the dataset has no such split; it has {', '.join(splits[:12])}")
+    train = split or next((name for name in _TRAIN_NAMES if name in splits), None)
+    if train is None:
+        others = [name for name in splits if name != eval_split and (len(splits) == 1 or name not in _EVAL_NAMES)]
+        train = others[0] if len(others) == 1 else splits[0] if len(splits) == 1 else None
+    if train is None:
+        raise SplitError(f"the dataset has no train split; say which to use with --split ({', '.join(splits[:12])})")
+    if eval_split is not None:
+        return train, [eval_split]
+    measures = [name for name in _EVAL_NAMES if name in splits and name != train]
+    if not measures and len(splits) > 1:
+        raise SplitError(f"the dataset has no test or validation split; say which to use with --eval-split ({', '.join(splits[:12])})")
+    return train, measures or [train]

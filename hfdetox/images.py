@@ -1,0 +1,210 @@
+"""Clean images: decoding what strangers encoded, and the set of labelled images that a run works with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hfdetox.errors import RunError
+
+MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here and not a warning
+# the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX")
+# what broken or hostile files make PIL raise, from the observed and the documented
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError,
+                  NotImplementedError, Image.DecompressionBombError)  # fmt: skip
+
+Result = TypeVar("Result")
+
+Encoded = bytes | str | Image.Image  # a file's bytes, its path, or an image that is already decoded
+
+
+class BrokenImageError(RunError):
+    """An image that cannot be decoded; the message names its split and row."""
+
+
+class EncodedImages(Protocol):
+    """Images as they were stored, by position."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __getitem__(self, position: int) -> Encoded:
+        """Return the image at `position`, not decoded."""
+
+
+class Spool:
+    """Encoded images in one unlinked temporary file: large sets do not fill the memory, forked workers may read it."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="hfdetox-images-")
+        self._spans: list[tuple[int, int]] = []
+        self._end = 0
+
+    def append(self, encoded: bytes) -> None:
+        """Add one image; raises RunError when the disk is full."""
+        try:
+            self._file.write(encoded)
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot keep images in {tempfile.gettempdir()} ({error.strerror}); free space or set TMPDIR") from error
+        self._spans.append((self._end, len(encoded)))
+        self._end += len(encoded)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, position: int) -> bytes:
+        start, length = self._spans[position]
+        # pread keeps no position, so threads and forked processes do not disturb one another
+        return os.pread(self._file.fileno(), length, start)
+
+
+class Picked:
+    """Some of another collection's images, in the given order."""
+
+    def __init__(self, images: EncodedImages, positions: Sequence[int]) -> None:
+        self._images, self._positions = images, list(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> Encoded:
+        return self._images[self._positions[position]]
+
+
+class ImageSet:
+    """Labelled clean images in the model's own label order, decoded on demand.
+
+    Attributes:
+        labels: LongTensor (N,), indices into the model's labels.
+        indices: the row of each image in its source split, ascending.
+        split: the source split's name.
+        channels: 3 for RGB, 1 for grey images.
+    """
+
+    def __init__(
+        self, encoded: EncodedImages, labels: Sequence[int] | np.ndarray, indices: Sequence[int], *, split: str = "train",
+        channels: int = 3,
+    ) -> None:  # fmt: skip
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self.indices = [int(i) for i in indices]
+        self.split, self.channels = split, channels
+        self._encoded = encoded
+        if not len(encoded) == len(self.labels) == len(self.indices):
+            raise ValueError(f"{len(encoded)} images, {len(self.labels)} labels and {len(self.indices)} indices")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, position: int) -> Image.Image:
+        """Return one image as PIL RGB (or L when `channels` is 1), upright; BrokenImageError names its split and row."""
+        try:
+            return decode_image(self._encoded[position], channels=self.channels)
+        except _DECODE_ERRORS as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise BrokenImageError(
+                f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason}); "
+                "repair or remove it, or choose another split or seed"
+            ) from error
+
+    def subset(self, positions: Sequence[int]) -> ImageSet:
+        """Return the images at `positions` as a set of their own; nothing is copied."""
+        chosen = [int(p) for p in positions]
+        return ImageSet(Picked(self._encoded, chosen), self.labels[chosen].numpy(), [self.indices[p] for p in chosen],
+                        split=self.split, channels=self.channels)  # fmt: skip
+
+    @property
+    def indices_sha256(self) -> str:
+        """SHA-256 (hex) over the split's name and the row numbers, ascending, each followed by a line feed, in UTF-8."""
+        lines = [self.split, *(str(i) for i in sorted(self.indices))]
+        return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+    def fingerprints(self, progress: Callable[[int, int], None] | None = None) -> list[bytes]:
+        """Return a SHA-256 of each image's decoded pixels and size: equal pixels in another file count as equal.
+
+        Decodes every image, so that a broken one is found before anything is trained. Raises BrokenImageError.
+        """
+
+        def fingerprint(position: int) -> bytes:
+            image = self.image(position)
+            return hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).digest()
+
+        return parallel_map(fingerprint, range(len(self)), progress)
+
+
+def parallel_map(
+    function: Callable[[int], Result], positions: Sequence[int], progress: Callable[[int, int], None] | None = None
+) -> list[Result]:
+    """Return `function` of each position, in order, computed by threads (PIL decodes and resizes outside Python's lock).
+
+    `progress(done, total)` is called in the caller's thread after each chunk. The first error is raised, in order.
+    """
+    total, done = len(positions), 0
+    results: list[Result] = []
+    # one task for many small images: a task costs about as much as decoding one of 32×32
+    chunks = [positions[i : i + 64] for i in range(0, total, 64)] if total > 256 else [[p] for p in positions]
+
+    def run(chunk: Iterable[int]) -> list[Result]:
+        return [function(position) for position in chunk]
+
+    pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="hfdetox-decode")
+    try:
+        for part in pool.map(run, chunks):
+            results += part
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def decode_image(encoded: Encoded, *, channels: int = 3) -> Image.Image:
+    """Return an upright 8-bit RGB (or L, for `channels` 1) image.
+
+    Grey, palette, RGBA, CMYK and 16-bit images are converted; transparency is dropped, as the two model libraries do;
+    16-bit values are scaled to 8 bit (65535 becomes 255), not clipped. Raises what PIL raises for a broken file,
+    DecompressionBombError for more than MAX_PIXELS pixels, ValueError for a missing image or a mode without a
+    defined range (32-bit float).
+    """
+    if isinstance(encoded, Image.Image):
+        image = encoded
+    elif not encoded:
+        raise ValueError("there is no image in this row")
+    else:
+        Image.init()
+        source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+        try:
+            image = Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError("not an image in a known format") from None  # PIL's text shows an address
+    # a caller's own image is not ours to close
+    with nullcontext() if image is encoded else image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are read")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return _to_mode(upright, "L" if channels == 1 else "RGB")
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no defined range; save it as 8 or 16 bit")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        top = 65535 if values.size == 0 or values.max() <= 65535 else 2**31 - 1
+        image = Image.fromarray(np.rint(values.clip(0, top) * (255.0 / top)).astype(np.uint8))
+    elif image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns about palettes with transparency on the way to RGB
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,242 @@
+"""Labels: which of the model's classes each of the dataset's classes is, by name, by a map file, or by order."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hfdetox.errors import UsageError
+
+DROPPED = -1
+_SHOWN = 8
+_GENERIC = re.compile(r"(label|class)[\s_-]*\d+", re.IGNORECASE)
+
+
+class LabelMismatchError(UsageError):
+    """The dataset's classes are not the model's, as far as their names tell."""
+
+
+class LabelMapError(UsageError):
+    """The label map cannot be read, or names classes that the dataset or the model does not have."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the dataset's classes are among the model's.
+
+    Attributes:
+        mapping: for each dataset label (its index) the model's label index, or `DROPPED` (-1) for a class left out.
+        note: what a person must know about how they were aligned (the order was used), or None.
+        label_map: dataset name to model name where the two are not spelt the same; "" for a class left out.
+    """
+
+    mapping: list[int]
+    note: str | None = None
+    label_map: dict[str, str] = field(default_factory=dict)
+
+
+def align_labels(
+    dataset_names: Sequence[str] | None, model_labels: Sequence[str], label_map: Path | Mapping[str, Any] | None = None
+) -> Alignment:
+    """Align the dataset's classes (`dataset_names`, or None when its labels are plain integers) with the model's.
+
+    Names are compared without case, spaces, underscores and hyphens, then by the synonyms of comma-separated lists
+    («tench, Tinca tinca»). `label_map` (a JSON or YAML file, or a dict) says for dataset names which model name or
+    index they are, null to leave a class out; it wins over names, and only it may merge several classes into one.
+    The dataset may have fewer classes than the model. If no name matches but the counts agree, the order is used
+    and the note says so.
+
+    Raises LabelMismatchError with the names unmatched on both sides, LabelMapError for a map that does not fit.
+    """
+    chosen = _read_map(label_map)
+    if dataset_names is None:
+        return _align_integers(model_labels, chosen)
+    fixed = _apply_map(chosen, list(dataset_names), model_labels)
+    open_names = [i for i in range(len(dataset_names)) if i not in fixed]
+    found = _match(
+        {i: dataset_names[i] for i in open_names},
+        {m: label for m, label in enumerate(model_labels) if m not in fixed.values()},
+    )
+    note = None
+    if open_names and not found and not fixed and len(dataset_names) == len(model_labels):
+        found = {i: i for i in open_names}
+        note = (
+            f"none of the dataset's class names ({_list(dataset_names, 3)}) is among the model's labels "
+            f"({_list(model_labels, 3)}); both have {len(model_labels)}, so their order was used"
+        )
+    elif len(found) < len(open_names):
+        used = set(found.values()) | set(fixed.values())
+        raise _mismatch([dataset_names[i] for i in open_names if i not in found],
+                        [label for m, label in enumerate(model_labels) if m not in used], model_labels)  # fmt: skip
+    mapping = [found[i] if i in found else fixed[i] for i in range(len(dataset_names))]
+    return Alignment(mapping, note, _name_map(dataset_names, mapping, model_labels))
+
+
+def accuracy_hint(confusion: np.ndarray) -> float:
+    """Return the best accuracy, in [0, 1], that any one-to-one renaming of the predicted labels would give.
+
+    `confusion` is K×K counts, true label by predicted label. A value far above the accuracy itself says that the
+    labels are permuted. An empty confusion matrix gives 0.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    total = float(confusion.sum())
+    rows, columns = linear_sum_assignment(confusion, maximize=True)
+    return float(confusion[rows, columns].sum()) / total if total else 0.0
+
+
+def _align_integers(model_labels: Sequence[str], chosen: dict[str, Any]) -> Alignment:
+    """Align labels that are plain integers: by the model's names where those are the integers, else by order."""
+    names = [str(i) for i in range(len(model_labels))]
+    same = set(model_labels) == set(names)
+    mapping = [model_labels.index(name) for name in names] if same else list(range(len(names)))
+    # integers beyond the model's labels can only be named by the map
+    extra = [int(key) for key in chosen if key.isdecimal() and int(key) >= len(names)]
+    if len(extra) and max(extra) > 1_000_000:
+        raise LabelMapError(f"label map: {max(extra)} is not a class index; the model has {len(names)} labels")
+    for index in range(len(names), max(extra, default=-1) + 1):
+        names.append(str(index))
+        mapping.append(DROPPED)
+    fixed = _apply_map(chosen, names, model_labels)
+    mapping = [fixed.get(i, m) for i, m in enumerate(mapping)]
+    note = None
+    if not same and len(fixed) < len(model_labels):
+        note = "the dataset's labels are plain integers; they were taken as the model's label order"
+    return Alignment(mapping, note, {names[i]: _name(m, model_labels) for i, m in sorted(fixed.items())})
+
+
+def _match(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
+    """Return dataset index to model index for every name that has one clear partner, whole names first."""
+    found = _pair_by(dataset, model, lambda name: {_plain(name)}, repeated=True)
+    rest_d = {i: name for i, name in dataset.items() if i not in found}
+    rest_m = {m: name for m, name in model.items() if m not in found.values()}
+    return found | _pair_by(rest_d, rest_m, _synonyms, repeated=False)
+
+
+def _pair_by(
+    dataset: Mapping[int, str], model: Mapping[int, str], keys: Callable[[str], set[str]], *, repeated: bool
+) -> dict[int, int]:
+    """Pair indices that share a key. With `repeated`, names that occur equally often on both sides pair in order."""
+    index: dict[str, list[int]] = {}
+    for m, label in model.items():
+        for key in keys(label):
+            index.setdefault(key, []).append(m)
+    if repeated:
+        pairs: dict[int, int] = {}
+        counts = Counter(key for name in dataset.values() for key in keys(name))
+        seen: Counter[str] = Counter()
+        for i, name in dataset.items():
+            (key,) = keys(name)
+            # ImageNet has two cranes and two maillots; the k-th of one list is the k-th of the other
+            if len(index.get(key, ())) == counts[key]:
+                pairs[i] = index[key][seen[key]]
+                seen[key] += 1
+        return pairs
+    partners: dict[int, int] = {}
+    for i, name in dataset.items():
+        shared = Counter(m for key in keys(name) for m in index.get(key, ()))
+        best = [m for m, n in shared.items() if n == max(shared.values())]
+        if len(best) == 1:
+            partners[i] = best[0]
+    claims = Counter(partners.values())
+    return {i: m for i, m in partners.items() if claims[m] == 1}
+
+
+def _plain(name: str) -> str:
+    """Return `name` without case, and with runs of spaces, underscores and hyphens as nothing."""
+    return re.sub(r"[\s_\-]+", "", name.casefold())
+
+
+def _synonyms(name: str) -> set[str]:
+    return {_plain(part) for part in name.split(",")} - {""}
+
+
+def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the label map as a dict of dataset name to model name, index or None."""
+    if label_map is None:
+        return {}
+    where = "label map"
+    if isinstance(label_map, (str, Path)):
+        path, where = Path(label_map), f"label map {label_map}"
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise LabelMapError(f"{where} cannot be read ({error}); give a JSON or YAML file") from error
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise LabelMapError(f"{where} is not valid: {' '.join(str(error).split())}") from error
+    else:
+        content = dict(label_map)
+    if not isinstance(content, dict) or not content:
+        raise LabelMapError(f"{where} must be a mapping of dataset class names to the model's names or indices")
+    for key, value in content.items():
+        plain = isinstance(key, (str, int)) and not isinstance(key, bool)
+        if not plain or isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
+            raise LabelMapError(f"{where}: entry {key!r}: {value!r} is not NAME: NAME, INDEX or null; put names in quotes")
+    return {str(key): value for key, value in content.items()}
+
+
+def _apply_map(chosen: Mapping[str, Any], dataset_names: list[str], model_labels: Sequence[str]) -> dict[int, int]:
+    """Return dataset index to model index (or DROPPED) for every entry of the map."""
+    fixed: dict[int, int] = {}
+    for key, value in chosen.items():
+        places = [i for i, name in enumerate(dataset_names) if name == key]
+        places = places or [i for i, name in enumerate(dataset_names) if _plain(name) == _plain(key)]
+        if not places:
+            raise LabelMapError(f"label map: the dataset has no class {key!r}; it has {_list(dataset_names)}")
+        fixed.update(dict.fromkeys(places, _model_index(key, value, model_labels)))
+    return fixed
+
+
+def _model_index(key: str, value: str | int | None, model_labels: Sequence[str]) -> int:
+    if value is None:
+        return DROPPED
+    if isinstance(value, str):
+        exact = [m for m, label in enumerate(model_labels) if label == value]
+        loose = exact or [m for m, label in enumerate(model_labels) if _plain(label) == _plain(value)]
+        loose = loose or [m for m, label in enumerate(model_labels) if _plain(value) in _synonyms(label)]
+        if len(loose) == 1:
+            return loose[0]
+        if loose:
+            raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(loose)} of the model's labels; give the index")
+        if not value.isdecimal():
+            raise LabelMapError(f"label map: {key!r}: the model has no label {value!r}; it has {_list(model_labels)}")
+    index = int(value)
+    if not 0 <= index < len(model_labels):
+        raise LabelMapError(f"label map: {key!r}: index {index} is outside 0 to {len(model_labels) - 1}")
+    return index
+
+
+def _name(index: int, model_labels: Sequence[str]) -> str:
+    return "" if index == DROPPED else model_labels[index]
+
+
+def _name_map(names: Sequence[str], mapping: Sequence[int], model_labels: Sequence[str]) -> dict[str, str]:
+    pairs = ((name, _name(m, model_labels)) for name, m in zip(names, mapping, strict=True))
+    return {name: label for name, label in pairs if name != label}
+
+
+def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str]) -> LabelMismatchError:
+    if all(_GENERIC.fullmatch(label) for label in labels):
+        why = f"the model has {len(labels)} labels without names ({_list(labels, 2)}), the dataset has other classes"
+    else:
+        why = "the dataset's classes are not the model's"
+    return LabelMismatchError(
+        f"{why}; unmatched in the dataset ({len(dataset)}): {_list(dataset)}; unmatched in the model ({len(model)}): "
+        f"{_list(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or null to leave it out)"
+    )
+
+
+def _list(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """Return the first names, each cut at 40 characters, in one line of bounded length."""
+    parts = [" ".join(name.split())[:40] for name in names[:shown]]
+    more = len(names) - shown
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
