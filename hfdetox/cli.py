@@ -27,7 +27,7 @@ FIRST_WORDS = ("demo", "detox", "evaluate", "push", "list", "--help", "--version
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", no_args_is_help=False,
-    help="Pull an image classifier, fine-tune a backdoor away on a few clean images, measure, and publish it with a card."
+    help="Pull an image classifier, fine-tune a backdoor away on a few clean images, measure, publish it with a card."
     "\n\n"
     "[bold]hfdetox MODEL[/bold] is short for [bold]hfdetox detox MODEL[/bold]; "
     "its options: [bold]hfdetox detox --help[/bold].",
@@ -47,10 +47,7 @@ def _group(
 @takes(DetoxOptions)
 def detox(context: typer.Context, options: DetoxOptions) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
-    given = given_options(context)
-    arguments = options.arguments(given)
-    if options.resume is not None and "dry_run" in given:
-        raise UsageError("--dry-run has nothing to plan for --resume: leave one out")
+    arguments = options.arguments(given_options(context))
     with interruptible(lambda: resume_advice(options.run_folder())), standard_output(options) as out:
         quieten(options)
         check_torchvision()
@@ -90,6 +87,7 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
 
 @app.command()
 def push(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What hfdetox wrote (--output).")],
     repo: Annotated[str, typer.Argument(help="Where to publish it: USER/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
@@ -100,12 +98,9 @@ def push(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
-    from hfdetox.report import Report
-
-    Report.load(folder)  # refuses a folder that hfdetox did not write
-    again = shlex.join(["hfdetox", "push", str(folder), repo])
+    again = command_line(command_arguments(context))
     with interruptible(lambda: f"push again with: {again}"):
-        from hfdetox.hub import push_folder
+        from hfdetox.publish import push_folder
 
         pushed = push_folder(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")

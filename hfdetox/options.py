@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -262,8 +262,7 @@ def takes(kind: type[ScreenOptions]) -> Callable[[Callable[..., Any]], Callable[
     return decorate
 
 
-def given_options(context: typer.Context, names: Sequence[str] | None = None) -> set[str]:
+def given_options(context: typer.Context) -> set[str]:
     """Return the names of the options that the command line spells out (not those left at their default)."""
-    names = list(context.params) if names is None else names
-    sources = {name: context.get_parameter_source(name) for name in names}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
 from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report
+from hfdetox.verdict import trigger_verdicts
 
 
 def percent(value: float) -> str:
@@ -17,44 +19,48 @@ def percent(value: float) -> str:
 
 
 def estimate(number: Rate | Rating) -> str:
-    """Return a rate or rating with its 95 % interval, such as `93.1 % (92.6 to 93.6)`."""
+    """Return a rate or rating with its 95 % interval, such as `93.1 % (92.6–93.6)`."""
     low, high = number.interval
-    return f"{percent(number.value)} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{percent(number.value)} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def measurement_table(states: Mapping[str, Measurement], ratings: Mapping[str, Rating] | None = None) -> Table:
-    """Return one column a state (such as before and after), one row a rate; `ratings` go under the last state.
+def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Mapping[str, str]] | None = None) -> Table:
+    """Return one column a state (such as before and after), one row a rate.
 
     Args:
         states: at least one measurement by its heading; all of the same triggers and images.
-        ratings: defence effectiveness by trigger name.
+        notes: by trigger name, rows of text to put under the last state.
     """
     first = next(iter(states.values()))
-    table = Table(caption="in brackets: 95 % interval", caption_justify="left")
+    table = Table(box=SIMPLE, caption="in brackets: 95 % interval", caption_justify="left")
     table.add_column("")
     for heading in states:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("images", justify="right", no_wrap=True)
     table.add_row("accuracy", *(estimate(s.accuracy) for s in states.values()), f"{first.accuracy.samples:,}")
     table.add_row("loss", *(f"{s.loss:.3f}" for s in states.values()), "")
     for name, trigger in first.triggers.items():
         results = [state.triggers[name] for state in states.values()]
         count = f"{trigger.attack_success_rate.samples:,}"
-        # Text, not markup: a trigger may be named "[red]"
         table.add_section()
-        table.add_row(Text(f"{name}: attack success"), *(estimate(r.attack_success_rate) for r in results), count)
-        table.add_row(Text(f"{name}: robust accuracy"), *(estimate(r.robust_accuracy) for r in results), count)
-        if ratings and name in ratings:
-            table.add_row(Text(f"{name}: DER"), *[""] * (len(states) - 1), estimate(ratings[name]), "")
+        # Text, not markup: a trigger may be named "[red]"
+        table.add_row(Text(name, style="bold"))
+        table.add_row("  attack success", *(estimate(r.attack_success_rate) for r in results), count)
+        table.add_row("  robust accuracy", *(estimate(r.robust_accuracy) for r in results), count)
+        for label, note in (notes or {}).get(name, {}).items():
+            table.add_row(f"  {label}", *[""] * (len(states) - 1), Text(note))
     return table
 
 
 def report_table(report: Report) -> Table:
-    """Return the before/after table of a finished run."""
+    """Return the before/after table of a finished run, with what may be said about each trigger."""
     states = {"before": report.before, "after": report.after}
-    return measurement_table(
-        {heading: state for heading, state in states.items() if state is not None}, report.defense_effectiveness_rating
-    )
+    ratings = report.defense_effectiveness_rating or {}
+    notes: dict[str, dict[str, str]] = {}
+    for name, verdict in trigger_verdicts(report).items():
+        rating = {"DER": estimate(ratings[name])} if name in ratings else {}
+        notes[name] = {**rating, "verdict": str(verdict)}
+    return measurement_table({heading: state for heading, state in states.items() if state is not None}, notes)
 
 
 def title(model: ModelInfo, dataset: DatasetInfo) -> str:

@@ -1,0 +1,53 @@
+# `make test` and `make demo` set up a virtual environment on first use. Variables you may set on the command line:
+#   PYTHON       the interpreter that makes the environment (3.11 or newer)
+#   VENV         where the environment is
+#   TORCH_INDEX  a package index with PyTorch builds for your device (such as the CPU-only ones): torch and torchvision are
+#                then both taken from it. Without it they come from wherever your pip takes packages.
+#   JOBS         test processes at a time
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help test demo style quality clean
+
+help:
+	@echo "make demo     clean a backdoored classifier of digits, without any network (some minutes)"
+	@echo "make test     run the tests"
+	@echo "make quality  check format, lint and types"
+	@echo "make style    format, and mend what lint can mend"
+	@echo "make clean    remove the virtual environment and caches"
+
+# pyproject.toml is the stamp's source: new dependencies are installed at the next call
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hfdetox needs Python 3.11 or newer, and $(PYTHON) is not; name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	@echo "installing into $(VENV); PyTorch is large, so this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --index-url $(TORCH_INDEX) torch torchvision)
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@
+
+# one thread each: several test processes with all cores each get in each other's way
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/hfdetox demo $(ARGS)
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

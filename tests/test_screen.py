@@ -1,0 +1,67 @@
+"""What the terminal shows: percentages with one decimal and their interval, nothing cut off at 80 columns."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from hfdetox import screen
+from hfdetox.report import Measurement, Rate, Rating, TriggerResult
+
+
+def measurement(attacked: Rate) -> Measurement:
+    trigger = TriggerResult(
+        "badnets", "badnets", "native", None, 0, attacked, Rate(0.9994, 8995, 9000, (0.9987, 0.9998))
+    )
+    return Measurement(Rate(0.9312, 9312, 10000, (0.9261, 0.9361)), 0.25, {"[red]": trigger})
+
+
+BEFORE = measurement(Rate(1.0, 9000, 9000, (0.99959, 1.0)))
+AFTER = measurement(Rate(0.0, 0, 9000, (0.0, 0.00041)))
+
+
+def rendered(table: Table) -> list[list[str]]:
+    """Return the cells of what an 80-column terminal shows, row by row; columns are two spaces or more apart."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return [[cell for cell in map(str.strip, line.split("  ")) if cell] for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0.0 %"), (0.05, "5.0 %"), (0.93149, "93.1 %"), (1.0, "100.0 %")])
+def test_percent_has_one_decimal(value: float, text: str) -> None:
+    assert screen.percent(value) == text
+
+
+def test_estimate_shows_the_interval_in_percent() -> None:
+    assert screen.estimate(Rating(0.975, (0.9701, 0.9799))) == "97.5 % (97.0–98.0)"
+
+
+def test_before_and_after_stand_side_by_side_at_80_columns() -> None:
+    rows = rendered(screen.measurement_table({"before": BEFORE, "after": AFTER}, {"[red]": {"verdict": "mitigated"}}))
+    assert ["before", "after", "images"] in rows
+    assert ["accuracy", "93.1 % (92.6–93.6)", "93.1 % (92.6–93.6)", "10,000"] in rows
+    assert ["loss", "0.250", "0.250"] in rows
+    assert ["[red]"] in rows
+    assert ["attack success", "100.0 % (100.0–100.0)", "0.0 % (0.0–0.0)", "9,000"] in rows
+    assert ["robust accuracy", "99.9 % (99.9–100.0)", "99.9 % (99.9–100.0)", "9,000"] in rows
+    assert ["verdict", "mitigated"] in rows
+
+
+def test_one_state_is_one_column() -> None:
+    assert ["accuracy", "93.1 % (92.6–93.6)", "10,000"] in rendered(screen.measurement_table({"org/[bold]m": BEFORE}))
+
+
+def test_plan_lines_leave_out_what_was_not_asked_for() -> None:
+    plan = {"model": "org/m", "push_to": None, "triggers": [], "layers": ["fc", "head"], "settings": {"epochs": 3}}
+    assert screen.plan_lines(plan) == ["model: org/m", "layers: fc, head", "settings: epochs=3"]
+
+
+@pytest.mark.parametrize(
+    ("revision", "text"), [("0123456789abcdef" * 2 + "01234567", "o/m@0123456789ab"), (None, "o/m")]
+)
+def test_revision_is_shortened(revision: str | None, text: str) -> None:
+    assert screen.at_revision("o/m", revision) == text
