@@ -323,6 +323,13 @@ def test_rules_act_on_the_requests_they_name(hub, model):
     assert [entry.status for entry in hub.requests("GET", f"/api/models/{model}")] == [200, 429, 429, 200]
 
 
+def test_delay_waits_before_the_request_is_carried_out(hub):
+    hub.faults.delay("GET", "/api/nothing", 0.5)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.get(f"{hub.url}/api/nothing", timeout=0.2)
+    assert httpx2.get(f"{hub.url}/api/nothing", timeout=0.2).status_code == 404
+
+
 def test_dropped_answer_has_happened(hub, model, hub_token):
     hub.faults.drop_answer("POST", "/commit/main")
     before = hub.head(model)
@@ -467,6 +474,13 @@ def test_cli_runs_in_an_environment_of_its_own(hub, run_cli, fresh_env):
     code = "from huggingface_hub import constants as c; print(c.ENDPOINT, c.HF_HOME)"
     shown = subprocess.run([sys.executable, "-c", code], env=fresh_env, capture_output=True, text=True, check=True)
     assert shown.stdout.split() == [hub.url, fresh_env["HF_HOME"]]
+
+
+def test_session_refuses_to_start_after_the_client_was_imported():
+    command = [sys.executable, "-c", "import huggingface_hub, tests.conftest"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "was imported before tests/conftest.py" in done.stderr
 
 
 def test_server_runs_by_hand(tmp_path):

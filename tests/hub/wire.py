@@ -194,8 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             return listener.respond(request)
         except Refusal as refusal:
             return refusal.answer()
-        except OSError:
-            raise
+        except ConnectionError:
+            raise  # the client went away
         except Exception as error:  # noqa: BLE001 -- a mistake in this server must be seen in the test that met it
             listener.owner.errors.append(traceback.format_exc())
             return Refusal(500, f"mistake in the test server: {error!r}").answer()
