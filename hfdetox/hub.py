@@ -13,12 +13,12 @@ import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
@@ -104,18 +104,14 @@ def resolve(
     ask(lambda: validate_repo_id(repo_id), what)
     if constants.is_offline_mode():
         return _resolve_offline(repo_id, repo_type, revision, what)
-    api = HfApi()
-    patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = ask(
-        lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision, timeout=patience), what, retry=retry
-    )
+    info = ask_info(repo_id, what, repo_type=repo_type, revision=revision, retry=retry)
     name, sha = str(info.id), str(info.sha)
     ask(lambda: validate_repo_id(name), what)
     if not COMMIT_ID.fullmatch(sha):
         raise UnreachableError(f"{constants.ENDPOINT} names no commit for {what}; check HF_ENDPOINT")
     if info.gated:
         # the facts about a gated repository are public, so that they say nothing about access to its cached files
-        ask(lambda: api.auth_check(name, repo_type=repo_type), what, retry=retry)
+        ask(lambda: HfApi().auth_check(name, repo_type=repo_type), what, retry=retry)
     files = list_files(name, sha, repo_type=repo_type, retry=retry)
     _remember(name, repo_type, revision, sha)
     moved = () if name == repo_id else (f"{what} is called {name} on the Hub now; using that name",)
@@ -144,6 +140,17 @@ def pull_model(
         check_safetensors(path)
         hashes[name] = state.files[name].sha256 or sha256_file(path)
     return PulledRepo(state.id, state.sha, _snapshot(state.id, state.repo_type, state.sha), hashes, state.warnings)
+
+
+def ask_info(
+    repo_id: str, what: str, *, repo_type: RepoType = "model", revision: str | None, retry: Retry
+) -> ModelInfo | DatasetInfo:
+    """Return `id`, `sha`, `private` and `gated` of a repository as they are now; raises HubError."""
+    # only what is needed: the client fails on a malformed card or result file among the rest
+    fields: list[Any] = ["sha", "private", "gated"]
+    api, patience = HfApi(), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    ask_one = api.model_info if repo_type == "model" else api.dataset_info
+    return ask(lambda: ask_one(repo_id, revision=revision, timeout=patience, expand=fields), what, retry=retry)
 
 
 def list_files(

@@ -199,7 +199,7 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
 def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
     status = error.response.status_code
     said = f": {_line(error.server_message)}" if error.server_message else ""
-    logged_in = bool(get_token())
+    logged_in = bool(_token())
     if isinstance(error, GatedRepoError):
         if logged_in:
             return AccessError(f"{what} is gated and this account has no access; ask for it on the repository's page")
@@ -237,8 +237,15 @@ def _is_cut_file(error: BaseException) -> bool:
     return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
 
+def _token() -> str | None:
+    try:
+        return get_token()
+    except OSError:
+        return None  # the token's file cannot be read; what is being reported says so already
+
+
 def _line(text: str) -> str:
     """Return `text` as one line of at most 200 characters, without the token should a server echo it."""
-    token = get_token()
+    token = _token()
     text = " ".join(text.split())
     return (text.replace(token, "<token>") if token else text)[:200]

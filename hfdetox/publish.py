@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 import hfdetox
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.errors import HubError, UsageError
-from hfdetox.hub import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, fetch, list_files, resolve
+from hfdetox.hub import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 from hfdetox.hub_requests import (
     DEFAULT_RETRY,
     AccessError,
@@ -107,8 +107,8 @@ def push_folder(
 
     A missing repository is created. In an existing one old weights, and what loaders read beside them, are deleted in
     the same commit. With `create_pr` the commit opens a pull request on an existing repository. A commit whose answer
-    was lost is recognised by the head's files. Raises UsageError, or HubError whose line ends with the command that
-    repeats the push; the folder is only read.
+    was lost is recognised by the head's files; when all of it is there already, no commit is made.
+    Raises UsageError, or HubError whose line ends with the command that repeats the push; the folder is only read.
     """
     files = _local_files(folder)
     try:
@@ -116,6 +116,8 @@ def push_folder(
         state = target.state or _create(target.repo_id, private, overwrite, retry)
         stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
         plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
+        if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
+            return _result(plan, state.sha, None)
         return _commit(plan, retry)
     except HubError as error:
         command = push_command(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
@@ -295,18 +297,16 @@ def _find_pull_request(plan: _Plan, retry: Retry) -> PushResult | None:
     )  # fmt: skip
     for discussion in found:
         reference = f"refs/pr/{discussion.num}"
-        if discussion.title == plan.message and not _differences(plan, reference, retry):
+        # the filters above are the Hub's to apply; a server that ignores them must not change what is found
+        mine = discussion.is_pull_request and discussion.status == "open" and discussion.author == plan.account
+        if mine and discussion.title == plan.message and not _differences(plan, reference, retry):
             page = f"{constants.ENDPOINT}/{plan.repo_id}/discussions/{discussion.num}"
             return _result(plan, _head(plan.repo_id, reference, retry), page)
     return None
 
 
 def _head(repo_id: str, revision: str | None, retry: Retry) -> str:
-    patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = ask(
-        lambda: HfApi().repo_info(repo_id, revision=revision, timeout=patience), f"model {repo_id}", retry=retry
-    )
-    return str(info.sha)
+    return str(ask_info(repo_id, f"model {repo_id}", revision=revision, retry=retry).sha)
 
 
 def _differences(plan: _Plan, revision: str, retry: Retry) -> list[str]:

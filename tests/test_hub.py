@@ -1,0 +1,405 @@
+"""Reading from the Hub with the unmodified client, against the server in tests/hub."""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.numpy import save
+
+from hfdetox.errors import HubError, UsageError
+from hfdetox.hub import (
+    AccessError,
+    IntegrityError,
+    OfflineError,
+    PickleOnlyError,
+    Retry,
+    UnknownRepoError,
+    UnreachableError,
+    check_safetensors,
+    pull_model,
+    read_text_file,
+    resolve,
+    sha256_file,
+)
+from hfdetox.hub_requests import ask, asked_delay
+
+QUICK = Retry(base_delay=0.01)
+WEIGHTS = save({"head.weight": np.arange(600, dtype=np.float32).reshape(2, 300)})
+OTHER_WEIGHTS = save({"head.weight": np.ones((2, 300), dtype=np.float32)})
+
+
+def make_model(hub, name, **extra):
+    hub.create_repo(name)
+    return hub.commit(name, {"config.json": "{}", "README.md": "# card", "model.safetensors": WEIGHTS, **extra})
+
+
+def facts(name):
+    """The path of the request that names the commit."""
+    return rf"/api/models/{name}(\?|$)"
+
+
+def cached_file(name, filename, repo_type="model"):
+    folder = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{name.replace('/', '--')}"
+    return next(folder.glob(f"snapshots/*/{filename}"))
+
+
+def test_pull_pins_the_commit_and_names_the_hash_of_the_weights(hub, repo_name):
+    name = repo_name()
+    first = make_model(hub, name, **{"LICENSE": "MIT", "modeling.py": "x = 1", "notes.txt": "no"})
+    hub.commit(name, {"model.safetensors": OTHER_WEIGHTS})
+    pulled = pull_model(name, revision=first)
+    assert (pulled.id, pulled.revision) == (name, first)
+    assert pulled.weights == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
+    assert sorted(path.name for path in pulled.folder.iterdir()) == [
+        "LICENSE", "README.md", "config.json", "model.safetensors"
+    ]  # fmt: skip
+    assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert pull_model(name).weights == {"model.safetensors": hashlib.sha256(OTHER_WEIGHTS).hexdigest()}
+
+
+def test_python_files_come_only_when_remote_code_is_trusted(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name, **{"modeling.py": "x = 1", "parts/layer.py": "y = 2"})
+    assert not list(pull_model(name).folder.rglob("*.py"))
+    folder = pull_model(name, trust_remote_code=True).folder
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.py")) == ["modeling.py", "parts/layer.py"]
+
+
+def test_every_file_is_asked_for_at_the_commit_that_was_named_first(hub, repo_name):
+    name = repo_name()
+    first = make_model(hub, name)
+    # somebody pushes other weights between the first answer and the files
+    hub.faults.before("GET", f"{name}/tree/", lambda: hub.commit(name, {"model.safetensors": OTHER_WEIGHTS}))
+    pulled = pull_model(name)
+    assert hub.head(name) != first
+    assert pulled.revision == first
+    assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert all(f"/resolve/{first}/" in entry.path for entry in hub.requests(path="/resolve/"))
+
+
+def test_a_cached_copy_does_not_stand_in_for_a_repo_that_is_gone(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    pull_model(name)
+    hub.delete_repo(name)
+    with pytest.raises(UnknownRepoError, match=rf"model {name} is not on the Hub"):
+        pull_model(name)
+
+
+def test_a_cached_copy_does_not_stand_in_for_a_gated_repo(hub, repo_name, monkeypatch):
+    name = repo_name()
+    make_model(hub, name)
+    pull_model(name)
+    hub.set_access(name, gated=True)
+    with pytest.raises(AccessError, match=r"is gated and there is no token.*hf auth login"):
+        pull_model(name)
+    monkeypatch.setenv("HF_TOKEN", hub.stranger_token)
+    with pytest.raises(AccessError, match="is gated and this account has no access"):
+        pull_model(name)
+    hub.grant(name, "stranger")
+    assert pull_model(name).id == name
+
+
+def test_a_moved_repo_is_followed_under_its_new_name_and_said_so(hub, repo_name):
+    old, new = repo_name(), repo_name()
+    commit = make_model(hub, old)
+    pull_model(old)
+    hub.move_repo(old, new)
+    pulled = pull_model(old)
+    assert (pulled.id, pulled.revision) == (new, commit)
+    assert pulled.warnings == (f"model {old} is called {new} on the Hub now; using that name",)
+    assert new.replace("/", "--") in str(pulled.folder)
+
+
+def test_a_private_repo_needs_the_token(hub, repo_name, monkeypatch):
+    name = repo_name()
+    make_model(hub, name)
+    hub.set_access(name, private=True)
+    with pytest.raises(UnknownRepoError, match="if it is private `hf auth login`"):
+        pull_model(name)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert pull_model(name).id == name
+    assert not any(entry.had_token for entry in hub.log if entry.origin == "storage")
+
+
+def test_wrong_names_and_tokens_are_one_clear_line_each(hub, repo_name, monkeypatch):
+    name = repo_name()
+    make_model(hub, name)
+    with pytest.raises(UnknownRepoError, match=r"^dataset org/nothing-here is not on the Hub"):
+        resolve("org/nothing-here", repo_type="dataset")
+    with pytest.raises(UnknownRepoError, match=r"at v9: no such branch, tag or commit"):
+        resolve(name, revision="v9")
+    with pytest.raises(UsageError, match="neither a folder nor a Hub id"):
+        resolve("a/b/c")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong_secret")
+    with pytest.raises(AccessError, match="refuses the token") as caught:
+        pull_model(name)
+    assert "hf_wrong_secret" not in str(caught.value)
+    assert caught.value.exit_status == 3
+
+
+def test_a_token_that_a_server_echoes_is_left_out_of_the_line(hub, repo_name, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.faults.answer("GET", "/api/models/", 418, message=f"no tea for {hub.token}\nsecond line")
+    with pytest.raises(HubError) as caught:
+        resolve(repo_name())
+    assert "no tea for <token> second line" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("filename", "origin"), [("model.safetensors", "storage"), ("config.json", "hub")])
+def test_a_file_damaged_on_its_way_is_refused_and_the_next_try_is_fresh(hub, repo_name, filename, origin):
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.flip_byte(f"/{filename}" if origin == "hub" else name, at=1, origin=origin)
+    with pytest.raises(IntegrityError, match=rf"{filename} of model {name} is not what the Hub says it is"):
+        pull_model(name)
+    pulled = pull_model(name)
+    assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert (pulled.folder / "config.json").read_text() == "{}"
+
+
+def test_a_damaged_cached_file_is_refused_and_the_next_try_is_fresh(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    pull_model(name)
+    blob = cached_file(name, "model.safetensors").resolve()
+    blob.write_bytes(OTHER_WEIGHTS)
+    with pytest.raises(IntegrityError, match="damaged copy was removed"):
+        pull_model(name)
+    assert not blob.exists()
+    assert (pull_model(name).folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_weights_that_git_holds_itself_are_checked_by_gits_hash(hub, repo_name, monkeypatch):
+    name = repo_name()
+    hub.create_repo(name)
+    monkeypatch.setattr("tests.hub.storage.wants_lfs", lambda *arguments: False)
+    hub.commit(name, {"config.json": "{}", "model.safetensors": WEIGHTS})
+    assert resolve(name).files["model.safetensors"].sha256 is None
+    assert pull_model(name).weights == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
+    cached_file(name, "model.safetensors").resolve().write_bytes(OTHER_WEIGHTS)
+    with pytest.raises(IntegrityError):
+        pull_model(name)
+
+
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "weights/best.pth"])
+def test_a_pickle_only_repo_is_refused_without_fetching_it(hub, repo_name, pickle):
+    name = repo_name()
+    hub.create_repo(name)
+    hub.commit(name, {"config.json": "{}", pickle: b"\x80\x04."})
+    with pytest.raises(PickleOnlyError, match=rf"only as a pickle \({pickle}\), which can run its author's code"):
+        pull_model(name)
+    assert not hub.requests(path="/resolve/")
+
+
+def test_files_that_are_not_safetensors_are_refused(hub, repo_name, tmp_path):
+    for content, reason in ((b"\x80\x04 pickled", "not a safetensors file"),
+                            (WEIGHTS[:-1], "not a safetensors file"),
+                            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+                            (b"", "not a safetensors file")):  # fmt: skip
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(UsageError, match=rf"^model\.safetensors.*{reason}"):
+            check_safetensors(tmp_path / "model.safetensors")
+    name = repo_name()
+    hub.create_repo(name)
+    hub.commit(name, {"config.json": "{}", "model.safetensors": b"\x80\x04 pickled under another name"})
+    with pytest.raises(UsageError, match="not a safetensors file"):
+        pull_model(name)
+    empty = repo_name()
+    hub.create_repo(empty)
+    with pytest.raises(UsageError, match=r"has no model\.safetensors"):
+        pull_model(empty)
+
+
+def test_the_header_names_the_tensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(WEIGHTS)
+    assert check_safetensors(path) == {"head.weight": {"dtype": "F32", "shape": [2, 300], "data_offsets": [0, 2400]}}
+    assert sha256_file(path) == hashlib.sha256(WEIGHTS).hexdigest()
+
+
+def test_shards_are_pulled_by_their_index(hub, repo_name):
+    name = repo_name()
+    hub.create_repo(name)
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = "model.safetensors.index.json"
+    shards = {names["a"]: WEIGHTS, names["b"]: OTHER_WEIGHTS, index: json.dumps({"weight_map": names})}
+    hub.commit(name, {"config.json": "{}", **shards})
+    pulled = pull_model(name)
+    assert pulled.weights == {f: hashlib.sha256(shards[f]).hexdigest() for f in names.values()}
+    assert (pulled.folder / index).is_file()
+    for broken in (json.dumps({"weight_map": {"a": "../../other.safetensors"}}), "[]", json.dumps({"weight_map": {}})):
+        hub.commit(name, {index: broken})
+        with pytest.raises(UsageError, match=index):
+            pull_model(name)
+
+
+@pytest.mark.parametrize("path", ["../evil.py", "a/../../evil.py", "/etc/evil.py"])
+def test_a_listing_cannot_name_files_outside_its_folder(hub, repo_name, path):
+    name = repo_name()
+    make_model(hub, name, **{path: "evil"})
+    with pytest.raises(IntegrityError, match="would leave its folder"):
+        pull_model(name, trust_remote_code=True)
+
+
+def test_requests_that_the_client_raises_at_once_are_repeated(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    known = hub.faults.answer("GET", facts(name), 503, times=2)
+    dropped = hub.faults.drop_answer("GET", facts(name), times=1, skip=0)
+    files = hub.faults.answer("GET", name, 502, times=2, origin="storage")
+    pulled = pull_model(name, retry=QUICK)
+    assert (known.hits, dropped.hits, files.hits) == (2, 1, 2)
+    assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_lasting_failure_ends_after_the_last_attempt(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    rule = hub.faults.answer("GET", facts(name), 500, times=None)
+    with pytest.raises(UnreachableError, match="fails with status 500"):
+        resolve(name, retry=Retry(attempts=3, base_delay=0.01))
+    assert rule.hits == 3
+
+
+def test_retry_after_is_kept_and_bounded(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.answer("GET", facts(name), 429, headers={"Retry-After": "1"})
+    start = time.monotonic()
+    resolve(name, retry=QUICK)
+    assert time.monotonic() - start >= 1
+    rule = hub.faults.answer("GET", facts(name), 429, headers={"RateLimit": '"api";r=0;t=900'}, times=None)
+    with pytest.raises(UnreachableError, match=r"limits requests.*try again in 900 s"):
+        resolve(name, retry=QUICK)
+    assert rule.hits == 1
+
+
+def failure(status, **headers):
+    request = httpx2.Request("GET", "http://127.0.0.1/api/models/a/b")
+    return HfHubHTTPError("failed", response=httpx2.Response(status, headers=headers, request=request))
+
+
+def test_pauses_double_up_to_their_limit_and_stop_with_the_attempts():
+    retry = Retry(attempts=6, base_delay=1, max_delay=5)
+    assert [retry.delay(n, failure(503)) for n in range(1, 7)] == [1, 2, 4, 5, 5, None]
+    assert [retry.delay(1, failure(status)) for status in (400, 401, 403, 404, 409, 412)] == [None] * 6
+    assert [retry.delay(1, failure(status)) for status in (408, 429, 500, 502, 503, 504)] == [1] * 6
+    assert retry.delay(1, failure(503, **{"Retry-After": "7"})) == 7
+    assert retry.delay(1, httpx2.ReadTimeout("slow")) == 1
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 55 < asked_delay(failure(429, **{"Retry-After": in_a_minute})) <= 60
+    assert asked_delay(failure(429, **{"Retry-After": "soon"})) is None
+
+
+def test_a_hub_that_does_not_answer_runs_into_the_time_out(hub, repo_name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.delay("GET", facts(name), 1.5, times=None)
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        resolve(name, retry=Retry(attempts=1))
+
+
+def test_every_call_has_a_time_out(hub):
+    from huggingface_hub import close_session, get_session
+
+    close_session()
+    assert ask(lambda: get_session().timeout, "the session").read == 60.0
+
+
+def test_an_answer_that_is_no_hubs_is_one_line(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.answer("GET", facts(name), 200, times=None, message="a portal")
+    with pytest.raises(UnreachableError, match="does not answer as a Hub does"):
+        resolve(name, retry=QUICK)
+
+
+def test_a_dataset_is_resolved_with_its_files(hub, repo_name):
+    name = repo_name("data")
+    hub.create_repo(name, "dataset")
+    commit = hub.commit(name, {"data/train.parquet": b"PAR1", "eval.yaml": "tasks: []\n"}, repo_type="dataset")
+    state = resolve(name, repo_type="dataset")
+    assert (state.id, state.sha, state.repo_type) == (name, commit, "dataset")
+    assert set(state.files) == {".gitattributes", "data/train.parquet", "eval.yaml"}
+    assert state.files["data/train.parquet"].sha256 == hashlib.sha256(b"PAR1").hexdigest()
+    assert state.files["eval.yaml"].sha256 is None
+    assert read_text_file(name, "eval.yaml", commit, "dataset") == "tasks: []\n"
+    assert read_text_file(name, "eval.yaml", "main", "dataset") == "tasks: []\n"
+    assert read_text_file(name, "README.md", commit, "dataset") is None
+
+
+def run_python(code: str, environment: dict[str, str], **more: str) -> str:
+    environment = {**environment, **more}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+PULL = """
+from hfdetox.errors import HfdetoxError
+from hfdetox.hub import Retry, pull_model, read_text_file
+try:
+    pulled = pull_model({name!r}, retry=Retry(base_delay=0.01))
+    print("pulled", pulled.revision, *pulled.warnings, sep="|")
+    print(*(read_text_file({name!r}, file, pulled.revision) for file in ("README.md", "eval.yaml")))
+except HfdetoxError as error:
+    print(type(error).__name__, error.exit_status, error, sep="|")
+"""
+
+
+def test_offline_uses_the_cache_says_so_and_still_checks_it(hub, repo_name, fresh_env):
+    name = repo_name()
+    commit = make_model(hub, name)
+    code = PULL.format(name=name)
+    nothing = run_python(code, fresh_env, HF_HUB_OFFLINE="1")
+    assert nothing.startswith(f"OfflineError|3|model {name} is not in the cache and HF_HUB_OFFLINE is set")
+    assert run_python(code, fresh_env).splitlines() == [f"pulled|{commit}", "# card None"]
+    hub.log.clear()
+    offline = run_python(code, fresh_env, HF_HUB_OFFLINE="1")
+    assert offline.startswith(f"pulled|{commit}|offline: model {name} is the cached commit {commit[:12]}; nobody")
+    assert offline.endswith("# card None\n")
+    assert not hub.requests(path=name)
+    blob = next(Path(fresh_env["HF_HOME"]).glob("hub/models--*/snapshots/*/model.safetensors")).resolve()
+    blob.write_bytes(OTHER_WEIGHTS)
+    assert run_python(code, fresh_env, HF_HUB_OFFLINE="1").startswith("IntegrityError|3|model.safetensors of")
+    assert run_python(code, fresh_env, HF_HUB_OFFLINE="1").startswith("OfflineError|3|")
+
+
+def test_an_unreachable_hub_is_one_line_although_the_files_are_cached(hub, repo_name, fresh_env):
+    name = repo_name()
+    make_model(hub, name)
+    code = PULL.format(name=name)
+    run_python(code, fresh_env)
+    said = run_python(code, fresh_env, HF_ENDPOINT="http://127.0.0.1:9")
+    assert said.startswith(f"UnreachableError|3|the Hub at http://127.0.0.1:9 cannot be reached for model {name}")
+    assert "HF_HUB_OFFLINE=1" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_an_ill_named_revision_offline_leaves_the_cache_alone(hub, monkeypatch):
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    for revision in ("../../../other", "/etc/passwd", "0" * 40):
+        with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
+            resolve("org/m", revision=revision)
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(hub, repo_name, fresh_env, tmp_path):
+    name = repo_name()
+    make_model(hub, name)
+    (tmp_path / "taken").write_text("a file where the cache should be")
+    said = run_python(PULL.format(name=name), fresh_env, HF_HOME=str(tmp_path / "taken"))
+    assert said.startswith("RunError|1|the cache cannot be used")
+    assert "HF_HOME" in said
