@@ -28,13 +28,15 @@ def check_samples(samples: int | float, option: str = "--samples") -> None:
     """Raise UsageError unless `samples` is a whole number from 1, or a fraction above 0 and up to 1."""
     number = isinstance(samples, (int, float, np.integer, np.floating)) and not isinstance(samples, bool)
     if not number or not samples > 0:
-        raise UsageError(f"{option} {samples}: at least one image is needed; give a count from 1 or a fraction such as 0.05")
+        raise UsageError(f"{option} {samples}: at least one image is needed; give a count, or a fraction such as 0.05")
     if isinstance(samples, (float, np.floating)) and samples > 1:
-        raise UsageError(f"{option} {samples}: a number with a point is a fraction of the split, at most 1.0; give a count without a point")
+        raise UsageError(
+            f"{option} {samples}: a number with a point is a fraction, at most 1.0; write a count without it"
+        )
 
 
 def sample_count(samples: int | float, total: int) -> int:
-    """Return how many images `samples` asks for of a split of `total` rows: a fraction gives at most 5000, at least 1."""
+    """Return how many images `samples` asks for of a split of `total` rows; a fraction gives 1 to 5000."""
     if isinstance(samples, (float, np.floating)):
         return max(1, min(MAX_FRACTION_SAMPLES, round(float(samples) * total)))
     return int(samples)

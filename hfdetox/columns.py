@@ -12,8 +12,9 @@ from datasets import ClassLabel, Features, Image, Value
 from hfdetox.errors import UsageError
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category", "fine_label", "coarse_label", "y")
-IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values", "image_bytes")
+IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes")
 UNLABELLED = -1
+_TEXTS = ("string", "large_string", "string_view")
 
 
 class ColumnError(UsageError):
@@ -44,13 +45,19 @@ def find_columns(features: Features, *, image_column: str | None = None, label_c
         [name for name, feature in features.items() if _is_plain_label(feature) and name.lower() in LABEL_NAMES],
     ])  # fmt: skip
     if not isinstance(features[image], Image) and not _is_stored_image(features[image]):
-        raise ColumnError(f"column {image!r} holds {_kind(features[image])}, not images; give --image-column (columns: {_all(features)})")
+        found = _kind(features[image])
+        raise ColumnError(
+            f"column {image!r} holds {found}, not images; give --image-column (columns: {_all(features)})"
+        )
     feature = features[label]
     if isinstance(feature, ClassLabel):
         return Columns(image, label, "class", tuple(feature.names))
     if not _is_plain_label(feature):
-        raise ColumnError(f"column {label!r} holds {_kind(feature)}, not one label an image; give --label-column (columns: {_all(features)})")
-    return Columns(image, label, "text" if "string" in feature.dtype else "integer")
+        found = _kind(feature)
+        raise ColumnError(
+            f"column {label!r} holds {found}, not one label an image; give --label-column (columns: {_all(features)})"
+        )
+    return Columns(image, label, "text" if feature.dtype in _TEXTS else "integer")
 
 
 class LabelReader:
@@ -92,11 +99,13 @@ def _one(what: str, named: str | None, features: Mapping[str, Any], candidates: 
         return named
     for found in candidates:
         if len(found) > 1:
-            raise ColumnError(f"several columns may hold the {what}: {', '.join(found)}; say which with --{what}-column")
+            raise ColumnError(f"several columns may hold the {what}: {', '.join(found)}; choose with --{what}-column")
         if found:
             return found[0]
-    raise ColumnError(f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
-                      f"name one with --{what}-column, or choose another dataset")  # fmt: skip
+    raise ColumnError(
+        f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
+        f"name one with --{what}-column, or choose another dataset"
+    )
 
 
 def _is_stored_image(feature: Any) -> bool:
@@ -107,9 +116,9 @@ def _is_stored_image(feature: Any) -> bool:
 
 
 def _is_plain_label(feature: Any) -> bool:
-    return isinstance(feature, Value) and (
-        feature.dtype in ("string", "large_string", "string_view", "bool") or feature.dtype.lstrip("u").startswith("int")
-    )
+    if not isinstance(feature, Value):
+        return False
+    return feature.dtype in (*_TEXTS, "bool") or feature.dtype.lstrip("u").startswith("int")
 
 
 def _kind(feature: Any) -> str:

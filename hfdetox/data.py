@@ -15,7 +15,7 @@ from hfdetox.choice import Choice, check_samples, choose_balanced, choose_unifor
 from hfdetox.columns import ColumnError, LabelReader
 from hfdetox.errors import UsageError
 from hfdetox.images import BrokenImageError, ImageSet
-from hfdetox.labels import Alignment, LabelMismatchError, align_labels
+from hfdetox.labels import Alignment, LabelMismatchError, align_labels, list_names
 from hfdetox.origin import Origin, open_dataset
 from hfdetox.pixels import Pixels
 from hfdetox.report import DatasetInfo
@@ -42,7 +42,7 @@ class TooFewImagesError(UsageError):
 
 @dataclass(frozen=True)
 class Images:
-    """What a run works with: `clean` for the defence, `evaluation` for measuring (no image in both), and their record."""
+    """`clean` images for the defence, `evaluation` images for measuring (no image is in both), and their record."""
 
     clean: ImageSet
     evaluation: ImageSet
@@ -73,15 +73,18 @@ def load_images(
         warn: called with each line a person should know of.
         progress: called with (done, total) while the images are decoded once, to find broken ones and duplicates.
 
-    Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError) with
-    the row of an image that cannot be decoded, and HubError for the Hub.
+    Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError)
+    with the row of an image that cannot be decoded, and HubError for the Hub.
     """
     check_samples(samples)
     if eval_samples is not None:
         check_samples(int(eval_samples), "--eval-samples")
     origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
                           label_column=label_column, warn=warn)  # fmt: skip
-    plan = _Plan(origin, labels, samples, eval_samples, label_map, seed, channels, allow_missing_classes, warn, progress)
+    plan = _Plan(
+        origin=origin, labels=labels, samples=samples, eval_samples=eval_samples, label_map=label_map, seed=seed,
+        channels=channels, allow_missing_classes=allow_missing_classes, warn=warn, progress=progress,
+    )  # fmt: skip
     return plan.load(*_split_names(origin.splits, split, eval_split))
 
 
@@ -121,7 +124,9 @@ class _Plan:
         columns = self.origin.columns(source.split)
         other = self.origin.columns(evaluation.split)
         if (columns.kind, columns.names) != (other.kind, other.names):
-            raise ColumnError(f"splits {source.split} and {evaluation.split} do not have the same classes; choose another --eval-split")
+            raise ColumnError(
+                f"splits {source.split} and {evaluation.split} have other classes; choose another --eval-split"
+            )
         seen: set[str] = set()
         if columns.kind == "text":
             for part in {source.split: source, evaluation.split: evaluation}.values():
@@ -132,7 +137,9 @@ class _Plan:
             self.warn(alignment.note)
         return reader, alignment
 
-    def _model_labels(self, source: Source, reader: LabelReader, alignment: Alignment, values: Sequence[Any]) -> np.ndarray:
+    def _model_labels(
+        self, source: Source, reader: LabelReader, alignment: Alignment, values: Sequence[Any]
+    ) -> np.ndarray:
         """Return the model's label index of stored label values; -1 where there is none or the class is left out."""
         found = reader.read(values)
         mapping = np.array([*alignment.mapping, -1])  # index -1 is a row without a label
@@ -150,7 +157,9 @@ class _Plan:
         labels = np.concatenate([block[1] for block in blocks] or [np.zeros(0, np.int64)])
         usable = labels >= 0
         if source.limited:
-            self.warn(f"split {source.split} is a stream of which the first {SCAN_LIMIT} rows were read; the rest was not looked at")
+            self.warn(
+                f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not looked at"
+            )
         return Choice(indices, labels).without(usable)
 
     def _balanced(self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Choice:
@@ -179,38 +188,47 @@ class _Plan:
         available = sum(seen.values())
         if available < wanted:
             if not isinstance(self.samples, float) or not available:
-                raise TooFewImagesError(f"--samples {self.samples}: {where} has {available} images to choose from; ask for fewer")
+                raise TooFewImagesError(
+                    f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer"
+                )
             self.warn(f"{where} has only {available} usable images; all were taken")
         took = np.bincount(chosen.labels, minlength=len(self.labels))
         present = [c for c, number in seen.items() if number]
         if wanted < len(present) and not self.allow_missing_classes:
-            raise TooFewImagesError(f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} classes; "
-                                    f"give --samples {len(present)} or more")  # fmt: skip
+            raise TooFewImagesError(
+                f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} classes; "
+                f"give --samples {len(present)} or more"
+            )
         missing = [self.labels[c] for c in range(len(self.labels)) if not took[c]]
         if missing:
-            names = ", ".join(name[:40] for name in missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            which = f"{len(missing)} of the model's {len(self.labels)} classes ({list_names(missing, 5)})"
             if not self.allow_missing_classes:
-                raise TooFewImagesError(f"{where} has no image of {len(missing)} of the model's {len(self.labels)} classes ({names}); "
-                                        "choose another dataset, or go on with --allow-missing-classes")  # fmt: skip
-            self.warn(f"no clean image of {len(missing)} of the model's {len(self.labels)} classes ({names})")
+                raise TooFewImagesError(
+                    f"{where} has no image of {which}; choose another dataset, or go on with --allow-missing-classes"
+                )
+            self.warn(f"there is no clean image of {which}")
         counts = took[took > 0]
         if counts.max() - counts.min() > 1:
-            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} of a class, as many as {where} allows")
+            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} a class, as {where} allows")
 
     def _disjoint(self, source: Source, reader: LabelReader, alignment: Alignment) -> tuple[Choice, Choice]:
-        """Choose both sets from one split: first, uniformly, what is measured with, then the clean images of the rest."""
+        """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
         rows = self._all_rows(source, reader, alignment)
         total = len(rows.indices)
         count = self.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
         if count >= total:
-            raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and --eval-samples {count} "
-                                    "leaves none for the defence; ask for fewer")  # fmt: skip
+            raise TooFewImagesError(
+                f"split {source.split} has {total} labelled images for both sets, and {count} evaluation images leave "
+                "none for the defence; ask for fewer with --eval-samples"
+            )
         measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
-        self.warn(f"split {source.split} serves for both: {count} of its {total} images are kept for measuring, seeded and disjoint")
+        self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
         return self._balanced(source, reader, alignment, measured.indices), measured
 
-    def _measured(self, source: Source, names: list[str], reader: LabelReader, alignment: Alignment) -> tuple[Source, Choice]:
-        """Choose the evaluation rows of the first split in `names` that has labels; `source` is that of the first name."""
+    def _measured(
+        self, source: Source, names: list[str], reader: LabelReader, alignment: Alignment
+    ) -> tuple[Source, Choice]:
+        """Choose the evaluation rows of the first split in `names` with labels; `source` is that of the first name."""
         for number, name in enumerate(names):
             source = source if number == 0 else self.origin.open(name)
             if self.eval_samples is None:
@@ -222,7 +240,7 @@ class _Plan:
             if number + 1 < len(names):
                 self.warn(f"split {name} has no labels; {names[number + 1]} is used for measuring")
         else:
-            raise TooFewImagesError(f"split {names[-1]} has no image with a label to measure with; choose another --eval-split")
+            raise TooFewImagesError(f"split {names[-1]} has no image with a label; choose another --eval-split")
         if self.eval_samples is not None and self.eval_samples > total:
             self.warn(f"--eval-samples {self.eval_samples}: split {source.split} has {total} images; all are used")
         return source, choose_uniform(rows, self.eval_samples, np.random.default_rng([self.seed, 2]))
@@ -241,8 +259,10 @@ class _Plan:
         if not dropped:
             return measured
         if not keep:
-            raise TooFewImagesError(f"every image of split {measured.split} is among the clean images; choose another --eval-split")
-        self.warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out of the evaluation")
+            raise TooFewImagesError(
+                f"every image of split {measured.split} is among the clean images; choose another --eval-split"
+            )
+        self.warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out")
         return measured.subset(keep)
 
     def _info(self, clean: ImageSet, measured: ImageSet, alignment: Alignment) -> DatasetInfo:
@@ -275,18 +295,19 @@ def default_dataset(card_text: str | None) -> str:
 
 def _split_names(splits: Sequence[str], split: str | None, eval_split: str | None) -> tuple[str, list[str]]:
     """Return the split for the defence and those to measure with, the preferred one first; the same one means parts."""
+    names = list_names(splits, 12)
     for name, option in ((split, "--split"), (eval_split, "--eval-split")):
         if name is not None and name not in splits:
-            raise SplitError(f"{option} {name}: the dataset has no such split; it has {', '.join(splits[:12])}")
+            raise SplitError(f"{option} {name}: the dataset has no such split; it has {names}")
     train = split or next((name for name in _TRAIN_NAMES if name in splits), None)
     if train is None:
         others = [name for name in splits if name != eval_split and (len(splits) == 1 or name not in _EVAL_NAMES)]
         train = others[0] if len(others) == 1 else splits[0] if len(splits) == 1 else None
     if train is None:
-        raise SplitError(f"the dataset has no train split; say which to use with --split ({', '.join(splits[:12])})")
+        raise SplitError(f"the dataset has no train split; choose one with --split ({names})")
     if eval_split is not None:
         return train, [eval_split]
     measures = [name for name in _EVAL_NAMES if name in splits and name != train]
     if not measures and len(splits) > 1:
-        raise SplitError(f"the dataset has no test or validation split; say which to use with --eval-split ({', '.join(splits[:12])})")
+        raise SplitError(f"the dataset has no test or validation split; choose one with --eval-split ({names})")
     return train, measures or [train]

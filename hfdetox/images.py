@@ -21,8 +21,10 @@ MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here a
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX")
 # what broken or hostile files make PIL raise, from the observed and the documented
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError,
-                  NotImplementedError, Image.DecompressionBombError)  # fmt: skip
+_DECODE_ERRORS = (
+    OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError,
+    NotImplementedError, Image.DecompressionBombError,
+)  # fmt: skip
 
 Result = TypeVar("Result")
 
@@ -47,7 +49,7 @@ class Spool:
     """Encoded images in one unlinked temporary file: large sets do not fill the memory, forked workers may read it."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="hfdetox-images-")
+        self._file = tempfile.TemporaryFile(prefix="hfdetox-images-")  # noqa: SIM115 - open as long as the spool lives
         self._spans: list[tuple[int, int]] = []
         self._end = 0
 
@@ -57,7 +59,8 @@ class Spool:
             self._file.write(encoded)
             self._file.flush()
         except OSError as error:
-            raise RunError(f"cannot keep images in {tempfile.gettempdir()} ({error.strerror}); free space or set TMPDIR") from error
+            where = f"{tempfile.gettempdir()} ({error.strerror})"
+            raise RunError(f"cannot keep images in {where}; free some space there or set TMPDIR") from error
         self._spans.append((self._end, len(encoded)))
         self._end += len(encoded)
 
@@ -94,8 +97,8 @@ class ImageSet:
     """
 
     def __init__(
-        self, encoded: EncodedImages, labels: Sequence[int] | np.ndarray, indices: Sequence[int], *, split: str = "train",
-        channels: int = 3,
+        self, encoded: EncodedImages, labels: Sequence[int] | np.ndarray, indices: Sequence[int], *,
+        split: str = "train", channels: int = 3,
     ) -> None:  # fmt: skip
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         self.indices = [int(i) for i in indices]
@@ -108,7 +111,7 @@ class ImageSet:
         return len(self.indices)
 
     def image(self, position: int) -> Image.Image:
-        """Return one image as PIL RGB (or L when `channels` is 1), upright; BrokenImageError names its split and row."""
+        """Return one image as PIL RGB (L when `channels` is 1), upright; BrokenImageError names its split and row."""
         try:
             return decode_image(self._encoded[position], channels=self.channels)
         except _DECODE_ERRORS as error:
@@ -126,7 +129,7 @@ class ImageSet:
 
     @property
     def indices_sha256(self) -> str:
-        """SHA-256 (hex) over the split's name and the row numbers, ascending, each followed by a line feed, in UTF-8."""
+        """SHA-256 (hex) over the split's name and the ascending row numbers, each with a line feed after it, UTF-8."""
         lines = [self.split, *(str(i) for i in sorted(self.indices))]
         return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
@@ -146,7 +149,7 @@ class ImageSet:
 def parallel_map(
     function: Callable[[int], Result], positions: Sequence[int], progress: Callable[[int, int], None] | None = None
 ) -> list[Result]:
-    """Return `function` of each position, in order, computed by threads (PIL decodes and resizes outside Python's lock).
+    """Return `function` of each position, in order, computed by threads (PIL decodes outside Python's lock).
 
     `progress(done, total)` is called in the caller's thread after each chunk. The first error is raised, in order.
     """

@@ -69,8 +69,8 @@ def align_labels(
     if open_names and not found and not fixed and len(dataset_names) == len(model_labels):
         found = {i: i for i in open_names}
         note = (
-            f"none of the dataset's class names ({_list(dataset_names, 3)}) is among the model's labels "
-            f"({_list(model_labels, 3)}); both have {len(model_labels)}, so their order was used"
+            f"none of the dataset's class names ({list_names(dataset_names, 3)}) is among the model's labels "
+            f"({list_names(model_labels, 3)}); both have {len(model_labels)}, so their order was used"
         )
     elif len(found) < len(open_names):
         used = set(found.values()) | set(fixed.values())
@@ -180,7 +180,7 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
     for key, value in content.items():
         plain = isinstance(key, (str, int)) and not isinstance(key, bool)
         if not plain or isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
-            raise LabelMapError(f"{where}: entry {key!r}: {value!r} is not NAME: NAME, INDEX or null; put names in quotes")
+            raise LabelMapError(f"{where}: {key!r}: {value!r} is not NAME: NAME, INDEX or null; put names in quotes")
     return {str(key): value for key, value in content.items()}
 
 
@@ -191,7 +191,7 @@ def _apply_map(chosen: Mapping[str, Any], dataset_names: list[str], model_labels
         places = [i for i, name in enumerate(dataset_names) if name == key]
         places = places or [i for i, name in enumerate(dataset_names) if _plain(name) == _plain(key)]
         if not places:
-            raise LabelMapError(f"label map: the dataset has no class {key!r}; it has {_list(dataset_names)}")
+            raise LabelMapError(f"label map: the dataset has no class {key!r}; it has {list_names(dataset_names)}")
         fixed.update(dict.fromkeys(places, _model_index(key, value, model_labels)))
     return fixed
 
@@ -206,9 +206,11 @@ def _model_index(key: str, value: str | int | None, model_labels: Sequence[str])
         if len(loose) == 1:
             return loose[0]
         if loose:
-            raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(loose)} of the model's labels; give the index")
+            raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(loose)} model labels; give the index")
         if not value.isdecimal():
-            raise LabelMapError(f"label map: {key!r}: the model has no label {value!r}; it has {_list(model_labels)}")
+            raise LabelMapError(
+                f"label map: {key!r}: the model has no label {value!r}; it has {list_names(model_labels)}"
+            )
     index = int(value)
     if not 0 <= index < len(model_labels):
         raise LabelMapError(f"label map: {key!r}: index {index} is outside 0 to {len(model_labels) - 1}")
@@ -226,17 +228,21 @@ def _name_map(names: Sequence[str], mapping: Sequence[int], model_labels: Sequen
 
 def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str]) -> LabelMismatchError:
     if all(_GENERIC.fullmatch(label) for label in labels):
-        why = f"the model has {len(labels)} labels without names ({_list(labels, 2)}), the dataset has other classes"
+        why = (
+            f"the model has {len(labels)} labels without names ({list_names(labels, 2)}), the dataset has other classes"
+        )
     else:
         why = "the dataset's classes are not the model's"
     return LabelMismatchError(
-        f"{why}; unmatched in the dataset ({len(dataset)}): {_list(dataset)}; unmatched in the model ({len(model)}): "
-        f"{_list(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or null to leave it out)"
+        f"{why}; unmatched in the dataset ({len(dataset)}): {list_names(dataset)}; unmatched in the model "
+        f"({len(model)}): {list_names(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or null "
+        "to leave it out)"
     )
 
 
-def _list(names: Sequence[str], shown: int = _SHOWN) -> str:
-    """Return the first names, each cut at 40 characters, in one line of bounded length."""
-    parts = [" ".join(name.split())[:40] for name in names[:shown]]
+def list_names(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """Return the first `shown` names, each cut at 40 characters, in one line of bounded length."""
+    # names are written by strangers: nothing in them may steer a terminal
+    parts = ["".join(c for c in " ".join(name.split()) if c.isprintable())[:40] for name in names[:shown]]
     more = len(names) - shown
     return ", ".join(parts) + (f" and {more} more" if more > 0 else "")

@@ -45,7 +45,9 @@ class Origin(ABC):
     def columns(self, split: str) -> Columns:
         """Return the image and label columns of a split; raises ColumnError when they cannot be told."""
         if split not in self._columns:
-            self._columns[split] = find_columns(self.features(split), image_column=self.image_column, label_column=self.label_column)
+            self._columns[split] = find_columns(
+                self.features(split), image_column=self.image_column, label_column=self.label_column
+            )
         return self._columns[split]
 
     @abstractmethod
@@ -76,8 +78,6 @@ class BuilderOrigin(Origin):
 
     builder: DatasetBuilder
     files: Files
-    warn: Callable[[str], None]
-    _prepared: bool = False
 
     def features(self, split: str) -> Features:
         """Return the features from the card, the parquet schema, or the first rows."""
@@ -85,22 +85,20 @@ class BuilderOrigin(Origin):
             return self.builder.info.features
         if isinstance(self.builder, Parquet):
             return self.files.guard(lambda: self._parquet_features(self._names(split)[0]))
-        if self._in_archives():
-            return self._table(split).features
+        self._check_archives()
         stream = self._stream(split)
         if stream.features is None:
-            row = next(iter(stream.take(1)), {})
-            raise DatasetError(f"dataset {self.id} does not say what its columns hold ({', '.join(row) or 'no rows'}); "
-                               "give its card a dataset_info, or save it as parquet with an Image column")  # fmt: skip
+            raise DatasetError(
+                f"dataset {self.id} does not say what its columns hold; give its card a dataset_info, or save it as "
+                "parquet with an Image column"
+            )
         return stream.features
 
     def open(self, split: str) -> Source:
-        """Open one split: parquet by row groups, image folders in archives whole, everything else as a stream."""
+        """Open one split: parquet by row groups, everything else as a stream."""
         columns = self.columns(split)
         if isinstance(self.builder, Parquet):
             return ParquetSource(split, self._names(split), self.files, columns)
-        if self._in_archives():
-            return TableSource(self._table(split), columns, split)
         known = (self.builder.info.splits or {}).get(split)
         stream = self._stream(split)
         return StreamSource(stream, columns, split, self.files, known.num_examples or None if known else None)
@@ -119,23 +117,15 @@ class BuilderOrigin(Origin):
     def _names(self, split: str) -> list[str]:
         return list(self.builder.config.data_files[split])
 
-    def _in_archives(self) -> bool:
-        """Return whether this is an image folder packed in archives: datasets' stream cannot tell their classes."""
-        return isinstance(self.builder, FolderBasedBuilder) and any(
-            name.lower().endswith(_ARCHIVES) for split in self.splits for name in self._names(split)
-        )
-
-    def _table(self, split: str) -> Dataset:
-        if not self._prepared:
-            if self.source == "hub":
-                self.warn(f"dataset {self.id} is an image folder in archives, which are downloaded whole")
-            self.files.guard(self._prepare)
-            self._prepared = True
-        return cast(Dataset, self.builder.as_dataset(split=split))
-
-    def _prepare(self) -> None:
-        with damage(f"dataset {self.id}"):
-            self.builder.download_and_prepare()
+    def _check_archives(self) -> None:
+        """Refuse image folders in archives: datasets 5.2 takes the archive's own folder for every image's class."""
+        if isinstance(self.builder, FolderBasedBuilder):
+            for name in (name for split in self.splits for name in self._names(split)):
+                if name.lower().endswith(_ARCHIVES):
+                    raise DatasetError(
+                        f"dataset {self.id} is an image folder in archives ({PurePosixPath(name).name}), whose "
+                        "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet"
+                    )
 
 
 class LocalFiles(Files):
@@ -154,13 +144,14 @@ class LocalFiles(Files):
         """Return `name` itself; DatasetError for a path that a row names outside the folder."""
         # the snapshot of a cached repository is made of links, so the name is checked and not what it leads to
         if self._folder not in Path(name).parents or ".." in Path(name).parts:
-            raise DatasetError(f"a row names the file {name[:200]}, which is not in the dataset's folder; do not use this dataset")
+            raise DatasetError(
+                f"a row names the file {name[:200]}, which is outside the dataset's folder; do not use it"
+            )
         return name
 
     def size(self, name: str) -> int:
         """Return the file's size in bytes."""
         return Path(name).stat().st_size
-
 
     def guard(self, call: Callable[[], Result]) -> Result:
         """Return `call()`."""
@@ -202,8 +193,9 @@ class HubFiles(Files):
     def _inside(self, name: str) -> str:
         path = name.removeprefix(self._prefix)
         if path == name or path not in self._state.files:
-            raise DatasetError(f"dataset {self._state.id} leads to {name[:200]}, outside its repository at this commit; "
-                               "choose another dataset")  # fmt: skip
+            raise DatasetError(
+                f"dataset {self._state.id} leads to {name[:200]}, outside its repository at this commit; choose another"
+            )
         return path
 
 
@@ -213,12 +205,12 @@ def open_dataset(
 ) -> Origin:  # fmt: skip
     """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
 
-    Raises DatasetError (UsageError) for what cannot be read as asked, HubError for an unknown, gated or unreachable one.
+    Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         origin: Origin = _from_object(dataset)
     elif Path(dataset).exists():
-        origin = _from_folder(Path(dataset), config, warn)
+        origin = _from_folder(Path(dataset), config)
     elif isinstance(dataset, Path) or str(dataset).startswith((".", "/", "~")):
         raise DatasetError(f"dataset {dataset}: no such folder")
     else:
@@ -231,7 +223,7 @@ def open_dataset(
 
 def _from_object(dataset: Any) -> Origin:
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
-        raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming=True, or give its id")
+        raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming, or give its id")
     tables = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
     info = next(iter(tables.values())).info if tables else None
     origin = ObjectOrigin(getattr(info, "dataset_name", None) or "dataset", getattr(info, "config_name", None), None,
@@ -240,7 +232,7 @@ def _from_object(dataset: Any) -> Origin:
     return origin
 
 
-def _from_folder(folder: Path, config: str | None, warn: Callable[[str], None]) -> Origin:
+def _from_folder(folder: Path, config: str | None) -> Origin:
     if not folder.is_dir():
         raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -249,7 +241,7 @@ def _from_folder(folder: Path, config: str | None, warn: Callable[[str], None]) 
         return origin
     path = folder.resolve()
     builder = _builder(lambda: datasets.load_dataset_builder(str(path), name=config), f"dataset {folder}")
-    return _with_builder(path.name, None, "folder", builder, LocalFiles(path), warn)
+    return _with_builder(path.name, None, "folder", builder, LocalFiles(path))
 
 
 def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callable[[str], None]) -> Origin:
@@ -270,7 +262,7 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
             builder = _builder(lambda: datasets.load_dataset_builder(str(snapshot), name=config), what)
         except DatasetError as error:
             raise HubError(f"{error}; only part of it may be cached: unset HF_HUB_OFFLINE") from error
-        return _with_builder(state.id, state.sha, "hub", builder, LocalFiles(snapshot), warn)
+        return _with_builder(state.id, state.sha, "hub", builder, LocalFiles(snapshot))
 
     def load() -> DatasetBuilder:
         return _builder(lambda: datasets.load_dataset_builder(state.id, name=config, revision=state.sha), what)
@@ -280,17 +272,19 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
     for names in (builder.config.data_files or {}).values():
         # when the Hub fails, datasets falls back in silence to any version that it has cached
         if any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
-            raise HubError(f"{what}: its data files are not those of commit {state.sha[:12]}; the Hub failed on the way, try again")
-    return _with_builder(state.id, state.sha, "hub", builder, files, warn)
+            raise HubError(
+                f"{what}: its data files are not of commit {state.sha[:12]}; the Hub failed on the way, try again"
+            )
+    return _with_builder(state.id, state.sha, "hub", builder, files)
 
 
 def _with_builder(name: str, revision: str | None, source: Literal["hub", "folder"], builder: DatasetBuilder,
-                  files: Files, warn: Callable[[str], None]) -> Origin:  # fmt: skip
+                  files: Files) -> Origin:  # fmt: skip
     splits = [str(split) for split in builder.config.data_files or {}]
     if not splits:
         raise DatasetError(f"dataset {name} has no data files that hfdetox can read")
     origin = BuilderOrigin(name, builder.config.name, revision, source, splits)
-    origin.builder, origin.files, origin.warn = builder, files, warn
+    origin.builder, origin.files = builder, files
     return origin
 
 
@@ -299,7 +293,9 @@ def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
     try:
         return load()
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
-        raise DatasetError(f"{what} has no data files that `datasets` can read (parquet, image folders, webdataset)") from error
+        raise DatasetError(
+            f"{what} has no data files that hfdetox reads (parquet, image folder, webdataset)"
+        ) from error
     except ValueError as error:
         line = " ".join(str(error).split())
         if "onfig" not in line:
@@ -308,7 +304,9 @@ def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        raise DatasetError(f"{what} is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet") from error
+        raise DatasetError(
+            f"{what} is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
+        ) from error
 
 
 def _check_shards(names: Sequence[str] | dict[str, Any], what: str) -> None:
@@ -320,5 +318,7 @@ def _check_shards(names: Sequence[str] | dict[str, Any], what: str) -> None:
             found[stem, total, suffix] = found.get((stem, total, suffix), 0) + 1
     for (stem, total, _), count in found.items():
         if count != int(total):
-            raise HubError(f"only {count} of the {int(total)} files {stem}-… of {what} are cached and HF_HUB_OFFLINE is set; "
-                           "unset it, or download the dataset once while online")  # fmt: skip
+            raise HubError(
+                f"only {count} of the {int(total)} files {stem}-… of {what} are cached and HF_HUB_OFFLINE is set; "
+                "unset it, or download the dataset once while online"
+            )

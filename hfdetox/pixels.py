@@ -1,4 +1,4 @@
-"""Pixels: an image set as a model sees it, prepared once and cached as one tensor, with a trigger where one is asked for."""
+"""Pixels: an image set as a model sees it, prepared once and cached as one tensor, with or without a trigger."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Pixels(Dataset[Batch]):
         return len(self.positions)
 
     def __getitems__(self, items: Sequence[int]) -> Batch:
-        """Return (positions in the image set, images, labels) of the items, each from 0 to len - 1, already collated."""
+        """Return (positions in the image set, images, labels) of the items (0 to len - 1), already collated."""
         places = torch.as_tensor(np.asarray(items, dtype=np.int64))
         positions = self.positions[places]
         if self.images is not None:
@@ -105,7 +105,7 @@ class Pixels(Dataset[Batch]):
         return view
 
     def without_label(self, label: int) -> torch.Tensor:
-        """Return the positions (in the image set) of the images whose true label is not `label`, LongTensor on the CPU."""
+        """Return the positions (in the image set) of images whose true label is not `label`: LongTensor, on the CPU."""
         return self.positions[self.labels.cpu() != label]
 
     def to(self, device: torch.device | str) -> Pixels:

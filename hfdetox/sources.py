@@ -29,7 +29,9 @@ SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their 
 _STREAM_BLOCK = 1000
 _REMOTE_READERS = 8
 _WHOLE_FILE_SHARE = 0.5  # of a remote file's rows; beyond it one download is cheaper than many ranges
-_SMALL_FILE = 16 * 1024**2  # bytes; a remote file up to this size is downloaded whole, and so cached
+_SMALL_SPLIT = 64 * 1024**2  # bytes; a remote split up to this size is downloaded whole, and so cached
+
+_DAMAGE = (pa.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,6 +79,7 @@ class Source(ABC):
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return the encoded images of these rows (ascending; rows that `scan` yielded)."""
 
+    @abstractmethod
     def expect_all(self) -> None:
         """Say that most rows will be fetched, so that whole files may be downloaded at once."""
 
@@ -98,6 +101,9 @@ class TableSource(Source):
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return a view of the rows; nothing is copied."""
         return Picked(_TableImages(self._table, self._columns.image), indices)
+
+    def expect_all(self) -> None:
+        """Do nothing: it is all here."""
 
 
 class _TableImages:
@@ -129,7 +135,9 @@ class ParquetSource(Source):
 
     def __init__(self, split: str, names: Sequence[str], files: Files, columns: Columns) -> None:
         self.split, self._names, self._files, self._columns = split, list(names), files, columns
-        self._local: set[int] = set()
+        self._local: dict[int, str] = {}
+        if files.remote and sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
+            self.expect_all()
         self._footers = self._map(self._footer, range(len(self._names)))
         self._groups: list[_Group] = []
         first = 0
@@ -175,23 +183,24 @@ class ParquetSource(Source):
         return spool
 
     def _mostly_wanted(self, groups: set[_Group]) -> list[int]:
-        """Return the files of which so many rows are wanted, or which are so small, that they are downloaded whole."""
+        """Return the files of which so many rows are wanted that they are downloaded whole."""
         share = {file: sum(g.rows for g in groups if g.file == file) for file in {g.file for g in groups}}
-        return [file for file, rows in sorted(share.items())
-                if rows >= _WHOLE_FILE_SHARE * self._footers[file].num_rows or self._files.size(self._names[file]) <= _SMALL_FILE]  # fmt: skip
+        return [
+            file for file, rows in sorted(share.items()) if rows >= _WHOLE_FILE_SHARE * self._footers[file].num_rows
+        ]
 
     def _download(self, file: int) -> None:
-        self._files.path(self._names[file])
-        self._local.add(file)
+        if file not in self._local:
+            self._local[file] = self._files.path(self._names[file])
 
     def _footer(self, file: int) -> pq.FileMetaData:
-        return self._guard(file, lambda source: pq.read_metadata(source))
+        return self._guard(file, pq.read_metadata)
 
     def _read_labels(self, group: _Group) -> list[Any]:
         column = self._read(group, self._columns.label)
         if column.null_count == 0 and pa.types.is_integer(column.type):
-            return column.to_numpy()  # type: ignore[no-any-return]
-        return column.to_pylist()  # type: ignore[no-any-return]
+            return column.to_numpy()
+        return column.to_pylist()
 
     def _read_images(self, group: _Group, rows: np.ndarray) -> list[bytes]:
         column = self._read(group, self._columns.image)
@@ -206,9 +215,10 @@ class ParquetSource(Source):
         name = self._names[file]
 
         def attempt() -> Result:
-            with open(self._files.path(name), "rb") if file in self._local else self._files.open(name) as source:
-                with damage(name):
-                    return read(source)
+            here = self._local.get(file)
+            opened = open(here, "rb") if here is not None else self._files.open(name)  # noqa: SIM115 - closed below
+            with opened as source, damage(name):
+                return read(source)
 
         return self._files.guard(attempt)
 
@@ -244,7 +254,11 @@ class StreamSource(Source):
         if not any(isinstance(entry, str) for entry in chosen):
             return Picked(self._spool, chosen)
         with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="hfdetox-fetch") as pool:
-            return _Mixed(self._spool, list(pool.map(lambda e: self._files.path(e) if isinstance(e, str) else e, chosen)))
+            local = pool.map(lambda entry: self._files.path(entry) if isinstance(entry, str) else entry, chosen)
+            return _Mixed(self._spool, list(local))
+
+    def expect_all(self) -> None:
+        """Do nothing: a stream is read in its own order, whatever is wanted of it."""
 
     def _advance(self) -> bool:
         """Read one more block; False at the end of the stream or at the scan limit."""
@@ -266,7 +280,6 @@ class StreamSource(Source):
         if labels:
             self._blocks.append((np.arange(first, len(self._entries)), labels))
         return bool(labels)
-
 
     def _next(self) -> dict[str, Any] | None:
         def attempt() -> dict[str, Any] | None:
@@ -295,11 +308,14 @@ def damage(what: str) -> Iterator[None]:
     """Raise what pyarrow, tarfile and datasets say of a damaged file as DamagedFileError; network errors pass."""
     try:
         yield
-    except (pa.ArrowException, ValueError, TypeError, KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError) as error:
-        # Arrow's own errors of input are plain OSErrors without a number; files and sockets have one
-        if isinstance(error, HfdetoxError) or (isinstance(error, OSError) and (type(error) is not OSError or error.errno)):
+    except HfdetoxError:
+        raise
+    except (ValueError, TypeError, KeyError, EOFError, OSError, *_DAMAGE) as error:
+        # Arrow's own errors of input are plain OSErrors without a number; those of files and sockets have one
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
             raise
-        raise DamagedFileError(f"{what} cannot be read ({' '.join(str(error).split())[:160]}); get the dataset anew") from error
+        reason = " ".join(str(error).split())[:160]
+        raise DamagedFileError(f"{what} cannot be read ({reason}); get the dataset anew") from error
 
 
 def stored_bytes(value: Any) -> bytes:
