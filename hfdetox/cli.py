@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shlex
 import sys
@@ -18,9 +19,17 @@ import typer
 from rich.console import Console
 
 from hfdetox import screen
-from hfdetox.environment import check_torchvision, command_line, is_main_process, mask_secrets
+from hfdetox.environment import check_torchvision, is_main_process, mask_secrets
 from hfdetox.errors import HfdetoxError, UsageError
-from hfdetox.options import DetoxOptions, EvaluateOptions, ScreenOptions, given_options, show_version, takes
+from hfdetox.options import (
+    DetoxOptions,
+    EvaluateOptions,
+    ScreenOptions,
+    given_options,
+    planned_arguments,
+    show_version,
+    takes,
+)
 
 INTERRUPTED = 130
 FIRST_WORDS = ("demo", "detox", "evaluate", "push", "list", "--help", "--version")
@@ -49,19 +58,16 @@ def detox(context: typer.Context, options: DetoxOptions) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
     arguments = options.arguments(given_options(context))
     with interruptible(lambda: resume_advice(options.run_folder())), standard_output(options) as out:
-        quieten(options)
+        prepare_screen(options)
         check_torchvision()
         from hfdetox.detox import detoxify, plan
 
         if options.dry_run:
-            planned = plan(options.model, **arguments)
+            planned = plan(options.model, **planned_arguments(arguments))
             out.show(planned, screen.plan_lines(planned))
             return
-        command = command_line(command_arguments(context))
-        result = detoxify(options.model, **arguments, progress=shows_progress(options), command=command)
+        result = detoxify(options.model, **arguments, progress=shows_progress(options))
         report = result.report
-        for warning in report.warnings:
-            complain(f"warning: {warning}")
         lines: list[Any] = [screen.title(report.model, report.dataset), screen.report_table(report)]
         if result.output is not None:
             lines.append(f"model, card (README.md), report and plots: {result.output}{os.sep}")
@@ -77,7 +83,7 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
     if options.model is None:
         raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox evaluate --help)")
     with interruptible(lambda: "nothing was written"), standard_output(options) as out:
-        quieten(options)
+        prepare_screen(options)
         check_torchvision()
         from hfdetox.detox import evaluate as measure
 
@@ -87,7 +93,6 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
 
 @app.command()
 def push(
-    context: typer.Context,
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What hfdetox wrote (--output).")],
     repo: Annotated[str, typer.Argument(help="Where to publish it: USER/NAME.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
@@ -98,11 +103,11 @@ def push(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
-    again = command_line(command_arguments(context))
-    with interruptible(lambda: f"push again with: {again}"):
+    options = {"private": private, "create_pr": create_pr, "overwrite": overwrite}
+    with interruptible(lambda: "the folder is whole: give the same command again"):
         from hfdetox.publish import push_folder
 
-        pushed = push_folder(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
+        pushed = push_folder(folder, repo, **options)
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
 
 
@@ -132,13 +137,13 @@ def list_entries(
             from hfdetox import triggers
 
             for trigger in triggers.available().values():
-                say(screen.entry_table(f"{trigger.kind}: {trigger.summary}", trigger.parameters))
+                say(f"{trigger.kind}: {trigger.summary}", screen.settings_table(trigger.parameters))
             return
         from hfdetox import defenses
 
         for entry in defenses.available().values():
             presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
-            say(screen.entry_table(f"{entry.name}: {entry.summary} ({entry.paper})", entry.parameters), presets)
+            say(f"{entry.name}: {entry.summary} ({entry.paper})", presets, screen.settings_table(entry.parameters))
 
 
 class Output:
@@ -182,8 +187,20 @@ def resume_advice(run_folder: Path | None) -> str:
     return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
 
 
-def quieten(options: ScreenOptions) -> None:
-    """Turn the client libraries' own bars and notices down; they read these once, when they are imported."""
+class OneLineHandler(logging.Handler):
+    """Shows what the package warns of as one line each on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def prepare_screen(options: ScreenOptions) -> None:
+    """Show hfdetox's warnings as lines, and turn the client libraries' bars and notices down."""
+    logger = logging.getLogger("hfdetox")
+    if not any(isinstance(handler, OneLineHandler) for handler in logger.handlers):
+        logger.addHandler(OneLineHandler(logging.WARNING))
+        logger.propagate = False
+    # the clients read these once, when they are imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not shows_progress(options):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -212,12 +229,6 @@ def complain(line: str) -> None:
     sys.stderr.write(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}\n")
 
 
-def command_arguments(context: typer.Context) -> list[str]:
-    """Return the arguments that repeat this run, as they were typed."""
-    arguments: list[str] = context.find_root().obj
-    return arguments
-
-
 def with_command(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `detox` put first, unless they begin with a command, --help or --version."""
     return list(arguments) if arguments and arguments[0] in FIRST_WORDS else ["detox", *arguments]
@@ -227,9 +238,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status (0, 1, 2, 3 or 130, see design); errors are one line."""
     command = typer.main.get_command(app)
     try:
-        status = command.main(
-            args=with_command(arguments), prog_name="hfdetox", standalone_mode=False, obj=list(arguments)
-        )
+        status = command.main(args=with_command(arguments), prog_name="hfdetox", standalone_mode=False)
     except typer.TyperException as error:
         complain(f"error: {error.format_message()}")
         return error.exit_code

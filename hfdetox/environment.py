@@ -7,9 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,11 +81,6 @@ def device_name(device: str | torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({_processor()})"
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """Return the shell command of these arguments, without secrets."""
-    return mask_secrets(shlex.join(["hfdetox", *arguments]))
 
 
 def mask_secrets(text: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +21,11 @@ from hfdetox.errors import UsageError
 RESUMABLE = frozenset(
     {"model", "resume", "push_to", "private", "create_pr", "overwrite", "keep_run", "log_with"}
     | {"quiet", "as_json", "debug"}
+)
+# what a dry run needs to know; the rest decides how the work is done
+_PLANNED = frozenset(
+    {"dataset", "defense", "settings", "triggers", "samples", "eval_samples", "revision", "dataset_revision", "output"}
+    | {"push_to", "private", "create_pr", "overwrite", "device", "precision"}
 )
 _SHORT_SETTINGS = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size"}
 _HUB_PREFIXES = ("hf_hub:", "hf-hub:")
@@ -203,6 +208,11 @@ class DetoxOptions(DataOptions):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(DataOptions):
     """The options of `hfdetox evaluate MODEL`."""
+
+
+def planned_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `detoxify`'s arguments that `plan` takes."""
+    return {name: value for name, value in arguments.items() if name in _PLANNED}
 
 
 def flag_of(name: str) -> str:

@@ -78,13 +78,13 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in plan.items() if value not in (None, [], {})]
 
 
-def entry_table(heading: str, parameters: Mapping[str, Any]) -> Table:
+def settings_table(parameters: Mapping[str, Any]) -> Table:
     """Return the settings of a defence or a trigger family, with their defaults."""
-    table = Table(title=heading, title_justify="left", title_style="bold")
+    table = Table(box=SIMPLE)
     table.add_column("setting", no_wrap=True)
     table.add_column("default")
     for name, default in parameters.items():
-        table.add_row(Text(name), Text(_plain(default)))
+        table.add_row(Text(name), Text("-" if default in (None, "") else _plain(default)))
     return table
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import typer
 import hfdetox
 from hfdetox import cli
 from hfdetox.errors import HubError, RunError, UsageError
-from hfdetox.options import DetoxOptions, ScreenOptions, default_output, parse_samples, parse_setting
+from hfdetox.options import DetoxOptions, ScreenOptions, default_output, parse_samples, parse_setting, planned_arguments
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -203,6 +205,25 @@ def test_resume_takes_what_concerns_the_end_of_the_run_only(tmp_path: Path, caps
     }
 
 
+def test_arguments_are_those_of_the_python_functions() -> None:
+    from hfdetox.detox import detoxify, evaluate, plan
+
+    def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(function).parameters)
+
+    options = DetoxOptions(model="org/m")
+    arguments = options.arguments(set())
+    assert set(arguments) | {"model", "progress"} <= set(parameters(detoxify))
+    assert set(planned_arguments(arguments)) == set(parameters(plan)) - {"model"}
+    assert set(options.data_arguments()) | {"model", "progress"} <= set(parameters(evaluate))
+    resumed = DetoxOptions(resume=Path("m.run")).arguments({"resume"})
+    assert set(resumed) <= set(arguments)
+    for name, value in arguments.items():
+        default = parameters(detoxify)[name].default
+        if name != "output":
+            assert value == default or not (value or default), f"{name}: {value!r} here, {default!r} in Python"
+
+
 def test_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_folder = tmp_path / "my model-detoxed.run"
     run_folder.mkdir()
@@ -211,6 +232,20 @@ def test_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.Captu
     assert caught.value.exit_code == 130
     assert capsys.readouterr().err == f"hfdetox: interrupted; resume with: hfdetox --resume '{run_folder}'\n"
     assert "nothing was written" in cli.resume_advice(tmp_path / "absent.run")
+
+
+def test_warnings_of_the_package_are_lines_on_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("hfdetox")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    cli.prepare_screen(ScreenOptions())
+    cli.prepare_screen(ScreenOptions())
+    logger.warning("class %s has\n3 images", "cat")
+    logger.info("not shown")
+    assert capsys.readouterr().err == "hfdetox: warning: class cat has 3 images\n"
 
 
 def test_run_folder_is_beside_the_output() -> None:

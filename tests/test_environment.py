@@ -7,7 +7,7 @@ import platform
 
 import pytest
 
-from hfdetox.environment import command_line, describe_environment, is_main_process, mask_secrets
+from hfdetox.environment import describe_environment, is_main_process, mask_secrets
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 
@@ -36,12 +36,6 @@ def test_own_token_is_masked_whatever_its_form(monkeypatch: pytest.MonkeyPatch) 
 def test_short_value_of_a_secret_variable_does_not_tear_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a")
     assert mask_secrets("a banana") == "a banana"
-
-
-def test_command_is_quoted_for_the_shell_and_masked() -> None:
-    assert command_line(["org/m", "--output", "my folder", "--config", TOKEN]) == (
-        "hfdetox org/m --output 'my folder' --config ***"
-    )
 
 
 def test_environment_names_versions_and_device() -> None:
