@@ -62,7 +62,7 @@ def detox(context: typer.Context, options: DetoxOptions) -> None:
         check_torchvision()
         from hfdetox.detox import detoxify, plan
 
-        if options.dry_run:
+        if options.dry_run and options.model is not None:  # a dry run without MODEL has been refused
             planned = plan(options.model, **planned_arguments(arguments))
             out.show(planned, screen.plan_lines(planned))
             return
@@ -103,11 +103,10 @@ def push(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
-    options = {"private": private, "create_pr": create_pr, "overwrite": overwrite}
     with interruptible(lambda: "the folder is whole: give the same command again"):
         from hfdetox.publish import push_folder
 
-        pushed = push_folder(folder, repo, **options)
+        pushed = push_folder(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
 
 
