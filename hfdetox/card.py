@@ -35,8 +35,14 @@ class CardError(UsageError):
     """The card that would be written is not one that the Hub accepts; the message names the field."""
 
 
-def build_card(report: Report, *, source_card: str | None, repo_id: str | None, plots: Sequence[str] = (),
-               labels: Sequence[str] | None = None) -> str:
+def build_card(
+    report: Report,
+    *,
+    source_card: str | None,
+    repo_id: str | None,
+    plots: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
+) -> str:
     """Return the whole README.md of the processed model: YAML, text, and the source card's text below.
 
     Args:
@@ -51,12 +57,19 @@ def build_card(report: Report, *, source_card: str | None, repo_id: str | None, 
     fields, body = split_card(source_card or "")
     licence = _licence(fields)
     context = {
-        **_measured(report, labels), **_described(report, repo_id), **licence,
-        "report": report, "model": report.model, "defense": report.defense, "environment": report.environment,
-        "repo_id": repo_id, "library": report.model.library if report.model.library in LIBRARY_TAGS else "torch",
+        **_measured(report, labels),
+        **_described(report, repo_id),
+        **licence,
+        "report": report,
+        "model": report.model,
+        "defense": report.defense,
+        "environment": report.environment,
+        "repo_id": repo_id,
+        "library": report.model.library if report.model.library in LIBRARY_TAGS else "torch",
         "plots": {PurePosixPath(path).stem: path for path in plots},
         "source_text": markdown.embed_source(body, _source_url(report)),
-        "source_heading": markdown.SOURCE_HEADING, "source_mark": markdown.SOURCE_MARK,
+        "source_heading": markdown.SOURCE_HEADING,
+        "source_mark": markdown.SOURCE_MARK,
     }
     # the source's words are values of the template, never a template themselves
     text = _templates().get_template("model_card.md.jinja").render(context)
@@ -75,7 +88,7 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
         fields = yaml.safe_load(block.group(2))
     except yaml.YAMLError:
         fields = None
-    return (fields if isinstance(fields, dict) else {}), card[block.end():]
+    return (fields if isinstance(fields, dict) else {}), card[block.end() :]
 
 
 def card_data(report: Report, licence: Mapping[str, Any], repo_id: str | None) -> ModelCardData:
@@ -84,11 +97,17 @@ def card_data(report: Report, licence: Mapping[str, Any], repo_id: str | None) -
     base_model = model.id if hub_id(model.id, model.revision) else None
     library = model.library if model.library in ("timm", "transformers") else None
     return ModelCardData(
-        **licence, library_name=library, pipeline_tag="image-classification", base_model=base_model,
+        **licence,
+        library_name=library,
+        pipeline_tag="image-classification",
+        base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         tags=["hfdetox", "backdoor-defense", report.defense.name, LIBRARY_TAGS.get(model.library, "pytorch")],
         datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None,
-        metrics=["accuracy"], model_name=_title(report, repo_id), eval_results=_model_index(report))
+        metrics=["accuracy"],
+        model_name=_title(report, repo_id),
+        eval_results=_model_index(report),
+    )
 
 
 def hub_id(name: str, revision: str | None) -> bool:
@@ -112,15 +131,18 @@ def validate_card(text: str) -> None:
     try:
         data = ModelCard(text).data
     except (ValueError, AttributeError, yaml.YAMLError) as error:
-        raise CardError(f"the model card's YAML is not valid: {markdown.one_line(error)}; "
-                        "check the licence fields of the source model's card") from error
+        raise CardError(
+            f"the model card's YAML is not valid: {markdown.one_line(error)}; "
+            "check the licence fields of the source model's card"
+        ) from error
     for name in TEXT_FIELDS:
         if not isinstance(data.get(name, ""), str):
             raise CardError(f"the model card's field {name} must be text, not {data.get(name)!r}")
     for name in LIST_FIELDS:
         value = data.get(name, [])
-        if not (isinstance(value, list) or (name == "license" and isinstance(value, str))) or \
-                not all(isinstance(item, str) and item for item in value):
+        if not (isinstance(value, list) or (name == "license" and isinstance(value, str))) or not all(
+            isinstance(item, str) and item for item in value
+        ):
             raise CardError(f"the model card's field {name} must be a list of texts, not {value!r}")
     for name in filter(None, [data.get("base_model"), *data.get("datasets", [])]):
         if not hub_id(name, ""):
@@ -154,9 +176,20 @@ def _templates() -> jinja2.Environment:
     folder = resources.files("hfdetox.cards")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
-        undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced,
-                               pct=percent, count=lambda number: f"{number:,}", literal=json.dumps)
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        code=markdown.code,
+        cell=markdown.cell,
+        text=markdown.text,
+        fenced=markdown.fenced,
+        pct=percent,
+        count=lambda number: f"{number:,}",
+        literal=json.dumps,
+    )
     return environment
 
 
@@ -168,8 +201,10 @@ def _licence(fields: Mapping[str, Any]) -> dict[str, Any]:
     elif not isinstance(licence, str):
         licence = None
     named = {name: fields.get(name) for name in ("license_name", "license_link")}
-    return {"license": licence or None,
-            **{name: value if isinstance(value, str) else None for name, value in named.items()}}
+    return {
+        "license": licence or None,
+        **{name: value if isinstance(value, str) else None for name, value in named.items()},
+    }
 
 
 def _title(report: Report, repo_id: str | None) -> str:
@@ -192,16 +227,24 @@ def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
     """Return the template's values that do not depend on any measurement."""
     model, dataset, command = report.model, report.dataset, report.environment.command
     revisions = {"--revision": model.revision, "--dataset-revision": dataset.revision}
-    pins = [f"{option} {revision}" for option, revision in revisions.items()
-            if revision and not re.search(rf"(^|\s){option}[ =]", command)]
+    pins = [
+        f"{option} {revision}"
+        for option, revision in revisions.items()
+        if revision and not re.search(rf"(^|\s){option}[ =]", command)
+    ]
     return {
-        "title": _title(report, repo_id), "model_id": _shown_id(model.id, model.revision),
-        "dataset_id": _shown_id(dataset.id, dataset.revision), "pins": " ".join(pins) if command else "",
+        "title": _title(report, repo_id),
+        "model_id": _shown_id(model.id, model.revision),
+        "dataset_id": _shown_id(dataset.id, dataset.revision),
+        "pins": " ".join(pins) if command else "",
         "shown_layers": report.defense.layers[:SHOWN_LAYERS],
         "hidden_layers": max(0, len(report.defense.layers) - SHOWN_LAYERS),
-        "parameters": [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-                       for name, value in report.defense.parameters.items()],
-        "works_above": WORKS_ABOVE, "mitigated_at_most": MITIGATED_AT_MOST,
+        "parameters": [
+            (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+            for name, value in report.defense.parameters.items()
+        ],
+        "works_above": WORKS_ABOVE,
+        "mitigated_at_most": MITIGATED_AT_MOST,
     }
 
 
@@ -211,8 +254,16 @@ def _measured(report: Report, labels: Sequence[str] | None) -> dict[str, Any]:
     triggers = []
     for name, result in (report.before.triggers if report.before else {}).items():
         target = markdown.code(labels[result.target] if labels else result.target)
-        triggers.append({"name": name, "target": target, "mode": result.mode, "spec": result.spec,
-                         "file_sha256": result.file_sha256, "verdict": verdicts[name]})
+        triggers.append(
+            {
+                "name": name,
+                "target": target,
+                "mode": result.mode,
+                "spec": result.spec,
+                "file_sha256": result.file_sha256,
+                "verdict": verdicts[name],
+            }
+        )
     return {"summary": _summary(report), "rows": _rows(report), "triggers": triggers}
 
 
@@ -220,8 +271,11 @@ def _summary(report: Report) -> str:
     if report.before is None or report.after is None:
         return "**Its numbers are still pending.**"
     before, after = report.before.accuracy.value, report.after.accuracy.value
-    accuracy = (f"Accuracy went from {percent(before)} to {percent(after)} "
-                f"({100 * (after - before):+.1f} points).".replace("-", "−"))
+    accuracy = (
+        f"Accuracy went from {percent(before)} to {percent(after)} ({100 * (after - before):+.1f} points).".replace(
+            "-", "−"
+        )
+    )
     verdict = run_verdict(report)
     if verdict is None:
         return f"**No trigger was known, so no backdoor was measured.** {accuracy}"
@@ -240,19 +294,35 @@ def _rows(report: Report) -> list[dict[str, str]]:
     def loss(measurement: Measurement | None) -> str:
         return PENDING if measurement is None else f"{measurement.loss:.3f}"
 
-    rows = [{"name": "Accuracy (ACC)", "before": describe_rate(before.accuracy if before else None),
-             "after": describe_rate(after.accuracy if after else None)},
-            {"name": "Loss (mean cross-entropy)", "before": loss(before), "after": loss(after)}]
+    rows = [
+        {
+            "name": "Accuracy (ACC)",
+            "before": describe_rate(before.accuracy if before else None),
+            "after": describe_rate(after.accuracy if after else None),
+        },
+        {"name": "Loss (mean cross-entropy)", "before": loss(before), "after": loss(after)},
+    ]
     for name, result in (before.triggers if before else {}).items():
         later = after.triggers.get(name) if after else None
         for label, field in (("ASR", "attack_success_rate"), ("RA", "robust_accuracy")):
-            rows.append({"name": f"{label} of {markdown.cell(name)}", "before": describe_rate(getattr(result, field)),
-                         "after": describe_rate(getattr(later, field) if later else None)})
-        rows.append({"name": f"DER of {markdown.cell(name)}", "before": "–",
-                     "after": describe_rate(ratings.get(name) if ratings else None)})
+            rows.append(
+                {
+                    "name": f"{label} of {markdown.cell(name)}",
+                    "before": describe_rate(getattr(result, field)),
+                    "after": describe_rate(getattr(later, field) if later else None),
+                }
+            )
+        rows.append(
+            {
+                "name": f"DER of {markdown.cell(name)}",
+                "before": "–",
+                "after": describe_rate(ratings.get(name) if ratings else None),
+            }
+        )
     if before and len(before.triggers) > 1:
-        rows.append({"name": "DER, mean", "before": "–",
-                     "after": describe_rate(ratings.get("mean") if ratings else None)})
+        rows.append(
+            {"name": "DER, mean", "before": "–", "after": describe_rate(ratings.get("mean") if ratings else None)}
+        )
     return rows
 
 
@@ -263,20 +333,36 @@ def _model_index(report: Report) -> list[EvalResult]:
 
     def result(kind: str, title: str, rate: Rate | None, **extra: Any) -> EvalResult:
         return EvalResult(
-            task_type="image-classification", task_name="Image classification",
+            task_type="image-classification",
+            task_name="Image classification",
             # local images have no id that a stranger could look up; "imagefolder" is what the Hub's own tools write
-            dataset_type=dataset.id if on_hub else "imagefolder", dataset_name=_shown_id(dataset.id, dataset.revision),
-            dataset_config=dataset.config, dataset_split=dataset.eval_split,
+            dataset_type=dataset.id if on_hub else "imagefolder",
+            dataset_name=_shown_id(dataset.id, dataset.revision),
+            dataset_config=dataset.config,
+            dataset_split=dataset.eval_split,
             dataset_revision=dataset.revision if on_hub else None,
-            metric_type=kind, metric_name=title, metric_value=PENDING if rate is None else rate.value, **extra)
+            metric_type=kind,
+            metric_name=title,
+            metric_value=PENDING if rate is None else rate.value,
+            **extra,
+        )
 
     results = [result("accuracy", "Accuracy", after.accuracy if after else None)]
     for name, trigger in (report.before.triggers if report.before else {}).items():
         later = after.triggers.get(name) if after else None
-        extra = {"metric_config": name,
-                 "metric_args": {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target}}
-        results += [result("attack_success_rate", f"Attack success rate, trigger {name}",
-                           later.attack_success_rate if later else None, **extra),
-                    result("robust_accuracy", f"Robust accuracy, trigger {name}",
-                           later.robust_accuracy if later else None, **extra)]
+        extra = {
+            "metric_config": name,
+            "metric_args": {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target},
+        }
+        results += [
+            result(
+                "attack_success_rate",
+                f"Attack success rate, trigger {name}",
+                later.attack_success_rate if later else None,
+                **extra,
+            ),
+            result(
+                "robust_accuracy", f"Robust accuracy, trigger {name}", later.robust_accuracy if later else None, **extra
+            ),
+        ]
     return results

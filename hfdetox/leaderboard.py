@@ -14,7 +14,7 @@ from hfdetox.report import Report
 EVAL_RESULTS_FOLDER = ".eval_results"
 
 _ACCURACY = re.compile(r"(?<![a-z])(accuracy|acc|top[-_ ]?1)(?![a-z])", re.IGNORECASE)
-_OTHER_METRIC = re.compile(r"attack|robust|adversarial|top[-_ ]?5|balanced|\basr\b", re.IGNORECASE)
+_OTHER_METRIC = re.compile(r"attack|robust|adversarial|top[-_ ]?5|balanced|(?<![a-z])asr(?![a-z])", re.IGNORECASE)
 _PERCENT = re.compile(r"percent|_pct\b|\b0 ?(?:-|–|to) ?100\b", re.IGNORECASE)
 _FRACTION = re.compile(r"\bfractions?\b|\bproportions?\b|\b0 ?(?:-|–|to) ?1(?:\.0)?\b(?!\.\d|\d)", re.IGNORECASE)
 
@@ -36,14 +36,23 @@ def eval_results(report: Report, dataset_eval_yaml: str | None, *, whole_split: 
     entries = []
     for task_id, scale in accuracy_tasks(dataset_eval_yaml, config=dataset.config, split=dataset.eval_split).items():
         value = round(100 * after.accuracy.value, 4) if scale == "percent" else round(after.accuracy.value, 6)
-        entries.append(EvalResultEntry(
-            dataset_id=dataset.id, task_id=task_id, value=value, dataset_revision=dataset.revision,
-            notes=f"after {report.defense.name} with hfdetox, {after.accuracy.samples} images"))
+        entries.append(
+            EvalResultEntry(
+                dataset_id=dataset.id,
+                task_id=task_id,
+                value=value,
+                dataset_revision=dataset.revision,
+                notes=f"after {report.defense.name} with hfdetox, {after.accuracy.samples} images",
+            )
+        )
     if not entries:
         return {}
     name = re.sub(r"[^\w.-]+", "__", dataset.id)
-    return {f"{EVAL_RESULTS_FOLDER}/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False,
-                                                                 allow_unicode=True)}
+    return {
+        f"{EVAL_RESULTS_FOLDER}/{name}.yaml": yaml.safe_dump(
+            eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
+        )
+    }
 
 
 def accuracy_tasks(text: str, *, config: str | None, split: str) -> dict[str, Literal["fraction", "percent"]]:
@@ -80,12 +89,12 @@ def _words(part: Mapping[str, Any], names: tuple[str, ...]) -> str:
 
 
 def _about_accuracy(task: Mapping[str, Any], benchmark: Mapping[str, Any]) -> bool:
-    """A task's own words decide; the benchmark's only for its single task, which they must be about."""
+    """The metrics that a task states decide, else its own words, else the benchmark's where it has one task only."""
     own = _words(task, ("id", "name", "metric", "metrics", "description"))
     if _OTHER_METRIC.search(own):
         return False
-    if _words(task, ("metric", "metrics")):
-        return bool(_ACCURACY.search(own))
+    if stated := _words(task, ("metric", "metrics")):
+        return bool(_ACCURACY.search(stated))
     shared = _words(benchmark, ("metric", "metrics", "description", "name")) if len(benchmark["tasks"]) == 1 else ""
     return bool(_ACCURACY.search(f"{own} {shared}")) and not _OTHER_METRIC.search(shared)
 

@@ -95,6 +95,7 @@ def anchor_links(markdown: str, base_url: str | None) -> str:
     `base_url` holds the placeholder `{kind}` for `resolve` (pictures) or `blob` (links). None: there is nothing to
     point at, and a relative name would show another file of this repository, so only the words stay.
     """
+
     def link(match: re.Match[str]) -> str:
         picture, words, path, rest = match.groups()
         if base_url is None:

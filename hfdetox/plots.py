@@ -27,14 +27,35 @@ BEFORE, AFTER, INK, FAINT, PANEL = "#c8651b", "#2468b0", "#1f2933", "#9aa5b1", "
 WRONG = "#b3261e"
 MAX_COLUMNS, MAX_LAYERS = 6, 6
 # matplotlib ships DejaVu Sans only; labels in other scripts need one of these from the system
-FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei",
-                  "Arial Unicode MS")
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Arial Unicode MS",
+)
 STYLE: dict[str, Any] = {
-    "font.size": 8.5, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.facecolor": PANEL,
-    "figure.facecolor": PANEL, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.grid": True, "grid.color": "#dfe3e8", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
-    "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": PANEL,
+    "figure.facecolor": PANEL,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": "#dfe3e8",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
 }
 
 
@@ -56,8 +77,9 @@ class StripRow:
     after: Sequence[str]
 
 
-def draw_plots(report: Report, folder: Path, *, weight_changes: Mapping[str, np.ndarray[Any, Any]],
-               strip: Sequence[StripRow]) -> list[str]:
+def draw_plots(
+    report: Report, folder: Path, *, weight_changes: Mapping[str, np.ndarray[Any, Any]], strip: Sequence[StripRow]
+) -> list[str]:
     """Draw what there is data for into `folder` and return the paths, relative to the folder's parent.
 
     Args:
@@ -84,8 +106,9 @@ def draw_plots(report: Report, folder: Path, *, weight_changes: Mapping[str, np.
                     figure.savefig(folder / name, dpi=DPI)
                     written.append(f"{folder.name}/{name}")
     except OSError as error:
-        raise RunError(f"the plots could not be written to {folder}: {error.strerror or error}; "
-                       "free space and run again") from error
+        raise RunError(
+            f"the plots could not be written to {folder}: {error.strerror or error}; free space and run again"
+        ) from error
     return written
 
 
@@ -95,12 +118,19 @@ def draw_before_after(report: Report) -> Figure | None:
     if before is None or after is None:
         return None
     groups: list[tuple[str, list[tuple[str, Rate, Rate]]]] = [
-        ("Accuracy", [("ACC, higher is better", before.accuracy, after.accuracy)])]
+        ("Accuracy", [("ACC, higher is better", before.accuracy, after.accuracy)])
+    ]
     for name in (name for name in before.triggers if name in after.triggers):
         old, new = before.triggers[name], after.triggers[name]
-        groups.append((f"Trigger {name}", [
-            ("ASR, lower is better", old.attack_success_rate, new.attack_success_rate),
-            ("RA, higher is better", old.robust_accuracy, new.robust_accuracy)]))
+        groups.append(
+            (
+                f"Trigger {name}",
+                [
+                    ("ASR, lower is better", old.attack_success_rate, new.attack_success_rate),
+                    ("RA, higher is better", old.robust_accuracy, new.robust_accuracy),
+                ],
+            )
+        )
     rows = sum(1.15 + len(bars) for _, bars in groups)
     figure, axes = _figure(0.8 + 0.34 * rows)
     y = 0.0
@@ -122,8 +152,9 @@ def draw_before_after(report: Report) -> Figure | None:
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("share of images, with 95 % intervals")
-    handles = [axes.barh([-9], [0], color=color, label=label)
-               for color, label in ((BEFORE, "before"), (AFTER, "after"))]
+    handles = [
+        axes.barh([-9], [0], color=color, label=label) for color, label in ((BEFORE, "before"), (AFTER, "after"))
+    ]
     figure.legend(handles=handles, loc="outside upper right", ncols=2)
     return figure
 
@@ -140,16 +171,18 @@ def draw_training(report: Report) -> Figure | None:
     phases = [str(row.get("phase", "")) for row in report.history]
     starts = [i for i in range(1, len(phases)) if phases[i] != phases[i - 1]]
     for axis, key in zip(np.atleast_1d(axes), shown, strict=True):
-        axis.plot(epochs, values[key], color=AFTER, linewidth=1.8, markersize=4,
-                  marker="o" if len(epochs) < 12 else None)
+        axis.plot(
+            epochs, values[key], color=AFTER, linewidth=1.8, markersize=4, marker="o" if len(epochs) < 12 else None
+        )
         axis.set_title(series[key])
         axis.set_xlim(0.5, len(epochs) + 0.5)
         axis.margins(y=0.12)
         for i, start in enumerate([0, *starts] if starts else []):
             if i:
                 axis.axvline(start + 0.5, color=FAINT, linewidth=0.8)
-            axis.text(start + 0.6, 1.0, _fit(phases[start], 24), transform=axis.get_xaxis_transform(), va="top",
-                      fontsize=7.5)
+            axis.text(
+                start + 0.6, 1.0, _fit(phases[start], 24), transform=axis.get_xaxis_transform(), va="top", fontsize=7.5
+            )
     if "clean_loss" in shown:
         _mark_epsilon(np.atleast_1d(axes)[0], report)
     last = np.atleast_1d(axes)[-1]
@@ -174,11 +207,16 @@ def draw_weight_changes(weight_changes: Mapping[str, np.ndarray[Any, Any]]) -> F
         axis.hist(flat[name], bins=60, color=AFTER)
         axis.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         axis.set_title(f"{_fit(name, 80 // columns)}\n", fontsize=8.5, linespacing=1.0)
-        axis.text(0, 1.03, f"{flat[name].size:,} weights, root mean square {size[name]:.3g}",
-                  transform=axis.transAxes, fontsize=7.5)
+        axis.text(
+            0,
+            1.03,
+            f"{flat[name].size:,} weights, root mean square {size[name]:.3g}",
+            transform=axis.transAxes,
+            fontsize=7.5,
+        )
         axis.ticklabel_format(axis="y", scilimits=(-3, 5))
         axis.locator_params(axis="x", nbins=10 // columns)
-    for axis in np.atleast_1d(axes).ravel()[len(names):]:
+    for axis in np.atleast_1d(axes).ravel()[len(names) :]:
         axis.set_visible(False)
     figure.supylabel("weights", fontsize=8.5)
     more = f" ({len(names)} of {len(size)} layers, those that changed most)" if len(size) > len(names) else ""
@@ -214,9 +252,15 @@ def draw_samples(strip: Sequence[StripRow]) -> Figure | None:
             truth = row.labels[column]
             for i, label in enumerate((truth, row.before[column], row.after[column])):
                 mark = "" if i == 0 else ("✓ " if label == truth else "✗ ")
-                figure.text((left + cell * 0.46) / WIDTH, (below - (i + 0.6) * line) / total,
-                            mark + _fit(label.split(",")[0], letters - len(mark)), fontsize=6.8, ha="center",
-                            va="center", color=INK if label == truth else WRONG)
+                figure.text(
+                    (left + cell * 0.46) / WIDTH,
+                    (below - (i + 0.6) * line) / total,
+                    mark + _fit(label.split(",")[0], letters - len(mark)),
+                    fontsize=6.8,
+                    ha="center",
+                    va="center",
+                    color=INK if label == truth else WRONG,
+                )
     return figure
 
 
@@ -248,7 +292,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1, *, sharex: bool = Tr
 def _fit(text: str, letters: int) -> str:
     """Return `text` on one line, at most `letters` long, with dollars that start no formula."""
     text = one_line(text)
-    text = text if len(text) <= letters else text[:max(1, letters - 1)].rstrip() + "…"
+    text = text if len(text) <= letters else text[: max(1, letters - 1)].rstrip() + "…"
     return text.replace("$", r"\$")
 
 
@@ -261,8 +305,9 @@ def _bar(axes: Axes, y: float, rate: Rate, color: str) -> None:
     value = 100 * rate.value
     axes.barh([y], [value], height=0.38, color=color)
     # rounding in a hand-written report may put the value a hair outside its interval; a negative length is an error
-    axes.errorbar([value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], color=INK, capsize=2,
-                  linewidth=0.9)
+    axes.errorbar(
+        [value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], color=INK, capsize=2, linewidth=0.9
+    )
     axes.text(max(value, high) + 1.2, y, f"{value:.1f} %", va="center", fontsize=7.5)
 
 
@@ -271,5 +316,12 @@ def _mark_epsilon(axes: Axes, report: Report) -> None:
     epsilon = _number(report.defense.parameters.get("epsilon"))
     if np.isfinite(epsilon):
         axes.axhline(epsilon, color=BEFORE, linewidth=1, linestyle="--")
-        axes.annotate(f"ε = {epsilon:g}", (0, epsilon), xycoords=("axes fraction", "data"), xytext=(3, 2),
-                      textcoords="offset points", fontsize=7.5, color=BEFORE)
+        axes.annotate(
+            f"ε = {epsilon:g}",
+            (0, epsilon),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=BEFORE,
+        )

@@ -49,8 +49,10 @@ def trigger_verdicts(report: Report) -> dict[str, Verdict]:
     if report.before is None:
         return {}
     after = {} if report.after is None else report.after.triggers
-    return {name: judge(result.attack_success_rate, after[name].attack_success_rate if name in after else None)
-            for name, result in report.before.triggers.items()}
+    return {
+        name: judge(result.attack_success_rate, after[name].attack_success_rate if name in after else None)
+        for name, result in report.before.triggers.items()
+    }
 
 
 def run_verdict(report: Report) -> Verdict | None:
