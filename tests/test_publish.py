@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from safetensors.numpy import save
 from hfdetox.errors import HubError, UsageError
 from hfdetox.hub import AccessError, IntegrityError, Retry, UnreachableError
 from hfdetox.publish import RepoExistsError, check_push_allowed, push_command, push_folder
+from tests.hub.answers import Answer
+from tests.hub.faults import Rule
 
 QUICK = Retry(base_delay=0.01)
 WEIGHTS = save({"head.weight": np.arange(600, dtype=np.float32)})
@@ -161,6 +164,16 @@ def test_what_the_client_raises_at_once_is_repeated(hub, repo_name, hub_token, f
     assert rules[5].hits == 1
 
 
+def test_a_gateways_page_in_place_of_an_answer_is_repeated(hub, repo_name, hub_token, folder):
+    name = repo_name()
+    page = Answer(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
+    rule = Rule("POST", re.compile("/api/validate-yaml"), skip=0, left=2, origin="hub", answer=page)
+    hub.faults.rules.append(rule)
+    push_folder(folder, name, retry=QUICK)
+    assert rule.hits == 2
+    assert pushed(hub, name) == contents(folder)
+
+
 def test_somebody_elses_commit_in_between_is_not_overwritten(hub, repo_name, hub_token, folder):
     name = repo_name()
     hub.create_repo(name)
@@ -275,6 +288,20 @@ def test_only_output_folders_of_hfdetox_are_pushed(folder, tmp_path):
     refused("not an output folder of hfdetox")
     with pytest.raises(UsageError, match="not an output folder"):
         push_folder(tmp_path / "nowhere", "me/never")
+
+
+def test_the_command_pushes_a_folder_and_refuses_a_wrong_token_in_one_line(hub, repo_name, folder, fresh_env, run_cli):
+    name = repo_name()
+    refused = run_cli(["push", folder, name], env={**fresh_env, "HF_TOKEN": "hf_wrong_secret"})
+    assert refused.returncode == 3
+    assert "the Hub refuses the token" in refused.stderr
+    assert refused.stderr.strip().endswith(f"`hfdetox push {folder} {name}`")
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert "hf_wrong_secret" not in refused.stderr + refused.stdout
+    done = run_cli(["push", folder, name, "--private"], env={**fresh_env, "HF_TOKEN": hub.token})
+    assert done.returncode == 0, done.stderr
+    assert hub.repo(name).private
+    assert pushed(hub, name) == contents(folder)
 
 
 def test_a_hub_without_xet_takes_the_files_by_http(hub, repo_name, folder, fresh_env):
