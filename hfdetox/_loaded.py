@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hfdetox.errors import UsageError
 from hfdetox.preprocessing import Preprocessing
 
 Library = Literal["timm", "transformers", "torch"]
@@ -18,9 +19,13 @@ Library = Literal["timm", "transformers", "torch"]
 _COMPANIONS = ("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
 
 
+class NotAClassifierError(UsageError):
+    """The model does not give one logit per label, one label per image."""
+
+
 @dataclass
 class Loaded:
-    """A built model; `processor` is transformers' image processor where the preprocessing comes from one."""
+    """A built model; `processor` is an image processor that is not among the source's files and is saved too."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -34,6 +39,13 @@ class Loaded:
 def numbered_labels(count: int) -> tuple[str, ...]:
     """Return "0", "1", … for a model whose labels have no names."""
     return tuple(str(index) for index in range(count))
+
+
+def check_num_labels(count: int, name: str) -> None:
+    """Raise NotAClassifierError for fewer than two outputs."""
+    if count < 2:
+        found = "a single output" if count else "no classification head"
+        raise NotAClassifierError(f"{name} has {found}; hfdetox handles classifiers of two or more labels")
 
 
 def copy_companions(source: Path | None, folder: Path, extra: Sequence[str] = ()) -> None:

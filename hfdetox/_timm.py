@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hfdetox._loaded import Loaded, copy_companions, numbered_labels
-from hfdetox._weights import WEIGHTS_NAME, StoredWeights, WeightsMismatchError, check_same_tensors, read_json
+from hfdetox._weights import WEIGHTS_NAME, StoredWeights, WeightsMismatchError, check_same_tensors, one_line, read_json
 from hfdetox.errors import UsageError
 from hfdetox.preprocessing import TimmPreprocessing
 
@@ -35,7 +35,7 @@ def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
         raise UsageError(
-            f"timm {timm.__version__} cannot build {name} from its config.json ({error}); "
+            f"timm {timm.__version__} cannot build {name} from its config.json ({one_line(error)}); "
             "a newer timm may know the architecture"
         ) from error
     state = stored.load()
@@ -62,7 +62,7 @@ def _load_converted(
         return timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, AssertionError) as error:
         check_same_tensors(expected, state, name)
-        raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({error})") from error
+        raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({one_line(error)})") from error
 
 
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:

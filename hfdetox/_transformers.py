@@ -9,14 +9,10 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from hfdetox._loaded import Loaded, copy_companions, numbered_labels
-from hfdetox._weights import StoredWeights, dtype_name, raise_for_keys
+from hfdetox._loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, numbered_labels
+from hfdetox._weights import StoredWeights, dtype_name, one_line, raise_for_keys
 from hfdetox.errors import UsageError
 from hfdetox.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
-
-
-class NotAClassifierError(UsageError):
-    """The model does not give one logit per label, one label per image."""
 
 
 def load_folder(
@@ -36,7 +32,7 @@ def load_folder(
         UsageError: it needs a newer transformers or code from the repository.
     """
     config = _load_config(folder, name, trust_remote_code)
-    _check_config(config, name)
+    _check_config(config, name, trust_remote_code)
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             folder,
@@ -49,7 +45,7 @@ def load_folder(
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
-        raise UsageError(f"transformers cannot load {name}: {_one_line(error)}") from error
+        raise UsageError(f"transformers cannot load {name}: {one_line(error)}") from error
     raise_for_keys(
         name,
         missing=info["missing_keys"],
@@ -58,9 +54,11 @@ def load_folder(
             f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
         ],
     )
-    if processor is None and preprocessing is None:
-        processor = _load_processor(folder, name, trust_remote_code)
-    return describe(model, processor, preprocessing)
+    if processor is not None or preprocessing is not None:
+        return describe(model, processor, preprocessing)
+    loaded = describe(model, _load_processor(folder, name, trust_remote_code), None)
+    loaded.processor = None  # its files are copied from the source
+    return loaded
 
 
 def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
@@ -72,12 +70,13 @@ def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
                 f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
                 "read that code first"
             ) from error
-        raise UsageError(f"transformers cannot read the config.json of {name}: {_one_line(error)}") from error
+        raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}") from error
 
 
-def _check_config(config: Any, name: str) -> None:
+def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
     """Refuse what is not a classifier of one label per image, before its weights are read."""
-    remote = "AutoModelForImageClassification" in getattr(config, "auto_map", {})
+    # with its own code trusted, any config may belong to a classifier; loading decides
+    remote = trust_remote_code and "AutoModelForImageClassification" in getattr(config, "auto_map", {})
     if not remote:
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             raise NotAClassifierError(
@@ -98,20 +97,13 @@ def _check_config(config: Any, name: str) -> None:
     check_num_labels(config.num_labels, name)
 
 
-def check_num_labels(count: int, name: str) -> None:
-    """Raise NotAClassifierError for fewer than two outputs."""
-    if count < 2:
-        found = "no classification head" if count == 0 else "a single output"
-        raise NotAClassifierError(f"{name} has {found}; hfdetox handles classifiers of two or more labels")
-
-
 def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:
     try:
         # the default backend, as `pipeline` takes it: the backends' resizes differ by up to several grey levels
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise PreprocessingError(
-            f"{name} has no usable preprocessor_config.json ({_one_line(error)}); "
+            f"{name} has no usable preprocessor_config.json ({one_line(error)}); "
             "pass processor=… or preprocessing=… through the API"
         ) from error
 
@@ -119,7 +111,7 @@ def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:
 def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) -> Loaded:
     """Return what hfdetox needs to know of a transformers model; one of `processor` and `preprocessing` is given."""
     config = model.config
-    _check_config(config, type(model).__name__)
+    _check_config(config, type(model).__name__, trust_remote_code=True)
     labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
     # LABEL_0 is what transformers writes when nobody named the labels
     named = labels != tuple(f"LABEL_{index}" for index in range(len(labels))) and labels != numbered_labels(len(labels))
@@ -164,10 +156,6 @@ def write(
     else:
         model.config.dtype = dtype_name(dominant)
         model.config.save_pretrained(folder)
-        if loaded.processor is not None:
-            loaded.processor.save_pretrained(folder)
+    if loaded.processor is not None:
+        loaded.processor.save_pretrained(folder)
     return sorted(folder.glob("model*.safetensors"))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

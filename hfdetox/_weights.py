@@ -41,8 +41,8 @@ class StoredWeights:
         return {name: tensor for file in self.files for name, tensor in load_file(file).items()}
 
 
-def find_weights(folder: Path) -> StoredWeights:
-    """Read the headers of a folder's safetensors files.
+def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> StoredWeights:
+    """Read the headers of a folder's safetensors files; `known` has the SHA-256 of files that were hashed already.
 
     Raises:
         PickleOnlyError: there are only pickle files.
@@ -63,7 +63,8 @@ def find_weights(folder: Path) -> StoredWeights:
             dtypes[name] = _DTYPES[entry["dtype"]]
             counts[dtypes[name]] += int(torch.Size(entry["shape"]).numel())
     dominant = counts.most_common(1)[0][0] if counts else torch.float32
-    return StoredWeights(files, dtypes, dominant, digest({file.name: sha256_file(file) for file in files}))
+    sha256 = {file.name: (known or {}).get(file.name) or sha256_file(file) for file in files}
+    return StoredWeights(files, dtypes, dominant, digest(sha256))
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
@@ -95,15 +96,28 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def target_dtypes(model: nn.Module, stored: StoredWeights) -> dict[str, torch.dtype]:
-    """Return the dtype in which each floating-point entry of the state dict is saved.
+    """Return the dtype in which each floating-point entry of a freshly loaded model's state dict is saved.
 
-    transformers may hold a tensor under another name than the file does; those take the dominant dtype of the files.
+    transformers holds some tensors under other names than the files do; those are told by their values, and what is
+    left (split or joined tensors) takes the dominant dtype.
     """
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    unnamed = state.keys() - stored.dtypes.keys()
+    files = stored.load() if unnamed and len(set(stored.dtypes.values())) > 1 else {}
+    return {
+        name: _dtype_by_value(tensor, files, stored) if name in unnamed else stored.dtypes[name]
+        for name, tensor in state.items()
+    }
 
-    def of(name: str) -> torch.dtype:
-        return stored.dtypes.get(name) or stored.dtypes.get(name.removeprefix("timm_model.")) or stored.dominant
 
-    return {name: of(name) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+def _dtype_by_value(tensor: torch.Tensor, files: Mapping[str, torch.Tensor], stored: StoredWeights) -> torch.dtype:
+    found = {
+        stored.dtypes[name]
+        for name, candidate in files.items()
+        if name in stored.dtypes and candidate.shape == tensor.shape and torch.equal(candidate.to(tensor), tensor)
+    }
+    # all zeros in two dtypes: the wider one loses nothing
+    return max(found, key=lambda dtype: dtype.itemsize) if found else stored.dominant
 
 
 def current_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -124,22 +138,29 @@ def dominant_dtype(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> torch
 def round_in_place(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Round each tensor to its dtype, keeping float32 storage; raises RunError when a value does not fit."""
     for name, tensor in model.state_dict().items():
-        if name in dtypes and dtypes[name] != tensor.dtype:
-            rounded = tensor.to(dtypes[name])
-            if not torch.isfinite(rounded).all() and torch.isfinite(tensor).all():
-                raise RunError(
-                    f"{name} has values that {dtype_name(dtypes[name])}, the source's dtype, cannot hold; "
-                    "use a weaker setting, or convert the source to float32 first"
-                )
-            tensor.copy_(rounded)
+        if dtypes.get(name, tensor.dtype) != tensor.dtype:
+            tensor.copy_(_rounded(name, tensor, dtypes[name]))
 
 
 def stored_state(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Return copies of the state dict on the CPU in the dtypes to be saved, each with its own contiguous storage."""
+    """Return copies of the state dict on the CPU in the dtypes to be saved, each with its own contiguous storage.
+
+    Raises RunError when a value does not fit its dtype.
+    """
     return {
-        name: tensor.detach().to("cpu", dtypes.get(name, tensor.dtype), copy=True).contiguous()
+        name: _rounded(name, tensor, dtypes.get(name, tensor.dtype)).to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()
     }
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rounded = tensor.detach().to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(rounded).all() and torch.isfinite(tensor).all():
+        raise RunError(
+            f"{name} has values that {dtype_name(dtype)}, the source's dtype, cannot hold; "
+            "use a weaker setting, or convert the source to float32 first"
+        )
+    return rounded
 
 
 def check_same_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: str) -> None:
@@ -176,6 +197,11 @@ def digest(sha256: Mapping[str, str]) -> str:
         return next(iter(sha256.values()))
     lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's message on one line, at most 300 characters."""
+    return " ".join(str(error).split())[:300]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

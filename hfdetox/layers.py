@@ -15,7 +15,8 @@ from hfdetox.errors import UsageError
 from hfdetox.network import Network, logits_of
 
 HEAD = "head"
-_SIDES = (224, 32, 64, 96, 128, 160, 192, 256, 299, 384, 28)
+# A convolutional network takes any; the others are usual sizes of those that take one only.
+_SIDES = (64, 32, 224, 28, 48, 56, 96, 112, 128, 160, 192, 256, 299, 384, 448, 512)
 
 
 class LayerPatternError(UsageError):
@@ -169,18 +170,22 @@ def _probe_input(model: nn.Module, input_size: tuple[int, int, int] | None) -> t
     return None
 
 
-def _candidate_sizes(model: nn.Module, input_size: tuple[int, int, int] | None) -> Iterator[tuple[int, int, int]]:
+def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Iterator[tuple[int, int, int]]:
     if input_size is not None:
         yield input_size
         return
+    inner = getattr(model, "timm_model", model)
+    if hasattr(inner, "pretrained_cfg"):
+        from timm.models import get_model_input_config
+
+        yield tuple(get_model_input_config(inner)["input_size"])
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = convolution.in_channels if convolution is not None else 3
-    pretrained = getattr(getattr(model, "timm_model", model), "pretrained_cfg", None) or {}
-    if "input_size" in pretrained:
-        yield (channels, *pretrained["input_size"][1:])
-    image_size = getattr(getattr(model, "config", None), "image_size", None)
-    sides = ([image_size] if isinstance(image_size, int) else []) + list(_SIDES)
-    for side in sides:
+    for holder in (getattr(model, "config", None), model):
+        size = getattr(holder, "image_size", None)
+        if size is not None:
+            yield (channels, size, size) if isinstance(size, int) else (channels, *size)
+    for side in _SIDES:
         yield channels, side, side
 
 

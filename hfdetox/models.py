@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from hfdetox import _weights
-from hfdetox._loaded import Loaded, numbered_labels
+from hfdetox._loaded import Loaded, NotAClassifierError, check_num_labels, numbered_labels
 from hfdetox.errors import RunError, UsageError
 from hfdetox.hub import pull_model, sha256_file
 from hfdetox.network import Network
 from hfdetox.preprocessing import CallablePreprocessing, Preprocessing
 from hfdetox.report import ModelInfo
 
-__all__ = ["Classifier", "LabelsError", "Network", "load_classifier"]
+__all__ = ["Classifier", "LabelsError", "Network", "NotAClassifierError", "load_classifier"]
 
 _TIMM_PREFIXES = ("hf_hub:", "hf-hub:")
 
@@ -63,8 +64,14 @@ class Classifier:
         return readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else None
 
     def round_weights(self) -> None:
-        """Round every tensor in place to the dtype in which it will be saved; RunError when a value does not fit."""
+        """Round every tensor in place to the dtype in which it will be saved, and leave the model in eval mode.
+
+        Raises RunError when a value does not fit.
+        """
         _weights.round_in_place(self.model, self.dtypes)
+        # LeViT keeps indexed attention biases between calls in eval mode; only entering train mode forgets them
+        self.model.train()
+        self.model.eval()
 
     def save(self, folder: str | Path) -> str:
         """Write the model as its library does, as safetensors in the source's dtypes; returns the weights' SHA-256.
@@ -79,9 +86,9 @@ class Classifier:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files = self._write(folder, state)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(
-                f"cannot write the model to {folder}: {error.strerror or error}; free some space or choose another "
+                f"cannot write the model to {folder}: {_weights.one_line(error)}; free some space or choose another "
                 "--output"
             ) from error
         return _weights.digest({file.name: sha256_file(file) for file in files})
@@ -98,7 +105,8 @@ class Classifier:
                 folder, self._loaded, state, self.folder, _weights.dominant_dtype(self.model, self.dtypes)
             )
         config = {
-            "architecture": self.info.architecture,
+            "library_name": "torch",
+            "class_name": self.info.architecture,
             "num_classes": len(self.labels),
             "label_names": list(self.labels),
         }
@@ -136,18 +144,18 @@ def load_classifier(
         if revision is not None:
             raise UsageError("revision belongs to a Hub id; a loaded model has none")
         return _from_object(model, processor, preprocessing, labels)
-    folder, name, commit = _fetch(str(model), revision, trust_remote_code)
-    stored = _weights.find_weights(folder)
+    folder, name, commit, known = _fetch(str(model), revision, trust_remote_code)
+    stored = _weights.find_weights(folder, known)
     loaded = _load_folder(folder, stored, name, processor, preprocessing, trust_remote_code)
     return _finish(loaded, name, commit, labels, folder=folder, stored=stored)
 
 
-def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str | None]:
-    """Return the folder with the model's files, the model's name and the commit it is of (None for a local folder)."""
+def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str | None, dict[str, str]]:
+    """Return the folder with the files, the model's name, its commit (None for a folder) and known file hashes."""
     if Path(model).is_dir():
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
-        return Path(model), model, None
+        return Path(model), model, None, {}
     repo_id = model
     if model.startswith(_TIMM_PREFIXES):
         repo_id, _, at = model.split(":", 1)[1].partition("@")
@@ -155,7 +163,7 @@ def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[P
             raise UsageError(f"{model} names revision {at} and --revision {revision}; give one of them")
         revision = revision or at or None
     pulled = pull_model(repo_id, revision=revision, trust_remote_code=trust_remote_code)
-    return pulled.folder, pulled.id, pulled.revision
+    return pulled.folder, pulled.id, pulled.revision, pulled.weights
 
 
 def _load_folder(
@@ -232,10 +240,7 @@ def _finish(
         if loaded.labels and len(given) != len(loaded.labels):
             raise LabelsError(f"{len(given)} labels given, but {name} has {len(loaded.labels)} outputs")
         loaded.labels = given
-    if len(loaded.labels) < 2:
-        raise UsageError(
-            f"{name} has fewer than two outputs; hfdetox handles classifiers of two or more labels, one per image"
-        )
+    check_num_labels(len(loaded.labels), name)
     info = ModelInfo(
         id=name,
         revision=commit,
@@ -264,7 +269,7 @@ def _check_output(classifier: Classifier) -> None:
     except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
         raise UsageError(
             f"{classifier.info.id} does not take the {'×'.join(map(str, pixels.shape[1:]))} images of its own "
-            f"preprocessing ({str(error).strip().splitlines()[0][:200]})"
+            f"preprocessing ({_weights.one_line(error)})"
         ) from error
     if logits.shape != (1, len(classifier.labels)):
         raise LabelsError(
