@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils import logging
 
 from hfdetox._loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, numbered_labels
 from hfdetox._weights import StoredWeights, dtype_name, one_line, raise_for_keys
@@ -15,6 +19,21 @@ from hfdetox.errors import UsageError
 from hfdetox.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and loading reports from the screen: hfdetox says the same in one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@_quiet()
 def load_folder(
     folder: Path,
     stored: StoredWeights,
@@ -33,6 +52,9 @@ def load_folder(
     """
     config = _load_config(folder, name, trust_remote_code)
     _check_config(config, name, trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        # transformers would fetch the base model that the adapter names, at no particular commit
+        raise UsageError(f"{name} is an adapter on another model; merge it and save the whole model")
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             folder,
@@ -49,7 +71,7 @@ def load_folder(
     raise_for_keys(
         name,
         missing=info["missing_keys"],
-        unexpected=info["unexpected_keys"],
+        unexpected=_not_computed(model, info["unexpected_keys"]),
         mismatched=[
             f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
         ],
@@ -59,6 +81,13 @@ def load_folder(
     loaded = describe(model, _load_processor(folder, name, trust_remote_code), None)
     loaded.processor = None  # its files are copied from the source
     return loaded
+
+
+def _not_computed(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Leave out tables that older versions stored and this one computes, such as Swin's relative positions."""
+    stored = model.state_dict().keys()
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers() if name not in stored}
+    return [name for name in unexpected if name.rpartition(".")[2] not in computed]
 
 
 def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
@@ -144,6 +173,7 @@ def _channels(config: Any) -> int:
     )
 
 
+@_quiet()
 def write(
     folder: Path, loaded: Loaded, state: dict[str, torch.Tensor], source: Path | None, dominant: torch.dtype
 ) -> list[Path]:

@@ -269,6 +269,46 @@ def test_checkpoint_with_a_background_class_is_converted_by_timm_and_saved_nativ
     assert torch.equal(own_library(tmp_path / "saved", "timm").fc.weight, native["fc.weight"])
 
 
+def test_tables_that_the_model_computes_are_not_unexpected(tmp_path):
+    source = transformers_folder(tmp_path / "source", "swin")
+    table = "swin.encoder.layers.0.blocks.0.attention.self.relative_position_index"
+    load = load_file(source / "model.safetensors")
+    assert table not in load
+    save_file(load | {table: torch.zeros(16, 16, dtype=torch.int64)}, source / "model.safetensors", {"format": "pt"})
+    load_classifier(source).save(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == load.keys()
+
+    config = tf.Swinv2Config(image_size=32, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    tf.Swinv2ForImageClassification(config).save_pretrained(tmp_path / "v2")
+    shutil.copy(source / "preprocessor_config.json", tmp_path / "v2")
+    tables = {
+        f"swinv2.encoder.layers.0.blocks.0.attention.self.relative_{n}": torch.zeros(4)
+        for n in ("coords_table", "position_index")
+    }
+    edit_weights(tmp_path / "v2", lambda state: state | tables)
+    load_classifier(tmp_path / "v2")
+    edit_weights(tmp_path / "v2", lambda state: state | {"swinv2.relative_something": torch.zeros(4)})
+    with pytest.raises(UsageError, match=r"unexpected: swinv2.relative_something"):
+        load_classifier(tmp_path / "v2")
+
+
+def test_loading_and_saving_write_nothing_to_the_screen(tmp_path, capfd):
+    source = transformers_folder(tmp_path / "source", "vit")
+    capfd.readouterr()
+    load_classifier(source).save(tmp_path / "saved")
+    edit_weights(source, lambda state: state | {"stranger.weight": torch.zeros(2)})
+    with pytest.raises(UsageError, match=r"unexpected: stranger.weight"):
+        load_classifier(source)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_adapter_is_refused(tmp_path):
+    source = transformers_folder(tmp_path / "source", "vit")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is an adapter on another model"):
+        load_classifier(source)
+
+
 def test_pickles_are_never_read(tmp_path):
     source = timm_folder(tmp_path / "source")
     (source / "pytorch_model.bin").write_bytes(b"not read")
