@@ -152,15 +152,21 @@ class _Plan:
 
     def _all_rows(self, source: Source, reader: LabelReader, alignment: Alignment) -> Choice:
         """Return every usable row of a split with its label."""
-        blocks = [(indices, self._model_labels(source, reader, alignment, values)) for indices, values in source.scan()]
-        indices = np.concatenate([block[0] for block in blocks] or [np.zeros(0, np.int64)])
-        labels = np.concatenate([block[1] for block in blocks] or [np.zeros(0, np.int64)])
-        usable = labels >= 0
+        empty = np.zeros(0, np.int64)
+        blocks, unlabelled = [(empty, empty)], 0
+        for indices, values in source.scan():
+            blocks.append((indices, self._model_labels(source, reader, alignment, values)))
+            unlabelled += int((reader.read(values) < 0).sum())
+        rows = Choice(np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks]))
+        if 0 < unlabelled < len(rows.indices):
+            self.warn(
+                f"{unlabelled} of {len(rows.indices)} rows of split {source.split} have no label and were left out"
+            )
         if source.limited:
             self.warn(
                 f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not looked at"
             )
-        return Choice(indices, labels).without(usable)
+        return rows.without(rows.labels >= 0)
 
     def _balanced(self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Choice:
         """Choose the clean images, none of the rows in `taken`."""

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Protocol, TypeVar
+from multiprocessing import reduction
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -63,6 +64,13 @@ class Spool:
             raise RunError(f"cannot keep images in {where}; free some space there or set TMPDIR") from error
         self._spans.append((self._end, len(encoded)))
         self._end += len(encoded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # workers that are not forked (macOS, Python 3.14) are sent the open file itself
+        return {**vars(self), "_file": reduction.DupFd(self._file.fileno())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _file=os.fdopen(state["_file"].detach(), "rb"))
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -115,10 +115,12 @@ def _align_integers(model_labels: Sequence[str], chosen: dict[str, Any]) -> Alig
 
 def _match(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
     """Return dataset index to model index for every name that has one clear partner, whole names first."""
-    found = _pair_by(dataset, model, lambda name: {_plain(name)}, repeated=True)
-    rest_d = {i: name for i, name in dataset.items() if i not in found}
-    rest_m = {m: name for m, name in model.items() if m not in found.values()}
-    return found | _pair_by(rest_d, rest_m, _synonyms, repeated=False)
+    found: dict[int, int] = {}
+    for keys, repeated in ((_itself, True), (_whole, True), (_synonyms, False)):
+        rest_d = {i: name for i, name in dataset.items() if i not in found}
+        rest_m = {m: name for m, name in model.items() if m not in found.values()}
+        found |= _pair_by(rest_d, rest_m, keys, repeated=repeated)
+    return found
 
 
 def _pair_by(
@@ -153,6 +155,14 @@ def _pair_by(
 def _plain(name: str) -> str:
     """Return `name` without case, and with runs of spaces, underscores and hyphens as nothing."""
     return re.sub(r"[\s_\-]+", "", name.casefold())
+
+
+def _itself(name: str) -> set[str]:
+    return {name}
+
+
+def _whole(name: str) -> set[str]:
+    return {_plain(name)}
 
 
 def _synonyms(name: str) -> set[str]:
@@ -228,15 +238,13 @@ def _name_map(names: Sequence[str], mapping: Sequence[int], model_labels: Sequen
 
 def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str]) -> LabelMismatchError:
     if all(_GENERIC.fullmatch(label) for label in labels):
-        why = (
-            f"the model has {len(labels)} labels without names ({list_names(labels, 2)}), the dataset has other classes"
-        )
+        why = f"the model's {len(labels)} labels have no names ({list_names(labels, 2)}), the dataset has other classes"
     else:
         why = "the dataset's classes are not the model's"
     return LabelMismatchError(
         f"{why}; unmatched in the dataset ({len(dataset)}): {list_names(dataset)}; unmatched in the model "
-        f"({len(model)}): {list_names(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or null "
-        "to leave it out)"
+        f"({len(model)}): {list_names(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or "
+        "null to leave it out)"
     )
 
 

@@ -269,12 +269,10 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
 
     builder = ask(load, what)
     files = HubFiles(state)
-    for names in (builder.config.data_files or {}).values():
-        # when the Hub fails, datasets falls back in silence to any version that it has cached
-        if any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
-            raise HubError(
-                f"{what}: its data files are not of commit {state.sha[:12]}; the Hub failed on the way, try again"
-            )
+    names = [name for split in (builder.config.data_files or {}).values() for name in split]
+    # when the Hub fails on the way, datasets falls back in silence to whatever version it has prepared before
+    if not names or any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
+        raise HubError(f"{what} could not be read at commit {state.sha[:12]}; the Hub failed on the way, try again")
     return _with_builder(state.id, state.sha, "hub", builder, files)
 
 
@@ -283,6 +281,9 @@ def _with_builder(name: str, revision: str | None, source: Literal["hub", "folde
     splits = [str(split) for split in builder.config.data_files or {}]
     if not splits:
         raise DatasetError(f"dataset {name} has no data files that hfdetox can read")
+    if isinstance(builder, FolderBasedBuilder):
+        # of the Hub, datasets would decode (and so download) each image that a scan for labels passes
+        builder.config.decode_num_threads = 0
     origin = BuilderOrigin(name, builder.config.name, revision, source, splits)
     origin.builder, origin.files = builder, files
     return origin

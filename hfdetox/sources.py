@@ -96,7 +96,7 @@ class TableSource(Source):
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield the whole label column as one block."""
-        yield np.arange(len(self._table)), list(self._table[self._columns.label])
+        yield np.arange(len(self._table)), self._table[self._columns.label][:]
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return a view of the rows; nothing is copied."""
@@ -267,6 +267,9 @@ class StreamSource(Source):
         while not self._ended and len(self._spool) < min(SCAN_LIMIT, kept + _STREAM_BLOCK):
             row = self._next()
             if row is None:
+                if self.rows is not None and len(self._entries) < self.rows:  # a damaged tar ends without an error
+                    raise DamagedFileError(f"split {self.split} ends after {len(self._entries)} of {self.rows} rows; "
+                                           "get the dataset anew")  # fmt: skip
                 self._ended, self.rows = True, len(self._entries)
                 break
             value = row[self._columns.image]
@@ -277,6 +280,8 @@ class StreamSource(Source):
                 self._entries.append(len(self._spool) - 1)
             labels.append(row[self._columns.label])
         self.limited = not self._ended and len(self._spool) >= SCAN_LIMIT
+        if self.limited:
+            self.rows = len(self._entries)  # a fraction is one of what can be read
         if labels:
             self._blocks.append((np.arange(first, len(self._entries)), labels))
         return bool(labels)
