@@ -34,4 +34,9 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
     if name not in _HOMES:
         raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
+    if _HOMES[name] in ("detox", "models"):
+        from hfdetox.environment import check_torchvision
+
+        # timm and transformers would die of a mismatch with a traceback that does not say what to do
+        check_torchvision()
     return getattr(importlib.import_module(f"hfdetox.{_HOMES[name]}"), name)

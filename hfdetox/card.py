@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from hfdetox import markdown
 from hfdetox.errors import UsageError
 from hfdetox.report import Measurement, Rate, Rating, Report
-from hfdetox.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, run_verdict, trigger_verdicts
+from hfdetox.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, percent, run_verdict, trigger_verdicts
 
 CARD_NAME = "README.md"
 PENDING = "pending"
@@ -155,11 +155,6 @@ def validate_card(text: str) -> None:
     own = re.split(f"^{re.escape(markdown.SOURCE_MARK)}$", text, maxsplit=1, flags=re.MULTILINE)[0]
     if empty := markdown.empty_sections(REGEX_YAML_BLOCK.sub("", own, count=1)):
         raise CardError(f"the model card has a section without text: {empty[0]}; report this as a bug of hfdetox")
-
-
-def percent(fraction: float) -> str:
-    """Return a rate in [0, 1] as a percentage with one decimal, such as "94.2 %"."""
-    return f"{100 * fraction:.1f} %"
 
 
 def describe_rate(rate: Rate | Rating | None) -> str:

@@ -25,7 +25,7 @@ from hfdetox.evaluation import Evaluation, check_plausible, decoded, prepare_eva
 from hfdetox.hub import read_text_file, resolve
 from hfdetox.metrics import Outcome, ratings
 from hfdetox.models import Classifier, load_classifier
-from hfdetox.publish import check_push_allowed
+from hfdetox.publish import check_card, check_push_allowed
 from hfdetox.report import DefenseInfo, Measurement, OutputInfo, Report
 from hfdetox.result import CHECKED_IMAGES, DetoxResult, Exhibits, draw_strip
 from hfdetox.runs import RunFolder, RunOptions, check_output, trigger_specs
@@ -95,7 +95,6 @@ def detoxify(
             model if isinstance(model, nn.Module) else options.model or "", revision=options.revision, processor=processor,
             preprocessing=preprocessing, labels=labels, trust_remote_code=options.trust_remote_code)  # fmt: skip
         images = _pull_images(options, dataset, classifier, notes)
-    method.selected_layers(classifier.model)
     evaluation = prepare_evaluation(classifier, images.evaluation, parse_triggers(known), accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = evaluation.measure("before")
@@ -104,7 +103,10 @@ def detoxify(
                      dataset_revision=images.info.revision)  # fmt: skip
     report = _open_report(pinned, classifier, images, method, preset, before, accelerator, push_to, notes)
     exhibits = _exhibits(classifier, images, evaluation, options)
-    validate_card(build_card(report, source_card=exhibits.source_card, repo_id=push_to, labels=classifier.labels))
+    draft = build_card(report, source_card=exhibits.source_card, repo_id=push_to, labels=classifier.labels)
+    validate_card(draft)
+    if push_to is not None and accelerator.is_main_process:
+        check_card(draft)
     if run is not None and accelerator.is_main_process:
         run.begin(pinned)
 
@@ -224,6 +226,8 @@ def _open_run(options: RunOptions, resume: str | Path | None, overwrite: bool) -
 
 
 def _pull_images(options: RunOptions, dataset: Any, classifier: Classifier, notes: Notes) -> Images:
+    for text in classifier.warnings:
+        notes.warn(text)
     chosen = options.dataset if dataset is None or isinstance(dataset, str | Path) else dataset
     if chosen is None:
         chosen = default_dataset(classifier.card_source())

@@ -21,6 +21,7 @@ from hfdetox.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.errors import RunError
+from hfdetox.progress import progress_bar
 
 REFRESH_SECONDS = 1.0
 
@@ -121,10 +122,12 @@ class Engine:
         if getattr(network, "convolutional", False):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         devices = [self.accelerator.device.index or 0] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _observed_dtype(network, record), _sync_batchnorm(network, self.accelerator):
-            for index in range(first, len(phases)):
-                self._run_phase(network, index, phases[index], record, checkpoint if index == first else None)
-        network.eval()
+        try:
+            with torch.random.fork_rng(devices), _observed_dtype(network, record), _sync_batchnorm(network, self.accelerator):
+                for index in range(first, len(phases)):
+                    self._run_phase(network, index, phases[index], record, checkpoint if index == first else None)
+        finally:
+            network.eval()
         return record
 
     def _run_phase(self, network: nn.Module, index: int, phase: Phase, record: TrainingRecord,
@@ -144,8 +147,8 @@ class Engine:
             prepared = accelerator.prepare_model(network)
             plan = StepPlan(len(self.source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0))
             loader = source_loader(self.source, plan, self.accelerator.device)
-            bar = tqdm(total=phase.epochs * plan.steps, initial=first * plan.steps, desc=phase.name, unit="step",
-                       disable=not (self.progress and accelerator.is_main_process), dynamic_ncols=True)  # fmt: skip
+            bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", accelerator, shown=self.progress,
+                               done=first * plan.steps, keep=True)  # fmt: skip
             try:
                 for epoch in range(first, phase.epochs):
                     torch.manual_seed(self._key(index, epoch + 1) + accelerator.process_index)
@@ -160,8 +163,7 @@ class Engine:
                         break
             finally:
                 bar.close()
-                accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-                accelerator.free_memory()
+                _unprepare(network, prepared, accelerator)
 
     def _run_epoch(self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, plan: StepPlan,
                    loader: DataLoader[Any], bar: tqdm[Any], record: TrainingRecord, index: int) -> dict[str, Any]:  # fmt: skip
@@ -199,7 +201,7 @@ class Engine:
                 speed = (step + 1) * len(self.source) / plan.steps / (now - begin)
                 # reading a value makes the device finish; once a second costs nothing
                 shown = {k: f"{v.item():.3f}" for k, v in terms[-1].items() if k in ("clean_loss", "loss", "distance")}
-                bar.set_postfix({**shown, "images/s": f"{speed:.0f}"})
+                bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
                 refreshed = now
         means = self._means(terms, phase, plan.epoch, parts)
         seconds = time.perf_counter() - begin
@@ -247,13 +249,24 @@ class Engine:
 
 def _restore(checkpoint: Checkpoint, network: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase,
              accelerator: Accelerator) -> int:  # fmt: skip
-    network.load_state_dict(checkpoint.part("network"))
-    load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
+    try:
+        network.load_state_dict(checkpoint.part("network"))
+        load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise RunError("the checkpoint is of another model than this one; start again without --resume") from error
     if phase.state is not None:
         phase.state.load_state_dict(checkpoint.part("phase"))
     if accelerator.scaler is not None and checkpoint.record["scaler"] is not None:
         accelerator.scaler.load_state_dict(checkpoint.record["scaler"])
     return int(checkpoint.record["epoch"])
+
+
+def _unprepare(network: nn.Module, prepared: nn.Module, accelerator: Accelerator) -> None:
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    # Accelerate leaves its marks on the module: with them, the next phase would silently run without autocast
+    for mark in ("forward", "_is_accelerate_prepared"):
+        vars(network).pop(mark, None)
+    accelerator.free_memory()
 
 
 @contextmanager

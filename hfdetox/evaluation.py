@@ -16,9 +16,10 @@ from hfdetox.labels import accuracy_hint
 from hfdetox.metrics import Outcome, TriggerView, measure
 from hfdetox.models import Classifier
 from hfdetox.pixels import Pixels
+from hfdetox.progress import progress_bar
 from hfdetox.triggers.base import Trigger
 
-# a model whose whole interval lies within this share of the way from chance to certainty has learnt nothing here
+# a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
 CHANCE_MARGIN = 0.05
 # a relabelling must win this much accuracy before it is worth a warning: small samples always gain a little
 PERMUTATION_GAIN = 0.2
@@ -60,7 +61,7 @@ def prepare_evaluation(classifier: Classifier, images: ImageSet, triggers: Seque
         if not len(positions):
             raise UsageError(f"every evaluation image is of the target class {classifier.labels[index]!r}; trigger "
                              f"{trigger.name} cannot be measured with them")  # fmt: skip
-        with _bar(f"trigger {trigger.name}", len(positions), accelerator, progress) as bar:
+        with progress_bar(f"trigger {trigger.name}", len(positions), "image", accelerator, shown=progress) as bar:
             source = to_device(clean.view(trigger, positions=positions, progress=_updates(bar)), accelerator)
         _check_changes(trigger, clean, source)
         views.append(TriggerView(replace(trigger, target=index), index, source))
@@ -69,7 +70,7 @@ def prepare_evaluation(classifier: Classifier, images: ImageSet, triggers: Seque
 
 def decoded(images: ImageSet, classifier: Classifier, accelerator: Accelerator, title: str, progress: bool) -> Pixels:
     """Return the images as the classifier sees them, cached on its device where they fit."""
-    with _bar(title, len(images), accelerator, progress) as bar:
+    with progress_bar(title, len(images), "image", accelerator, shown=progress) as bar:
         pixels = Pixels(images, classifier.preprocessing, progress=_updates(bar))
     return to_device(pixels, accelerator)
 
@@ -133,11 +134,6 @@ def _check_changes(trigger: Trigger, clean: Pixels, triggered: Pixels) -> None:
     few = triggered.positions[:64]
     if torch.equal(clean.images[few].cpu(), triggered.images[:64].cpu()):
         raise UsageError(f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size")
-
-
-def _bar(title: str, total: int, accelerator: Accelerator, progress: bool) -> tqdm:  # type: ignore[type-arg]
-    return tqdm(total=total, desc=title, unit="image", leave=False, dynamic_ncols=True,
-                disable=not (progress and accelerator.is_main_process))  # fmt: skip
 
 
 def _updates(bar: tqdm) -> Callable[[int, int], None]:  # type: ignore[type-arg]

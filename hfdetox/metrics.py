@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from hfdetox.batches import ImageSource, source_loader
+from hfdetox.errors import RunError
+from hfdetox.progress import progress_bar
 from hfdetox.report import Measurement, Rate, Rating, TriggerResult
 from hfdetox.triggers.base import Trigger
 
@@ -48,7 +48,7 @@ class Outcome:
     Attributes:
         measurement: the rates.
         correct: whether each evaluation image was classified correctly (N).
-        hits: per trigger, the positions (M) of its triggered images and whether each was classified as the target (M).
+        hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the target (M).
         predicted: the labels given to the clean images (N).
         triggered: per trigger, the labels given to its triggered images (M).
     """
@@ -94,8 +94,7 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
     losses = torch.zeros(len(predicted), dtype=torch.float64)
     loader = accelerator.prepare(source_loader(source, BATCH_SIZE, device))
-    bar = tqdm(total=len(source), desc=title, unit="image", leave=False, dynamic_ncols=True,
-               disable=not (progress and accelerator.is_main_process))  # fmt: skip
+    bar = progress_bar(title, len(source), "image", accelerator, shown=progress)
     chunks = []
     # TF32 convolutions are on by default and would make "float32" untrue on recent GPUs
     with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -115,9 +114,17 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
             title: str = "measure", progress: bool = False) -> Outcome:  # fmt: skip
-    """Measure accuracy and loss on the clean images, and each trigger on its view; every number comes from one pass."""
+    """Measure accuracy and loss on the clean images, and each trigger on its view, whose images are among the clean ones.
+
+    Raises:
+        RunError: the network's answers are not finite numbers.
+    """
     truth = evaluation.labels.cpu().numpy()
+    places = {position: place for place, position in enumerate(evaluation.positions.tolist())}
     clean = predict(network, evaluation, accelerator, title=title, progress=progress)
+    if not np.isfinite(clean.losses).all():
+        raise RunError("the model's outputs on the evaluation images are not finite numbers; its weights or its "
+                       "preprocessing are broken")  # fmt: skip
     correct = clean.predicted == truth
     results: dict[str, TriggerResult] = {}
     hits, triggered = {}, {}
@@ -129,7 +136,7 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
             attack_success_rate=rate(int(hit.sum()), len(hit)),
             robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),
         )  # fmt: skip
-        hits[view.trigger.name] = (view.source.positions.cpu().numpy(), hit)
+        hits[view.trigger.name] = (np.array([places[position] for position in view.source.positions.tolist()]), hit)
         triggered[view.trigger.name] = answers
     measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results)
     return Outcome(measurement, correct, hits, clean.predicted, triggered)

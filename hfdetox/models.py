@@ -17,7 +17,7 @@ from torch import nn
 from hfdetox import _weights
 from hfdetox._loaded import Loaded, NotAClassifierError, check_num_labels, numbered_labels
 from hfdetox.errors import RunError, UsageError
-from hfdetox.hub import pull_model, sha256_file
+from hfdetox.hub import PulledRepo, pull_model, sha256_file
 from hfdetox.network import Network
 from hfdetox.preprocessing import CallablePreprocessing, Preprocessing
 from hfdetox.report import ModelInfo
@@ -42,6 +42,7 @@ class Classifier:
         info: provenance for the report.
         folder: where the source files lie (config, card, licence), None for a model that came as an object.
         dtypes: the dtype in which each floating-point tensor of the state dict is saved.
+        warnings: what the Hub had to say when the model was pulled (moved repository, offline copy).
         network: images in 0 to 255 to logits, around `model`.
     """
 
@@ -53,6 +54,7 @@ class Classifier:
     folder: Path | None
     dtypes: dict[str, torch.dtype]
     _loaded: Loaded = field(repr=False)
+    warnings: tuple[str, ...] = ()
     network: Network = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -144,18 +146,20 @@ def load_classifier(
         if revision is not None:
             raise UsageError("revision belongs to a Hub id; a loaded model has none")
         return _from_object(model, processor, preprocessing, labels)
-    folder, name, commit, known = _fetch(str(model), revision, trust_remote_code)
-    stored = _weights.find_weights(folder, known)
-    loaded = _load_folder(folder, stored, name, processor, preprocessing, trust_remote_code)
-    return _finish(loaded, name, commit, labels, folder=folder, stored=stored)
+    pulled, commit = _fetch(str(model), revision, trust_remote_code)
+    stored = _weights.find_weights(pulled.folder, pulled.weights)
+    loaded = _load_folder(pulled.folder, stored, pulled.id, processor, preprocessing, trust_remote_code)
+    classifier = _finish(loaded, pulled.id, commit, labels, folder=pulled.folder, stored=stored)
+    classifier.warnings = tuple(pulled.warnings)
+    return classifier
 
 
-def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[Path, str, str | None, dict[str, str]]:
-    """Return the folder with the files, the model's name, its commit (None for a folder) and known file hashes."""
+def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[PulledRepo, str | None]:
+    """Return the files of a model, a local folder looking like a pulled one, and the commit (None for a folder)."""
     if Path(model).is_dir():
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
-        return Path(model), model, None, {}
+        return PulledRepo(model, "", Path(model), {}, ()), None
     repo_id = model
     if model.startswith(_TIMM_PREFIXES):
         repo_id, _, at = model.split(":", 1)[1].partition("@")
@@ -163,7 +167,7 @@ def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[P
             raise UsageError(f"{model} names revision {at} and --revision {revision}; give one of them")
         revision = revision or at or None
     pulled = pull_model(repo_id, revision=revision, trust_remote_code=trust_remote_code)
-    return pulled.folder, pulled.id, pulled.revision, pulled.weights
+    return pulled, pulled.revision
 
 
 def _load_folder(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -91,6 +91,19 @@ def check_push_allowed(
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
     _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, retry=retry)
+
+
+def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
+    """Ask the Hub whether it would take a model card (README.md); raises UsageError with its objection, or HubError."""
+
+    def ask_hub() -> None:
+        try:
+            ModelCard(text).validate()
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card or its licence") from error
+
+    ask(ask_hub, "the model card", retry=retry)
 
 
 def push_folder(

@@ -19,7 +19,7 @@ from hfdetox.evaluation import Evaluation
 from hfdetox.leaderboard import eval_results
 from hfdetox.metrics import Outcome
 from hfdetox.models import Classifier, load_classifier
-from hfdetox.plots import StripRow, draw_plots
+from hfdetox.plots import PLOT_FILES, StripRow, draw_plots
 from hfdetox.publish import PushResult, push_folder
 from hfdetox.report import Report
 from hfdetox.runs import check_output, publish_folder
@@ -95,15 +95,20 @@ class DetoxResult:
             UsageError: the repository exists and was not made by hfdetox.
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = self.output or self.save(Path(scratch) / "model")
-            pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
-            if folder.is_relative_to(scratch):
-                self.output = None
-        done = replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
-        self.report = replace(self.report, output=done)
-        if self.output is not None:
-            self.report.save(self.output)
+        saved = self.output
+        if self.report.output.pushed_to != repo_id:
+            self.report = replace(self.report, output=replace(self.report.output, pushed_to=repo_id))
+            if saved is not None:
+                self._write_card(saved)
+        # what is pushed from memory stays on the disk until it has arrived: the message of a failed push names it
+        folder = saved or self.save(Path(tempfile.mkdtemp(prefix="hfdetox-")) / repo_id.rpartition("/")[2])
+        pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
+        self.report = replace(self.report, output=replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit))
+        if saved is None:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            self.output = None
+        else:
+            self.report.save(folder)
         return pushed
 
     def _write(self, folder: Path) -> None:
@@ -113,11 +118,15 @@ class DetoxResult:
         for trigger in self.exhibits.triggers:
             (folder / "triggers").mkdir(exist_ok=True)
             trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
-        plots = draw_plots(self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip)
+        draw_plots(self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip)
         for name, text in eval_results(self.report, self.exhibits.dataset_eval_yaml,
                                        whole_split=self.exhibits.whole_split).items():  # fmt: skip
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
+        self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
         card = build_card(self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
                           labels=self.classifier.labels)  # fmt: skip
         validate_card(card)
@@ -154,7 +163,7 @@ def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[
     for view in evaluation.views[: STRIP_ROWS - 1]:
         name = view.trigger.name
         if view.source.images is not None and shared:
-            rows.append(_row(name, view.source, chosen, labels, before.triggered[name], after.triggered[name]))
+            rows.append(_row(f"Trigger {name}", view.source, chosen, labels, before.triggered[name], after.triggered[name]))
     return rows
 
 

@@ -10,12 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report
-from hfdetox.verdict import trigger_verdicts
-
-
-def percent(value: float) -> str:
-    """Return a fraction in [0, 1] as a percentage with one decimal, such as `93.1 %`."""
-    return f"{100 * value:.1f} %"
+from hfdetox.verdict import percent, trigger_verdicts
 
 
 def estimate(number: Rate | Rating) -> str:

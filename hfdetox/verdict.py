@@ -27,6 +27,11 @@ class Verdict(StrEnum):
 SEVERITY = (Verdict.NO_EVIDENCE, Verdict.MITIGATED, Verdict.REDUCED, Verdict.NOT_MITIGATED, Verdict.PENDING)
 
 
+def percent(fraction: float) -> str:
+    """Return a rate in [0, 1] as a percentage with one decimal, such as "94.2 %"."""
+    return f"{100 * fraction:.1f} %"
+
+
 def judge(before: Rate, after: Rate | None) -> Verdict:
     """Judge one trigger from its attack success rates before and after (fractions with 95 % intervals).
 

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy, relu
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.engine import Batch, Phase
 from hfdetox.errors import UsageError
-from hfdetox.layers import match_layers, norm_before_head
+from hfdetox.layers import match_layers, norms_before_head
 
 Initialization = Literal["near", "middle", "far", "noise", "random"]
 
@@ -38,7 +38,7 @@ class D3Config(DefenseConfig):
         layers: `head`, or name patterns (`*` and `?`) of Linear and Conv2d modules: the selected weights.
         initialization: where the selected weights start: `random` (uniform, rescaled to the old norm), `noise` (old
             plus normal noise of the old standard deviation), `middle` (zero), `far` (minus the old) or `near` (the old).
-        freeze_norm: keep the scale γ of an affine LayerNorm that feeds the head fixed. Otherwise (W, γ, β) →
+        freeze_norm: keep the scale γ of an affine norm that feeds the head directly fixed. Otherwise (W, γ, β) →
             (−W, −γ, −β) is the same function at the largest distance. No effect on networks without such a norm.
     """
 
@@ -67,7 +67,7 @@ class D3Config(DefenseConfig):
         def loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             return d3.terms(network(batch.images), batch.labels, batch.weights)
 
-        trained = [p for p in model.parameters() if p.requires_grad and p is not d3.frozen_scale]
+        trained = [p for p in model.parameters() if p.requires_grad and not any(p is scale for scale in d3.frozen_scales)]
         return [self.phase(name="d3", parameters=trained, optimizer=self.sgd, loss=loss, start=d3.initialize,
                            after_step=d3.project, state=d3)]  # fmt: skip
 
@@ -95,8 +95,8 @@ class D3:
         if not self.weights:
             raise UsageError(f"d3: the weights of {', '.join(modules)} are all zero; select other layers")
         self.initial = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
-        norm = norm_before_head(model) if config.freeze_norm else None
-        self.frozen_scale = model.get_submodule(norm).weight if norm is not None else None
+        norms = norms_before_head(model) if config.freeze_norm else []
+        self.frozen_scales = [model.get_submodule(norm).weight for norm in norms]
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -156,8 +156,8 @@ class D3:
 def project_to_sphere(weight: torch.Tensor, radius: torch.Tensor | float) -> torch.Tensor:
     """Return W · R / ‖W‖_F: the point of the sphere of radius R nearest to W. A zero W has none and stays zero."""
     norm = torch.linalg.vector_norm(weight)
-    # no branch on the value: it would make the GPU wait every step
-    return weight * (radius / norm.clamp_min(torch.finfo(weight.dtype).tiny))
+    # no branch on the value: it would make the GPU wait every step; R divided by a tiny norm could overflow
+    return weight / norm.clamp_min(torch.finfo(weight.dtype).tiny) * radius
 
 
 def start_weight(initial: torch.Tensor, how: Initialization) -> torch.Tensor:
