@@ -16,7 +16,7 @@ RATIO = (3 / 4, 4 / 3)
 
 
 def resolve_augmentation(name: Augmentation, height: int) -> Augmentation:
-    """Return what `auto` stands for: pad-crop and flip below 96 pixels of height, resized crop and flip above."""
+    """Return what `auto` stands for: pad-crop and flip up to 96 pixels of height, resized crop and flip above."""
     if name != "auto":
         return name
     return "crop-flip" if height <= SMALL_SIDE else "resized-crop-flip"

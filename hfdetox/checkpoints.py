@@ -51,8 +51,9 @@ class CheckpointStore:
             flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             save_file(flat, str(fresh / "tensors.safetensors"))
             (fresh / "record.json").write_text(json.dumps({"format": FORMAT, **record}), encoding="utf-8")
-            shutil.rmtree(old, ignore_errors=True)
+            # while there is no new one in its place, a kill must leave the old one
             if self.folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 os.replace(self.folder, old)
             os.replace(fresh, self.folder)
             shutil.rmtree(old, ignore_errors=True)
@@ -69,9 +70,9 @@ class CheckpointStore:
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             with safe_open(str(folder / "tensors.safetensors"), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise RunError(f"the checkpoint in {folder} cannot be read ({error}); start again without --resume") from error
-        if record.get("format") != FORMAT:
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise RunError(f"the checkpoint in {folder} is of another hfdetox version; start again without --resume")
         return Checkpoint(tensors, record)
 

@@ -175,7 +175,7 @@ class Report:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UsageError(f"{folder} has no {REPORT_NAME}; it was not written by hfdetox") from None
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{path} is not a hfdetox report: {error}") from error
 
 

@@ -107,7 +107,7 @@ class RunFolder:
         try:
             plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
             options = from_plain(RunOptions, plain)
-        except (OSError, json.JSONDecodeError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder") from error
         return replace(options)
 

@@ -40,7 +40,8 @@ class PoisonedPixels:
         self.poisoned = torch.randperm(len(clean), generator=generator)[:count].sort().values
         triggered = clean.view(trigger, positions=clean.positions[self.poisoned])
         self.images: torch.Tensor | None = clean.images.clone()
-        self.images[self.poisoned] = triggered.images
+        # a native trigger is put on freshly decoded images, which are not on the cache's device
+        self.images[self.poisoned] = triggered.to(clean.images.device).images
         self.labels = clean.labels.clone()
         self.labels[self.poisoned] = target
         self.positions = clean.positions

@@ -88,15 +88,27 @@ def load_trigger(path: Path) -> Trigger:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
-    if not isinstance(header, dict) or header.get("kind") not in KINDS:
+    if not isinstance(header, dict) or str(header.get("kind")) not in KINDS:
         raise UsageError(f"{path} is not a trigger file: its metadata has no `trigger` of a known kind ({', '.join(KINDS)})")
     kind = KINDS[header.pop("kind")]
-    unknown = sorted(set(header | tensors) - {f.name for f in fields(kind)})
+    arrays = {f.name for f in fields(kind) if "tensor" in f.metadata}
+    unknown = sorted((set(tensors) - arrays) | (set(header) - ({f.name for f in fields(kind)} - arrays)))
     if unknown:
         raise UsageError(f"{path}: unknown fields {', '.join(unknown)} for a {kind.kind} trigger")
+    hints = typing.get_type_hints(kind)
+    for name, value in header.items():
+        if not _fits(value, hints[name]):
+            raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger")
     return kind(**header, **tensors)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a JSON value is of a field's type: a scalar, a union of scalars or a Literal."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    allowed = typing.get_args(hint) or (hint,)
+    # bool is an int to Python, and JSON has one kind of number
+    return type(value) in allowed or (type(value) is int and float in allowed)
 
 
 def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:

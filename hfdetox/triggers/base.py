@@ -43,6 +43,10 @@ class Trigger(ABC):
             raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'")
         if self.mode not in ("native", "input"):
             raise UsageError(f"trigger {self.name}: mode must be native or input, got {self.mode!r}")
+        for name, array in self.tensors().items():
+            if array.dtype != torch.uint8 or array.ndim != 3:
+                found = f"{array.dtype} of shape {tuple(array.shape)}"
+                raise UsageError(f"trigger {self.name}: {name} must be a uint8 picture C×h×w, got {found}")
 
     @abstractmethod
     def apply(self, images: torch.Tensor) -> torch.Tensor:

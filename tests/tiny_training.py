@@ -1,0 +1,105 @@
+"""Images and networks small enough to train in milliseconds, and a reference loop that is not the engine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hfdetox.devices import make_accelerator
+
+CLASSES = 3
+
+
+class ToyImages:
+    """Cached uint8 images N×3×side×side in which the class is visible: channel `label` is brighter."""
+
+    def __init__(self, count: int = 48, side: int = 8, seed: int = 0, labels: torch.Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(count) % CLASSES if labels is None else labels
+        noise = torch.randint(0, 120, (count, 3, side, side), generator=generator)
+        noise[torch.arange(count), self.labels] += 100
+        self.images: torch.Tensor | None = noise.to(torch.uint8)
+        self.positions = torch.arange(count)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        places = torch.tensor(items)
+        assert self.images is not None
+        return self.positions[places], self.images[places], self.labels[places]
+
+
+class Scaled(nn.Module):
+    """uint8 images in, logits of `body` out, like hfdetox's Network; `convolutional` asks for channels_last."""
+
+    def __init__(self, body: nn.Module, *, convolutional: bool = False) -> None:
+        super().__init__()
+        self.model = body
+        self.convolutional = convolutional
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images.float() / 127.5 - 1)
+
+
+def mlp(seed: int = 0, dropout: float = 0.0) -> Scaled:
+    """Return a network without BatchNorm for 8×8 images; `model.4` is its head."""
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, CLASSES))
+    return Scaled(body)
+
+
+def convnet(seed: int = 0, dropout: float = 0.0) -> Scaled:
+    """Return a channels_last network with BatchNorm; `model.6` is its head."""
+    torch.manual_seed(seed)
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Dropout(dropout), nn.Linear(32, CLASSES),
+    )  # fmt: skip
+    return Scaled(body, convolutional=True)
+
+
+class NormedNet(nn.Module):
+    """A network whose head is fed by an affine LayerNorm directly, as a ViT's is; takes images of any side."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.features = nn.Conv2d(3, 8, 4, stride=4)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, CLASSES)
+        # the pattern of a trained norm: unequal scales and shifts
+        self.norm.weight.data.uniform_(0.5, 1.5)
+        self.norm.bias.data.normal_(std=0.1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.features(images).relu().mean((2, 3))))
+
+
+@pytest.fixture(autouse=True)
+def _quick_garbage() -> Iterator[None]:
+    """Spare the collections that Accelerate asks for after every training the search through the libraries' own objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    """A float32 Accelerator on the CPU."""
+    return make_accelerator("cpu", "no")
+
+
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the network's parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two state dicts are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
