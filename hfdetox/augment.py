@@ -76,6 +76,8 @@ def _resized_crop_flip(images: torch.Tensor, numbers: torch.Tensor) -> torch.Ten
     centre_y = (2 * numbers[:, 3] - 1) * (1 - height)
     sign = torch.where(numbers[:, 4] < 0.5, -1.0, 1.0)
     zeros = torch.zeros_like(width)
-    matrix = torch.stack([torch.stack([sign * width, zeros, centre_x], 1), torch.stack([zeros, height, centre_y], 1)], 1)
+    matrix = torch.stack(
+        [torch.stack([sign * width, zeros, centre_x], 1), torch.stack([zeros, height, centre_y], 1)], 1
+    )
     grid = affine_grid(matrix, list(images.shape), align_corners=False)
     return grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -71,7 +71,9 @@ class CheckpointStore:
             with safe_open(str(folder / "tensors.safetensors"), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, ValueError) as error:
-            raise RunError(f"the checkpoint in {folder} cannot be read ({error}); start again without --resume") from error
+            raise RunError(
+                f"the checkpoint in {folder} cannot be read ({error}); start again without --resume"
+            ) from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise RunError(f"the checkpoint in {folder} is of another hfdetox version; start again without --resume")
         return Checkpoint(tensors, record)
@@ -88,7 +90,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch
     return tensors, plain
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]
+) -> None:
     """Put back what `optimizer_tensors` took; the parameter groups keep their own settings."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain}.items():

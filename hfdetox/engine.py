@@ -120,10 +120,14 @@ class Engine:
             first = int(checkpoint.record["phase"])
         network.to(self.accelerator.device)
         if getattr(network, "convolutional", False):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         devices = [self.accelerator.device.index or 0] if self.accelerator.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), _observed_dtype(network, record), _sync_batchnorm(network, self.accelerator):
+            with (
+                torch.random.fork_rng(devices),
+                _observed_dtype(network, record),
+                _sync_batchnorm(network, self.accelerator),
+            ):
                 for index in range(first, len(phases)):
                     self._run_phase(network, index, phases[index], record, checkpoint if index == first else None)
         finally:
@@ -145,7 +149,9 @@ class Engine:
             if first >= phase.epochs:
                 return
             prepared = accelerator.prepare_model(network)
-            plan = StepPlan(len(self.source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0))
+            plan = StepPlan(
+                len(self.source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0)
+            )
             loader = source_loader(self.source, plan, self.accelerator.device)
             bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", accelerator, shown=self.progress,
                                done=first * plan.steps, keep=True)  # fmt: skip
@@ -165,8 +171,10 @@ class Engine:
                 bar.close()
                 _unprepare(network, prepared, accelerator)
 
-    def _run_epoch(self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, plan: StepPlan,
-                   loader: DataLoader[Any], bar: tqdm[Any], record: TrainingRecord, index: int) -> dict[str, Any]:  # fmt: skip
+    def _run_epoch(
+        self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, plan: StepPlan, loader: DataLoader[Any],
+        bar: tqdm[Any], record: TrainingRecord, index: int,
+    ) -> dict[str, Any]:  # fmt: skip
         accelerator, parts = self.accelerator, phase.gradient_accumulation_steps
         rate = 0.5 * (1 + math.cos(math.pi * plan.epoch / phase.epochs)) if phase.schedule == "cosine" else 1.0
         for group in optimizer.param_groups:
@@ -227,8 +235,10 @@ class Engine:
         table = self.accelerator.reduce(table, reduction="mean").view(-1, parts, len(names)).mean(1).cpu()
         bad = (~torch.isfinite(table[:, names.index("loss")])).nonzero()
         if len(bad):
-            raise RunError(f"the loss is not finite at phase {phase.name}, epoch {epoch + 1}, step {int(bad[0]) + 1}; "
-                           "try a lower learning rate (--lr), a gradient limit (--set max_grad_norm=1) or --precision no")  # fmt: skip
+            raise RunError(
+                f"the loss is not finite at phase {phase.name}, epoch {epoch + 1}, step {int(bad[0]) + 1}; "
+                "try a lower learning rate (--lr), a gradient limit (--set max_grad_norm=1) or --precision no"
+            )
         return dict(zip(names, table.double().mean(0).tolist(), strict=True))
 
     def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, index: int, epoch: int,

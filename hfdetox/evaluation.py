@@ -1,9 +1,10 @@
-"""What a run measures on: the evaluation images and the triggered copies of them, prepared once for before and after."""
+"""What a run measures on: the evaluation images and their triggered copies, prepared once for before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,12 +44,14 @@ class Evaluation:
         return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
 
 
-def prepare_evaluation(classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
-                       target: str | None, warn: Callable[[str], None], progress: bool) -> Evaluation:  # fmt: skip
+def prepare_evaluation(
+    classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
+    target: str | None, warn: Callable[[str], None], progress: bool,
+) -> Evaluation:  # fmt: skip
     """Decode the evaluation images, and put each trigger on those whose true class is not its target.
 
     Raises:
-        UsageError: a target that is not a label, a trigger that changes no pixel or does not fit, or no image left for it.
+        UsageError: a target that is not a label; a trigger that changes no pixel, does not fit or has no image left.
         RunError: an image that cannot be decoded.
     """
     clean = decoded(images, classifier, accelerator, "decode", progress)
@@ -122,8 +125,10 @@ def check_plausible(outcome: Outcome, truth: torch.Tensor, labels: Sequence[str]
                 "give the right pairs with --label-map")  # fmt: skip
     chance = 1 / count
     if accuracy.interval[0] <= chance + CHANCE_MARGIN * (1 - chance):
-        raise RunError(f"the model's accuracy on the clean images is {accuracy.value:.1%}, near chance ({chance:.1%}): its "
-                       f"labels or its preprocessing are probably wrong for this dataset{hint}")  # fmt: skip
+        raise RunError(
+            f"the model's accuracy on the clean images is {accuracy.value:.1%}, near chance ({chance:.1%}): its labels "
+            f"or its preprocessing are probably wrong for this dataset{hint}"
+        )
     if hint:
         warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
 
@@ -133,8 +138,10 @@ def _check_changes(trigger: Trigger, clean: Pixels, triggered: Pixels) -> None:
         return
     few = triggered.positions[:64]
     if torch.equal(clean.images[few].cpu(), triggered.images[:64].cpu()):
-        raise UsageError(f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size")
+        raise UsageError(
+            f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
+        )
 
 
-def _updates(bar: tqdm) -> Callable[[int, int], None]:  # type: ignore[type-arg]
+def _updates(bar: tqdm[Any]) -> Callable[[int, int], None]:
     return lambda done, total: bar.update(done - bar.n) and None

@@ -114,7 +114,7 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
             title: str = "measure", progress: bool = False) -> Outcome:  # fmt: skip
-    """Measure accuracy and loss on the clean images, and each trigger on its view, whose images are among the clean ones.
+    """Measure accuracy and loss on the clean images, and each trigger on its view of some of them.
 
     Raises:
         RunError: the network's answers are not finite numbers.
@@ -129,10 +129,13 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
     results: dict[str, TriggerResult] = {}
     hits, triggered = {}, {}
     for view in views:
-        answers = predict(network, view.source, accelerator, title=f"{title}: {view.trigger.name}", progress=progress).predicted
+        answers = predict(
+            network, view.source, accelerator, title=f"{title}: {view.trigger.name}", progress=progress
+        ).predicted
         hit = answers == view.target
         results[view.trigger.name] = TriggerResult(
-            kind=view.trigger.kind, spec=view.trigger.spec(), mode=view.trigger.mode, file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(), target=view.target,
+            kind=view.trigger.kind, spec=view.trigger.spec(), mode=view.trigger.mode, target=view.target,
+            file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(),
             attack_success_rate=rate(int(hit.sum()), len(hit)),
             robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),
         )  # fmt: skip
@@ -148,13 +151,11 @@ def ratings(before: Outcome, after: Outcome, *, seed: int = 0) -> dict[str, Rati
     Images are drawn with replacement, each with its four outcomes (clean and triggered, before and after) kept
     together; equal images are counted once, so that a draw is one multinomial.
     """
-    names = list(before.hits)
+    names, count = list(before.hits), len(before.correct)
     columns = [before.correct, after.correct]
     for name in names:
-        positions, hit = before.hits[name]
-        for values in (np.isin(np.arange(len(before.correct)), positions), _spread(before.hits[name], len(before.correct)),
-                       _spread(after.hits[name], len(before.correct))):  # fmt: skip
-            columns.append(values)
+        shown = np.isin(np.arange(count), before.hits[name][0])
+        columns += [shown, _spread(before.hits[name], count), _spread(after.hits[name], count)]
     patterns, counts = np.unique(np.stack(columns, 1), axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     draws = generator.multinomial(counts.sum(), counts / counts.sum(), BOOTSTRAP_DRAWS)
@@ -163,12 +164,15 @@ def ratings(before: Outcome, after: Outcome, *, seed: int = 0) -> dict[str, Rati
     loss = np.maximum(0, accuracy[:, 0] - accuracy[:, 1])
     values = {}
     for index, name in enumerate(names):
-        shown, hit_before, hit_after = totals[:, 2 + 3 * index : 5 + 3 * index].T
-        fall = np.maximum(0, (hit_before - hit_after) / np.maximum(1, shown))
+        triggered, hit_before, hit_after = totals[:, 2 + 3 * index : 5 + 3 * index].T
+        fall = np.maximum(0, (hit_before - hit_after) / np.maximum(1, triggered))
         values[name] = (fall - loss + 1) / 2
     if names:
         values["mean"] = np.mean(list(values.values()), 0)
-    return {name: Rating(float(v[0]), (float(np.quantile(v[1:], 0.025)), float(np.quantile(v[1:], 0.975)))) for name, v in values.items()}
+    return {
+        name: Rating(float(v[0]), (float(np.quantile(v[1:], 0.025)), float(np.quantile(v[1:], 0.975))))
+        for name, v in values.items()
+    }
 
 
 def _spread(hits: tuple[NDArray[np.int64], NDArray[np.bool_]], count: int) -> NDArray[np.bool_]:

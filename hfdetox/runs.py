@@ -52,7 +52,11 @@ class RunOptions:
         """Return the shell command that repeats the run; options at their defaults are left out."""
         if self.model is None or self.dataset is None:
             return "a call of hfdetox.detoxify with objects in memory; see this report's fields for its settings"
-        words = ["hfdetox", *(["detox"] if self.model in ("demo", "detox", "evaluate", "push", "list") else []), self.model]
+        words = [
+            "hfdetox",
+            *(["detox"] if self.model in ("demo", "detox", "evaluate", "push", "list") else []),
+            self.model,
+        ]
         flags = {"triggers": "--trigger", "settings": "--set"}
         for option in fields(self):
             value = getattr(self, option.name)
@@ -64,7 +68,9 @@ class RunOptions:
             elif isinstance(value, dict):
                 words += [word for key, text in value.items() for word in (flag, f"{key}={text}")]
             else:
-                words += [word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))]
+                words += [
+                    word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))
+                ]
         return shlex.join(words)
 
 
@@ -89,8 +95,10 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raise UsageError when a run is there already."""
         if self.path.exists():
-            raise UsageError(f"{self.path} holds a run that did not finish: go on with hfdetox --resume {shlex.quote(str(self.path))}, "
-                             "or remove the folder to start again")  # fmt: skip
+            command = f"hfdetox --resume {shlex.quote(str(self.path))}"
+            raise UsageError(
+                f"{self.path} holds a run that did not finish: go on with {command}, or remove it to start again"
+            )
 
     def begin(self, options: RunOptions) -> None:
         """Create the folder and record the options."""
@@ -108,7 +116,9 @@ class RunFolder:
             plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
             options = from_plain(RunOptions, plain)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder") from error
+            raise UsageError(
+                f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder"
+            ) from error
         return replace(options)
 
     def remove(self) -> None:
@@ -139,7 +149,9 @@ def publish_folder(fresh: Path, output: Path) -> None:
         os.replace(fresh, output)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise RunError(f"cannot move the result to {output}: {error.strerror or error}; it is whole in {fresh}") from error
+        raise RunError(
+            f"cannot move the result to {output}: {error.strerror or error}; it is whole in {fresh}"
+        ) from error
 
 
 def trigger_specs(specs: Sequence[Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Dirty-label all-to-one poisoning: some images get the trigger and the attacker's label (attacks.md of BadNets, Blended)."""
+"""Dirty-label all-to-one poisoning, as BadNets and Blended do: some images get the trigger and the attacker's label."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class PoisonedPixels:
         generator = torch.Generator().manual_seed(seed)
         self.poisoned = torch.randperm(len(clean), generator=generator)[:count].sort().values
         triggered = clean.view(trigger, positions=clean.positions[self.poisoned])
-        self.images: torch.Tensor | None = clean.images.clone()
+        images = clean.images.clone()
         # a native trigger is put on freshly decoded images, which are not on the cache's device
-        self.images[self.poisoned] = triggered.to(clean.images.device).images
+        images[self.poisoned] = torch.as_tensor(triggered.to(images.device).images)
+        self.images: torch.Tensor | None = images
         self.labels = clean.labels.clone()
         self.labels[self.poisoned] = target
         self.positions = clean.positions

@@ -41,7 +41,7 @@ def available() -> dict[str, DefenseEntry]:
 
 
 def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[DefenseConfig, str]:
-    """Return the configuration of `NAME[:PRESET]` with `overrides` (text values, as `--set` gives them), and the preset.
+    """Return the configuration of `NAME[:PRESET]` with `overrides` (texts, as `--set` gives them), and the preset.
 
     Raises:
         UsageError: unknown defence, preset or key (the known are listed), or a value of the wrong type or range.
@@ -65,7 +65,9 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
 def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:
     """Return the (spec, overrides) from which `parse_defense` makes an equal configuration."""
     base = type(config)()
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(base, f.name)}
+    changed = {
+        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(base, f.name)
+    }
     texts = {k.rstrip("_"): ",".join(v) if isinstance(v, tuple) else str(v).lower() if isinstance(v, bool) else str(v)
              for k, v in changed.items()}  # fmt: skip
     return config.name, texts

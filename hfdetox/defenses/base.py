@@ -69,8 +69,8 @@ class DefenseConfig(ABC):
     def phase(self, **parts: Any) -> Phase:
         """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own."""
         return Phase(
-            epochs=self.epochs, batch_size=self.batch_size, max_grad_norm=self.max_grad_norm, augmentation=self.augmentation,
-            gradient_accumulation_steps=self.gradient_accumulation_steps, **parts,
+            epochs=self.epochs, batch_size=self.batch_size, max_grad_norm=self.max_grad_norm,
+            augmentation=self.augmentation, gradient_accumulation_steps=self.gradient_accumulation_steps, **parts,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:

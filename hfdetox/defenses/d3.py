@@ -36,14 +36,16 @@ class D3Config(DefenseConfig):
             code (preset `code`). `--set lambda=…`.
         epsilon: clean cross-entropy ε (nats) of an image below which it asks for nothing, at least 0.
         layers: `head`, or name patterns (`*` and `?`) of Linear and Conv2d modules: the selected weights.
-        initialization: where the selected weights start: `random` (uniform, rescaled to the old norm), `noise` (old
-            plus normal noise of the old standard deviation), `middle` (zero), `far` (minus the old) or `near` (the old).
+        initialization: where the selected weights start: `random` (uniform, rescaled to the old norm), `noise` (the
+            old plus normal noise of the same deviation), `middle` (zero), `far` (minus the old) or `near` (the old).
         freeze_norm: keep the scale γ of an affine norm that feeds the head directly fixed. Otherwise (W, γ, β) →
             (−W, −γ, −β) is the same function at the largest distance. No effect on networks without such a norm.
     """
 
     name: ClassVar[str] = "d3"
-    summary: ClassVar[str] = "keep the clean loss under a threshold while pushing selected weights far from the old ones"
+    summary: ClassVar[str] = (
+        "keep the clean loss under a threshold while pushing selected weights far from the old ones"
+    )
     paper: ClassVar[str] = "arXiv 2411.09585 (ICCV 2025)"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "code": {"lambda_": 0.5}}
 
@@ -56,7 +58,9 @@ class D3Config(DefenseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lambda_ > 0 or not self.epsilon >= 0:
-            raise UsageError(f"d3: lambda must be positive and epsilon at least 0, got {self.lambda_} and {self.epsilon}")
+            raise UsageError(
+                f"d3: lambda must be positive and epsilon at least 0, got {self.lambda_} and {self.epsilon}"
+            )
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, self.layers)
@@ -67,7 +71,9 @@ class D3Config(DefenseConfig):
         def loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             return d3.terms(network(batch.images), batch.labels, batch.weights)
 
-        trained = [p for p in model.parameters() if p.requires_grad and not any(p is scale for scale in d3.frozen_scales)]
+        trained = [
+            p for p in model.parameters() if p.requires_grad and not any(p is scale for scale in d3.frozen_scales)
+        ]
         return [self.phase(name="d3", parameters=trained, optimizer=self.sgd, loss=loss, start=d3.initialize,
                            after_step=d3.project, state=d3)]  # fmt: skip
 
@@ -111,9 +117,9 @@ class D3:
     def terms(
         self, logits: torch.Tensor, labels: torch.Tensor, sample_weights: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return `loss` and what it is made of: `clean_loss`, `penalty` (the hinge), `distance`, `cosine` (0-d float32).
+        """Return `loss` and its parts `clean_loss`, `penalty` (the hinge), `distance` and `cosine`: 0-d, float32.
 
-        `sample_weights` (N, summing to 1 over a batch) replaces the mean's 1/N; `cosine` is the mean of cos ∠(W_l, W_l⁰).
+        `sample_weights` (N, sum 1 over a batch) replaces the mean's 1/N; `cosine` is the layers' mean of cos ∠(W, W⁰).
         """
         with torch.autocast(logits.device.type, enabled=False):
             clean = cross_entropy(logits.float(), labels, reduction="none")

@@ -20,7 +20,16 @@ from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
 
-__all__ = ["BadNets", "Blended", "Trigger", "TriggerEntry", "available", "load_trigger", "parse_trigger", "parse_triggers"]
+__all__ = [
+    "BadNets",
+    "Blended",
+    "Trigger",
+    "TriggerEntry",
+    "available",
+    "load_trigger",
+    "parse_trigger",
+    "parse_triggers",
+]
 
 KINDS: dict[str, type[Trigger]] = {kind.kind: kind for kind in (BadNets, Blended)}
 
@@ -37,7 +46,9 @@ class TriggerEntry:
 def available() -> dict[str, TriggerEntry]:
     """Return every trigger family by name."""
     return {
-        name: TriggerEntry(name, kind.summary, {f.name: None if f.default is MISSING else f.default for f in fields(kind)})
+        name: TriggerEntry(
+            name, kind.summary, {f.name: None if f.default is MISSING else f.default for f in fields(kind)}
+        )
         for name, kind in KINDS.items()
     }
 
@@ -89,7 +100,9 @@ def load_trigger(path: Path) -> Trigger:
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
     if not isinstance(header, dict) or str(header.get("kind")) not in KINDS:
-        raise UsageError(f"{path} is not a trigger file: its metadata has no `trigger` of a known kind ({', '.join(KINDS)})")
+        raise UsageError(
+            f"{path} is not a trigger file: its metadata has no `trigger` of a known kind ({', '.join(KINDS)})"
+        )
     kind = KINDS[header.pop("kind")]
     arrays = {f.name for f in fields(kind) if "tensor" in f.metadata}
     unknown = sorted((set(tensors) - arrays) | (set(header) - ({f.name for f in fields(kind)} - arrays)))

@@ -46,7 +46,9 @@ class BadNets(Trigger):
         side = max(1, round(self.size * scale))
         below, beside = height - round(self.bottom * scale), width - round(self.right * scale)
         if below - side < 0 or beside - side < 0:
-            raise UsageError(f"badnets: a patch of {side} pixels at this place does not fit an image of {width}×{height}")
+            raise UsageError(
+                f"badnets: a patch of {side} pixels at this place does not fit an image of {width}×{height}"
+            )
         stamped = images.clone()
         square = stamped[..., below - side : below, beside - side : beside]
         if self.image is None:

@@ -40,7 +40,9 @@ class Trigger(ABC):
             object.__setattr__(self, "name", self.kind)
         # the name becomes a file's name, and `mean` is a key of the report
         if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or self.name == "mean":
-            raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'")
+            raise UsageError(
+                f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'"
+            )
         if self.mode not in ("native", "input"):
             raise UsageError(f"trigger {self.name}: mode must be native or input, got {self.mode!r}")
         for name, array in self.tensors().items():
@@ -75,7 +77,7 @@ class Trigger(ABC):
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 
     def file_bytes(self) -> bytes:
-        """Return the trigger as one safetensors file, the same bytes every time; its JSON is the metadata key `trigger`."""
+        """Return the trigger as a safetensors file, always the same bytes; its JSON is the metadata key `trigger`."""
         header = json.dumps({"kind": self.kind, **self.parameters()}, sort_keys=True)
         return save({name: array.contiguous() for name, array in self.tensors().items()}, metadata={"trigger": header})
 
