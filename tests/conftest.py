@@ -48,8 +48,8 @@ def _start_server() -> tuple[HubServer, Path]:
         MPLBACKEND="Agg",
         TOKENIZERS_PARALLELISM="false",
     )
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    # one thread a process: several with all cores each would stop each other at every barrier
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     return server, root
 
 
