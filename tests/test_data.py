@@ -132,6 +132,17 @@ def test_few_row_groups_are_touched(folder, monkeypatch):
     assert {column for _, _, column in read} == {"image", "label"}
 
 
+def test_the_seed_decides_which_row_groups_are_read(folder):
+    groups = {row // 10 for seed in range(5) for row in load(folder, samples=6, seed=seed)[0].clean.indices}
+    assert len(groups) > 2
+
+
+def test_any_negative_label_is_none(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [*cycle(30), -100, -2])
+    write_parquet(tmp_path / "test.parquet", cycle(9), first=500)
+    assert max(load(tmp_path, samples=30)[0].clean.indices) < 30
+
+
 def test_labels_are_in_the_models_order(folder):
     images, _ = load(folder, labels=["Horse", "CAT", "dog"])
     assert [{0: 1, 1: 2, 2: 0}[row % 3] for row in images.clean.indices] == images.clean.labels.tolist()
