@@ -42,11 +42,11 @@ def timm_model(folder: Path) -> Classifier:
 
 
 def transformers_model(folder: Path) -> Classifier:
-    """Save and load a ResNet of 0.7 M parameters at 64×64 (its stem has stride 4): one basic block a stage."""
+    """Save and load a ResNet of 0.7 M parameters at 48×48 (its stem has stride 4): one basic block a stage."""
     config = ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 1, 1], layer_type="basic",
                           id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)})  # fmt: skip
     ResNetForImageClassification(config).save_pretrained(folder)
-    ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=1.0).save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 48}, crop_pct=1.0).save_pretrained(folder)
     return load_classifier(folder)
 
 
