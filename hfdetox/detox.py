@@ -216,7 +216,10 @@ class Notes:
 def _open_run(options: RunOptions, resume: str | Path | None, overwrite: bool) -> tuple[RunOptions, RunFolder | None]:
     if resume is not None:
         run = RunFolder(Path(resume))
-        return run.recorded(), run
+        options = run.recorded()
+        if options.output is not None:
+            check_output(Path(options.output), overwrite=overwrite)
+        return options, run
     if options.output is None:
         return options, None
     check_output(Path(options.output), overwrite=overwrite)
@@ -258,7 +261,7 @@ def _open_report(options: RunOptions, classifier: Classifier, images: Images, me
     return Report(
         hfdetox_version=hfdetox.__version__, model=classifier.info, dataset=images.info,
         defense=DefenseInfo(
-            name=method.name, preset=preset, parameters=method.settings(), layers=method.selected_layers(classifier.model),
+            name=method.name, preset=None if options.settings else preset, parameters=method.settings(), layers=method.selected_layers(classifier.model),
             epochs=0, steps=0, seconds=0.0, images_per_second=0.0, precision=accelerator.mixed_precision,
             devices=describe_devices(accelerator)),
         before=before.measurement, after=None, defense_effectiveness_rating=None, history=[],

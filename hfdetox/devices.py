@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 from hfdetox.errors import UsageError
 
@@ -62,6 +64,9 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
         UsageError: see `resolve_device` and `resolve_precision`; or a tracker that is not installed.
     """
     kind = resolve_device(device)
+    # Accelerate would go on without the tracker
+    if log_with is not None and log_with not in {str(tracker.value) for tracker in get_available_trackers()}:
+        raise UsageError(f"the tracker {log_with} is not installed here; pip install {log_with}, or leave --log-with out")
     mixed = resolve_precision(precision, kind)
     # Accelerate keeps one device and precision a process; a second run in it may want others
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
@@ -69,7 +74,13 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
     if PartialState._shared_state and PartialState().device.type != kind and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return Accelerator(mixed_precision=mixed, cpu=kind == "cpu", log_with=log_with, project_dir=logging_dir)
+        return Accelerator(
+            mixed_precision=mixed, cpu=kind == "cpu", log_with=log_with, project_dir=logging_dir,
+            # the engine accumulates by itself; a launcher's setting would divide the loss a second time
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            # some classifiers have parameters their logits do not use (mask tokens), which DDP would wait for
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this run: {str(error).splitlines()[0]}") from error
 
