@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -49,10 +51,14 @@ class DefenseConfig(ABC):
         for name, lowest in (("epochs", 1), ("batch_size", 2), ("gradient_accumulation_steps", 1)):
             if getattr(self, name) < lowest:
                 raise UsageError(f"{self.name}: {name} must be at least {lowest}, got {getattr(self, name)}")
-        if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
-            raise UsageError(f"{self.name}: learning_rate must be positive and momentum in [0, 1)")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.momentum < 1:
+            raise UsageError(f"{self.name}: learning_rate must be positive and finite, and momentum in [0, 1)")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UsageError(f"{self.name}: max_grad_norm must be positive, or left out for no clipping")
+        for key, hint in typing.get_type_hints(type(self)).items():
+            known = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+            if known and getattr(self, key) not in known:
+                raise UsageError(f"{self.name}: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
 
     @abstractmethod
     def selected_layers(self, model: nn.Module) -> list[str]:

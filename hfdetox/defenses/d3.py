@@ -11,6 +11,7 @@ fake distance by growing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -57,10 +58,9 @@ class D3Config(DefenseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lambda_ > 0 or not self.epsilon >= 0:
-            raise UsageError(
-                f"d3: lambda must be positive and epsilon at least 0, got {self.lambda_} and {self.epsilon}"
-            )
+        if not 0 < self.lambda_ < math.inf or not 0 <= self.epsilon < math.inf:
+            found = f"{self.lambda_} and {self.epsilon}"
+            raise UsageError(f"d3: lambda must be positive and epsilon at least 0, both finite, got {found}")
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, self.layers)
