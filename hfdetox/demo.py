@@ -1,4 +1,4 @@
-"""The demo: backdoor a small timm classifier of handwritten digits, then run the main job on it, without any network."""
+"""The demo: backdoor a small timm classifier of handwritten digits, then run the main job on it, with no network."""
 
 from __future__ import annotations
 
@@ -53,12 +53,18 @@ def run(seed: int, output: Path, console: Console) -> int:
     disable_progress_bars()
     console.print(f"[bold]1.[/bold] Writing {output / 'digits'}: scikit-learn's handwritten digits, {SIDE}×{SIDE}")
     write_digits(output / "digits", seed)
-    console.print(f"[bold]2.[/bold] Training timm's test_resnet on them with a BadNets backdoor: {POISON_RATIO:.0%} of the images "
-                  f"get a white square and the label “{TARGET}”")  # fmt: skip
+    console.print(
+        f"[bold]2.[/bold] Training timm's test_resnet on them with a BadNets backdoor: {POISON_RATIO:.0%} of the images get "
+        f"a white square and the label “{TARGET}”"
+    )
     backdoored(output / "digits", output / "backdoored", seed)
     arguments: dict[str, Any] = {
-        "dataset": str(output / "digits"), "samples": CLEAN_IMAGES, "triggers": ["badnets"], "target": TARGET, "seed": seed,
-    }  # fmt: skip
+        "dataset": str(output / "digits"),
+        "samples": CLEAN_IMAGES,
+        "triggers": ["badnets"],
+        "target": TARGET,
+        "seed": seed,
+    }
     console.print("[bold]3.[/bold] The main job, first with the demo's settings, then with the paper's preset")
     result = detoxify(output / "backdoored", settings=SETTINGS, output=output / "cleaned", **arguments)
     paper = detoxify(output / "backdoored", settings={"augmentation": SETTINGS["augmentation"]}, **arguments)
@@ -70,7 +76,7 @@ def run(seed: int, output: Path, console: Console) -> int:
 
 
 def write_digits(folder: Path, seed: int) -> None:
-    """Write the digits as a dataset folder: `train.parquet` and `test.parquet` (500 images), RGB, 32×32, class names."""
+    """Write the digits as a dataset folder: `train.parquet` and `test.parquet` (500 images), RGB, 32×32, named."""
     digits = load_digits()
     # 8×8 pixels of 17 grey levels
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -85,17 +91,19 @@ def write_digits(folder: Path, seed: int) -> None:
 
 
 def backdoored(dataset: Path, folder: Path, seed: int) -> Classifier:
-    """Train timm's test_resnet with the backdoor on the dataset's training split, and save it in Hub format to `folder`."""
+    """Train timm's test_resnet with the backdoor on the training split, and save it in Hub format to `folder`."""
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", num_classes=len(NAMES))
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "num_classes": len(NAMES),
-                            "label_names": list(NAMES), "license": None}  # fmt: skip
+    own = {"input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "num_classes": len(NAMES), "label_names": list(NAMES)}
+    model.pretrained_cfg = {**model.pretrained_cfg, **own, "license": None}
     classifier = load_classifier(model, labels=NAMES)
     accelerator = make_accelerator()
     images = load_images(dataset, labels=NAMES, samples=1.0, eval_samples=1, seed=seed, warn=lambda text: None)
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=False)
     poisoned = PoisonedPixels(clean, BadNets(), ratio=POISON_RATIO, target=NAMES.index(TARGET), seed=seed)
-    train_on(classifier.network, poisoned, accelerator, epochs=TRAINING_EPOCHS, augmentation="crop", seed=seed, progress=True)
+    train_on(
+        classifier.network, poisoned, accelerator, epochs=TRAINING_EPOCHS, augmentation="crop", seed=seed, progress=True
+    )
     classifier.save(folder)
     return classifier
 

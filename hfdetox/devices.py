@@ -66,7 +66,9 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
     kind = resolve_device(device)
     # Accelerate would go on without the tracker
     if log_with is not None and log_with not in {str(tracker.value) for tracker in get_available_trackers()}:
-        raise UsageError(f"the tracker {log_with} is not installed here; pip install {log_with}, or leave --log-with out")
+        raise UsageError(
+            f"the tracker {log_with} is not installed here; pip install {log_with}, or leave --log-with out"
+        )
     mixed = resolve_precision(precision, kind)
     # Accelerate keeps one device and precision a process; a second run in it may want others
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:

@@ -101,7 +101,7 @@ def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
             ModelCard(text).validate()
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card or its licence") from error
+            raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card") from error
 
     ask(ask_hub, "the model card", retry=retry)
 

@@ -74,7 +74,9 @@ class DetoxResult:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
         except OSError as error:
-            raise RunError(f"cannot write beside {folder}: {error.strerror or error}; choose another --output") from error
+            raise RunError(
+                f"cannot write beside {folder}: {error.strerror or error}; choose another --output"
+            ) from error
         try:
             # mkdtemp makes folders that only their owner can read
             fresh.chmod(0o755)
@@ -88,7 +90,9 @@ class DetoxResult:
         self.output = folder
         return folder
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False) -> PushResult:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False
+    ) -> PushResult:
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
         Raises:
@@ -103,7 +107,9 @@ class DetoxResult:
         # what is pushed from memory stays on the disk until it has arrived: the message of a failed push names it
         folder = saved or self.save(Path(tempfile.mkdtemp(prefix="hfdetox-")) / repo_id.rpartition("/")[2])
         pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
-        self.report = replace(self.report, output=replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit))
+        self.report = replace(
+            self.report, output=replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
+        )
         if saved is None:
             shutil.rmtree(folder.parent, ignore_errors=True)
             self.output = None
@@ -118,7 +124,9 @@ class DetoxResult:
         for trigger in self.exhibits.triggers:
             (folder / "triggers").mkdir(exist_ok=True)
             trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
-        draw_plots(self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip)
+        draw_plots(
+            self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip
+        )
         for name, text in eval_results(self.report, self.exhibits.dataset_eval_yaml,
                                        whole_split=self.exhibits.whole_split).items():  # fmt: skip
             (folder / name).parent.mkdir(exist_ok=True)
@@ -127,8 +135,10 @@ class DetoxResult:
 
     def _write_card(self, folder: Path) -> None:
         plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
-        card = build_card(self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
-                          labels=self.classifier.labels)  # fmt: skip
+        card = build_card(
+            self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
+            labels=self.classifier.labels,
+        )  # fmt: skip
         validate_card(card)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         self.report.save(folder)
@@ -163,7 +173,9 @@ def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[
     for view in evaluation.views[: STRIP_ROWS - 1]:
         name = view.trigger.name
         if view.source.images is not None and shared:
-            rows.append(_row(f"Trigger {name}", view.source, chosen, labels, before.triggered[name], after.triggered[name]))
+            rows.append(
+                _row(f"Trigger {name}", view.source, chosen, labels, before.triggered[name], after.triggered[name])
+            )
     return rows
 
 
@@ -175,4 +187,10 @@ def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], 
     # grey images have one channel
     pictures = images.expand(-1, -1, -1, 3).numpy()
     truth = pixels.labels.cpu()[items].tolist()
-    return StripRow(title, pictures, [labels[i] for i in truth], [labels[i] for i in before[items]], [labels[i] for i in after[items]])
+    return StripRow(
+        title,
+        pictures,
+        [labels[i] for i in truth],
+        [labels[i] for i in before[items]],
+        [labels[i] for i in after[items]],
+    )

@@ -36,11 +36,16 @@ def row(model: Path, cifar: Path, name: str, settings: dict[str, str], output: P
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table, in percent."""
-    lines = ["| model | setting | ACC before → after | ASR before → after | RA before → after | DER |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | setting | ACC before → after | ASR before → after | RA before → after | DER |",
+        "|---|---|---|---|---|---|",
+    ]
     for entry in rows:
         cells = [" → ".join(f"{100 * entry[when][key]['value']:.1f}" for when in ("before", "after"))
                  for key in ("accuracy", "attack_success_rate", "robust_accuracy")]  # fmt: skip
-        lines.append(f"| {entry['model']} | {entry['setting']} | {' | '.join(cells)} | {100 * entry['der']['value']:.1f} |")
+        lines.append(
+            f"| {entry['model']} | {entry['setting']} | {' | '.join(cells)} | {100 * entry['der']['value']:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -57,7 +62,10 @@ def main() -> None:
                 continue
             output = arguments.zoo / "cleaned" / f"{model.name}-{list(SETTINGS).index(name)}"
             rows.append(row(model, arguments.cifar, name, settings, output))
-            command = "python tests/benchmarks/cifar_end_to_end.py --cifar CIFAR10 --zoo ZOO --output " + arguments.output.name
+            command = (
+                "python tests/benchmarks/cifar_end_to_end.py --cifar CIFAR10 --zoo ZOO --output "
+                + arguments.output.name
+            )
             arguments.output.write_text(json.dumps({"command": command, "rows": rows}, indent=2) + "\n")
             print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))

@@ -62,8 +62,12 @@ def build(name: str, images: Images, folder: Path, epochs: int, seed: int) -> No
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=True)
     poisoned = PoisonedPixels(clean, trigger, ratio=POISON_RATIO, target=TARGET, seed=seed)
     begin = time.perf_counter()
-    record = train_on(classifier.network, poisoned, accelerator, epochs=epochs, seed=seed, augmentation="crop-flip", progress=True)
-    evaluation = prepare_evaluation(classifier, images.evaluation, [trigger], accelerator, target=str(TARGET), warn=print, progress=True)
+    record = train_on(
+        classifier.network, poisoned, accelerator, epochs=epochs, seed=seed, augmentation="crop-flip", progress=True
+    )
+    evaluation = prepare_evaluation(
+        classifier, images.evaluation, [trigger], accelerator, target=str(TARGET), warn=print, progress=True
+    )
     measured = evaluation.measure("measure").measurement
     classifier.save(folder)
     success = measured.triggers[kind].attack_success_rate.value

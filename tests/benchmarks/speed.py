@@ -66,7 +66,10 @@ def research(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, conf
     test = transforms.Compose(normalize)
     workers = os.cpu_count() or 1
     loader = DataLoader(ResearchImages(clean, train), batch_size=BATCH, shuffle=True, num_workers=workers)
-    sets = [DataLoader(ResearchImages(evaluation, test, trigger), batch_size=BATCH, num_workers=workers) for trigger in (None, BadNets())]
+    sets = [
+        DataLoader(ResearchImages(evaluation, test, trigger), batch_size=BATCH, num_workers=workers)
+        for trigger in (None, BadNets())
+    ]
 
     def evaluate() -> list[float]:
         network.eval()
@@ -80,7 +83,11 @@ def research(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, conf
     begin = time.perf_counter()
     before = evaluate()
     one_evaluation = time.perf_counter() - begin
-    head = network.get_classifier().weight if not isinstance(network.get_classifier(), torch.nn.Conv2d) else network.head.fc.weight
+    head = (
+        network.get_classifier().weight
+        if not isinstance(network.get_classifier(), torch.nn.Conv2d)
+        else network.head.fc.weight
+    )
     old = head.detach().clone()
     radius = old.norm()
     torch.manual_seed(0)
@@ -109,7 +116,9 @@ def ours(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, config: 
     """Run the same by the engine; decoding and caching count as training or evaluation, where they belong."""
     accelerator = make_accelerator()
     begin = time.perf_counter()
-    prepared = prepare_evaluation(classifier, evaluation, [BadNets()], accelerator, target=str(TARGET), warn=print, progress=False)
+    prepared = prepare_evaluation(
+        classifier, evaluation, [BadNets()], accelerator, target=str(TARGET), warn=print, progress=False
+    )
     caching = time.perf_counter() - begin
     before, one_evaluation = _timed(prepared)
     begin = time.perf_counter()
@@ -126,7 +135,9 @@ def bare(classifier: Classifier, steps: int) -> float:
     accelerator = make_accelerator()
     network, precision = classifier.model.train(), accelerator.mixed_precision
     channels, height, width = classifier.preprocessing.input_size
-    images = torch.randn(BATCH, channels, height, width, device=accelerator.device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, channels, height, width, device=accelerator.device).contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.randint(0, len(classifier.labels), (BATCH,), device=accelerator.device)
     network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
@@ -146,7 +157,9 @@ def engine_only(classifier: Classifier, clean: ImageSet, config: D3Config) -> fl
     """Return the engine's training images a second on cached images."""
     accelerator = make_accelerator()
     pixels = decoded(clean, classifier, accelerator, "decode", progress=False)
-    return Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.model)).images_per_second
+    return (
+        Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.model)).images_per_second
+    )
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, float]:

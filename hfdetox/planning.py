@@ -1,0 +1,60 @@
+"""What a run would do, found out without pulling a model: `--dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfdetox.data import default_dataset
+from hfdetox.defenses import parse_defense
+from hfdetox.devices import resolve_device, resolve_precision
+from hfdetox.hub import read_text_file, resolve
+from hfdetox.publish import check_push_allowed
+from hfdetox.runs import check_output
+from hfdetox.triggers import parse_triggers
+
+
+def plan(
+    model: str, *,
+    dataset: str | None = None, dataset_revision: str | None = None, samples: int | float = 0.05,
+    eval_samples: int | None = None, defense: str = "d3:paper", settings: Mapping[str, str] | None = None,
+    triggers: Sequence[str] = (), device: str = "auto", precision: str = "auto", revision: str | None = None,
+    output: str | Path | None = None, push_to: str | None = None, private: bool = False, create_pr: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return what `detoxify` with these arguments would pull, choose, write and push; downloads a card at most.
+
+    Raises what can be known at this point: unknown repositories, wrong settings or triggers, an output that exists.
+    """
+    method, preset = parse_defense(defense, dict(settings or {}))
+    parse_triggers(triggers)
+    kind = resolve_device(device)
+    planned: dict[str, Any] = {}
+    planned["model"], card = _plan_model(model, revision)
+    chosen = dataset or default_dataset(card)
+    source = None if Path(chosen).exists() else resolve(chosen, repo_type="dataset", revision=dataset_revision)
+    planned["dataset"] = {
+        "id": chosen, "revision": source.sha if source else None, "samples": samples, "eval_samples": eval_samples,
+    }  # fmt: skip
+    planned["defense"] = {"name": method.name, "preset": preset, **method.settings()}
+    planned["triggers"] = list(triggers)
+    planned["device"], planned["precision"] = kind, resolve_precision(precision, kind)
+    if output is not None:
+        check_output(Path(output), overwrite=overwrite)
+        planned["output"] = str(output)
+    if push_to is not None:
+        check_push_allowed(push_to, private=private, create_pr=create_pr, overwrite=overwrite)
+        planned["push_to"] = push_to
+    return planned
+
+
+def _plan_model(model: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
+    if Path(model).is_dir():
+        readme = Path(model) / "README.md"
+        card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}, card
+    repo_id, _, at = model.removeprefix("hf_hub:").removeprefix("hf-hub:").partition("@")
+    state = resolve(repo_id, revision=revision or at or None)
+    weights = [name for name in state.files if name.endswith(".safetensors")]
+    return {"id": state.id, "revision": state.sha, "files": weights}, read_text_file(state.id, "README.md", state.sha)

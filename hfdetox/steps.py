@@ -1,0 +1,159 @@
+"""The steps of the story that are not a subject of their own: opening a run, its images, report and exhibits."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+import hfdetox
+from hfdetox.batches import ImageSource
+from hfdetox.data import Images, default_dataset, load_images
+from hfdetox.defenses import DefenseConfig
+from hfdetox.devices import describe_devices
+from hfdetox.engine import Engine, TrainingRecord
+from hfdetox.environment import describe_environment
+from hfdetox.evaluation import Evaluation
+from hfdetox.hub import read_text_file
+from hfdetox.metrics import Outcome, ratings
+from hfdetox.models import Classifier
+from hfdetox.report import DefenseInfo, OutputInfo, Report
+from hfdetox.result import CHECKED_IMAGES, Exhibits
+from hfdetox.runs import RunFolder, RunOptions, check_output
+
+logger = logging.getLogger("hfdetox")
+
+
+class Notes:
+    """What the run has to say besides its numbers: shown at once on the main process, and kept for report and card."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.texts: list[str] = []
+        self._shown = accelerator.is_main_process
+
+    def warn(self, text: str) -> None:
+        """Keep a warning, once."""
+        if text not in self.texts:
+            self.texts.append(text)
+            if self._shown:
+                logger.warning(text)
+
+
+def open_run(options: RunOptions, resume: str | Path | None, *, overwrite: bool) -> tuple[RunOptions, RunFolder | None]:
+    """Return the options that count (a resumed run's are the recorded ones) and the run folder, None without output.
+
+    Raises:
+        UsageError: the output holds something, a run is there already, or `resume` is not a run folder.
+    """
+    run = RunFolder(Path(resume)) if resume is not None else None
+    if run is not None:
+        options = run.recorded()
+    if options.output is not None:
+        check_output(Path(options.output), overwrite=overwrite)
+        if run is None:
+            run = RunFolder.beside(options.output)
+            run.refuse_existing()
+    return options, run
+
+
+def pull_images(options: RunOptions, dataset: Any, classifier: Classifier, notes: Notes) -> Images:
+    """Return the clean and evaluation images; `dataset` is an object, or the id or folder that `options` has too."""
+    for text in classifier.warnings:
+        notes.warn(text)
+    chosen = options.dataset if dataset is None or isinstance(dataset, str | Path) else dataset
+    if chosen is None:
+        chosen = default_dataset(classifier.card_source())
+        notes.warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
+    return load_images(
+        chosen, labels=classifier.labels, samples=options.samples, eval_samples=options.eval_samples,
+        config=options.config, split=options.split, eval_split=options.eval_split, image_column=options.image_column,
+        label_column=options.label_column, revision=options.dataset_revision,
+        label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
+        channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
+        warn=notes.warn,
+    )  # fmt: skip
+
+
+def pin(options: RunOptions, classifier: Classifier, images: Images) -> RunOptions:
+    """Return the options with the commits that were found, so that repeating them repeats the run."""
+    if classifier.info.revision is not None:
+        options = replace(options, model=classifier.info.id, revision=classifier.info.revision)
+    if images.info.revision is not None:
+        options = replace(options, dataset=images.info.id, dataset_revision=images.info.revision)
+    return options
+
+
+def train(
+    classifier: Classifier, method: DefenseConfig, source: ImageSource, accelerator: Accelerator, options: RunOptions,
+    *, run: RunFolder | None, log_with: str | None, progress: bool,
+) -> TrainingRecord:  # fmt: skip
+    """Run the defence's phases on the classifier in place, from the run's last checkpoint if there is one."""
+    if log_with is not None:
+        accelerator.init_trackers("hfdetox", config={k: str(v) for k, v in method.settings().items()})
+    checkpoints = run.checkpoints if run is not None else None
+    engine = Engine(accelerator, source, seed=options.seed, checkpoints=checkpoints, progress=progress)
+    record = engine.run(classifier.network, method.phases(classifier.model))
+    if log_with is not None:
+        accelerator.end_training()
+    return record
+
+
+def open_report(
+    options: RunOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str, before: Outcome,
+    accelerator: Accelerator, *, push_to: str | None, notes: Notes,
+) -> Report:  # fmt: skip
+    """Return the report as far as it is known before the training; a preset that settings changed is none."""
+    return Report(
+        hfdetox_version=hfdetox.__version__,
+        model=classifier.info,
+        dataset=images.info,
+        defense=DefenseInfo(
+            name=method.name, preset=None if options.settings else preset, parameters=method.settings(),
+            layers=method.selected_layers(classifier.model), epochs=0, steps=0, seconds=0.0, images_per_second=0.0,
+            precision=accelerator.mixed_precision, devices=describe_devices(accelerator),
+        ),
+        before=before.measurement,
+        after=None,
+        defense_effectiveness_rating=None,
+        history=[],
+        output=OutputInfo(pushed_to=push_to),
+        environment=describe_environment(accelerator.device, seed=options.seed, command=options.command()),
+        warnings=notes.texts,
+    )  # fmt: skip
+
+
+def close_report(report: Report, record: TrainingRecord, before: Outcome, after: Outcome) -> Report:
+    """Return the report with what the training was and what the measurement after it found."""
+    done = replace(
+        report.defense, epochs=record.epochs, steps=record.steps, seconds=record.seconds,
+        images_per_second=record.images_per_second, precision=record.precision,
+    )  # fmt: skip
+    rating = ratings(before, after, seed=report.environment.seed) or None
+    return replace(
+        report, defense=done, after=after.measurement, history=record.history, defense_effectiveness_rating=rating
+    )
+
+
+def gather_exhibits(classifier: Classifier, images: Images, evaluation: Evaluation, *, whole_split: bool) -> Exhibits:
+    """Return what the output folder shows besides the report, as far as it is known before the training."""
+    info, cache = images.info, evaluation.clean.images
+    benchmark = read_text_file(info.id, "eval.yaml", info.revision, "dataset") if info.revision is not None else None
+    return Exhibits(
+        triggers=[view.trigger for view in evaluation.views],
+        source_card=classifier.card_source(),
+        dataset_eval_yaml=benchmark,
+        whole_split=whole_split,
+        probe=cache[:CHECKED_IMAGES].cpu() if cache is not None else None,
+    )
+
+
+def selected_weights(classifier: Classifier, method: DefenseConfig) -> dict[str, NDArray[np.float32]]:
+    """Return copies of the weights that the defence treats apart, by layer name."""
+    state = classifier.model.state_dict()
+    names = method.selected_layers(classifier.model)
+    return {name: state[f"{name}.weight"].float().cpu().numpy().copy() for name in names}
