@@ -61,7 +61,7 @@ def norm_of(layer: nn.Module) -> float:
 def plain_d3(
     network: nn.Module, weight: nn.Parameter, batches: list[list[Batch]], config: D3Config, state: torch.Tensor
 ) -> None:
-    """Train as the paper says; `batches` are the accumulated parts of every step, `state` is that of torch's generator."""
+    """Train as the paper says; `batches` are the parts of every step, `state` that of torch's generator."""
     old = weight.detach().clone()
     torch.set_rng_state(state)
     with torch.no_grad():
