@@ -350,7 +350,7 @@ def test_a_picture_is_read_from_a_file_and_kept_in_the_trigger_file(kind: str, m
 
 def test_a_file_that_is_no_picture_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_text("not a picture")
-    with pytest.raises(UsageError, match="trigger picture .*p.png cannot be read"):
+    with pytest.raises(UsageError, match=r"trigger picture .*p.png cannot be read"):
         parse_trigger(f"badnets:image={tmp_path / 'p.png'}")
 
 

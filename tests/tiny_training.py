@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 from hfdetox.devices import make_accelerator
+from hfdetox.images import ImageSet
+from hfdetox.pixels import Pixels
+from hfdetox.preprocessing import TimmPreprocessing
 
 CLASSES = 3
 
@@ -83,7 +87,7 @@ class NormedNet(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _quick_garbage() -> Iterator[None]:
-    """Spare the collections that Accelerate asks for after every training the search through the libraries' own objects."""
+    """Accelerate collects garbage after every training: spare it the search through the libraries' own objects."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -103,3 +107,26 @@ def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
 def equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Tell whether two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def toy_set(count: int = 48, side: int = 8, wrong: Mapping[int, int] | None = None) -> ImageSet:
+    """Return `ToyImages` as PIL images; `wrong` maps an image to the class it shows in place of its label."""
+    labels = [i % CLASSES for i in range(count)]
+    shown = torch.tensor([(wrong or {}).get(i, label) for i, label in enumerate(labels)])
+    images = ToyImages(count, side, labels=shown).images
+    assert images is not None
+    pictures = [Image.fromarray(picture) for picture in images.permute(0, 2, 3, 1).numpy()]
+    return ImageSet(pictures, labels, list(range(count)))
+
+
+def toy_preprocessing(side: int = 8) -> TimmPreprocessing:
+    """Return timm's own, which leaves images of this size as they are and maps 0…255 to −1…1."""
+    return TimmPreprocessing({
+        "input_size": (3, side, side), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,
+        "crop_pct": 1.0, "crop_mode": "center",
+    })  # fmt: skip
+
+
+def toy_pixels(count: int = 48, side: int = 8, wrong: Mapping[int, int] | None = None, **options: int) -> Pixels:
+    """Return `toy_set` prepared."""
+    return Pixels(toy_set(count, side, wrong), toy_preprocessing(side), **options)
