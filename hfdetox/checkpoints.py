@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ class CheckpointStore:
             os.replace(fresh, self.folder)
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot write the checkpoint in {self.folder.parent}: {error}") from error
+            advice = shlex.join(["hfdetox", "--resume", str(self.folder.parent)])
+            raise RunError(
+                f"cannot write the checkpoint in {self.folder.parent}: {error}; free some space, then go on with: {advice}"
+            ) from error
 
     def load(self) -> Checkpoint | None:
         """Return the last whole checkpoint, or None; raises RunError when it is damaged or of another format."""

@@ -26,6 +26,7 @@ from hfdetox.steps import (
     open_run,
     pin,
     pull_images,
+    save_result,
     selected_weights,
     train,
 )
@@ -63,7 +64,8 @@ def detoxify(
         target: label (name or index) that triggers without one aim at.
         precision: `auto`, `no`, `fp16` or `bf16`, of the training; measuring is always float32.
         output: folder of the result; with it the run can be resumed from `OUTPUT.run`. None keeps it in memory.
-        resume: the run folder of a stopped run, whose recorded options replace these (pass objects again).
+        resume: the run folder of a stopped run, whose recorded options replace these (pass objects again); `push_to`
+            with what belongs to it may be given anew.
         push_to: repository that the result is pushed to, see `DetoxResult.push_to_hub`.
 
     Returns:
@@ -80,14 +82,16 @@ def detoxify(
         eval_samples=eval_samples, label_map=_text(label_map), allow_missing_classes=allow_missing_classes,
         defense=spec, settings=texts, triggers=trigger_specs(triggers), target=_text(target), precision=precision,
         seed=seed, device=device, revision=revision, dataset_revision=dataset_revision,
-        trust_remote_code=trust_remote_code, output=_text(output),
+        trust_remote_code=trust_remote_code, output=_text(output), push_to=push_to, private=private,
+        create_pr=create_pr, overwrite=overwrite,
     )  # fmt: skip
-    options, run = open_run(options, resume, overwrite=overwrite)
+    options, run = open_run(options, resume)
+    push_to, way = options.push_to, options.publishing()
     method, preset = parse_defense(options.defense, options.settings)
     known = parse_triggers(triggers or options.triggers)
     accelerator = make_accelerator(options.device, options.precision, log_with, str(run.path) if run else None)
     if push_to is not None:
-        check_push_allowed(push_to, private=private, create_pr=create_pr, overwrite=overwrite)
+        check_push_allowed(push_to, **way)
     notes = Notes(accelerator)
 
     with accelerator.main_process_first():
@@ -124,11 +128,11 @@ def detoxify(
     result = DetoxResult(close_report(report, record, before, after), classifier, exhibits)
     if accelerator.is_main_process:
         if options.output is not None:
-            result.save(options.output, overwrite=overwrite)
+            save_result(result, options, run)
         if run is not None and not keep_run:
             run.remove()
         if push_to is not None:
-            result.push_to_hub(push_to, private=private, create_pr=create_pr, overwrite=overwrite)
+            result.push_to_hub(push_to, **way)
     accelerator.wait_for_everyone()
     return result
 

@@ -148,7 +148,9 @@ class DetoxOptions(DataOptions):
     push_to: Annotated[str | None, _hub("--push-to", metavar="REPO", help="Publish the result there.")] = None
     private: Annotated[bool, _hub("--private", help="Make a new repository private.")] = False
     create_pr: Annotated[bool, _hub("--create-pr", help="Open a pull request on the existing repository.")] = False
-    overwrite: Annotated[bool, _hub("--overwrite", help="Overwrite a repository that hfdetox did not make.")] = False
+    overwrite: Annotated[
+        bool, _hub("--overwrite", help="Replace an earlier result in --output, and a repository hfdetox did not make.")
+    ] = False
 
     def arguments(self, given: Iterable[str]) -> dict[str, Any]:
         """Return the keyword arguments of `detoxify` and `plan`, the model left out.
@@ -169,10 +171,8 @@ class DetoxOptions(DataOptions):
             return kept
         if self.model is None:
             raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox --help)")
-        if self.push_to is None and any(push.values()):
-            raise UsageError(
-                "--private, --create-pr and --overwrite say how to publish: name the repository with --push-to"
-            )
+        if self.push_to is None and (self.private or self.create_pr):
+            raise UsageError("--private and --create-pr say how to publish: name the repository with --push-to")
         return {
             **self.data_arguments(),
             **kept,

@@ -84,7 +84,7 @@ class DetoxResult:
             publish_folder(fresh, folder)
         except OSError as error:
             reason = error.strerror or error
-            raise RunError(f"cannot write {folder}: {reason}; free some space, then go on with --resume") from error
+            raise RunError(f"cannot write {folder}: {reason}; free some space") from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         self.output = folder

@@ -16,13 +16,15 @@ from hfdetox.errors import RunError, UsageError
 from hfdetox.report import from_plain
 
 RUN_FILE = "run.json"
+PUBLISHING = ("private", "create_pr", "overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Everything that decides a run's result, as plain data; `model` and `dataset` are None for objects.
+    """Everything that decides a run's result and where it goes, as plain data.
 
-    `settings` are the defence's by the names and in the texts that `--set` takes.
+    `model` and `dataset` are None for objects; `settings` are the defence's by the names and in the texts that
+    `--set` takes.
     """
 
     model: str | None
@@ -47,9 +49,17 @@ class RunOptions:
     dataset_revision: str | None = None
     trust_remote_code: bool = False
     output: str | None = None
+    push_to: str | None = None
+    private: bool = False
+    create_pr: bool = False
+    overwrite: bool = False
+
+    def publishing(self) -> dict[str, Any]:
+        """Return how the result is published, as the keyword arguments of `push_to_hub`."""
+        return {name: getattr(self, name) for name in PUBLISHING}
 
     def command(self) -> str:
-        """Return the shell command that repeats the run; options at their defaults are left out."""
+        """Return the shell command that repeats the run; options at their defaults, and publishing, are left out."""
         if self.model is None or self.dataset is None:
             return "a call of hfdetox.detoxify with objects in memory; see this report's fields for its settings"
         words = [
@@ -61,7 +71,7 @@ class RunOptions:
         for option in fields(self):
             value = getattr(self, option.name)
             flag = flags.get(option.name, "--" + option.name.replace("_", "-"))
-            if option.name == "model" or value in (option.default, None, False, [], {}):
+            if option.name in ("model", "push_to", *PUBLISHING) or value in (option.default, None, False, [], {}):
                 continue
             if value is True:
                 words.append(flag)
@@ -95,10 +105,14 @@ class RunFolder:
     def refuse_existing(self) -> None:
         """Raise UsageError when a run is there already."""
         if self.path.exists():
-            command = f"hfdetox --resume {shlex.quote(str(self.path))}"
             raise UsageError(
-                f"{self.path} holds a run that did not finish: go on with {command}, or remove it to start again"
+                f"{self.path} holds a run that did not finish: go on with {self.resume_command()}, or remove it to "
+                "start again"
             )
+
+    def resume_command(self) -> str:
+        """Return the shell command that goes on with this run."""
+        return shlex.join(["hfdetox", "--resume", str(self.path)])
 
     def begin(self, options: RunOptions) -> None:
         """Create the folder and record the options."""

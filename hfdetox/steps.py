@@ -18,12 +18,13 @@ from hfdetox.defenses import DefenseConfig
 from hfdetox.devices import describe_devices
 from hfdetox.engine import Engine, TrainingRecord
 from hfdetox.environment import describe_environment
+from hfdetox.errors import RunError
 from hfdetox.evaluation import Evaluation
 from hfdetox.hub import read_text_file
 from hfdetox.metrics import Outcome, ratings
 from hfdetox.models import Classifier
 from hfdetox.report import DefenseInfo, OutputInfo, Report
-from hfdetox.result import CHECKED_IMAGES, Exhibits
+from hfdetox.result import CHECKED_IMAGES, DetoxResult, Exhibits
 from hfdetox.runs import RunFolder, RunOptions, check_output
 
 logger = logging.getLogger("hfdetox")
@@ -44,17 +45,23 @@ class Notes:
                 logger.warning(text)
 
 
-def open_run(options: RunOptions, resume: str | Path | None, *, overwrite: bool) -> tuple[RunOptions, RunFolder | None]:
-    """Return the options that count (a resumed run's are the recorded ones) and the run folder, None without output.
+def open_run(options: RunOptions, resume: str | Path | None) -> tuple[RunOptions, RunFolder | None]:
+    """Return the options that count and the run folder, None without output.
+
+    A resumed run's options are the recorded ones, also where it is to be pushed, unless that is said anew.
 
     Raises:
         UsageError: the output holds something, a run is there already, or `resume` is not a run folder.
     """
     run = RunFolder(Path(resume)) if resume is not None else None
     if run is not None:
-        options = run.recorded()
+        recorded = run.recorded()
+        anew: dict[str, Any] = {"overwrite": recorded.overwrite or options.overwrite}
+        if options.push_to is not None:
+            anew = {**options.publishing(), "push_to": options.push_to}
+        options = replace(recorded, **anew)
     if options.output is not None:
-        check_output(Path(options.output), overwrite=overwrite)
+        check_output(Path(options.output), overwrite=options.overwrite)
         if run is None:
             run = RunFolder.beside(options.output)
             run.refuse_existing()
@@ -125,6 +132,16 @@ def open_report(
         environment=describe_environment(accelerator.device, seed=options.seed, command=options.command()),
         warnings=notes.texts,
     )  # fmt: skip
+
+
+def save_result(result: DetoxResult, options: RunOptions, run: RunFolder | None) -> None:
+    """Write the output folder; a RunError then says how to go on with the run, which is kept."""
+    try:
+        result.save(options.output or "", overwrite=options.overwrite)
+    except RunError as error:
+        if run is None:
+            raise
+        raise RunError(f"{error}; the run is kept, go on with: {run.resume_command()}") from error
 
 
 def close_report(report: Report, record: TrainingRecord, before: Outcome, after: Outcome) -> Report:
