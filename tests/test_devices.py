@@ -29,7 +29,8 @@ def hardware(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     ("cuda", "mps", "device", "expected"),
     [
         (True, False, "auto", "cuda"), (False, True, "auto", "mps"), (False, False, "auto", "cpu"),
-        (True, True, "auto", "cuda"), (True, True, "mps", "mps"), (True, False, "cpu", "cpu"), (True, False, "cuda", "cuda"),
+        (True, True, "auto", "cuda"), (True, True, "mps", "mps"), (True, False, "cpu", "cpu"),
+        (True, False, "cuda", "cuda"),
     ],
 )  # fmt: skip
 def test_device(cuda: bool, mps: bool, device: str, expected: str, hardware) -> None:  # type: ignore[no-untyped-def]

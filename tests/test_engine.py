@@ -144,6 +144,14 @@ def test_accumulation_reports_the_loss_of_the_whole_batch(accelerator: Accelerat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_launchers_accumulation_does_not_divide_the_loss_again(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained(accelerator)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert equal_weights(trained(make_accelerator("cpu", "no")), expected)
+
+
 def test_after_step_runs_once_a_real_step(accelerator: Accelerator) -> None:
     network, calls = mlp(), []
     phase = make_phase(network, gradient_accumulation_steps=2, after_step=lambda: calls.append(1))
@@ -355,8 +363,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             return d3.terms(model(batch.images), batch.labels, batch.weights)
 
-        return make_phase(network, optimizer=optimizer, gradient_accumulation_steps=parts, loss=loss, start=d3.initialize,
-                          after_step=after, state=d3, epochs=4, augmentation="crop-flip")  # fmt: skip
+        return make_phase(
+            network, optimizer=optimizer, gradient_accumulation_steps=parts, loss=loss, start=d3.initialize,
+            after_step=after, state=d3, epochs=4, augmentation="crop-flip",
+        )  # fmt: skip
 
     whole = convnet(dropout=0.3)
     expected = Engine(accelerator, images, seed=7).run(whole, [phase(whole)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -85,12 +86,18 @@ class NormedNet(nn.Module):
         return self.head(self.norm(self.features(images).relu().mean((2, 3))))
 
 
-@pytest.fixture(autouse=True)
-def _quick_garbage() -> Iterator[None]:
+@contextmanager
+def quick_garbage() -> Iterator[None]:
     """Accelerate collects garbage after every training: spare it the search through the libraries' own objects."""
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_garbage() -> Iterator[None]:
+    with quick_garbage():
+        yield
 
 
 @pytest.fixture
