@@ -54,8 +54,8 @@ def run(seed: int, output: Path, console: Console) -> int:
     console.print(f"[bold]1.[/bold] Writing {output / 'digits'}: scikit-learn's handwritten digits, {SIDE}×{SIDE}")
     write_digits(output / "digits", seed)
     console.print(
-        f"[bold]2.[/bold] Training timm's test_resnet on them with a BadNets backdoor: {POISON_RATIO:.0%} of the images get "
-        f"a white square and the label “{TARGET}”"
+        f"[bold]2.[/bold] Training timm's test_resnet with a BadNets backdoor; {POISON_RATIO:.0%} of the images "
+        f"get a white square and the label “{TARGET}”"
     )
     backdoored(output / "digits", output / "backdoored", seed)
     arguments: dict[str, Any] = {
