@@ -145,6 +145,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
     An empty folder is taken; with `overwrite` also one that hfdetox wrote.
     """
+    if output.name in ("", ".."):
+        raise UsageError(f"--output {output} has no name of its own; give the folder a name")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     made_here = output.is_dir() and (output / "detox_report.json").is_file()
@@ -159,13 +161,15 @@ def publish_folder(fresh: Path, output: Path) -> None:
     old = output.with_name(f".{output.name}.old")
     try:
         if output.exists():
+            # what a killed process left there would be in the way
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(output, old)
         os.replace(fresh, output)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise RunError(
-            f"cannot move the result to {output}: {error.strerror or error}; it is whole in {fresh}"
-        ) from error
+        if old.exists() and not output.exists():
+            os.replace(old, output)
+        raise RunError(f"cannot move the result to {output}: {error.strerror or error}") from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def trigger_specs(specs: Sequence[Any]) -> list[str]:
