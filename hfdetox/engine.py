@@ -121,6 +121,8 @@ class Engine:
         network.to(self.accelerator.device)
         if getattr(network, "convolutional", False):
             network.to(memory_format=torch.channels_last)
+        # one flag for the whole process: a foreign loop stopped amid its accumulation would make our steps do nothing
+        self.accelerator.sync_gradients = True
         devices = [self.accelerator.device.index or 0] if self.accelerator.device.type == "cuda" else []
         try:
             with (

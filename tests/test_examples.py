@@ -290,3 +290,25 @@ def test_trainer_resumes_a_checkpoint_without_starting_d3_again(
     assert resumed.state.global_step == whole.state.global_step == 6
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_engine_steps_after_a_trainer_that_was_stopped_amid_its_accumulation(
+    example: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    module = example("d3_in_trainer")
+    recorder = Recorder(8, len(tiny_models.NAMES))
+    items = as_items(recorder, recorder.images / 255)
+    trainer = module.make_trainer(tiny_vit(), items, CONFIG, str(tmp_path), **TRAINING)
+
+    class Stop(module.TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+    classifier = load_classifier(tiny_vit(), processor=tiny_models.TRANSFORMERS["vit"][1]())
+    before = classifier.model.vit.embeddings.cls_token.detach().clone()
+    Engine(Accelerator(cpu=True), recorder).run(classifier.network, CONFIG.phases(classifier.model))
+    assert not torch.equal(classifier.model.vit.embeddings.cls_token, before)
