@@ -61,7 +61,7 @@ class CheckpointStore:
         except (OSError, SafetensorError) as error:
             advice = shlex.join(["hfdetox", "--resume", str(self.folder.parent)])
             raise RunError(
-                f"cannot write the checkpoint in {self.folder.parent}: {error}; free some space, then go on with: {advice}"
+                f"cannot write the checkpoint in {self.folder.parent}: {error}; free some space, then: {advice}"
             ) from error
 
     def load(self) -> Checkpoint | None:

@@ -30,6 +30,7 @@ from hfdetox.options import (
     show_version,
     takes,
 )
+from hfdetox.report import REPORT_NAME
 
 INTERRUPTED = 130
 FIRST_WORDS = ("demo", "detox", "evaluate", "push", "list", "--help", "--version")
@@ -180,10 +181,13 @@ def interruptible(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def resume_advice(run_folder: Path | None) -> str:
-    """Return how to go on with the run in `run_folder`, or that it had not begun."""
-    if run_folder is None or not run_folder.is_dir():
-        return "the run had not begun, and nothing was written"
-    return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
+    """Return how to go on with the run in `run_folder`, that only the push was left, or that it had not begun."""
+    if run_folder is not None and run_folder.is_dir():
+        return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
+    output = run_folder and run_folder.with_name(run_folder.name.removesuffix(".run"))
+    if output is not None and (output / REPORT_NAME).is_file():
+        return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"
+    return "the run had not begun, and nothing was written"
 
 
 class OneLineHandler(logging.Handler):

@@ -38,7 +38,7 @@ from hfdetox.hub_requests import (
 __all__ = [
     "AccessError", "FileState", "IntegrityError", "OfflineError", "PickleOnlyError", "PulledRepo", "RepoState",
     "Retry", "UnknownRepoError", "UnreachableError", "check_safetensors", "pull_model", "read_text_file",
-    "resolve", "sha256_file",
+    "resolve", "sha256_file", "weight_files",
 ]  # fmt: skip
 
 RepoType = Literal["model", "dataset"]
@@ -128,7 +128,7 @@ def pull_model(
     is (the cached copy is removed, so that the next try is fresh), and whatever `resolve` raises.
     """
     state = resolve(repo_id, revision=revision, retry=retry)
-    weights = _weight_files(state, retry)
+    weights = weight_files(state, retry=retry)
     wanted = [n for n in state.files if any(fnmatch.fnmatchcase(n, pattern) for pattern in _SIDE_FILES)]
     if trust_remote_code:
         wanted += [n for n in state.files if n.endswith(".py")]
@@ -180,9 +180,7 @@ def fetch(state: RepoState, filename: str, *, retry: Retry = DEFAULT_RETRY) -> P
     path = Path(ask(
         lambda: hf_hub_download(state.id, filename, repo_type=state.repo_type, revision=state.sha), what, retry=retry
     ))  # fmt: skip
-    found, named = (
-        (sha256_file(path), expected.sha256) if expected.sha256 else (git_sha1_file(path), expected.git_sha1)
-    )
+    found, named = (sha256_file(path), expected.sha256) if expected.sha256 else (git_sha1_file(path), expected.git_sha1)
     if named and found != named:
         _forget(path)
         raise IntegrityError(
@@ -217,8 +215,11 @@ def read_text_file(
     return ask(read, f"{filename} of {repo_type} {repo_id}", retry=retry)
 
 
-def _weight_files(state: RepoState, retry: Retry) -> list[str]:
-    """Return the names of the safetensors files that make up the model, the shards' index resolved."""
+def weight_files(state: RepoState, *, retry: Retry = DEFAULT_RETRY) -> list[str]:
+    """Return the names of the safetensors files that make up the model, the shards' index resolved.
+
+    Raises PickleOnlyError (UsageError) when there are weights only as pickles, UsageError when there are none.
+    """
     if _WEIGHTS in state.files:
         return [_WEIGHTS]
     if _INDEX in state.files:

@@ -9,9 +9,9 @@ from typing import Any
 from hfdetox.data import default_dataset
 from hfdetox.defenses import parse_defense
 from hfdetox.devices import resolve_device, resolve_precision
-from hfdetox.hub import read_text_file, resolve
+from hfdetox.hub import read_text_file, resolve, weight_files
 from hfdetox.publish import check_push_allowed
-from hfdetox.runs import check_output
+from hfdetox.runs import RunFolder, check_output
 from hfdetox.triggers import parse_triggers
 
 
@@ -42,6 +42,7 @@ def plan(
     planned["device"], planned["precision"] = kind, resolve_precision(precision, kind)
     if output is not None:
         check_output(Path(output), overwrite=overwrite)
+        RunFolder.beside(output).refuse_existing()
         planned["output"] = str(output)
     if push_to is not None:
         check_push_allowed(push_to, private=private, create_pr=create_pr, overwrite=overwrite)
@@ -56,5 +57,5 @@ def _plan_model(model: str, revision: str | None) -> tuple[dict[str, Any], str |
         return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}, card
     repo_id, _, at = model.removeprefix("hf_hub:").removeprefix("hf-hub:").partition("@")
     state = resolve(repo_id, revision=revision or at or None)
-    weights = [name for name in state.files if name.endswith(".safetensors")]
-    return {"id": state.id, "revision": state.sha, "files": weights}, read_text_file(state.id, "README.md", state.sha)
+    planned = {"id": state.id, "revision": state.sha, "files": weight_files(state)}
+    return planned, read_text_file(state.id, "README.md", state.sha)

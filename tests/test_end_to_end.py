@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def report_of(text: bytes | str) -> Report:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("library", "loaders"),
-    [("timm", (by_timm, by_auto_model)), ("transformers", (by_pipeline, by_auto_model))],
+    [("timm", (by_auto_model, by_timm)), ("transformers", (by_pipeline, by_auto_model))],
 )
 def test_a_backdoored_model_is_cleaned_published_and_loads_with_its_library(
     library: str, loaders: Any, hub: HubServer, publish: Any, run_cli: Any, fresh_env: dict[str, str], tmp_path: Path
@@ -134,7 +135,7 @@ def test_a_backdoored_model_is_cleaned_published_and_loads_with_its_library(
 
     for name, states in ((source.model, before), (pushed, after)):
         rate = states.triggers["badnets"].attack_success_rate
-        for loader in loaders if name == pushed else loaders[:1]:
+        for loader in loaders if name == pushed else (loaders[-1],):
             correct, hits, triggered = recount(loader(name), source.dataset)
             assert triggered == rate.samples
             assert abs(correct - states.accuracy.successes) <= COUNT_TOLERANCE
@@ -210,6 +211,19 @@ def test_a_published_trigger_file_repeats_the_measurement(
     assert again["file_sha256"] == recorded.file_sha256
 
 
+def launched(command: list[str], environment: dict[str, str], folder: Path) -> str:
+    """Return the standard output of a launcher that succeeds; its processes end with it in any case."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            raise
+    assert launcher.returncode == 0, err
+    return out
+
+
 def test_two_processes_write_push_and_print_once(
     hub: HubServer, publish: Any, fresh_env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,9 +234,7 @@ def test_two_processes_write_push_and_print_once(
     arguments = source.command("--precision", "no", "--push-to", pushed, "--json", epochs=5)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hfdetox",
                *arguments, "--output", "two"]  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    two = report_of(done.stdout)
+    two = report_of(launched(command, environment, tmp_path))
     assert len(hub.requests("POST", "/commit/")) == 1
     assert two.output.commit == hub.head(pushed)
     assert two.defense.devices == ["cpu", "cpu"]

@@ -85,8 +85,9 @@ def test_a_repository_with_pickles_only(refused: Refused, hub: HubServer, repo_n
     name = repo_name("pickled", "org")
     hub.create_repo(name)
     hub.commit(name, {"config.json": '{"model_type": "vit"}', "pytorch_model.bin": b"\x80\x04."})
-    line = refused(2, [name, "--dataset", "org/never-asked-for"])
-    assert f"model {name} has its weights only as a pickle (pytorch_model.bin)" in line
+    for more in ([], ["--dry-run"]):
+        line = refused(2, [name, "--dataset", "org/never-asked-for", *more])
+        assert f"model {name} has its weights only as a pickle (pytorch_model.bin)" in line
     assert not any("pytorch_model.bin" in entry.path for entry in hub.log)
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from hfdetox import cli
 from hfdetox.report import Report
 from tests import backdoored
 from tests.backdoored import TARGET, TRIGGER, Made
+from tests.hub.server import HubServer
 
 resource = pytest.importorskip("resource", reason="limits of file sizes are POSIX only")
 
-EPOCHS = 40
+EPOCHS = 30
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def command(model: Path, digits: Path, output: Path, **settings: object) -> list[str]:
     """Return a short float32 run: 100 images are two steps an epoch."""
     return [str(model), "--dataset", str(digits), "--samples", "100", "--eval-samples", "100", "--trigger", TRIGGER,
-            "--target", TARGET, "--precision", "no", "--output", str(output),
-            *backdoored.settings(**{"epochs": EPOCHS, "batch_size": 50, **settings})]  # fmt: skip
+            "--target", TARGET, "--precision", "no",
+            *backdoored.settings(**{"epochs": EPOCHS, "batch_size": 50, **settings}),
+            "--output", str(output)]  # fmt: skip
 
 
 def error_line(text: str) -> str:
@@ -76,37 +78,45 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
+def assert_like_an_uninterrupted_run(resumed: Path, arguments: list[str], scratch: Path) -> None:
+    """Run the whole at once and compare: weights bit for bit, every number but the times."""
+    assert cli.run([*arguments[:-1], str(scratch / "whole")]) == 0
+    assert weights(resumed) == weights(scratch / "whole")
+    reports = Report.load(resumed), Report.load(scratch / "whole")
+    assert reports[0].before == reports[1].before
+    assert reports[0].after == reports[1].after
+    assert reports[0].dataset == reports[1].dataset
+    timeless = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in r.history] for r in reports]
+    assert timeless[0] == timeless[1]
+    assert len(timeless[0]) == reports[0].defense.epochs == EPOCHS
+
+
 def test_a_killed_run_resumes_to_the_very_same_weights(
-    library: str, made: Made, fresh_env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, fresh_env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, run = getattr(made, library), tmp_path / "out.run"
-    process = start(command(model, made.digits, tmp_path / "out"), fresh_env)
+    run, arguments = tmp_path / "out.run", command(made.timm, made.digits, tmp_path / "out")
+    process = start(arguments, fresh_env)
     wait_for_epoch(process, run, 3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert 3 <= checkpointed(run) < EPOCHS
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("hf_home")] == ["out.run"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hf_home"] == ["out.run"]
 
     assert cli.run(["--resume", str(run)]) == 0
     assert not run.exists()
-    assert cli.run(command(model, made.digits, tmp_path / "whole")) == 0
-    capsys.readouterr()
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    resumed, whole = Report.load(tmp_path / "out"), Report.load(tmp_path / "whole")
-    assert (resumed.before, resumed.after) == (whole.before, whole.after)
-    assert resumed.dataset == whole.dataset
-    timeless = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in r.history] for r in (resumed, whole)]
-    assert timeless[0] == timeless[1]
-    assert len(timeless[0]) == resumed.defense.epochs == EPOCHS
+    assert_like_an_uninterrupted_run(tmp_path / "out", arguments, tmp_path)
+    assert capsys.readouterr().out.count("mitigated") >= 1
 
 
-def test_ctrl_c_says_how_to_resume(
-    made: Made, fresh_env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "out.run"
-    process = start(command(made.transformers, made.digits, tmp_path / "out"), fresh_env)
+def test_ctrl_c_says_how_to_resume_and_the_resumed_run_is_still_pushed(
+    made: Made, hub: HubServer, hub_token: str, repo_name: Callable[..., str], fresh_env: dict[str, str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run, pushed = tmp_path / "out.run", repo_name()
+    arguments = command(made.transformers, made.digits, tmp_path / "out")
+    publishing = ["--push-to", pushed, "--private"]
+    process = start([*publishing, *arguments], {**fresh_env, "HF_TOKEN": hub_token})
     wait_for_epoch(process, run, 2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -115,13 +125,43 @@ def test_ctrl_c_says_how_to_resume(
     assert out == ""
     assert checkpointed(run) >= 2
     assert not (tmp_path / "out").exists()
+    assert hub_token not in "".join(path.read_text() for path in run.rglob("*.json"))
 
     # the same command again would forget what was done
-    assert cli.run(command(made.transformers, made.digits, tmp_path / "out")) == 2
-    assert f"go on with hfdetox --resume {run}" in error_line(capsys.readouterr().err)
+    for more in ([], ["--dry-run"]):
+        assert cli.run([*arguments, *more]) == 2
+        assert f"go on with hfdetox --resume {run}" in error_line(capsys.readouterr().err)
+    assert not hub.exists(pushed)
     assert cli.run(["--resume", str(run), "--keep-run"]) == 0
-    assert Report.load(tmp_path / "out").defense.epochs == EPOCHS
     assert checkpointed(run) == EPOCHS
+    assert hub.repo(pushed).private
+    assert hub.files(pushed)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert_like_an_uninterrupted_run(tmp_path / "out", arguments, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted"])
+def test_a_push_that_fails_leaves_the_result_and_says_how_to_push_it(
+    how: str, made: Made, hub: HubServer, hub_token: str, repo_name: Callable[..., str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output, pushed = tmp_path / "out", repo_name()
+    if how == "refused":
+        hub.faults.answer("POST", "/commit/", 403)
+    else:
+        hub.faults.before("POST", "/commit/", lambda: os.kill(os.getpid(), signal.SIGINT))
+        hub.faults.answer("POST", "/commit/", 403)
+    arguments = ["--push-to", pushed, *command(made.transformers, made.digits, output, epochs=2)]
+    assert cli.run(arguments) == (3 if how == "refused" else 130)
+    line = error_line(capsys.readouterr().err)
+    assert hub_token not in line
+    if how == "refused":
+        assert line.endswith(f"the folder is whole, push it with `hfdetox push {output} {pushed}`")
+    else:
+        assert line.endswith(f"the result in {output} is whole; publish it with: hfdetox push {output} REPO")
+    assert os.listdir(tmp_path) == ["out"]
+    hub.faults.clear()
+    assert cli.run(["push", str(output), pushed]) == 0
+    assert f"published: {hub.url}/{pushed} (commit {hub.head(pushed)})" in capsys.readouterr().out
 
 
 @contextmanager
@@ -143,7 +183,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
         assert cli.run(command(made.transformers, made.digits, tmp_path / "out", epochs=2)) == 1
     line = error_line(capsys.readouterr().err)
     assert line.startswith(f"hfdetox: error: cannot write the checkpoint in {run}: ")
-    assert line.endswith(f"free some space, then go on with: hfdetox --resume {run}")
+    assert line.endswith(f"free some space, then: hfdetox --resume {run}")
     assert not (tmp_path / "out").exists()
     assert cli.run(["--resume", str(run)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
