@@ -108,6 +108,13 @@ def test_patch_scales_with_the_height(height: int, width: int, size: int, rows: 
     assert len(where) == (rows[1] - rows[0]) * (columns[1] - columns[0])
 
 
+def test_distances_scale_with_the_height_too() -> None:
+    stamped = BadNets(right=4, bottom=2).apply(noise(1, 3, 48, 100))
+    where = (stamped[0, 0] == 255).nonzero()
+    # one and a half times 32 pixels high: 6 and 3 pixels from the edges
+    assert (int(where[:, 0].max()) + 1, int(where[:, 1].max()) + 1) == (45, 94)
+
+
 def test_a_picture_of_the_patchs_size_is_stamped_as_it_is() -> None:
     picture = torch.arange(27).view(3, 3, 3).to(torch.uint8)
     stamped = BadNets(size=3, image=picture).apply(noise())
