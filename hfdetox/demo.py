@@ -34,7 +34,7 @@ POISON_RATIO = 0.1
 TRAINING_EPOCHS = 25
 TARGET = "zero"
 
-# chosen on the seeds 100 to 104 with tests/benchmarks/demo_seeds.py; the demo's own seeds had no say
+# chosen on the seeds 100 to 104 with tests/benchmarks/demo_seeds.py; the seeds that are reported had no say
 CLEAN_IMAGES = 600
 SETTINGS = {"lambda": "1.5", "epochs": "40", "augmentation": "crop"}
 MARK = "hfdetox-demo.json"

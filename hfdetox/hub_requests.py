@@ -225,7 +225,9 @@ def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
         return HubError(f"{what} was changed by somebody else meanwhile; run it again")
     if isinstance(error, BadRequestError) or status < 500:
         return HubError(f"the Hub rejects the request for {what} ({status}{said})")
-    return UnreachableError(f"the Hub fails with status {status} for {what}; try again later (https://status.huggingface.co)")
+    return UnreachableError(
+        f"the Hub fails with status {status} for {what}; try again later (https://status.huggingface.co)"
+    )
 
 
 def not_cached(what: str) -> str:

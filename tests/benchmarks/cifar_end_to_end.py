@@ -1,9 +1,9 @@
 """The main job on every model of the CIFAR-10 zoo: one table of accuracy, ASR, RA and DER before and after.
 
-    python tests/benchmarks/cifar_end_to_end.py --cifar DIR --zoo DIR --output cifar_end_to_end.json
+    python -m tests.benchmarks.cifar_end_to_end --cifar DIR --zoo DIR --output cifar_end_to_end.json
 
-2,500 clean images (5 %), all 10,000 test images, seed 0, one row a model and setting; the settings are fixed in advance.
-The file is written after every row; a row that is there is not run again. The cleaned models are kept in the zoo.
+2,500 clean images (5 %), all 10,000 test images, seed 0, one row a model and setting; the settings were fixed
+in advance. The file is written after every row; a row that is there is not run again. The cleaned models stay in ZOO.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.cifar_zoo import LIBRARIES, TARGET, TRIGGERS
-
 from hfdetox import detoxify
+from tests.benchmarks.cifar_zoo import LIBRARIES, TARGET, TRIGGERS
 
 SETTINGS: dict[str, dict[str, str]] = {"d3:paper": {}, "d3 λ=1.5, 40 epochs": {"lambda": "1.5", "epochs": "40"}}
 SAMPLES = 2500
@@ -25,13 +24,32 @@ SAMPLES = 2500
 def row(model: Path, cifar: Path, name: str, settings: dict[str, str], output: Path) -> dict[str, Any]:
     """Clean one model and return its numbers with their intervals."""
     trigger = model.name.split("-")[1]
-    report = detoxify(model, dataset=cifar, samples=SAMPLES, triggers=[trigger], target=TARGET, settings=settings, output=output,
-                      overwrite=True).report  # fmt: skip
+    report = detoxify(
+        model,
+        dataset=cifar,
+        samples=SAMPLES,
+        triggers=[trigger],
+        target=TARGET,
+        settings=settings,
+        output=output,
+        overwrite=True,
+    ).report
     plain = report.to_dict()
-    states = {when: {"accuracy": plain[when]["accuracy"], **{k: plain[when]["triggers"][trigger][k]
-              for k in ("attack_success_rate", "robust_accuracy")}} for when in ("before", "after")}  # fmt: skip
-    return {"model": model.name, "setting": name, **states, "der": plain["defense_effectiveness_rating"][trigger],
-            "defense": plain["defense"], "environment": plain["environment"]}  # fmt: skip
+    states = {
+        when: {
+            "accuracy": plain[when]["accuracy"],
+            **{k: plain[when]["triggers"][trigger][k] for k in ("attack_success_rate", "robust_accuracy")},
+        }
+        for when in ("before", "after")
+    }
+    return {
+        "model": model.name,
+        "setting": name,
+        **states,
+        "der": plain["defense_effectiveness_rating"][trigger],
+        "defense": plain["defense"],
+        "environment": plain["environment"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -41,8 +59,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in rows:
-        cells = [" → ".join(f"{100 * entry[when][key]['value']:.1f}" for when in ("before", "after"))
-                 for key in ("accuracy", "attack_success_rate", "robust_accuracy")]  # fmt: skip
+        cells = [
+            " → ".join(f"{100 * entry[when][key]['value']:.1f}" for when in ("before", "after"))
+            for key in ("accuracy", "attack_success_rate", "robust_accuracy")
+        ]
         lines.append(
             f"| {entry['model']} | {entry['setting']} | {' | '.join(cells)} | {100 * entry['der']['value']:.1f} |"
         )
@@ -63,7 +83,7 @@ def main() -> None:
             output = arguments.zoo / "cleaned" / f"{model.name}-{list(SETTINGS).index(name)}"
             rows.append(row(model, arguments.cifar, name, settings, output))
             command = (
-                "python tests/benchmarks/cifar_end_to_end.py --cifar CIFAR10 --zoo ZOO --output "
+                "python -m tests.benchmarks.cifar_end_to_end --cifar CIFAR10 --zoo ZOO --output "
                 + arguments.output.name
             )
             arguments.output.write_text(json.dumps({"command": command, "rows": rows}, indent=2) + "\n")

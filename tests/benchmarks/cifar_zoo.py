@@ -1,9 +1,9 @@
 """Train the backdoored CIFAR-10 models of the benchmarks: timm and transformers, BadNets and Blended, 10 % poisoned.
 
-    python tests/benchmarks/cifar_zoo.py --cifar DIR --zoo DIR [--epochs 6]
+    python -m tests.benchmarks.cifar_zoo --cifar DIR --zoo DIR [--epochs 6]
 
-Each model is saved in Hub format as ZOO/LIBRARY-TRIGGER with a `zoo.json` that says how it was made; one that is there is
-not trained again. Keep ZOO outside the checkout.
+Each model is saved in Hub format as ZOO/LIBRARY-TRIGGER with a `zoo.json` that says how it was made; one that is
+there is not trained again. Keep ZOO outside the checkout.
 """
 
 from __future__ import annotations
@@ -35,16 +35,23 @@ def timm_model(folder: Path) -> Classifier:
     """Save and load a pre-activation ResNet of 1.2 M parameters at 32×32: one bottleneck a stage, stem of stride 2."""
     arguments = {"layers": [1, 1, 1], "channels": [128, 256, 512], "stem_type": "", "bottle_ratio": 0.5}
     model = timm.create_model("resnetv2_50", num_classes=len(NAMES), **arguments)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32), "crop_pct": 1.0, "num_classes": len(NAMES),
-                            "mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.243, 0.261), "label_names": list(NAMES)}  # fmt: skip
+    own = {"input_size": (3, 32, 32), "crop_pct": 1.0, "num_classes": len(NAMES), "label_names": list(NAMES)}
+    statistics = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.243, 0.261)}
+    model.pretrained_cfg = {**model.pretrained_cfg, **own, **statistics}
     timm.models.save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
     return load_classifier(folder)
 
 
 def transformers_model(folder: Path) -> Classifier:
     """Save and load a ResNet of 0.7 M parameters at 48×48 (its stem has stride 4): one basic block a stage."""
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 192], depths=[1, 1, 1], layer_type="basic",
-                          id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)})  # fmt: skip
+    config = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[48, 96, 192],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: i for i, name in enumerate(NAMES)},
+    )
     ResNetForImageClassification(config).save_pretrained(folder)
     ConvNextImageProcessor(size={"shortest_edge": 48}, crop_pct=1.0).save_pretrained(folder)
     return load_classifier(folder)
@@ -71,9 +78,18 @@ def build(name: str, images: Images, folder: Path, epochs: int, seed: int) -> No
     measured = evaluation.measure("measure").measurement
     classifier.save(folder)
     success = measured.triggers[kind].attack_success_rate.value
-    made = {"model": name, "parameters": classifier.info.parameters, "epochs": epochs, "seed": seed, "poison_ratio": POISON_RATIO,
-            "accuracy": measured.accuracy.value, "attack_success_rate": success, "seconds": time.perf_counter() - begin,
-            "images_per_second": record.images_per_second, "precision": record.precision}  # fmt: skip
+    made = {
+        "model": name,
+        "parameters": classifier.info.parameters,
+        "epochs": epochs,
+        "seed": seed,
+        "poison_ratio": POISON_RATIO,
+        "accuracy": measured.accuracy.value,
+        "attack_success_rate": success,
+        "seconds": time.perf_counter() - begin,
+        "images_per_second": record.images_per_second,
+        "precision": record.precision,
+    }
     (folder / "zoo.json").write_text(json.dumps(made, indent=2) + "\n")
     print(json.dumps(made))
 

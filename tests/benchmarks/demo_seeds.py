@@ -1,8 +1,8 @@
 """The demo over many seeds and settings: how its settings were chosen (seeds 100 to 104), and what they give (0 to 4).
 
-    python tests/benchmarks/demo_seeds.py --output demo_seeds_tuning.json --seeds 100 101 102 103 104 \\
+    python -m tests.benchmarks.demo_seeds --output demo_seeds_tuning.json --seeds 100 101 102 103 104 \\
         --settings lambda=10,epochs=100 lambda=2,epochs=40 lambda=1.5,epochs=40 lambda=1,epochs=40
-    python tests/benchmarks/demo_seeds.py --output demo_seeds.json --seeds 0 1 2 3 4 \\
+    python -m tests.benchmarks.demo_seeds --output demo_seeds.json --seeds 0 1 2 3 4 \\
         --settings lambda=1.5,epochs=40 lambda=10,epochs=100
 
 The file is written after every cell; a cell that is there is not run again.
@@ -23,15 +23,27 @@ from hfdetox.demo import CLEAN_IMAGES, TARGET, backdoored, write_digits
 
 def cell(folder: Path, settings: dict[str, str], seed: int) -> dict[str, Any]:
     """Run the demo's main job with other settings and return what it measured."""
-    report = detoxify(folder / "backdoored", dataset=folder / "digits", samples=CLEAN_IMAGES, triggers=["badnets"], target=TARGET,
-                      seed=seed, settings={**settings, "augmentation": "crop"}, progress=False).report  # fmt: skip
+    report = detoxify(
+        folder / "backdoored",
+        dataset=folder / "digits",
+        samples=CLEAN_IMAGES,
+        triggers=["badnets"],
+        target=TARGET,
+        seed=seed,
+        settings={**settings, "augmentation": "crop"},
+        progress=False,
+    ).report
     assert report.before is not None
     assert report.after is not None
     rates = {"accuracy": (report.before.accuracy, report.after.accuracy)}
     for name in ("attack_success_rate", "robust_accuracy"):
         rates[name] = tuple(getattr(state.triggers["badnets"], name) for state in (report.before, report.after))
-    return {"seed": seed, "settings": settings, "seconds": report.defense.seconds,
-            **{name: {"before": before.value, "after": after.value} for name, (before, after) in rates.items()}}  # fmt: skip
+    return {
+        "seed": seed,
+        "settings": settings,
+        "seconds": report.defense.seconds,
+        **{name: {"before": before.value, "after": after.value} for name, (before, after) in rates.items()},
+    }
 
 
 def main() -> None:
@@ -41,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--settings", nargs="+", required=True)
     arguments = parser.parse_args()
-    command = " ".join(["python", "tests/benchmarks/demo_seeds.py", *sys.argv[1:]])
+    command = " ".join(["python -m tests.benchmarks.demo_seeds", *sys.argv[1:]])
     cells: list[dict[str, Any]] = json.loads(arguments.output.read_text())["cells"] if arguments.output.exists() else []
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,11 +1,11 @@
 """How fast the engine is, as ratios in one run, against research code and against the bare step; and its peak memory.
 
-    python tests/benchmarks/speed.py --cifar DIR --model ZOO/timm-badnets --output speed_cpu.json [--epochs 20]
+    python -m tests.benchmarks.speed --cifar DIR --model ZOO/timm-badnets --output speed_cpu.json [--epochs 20]
 
-- research: the same model, images, method and settings in a loop as research code has it: PIL transforms per image in a
-  DataLoader with a worker a core, float32, contiguous format. Three ratios of seconds: training only; with the same evaluations
-  (clean and triggered test set before and after); with that loop's habit of evaluating both sets after every epoch (one
-  evaluation is measured and counted once an epoch).
+- research: the same model, images, method and settings in a loop as research code has it: PIL transforms per image
+  in a DataLoader with a worker a core, float32, contiguous format. Three ratios of seconds: training only; with the
+  same evaluations (clean and triggered test set before and after); with that loop's habit of evaluating both sets
+  after every epoch (one evaluation is measured and counted once an epoch).
 - bare: forward, backward and SGD step on one batch that is already on the device, in the same precision and format.
 - memory: the peak of a process that runs the whole job, less model, optimiser and cached images.
 """
@@ -126,8 +126,14 @@ def ours(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, config: 
     record = Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.model))
     training = time.perf_counter() - begin
     after, _ = _timed(prepared)
-    return {"training_seconds": training, "evaluation_seconds": one_evaluation, "caching_seconds": caching,
-            "images_per_second": record.images_per_second, "precision": record.precision, **_rates(before, after)}  # fmt: skip
+    return {
+        "training_seconds": training,
+        "evaluation_seconds": one_evaluation,
+        "caching_seconds": caching,
+        "images_per_second": record.images_per_second,
+        "precision": record.precision,
+        **_rates(before, after),
+    }
 
 
 def bare(classifier: Classifier, steps: int) -> float:
@@ -170,8 +176,12 @@ def memory(arguments: argparse.Namespace) -> dict[str, float]:
         "settings={'epochs': '1'}, progress=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, r.report.model.parameters)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(arguments.model), str(arguments.cifar)], capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(arguments.model), str(arguments.cifar)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     peak, parameters = map(float, done.stdout.split()[-2:])
     size = np.prod(load_classifier(arguments.model).preprocessing.input_size) / 2**20
     # float32 weights, gradients and momentum; the clean set, the test set and its triggered copies
@@ -207,8 +217,11 @@ def ratios(theirs: dict[str, Any], mine: dict[str, Any], epochs: int) -> dict[st
     job = mine["caching_seconds"] + mine["training_seconds"] + 2 * mine["evaluation_seconds"]
     same = theirs["training_seconds"] + 2 * theirs["evaluation_seconds"]
     habit = theirs["training_seconds"] + (epochs + 1) * theirs["evaluation_seconds"]
-    return {"training": theirs["training_seconds"] / mine["training_seconds"], "same_evaluations": same / job,
-            "research_habit": habit / job}  # fmt: skip
+    return {
+        "training": theirs["training_seconds"] / mine["training_seconds"],
+        "same_evaluations": same / job,
+        "research_habit": habit / job,
+    }
 
 
 def main() -> None:
@@ -223,17 +236,28 @@ def main() -> None:
     theirs = research(load_classifier(arguments.model), images.clean, images.evaluation, config)
     mine = ours(load_classifier(arguments.model), images.clean, images.evaluation, config)
     # interleaved, so that a slow minute of the machine hits both
-    pairs = [(bare(load_classifier(arguments.model), 20), engine_only(load_classifier(arguments.model), images.clean, D3Config(epochs=4)))
-             for _ in range(3)]  # fmt: skip
+    pairs = [
+        (
+            bare(load_classifier(arguments.model), 20),
+            engine_only(load_classifier(arguments.model), images.clean, D3Config(epochs=4)),
+        )
+        for _ in range(3)
+    ]
     result = {
-        "command": f"python tests/benchmarks/speed.py --cifar CIFAR10 --model ZOO/{arguments.model.name} "
-                   f"--output {arguments.output.name} --epochs {arguments.epochs}",
-        "device": str(make_accelerator().device), "cores": os.cpu_count(), "torch": torch.__version__,
+        "command": f"python -m tests.benchmarks.speed --cifar CIFAR10 --model ZOO/{arguments.model.name} "
+        f"--output {arguments.output.name} --epochs {arguments.epochs}",
+        "device": str(make_accelerator().device),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
         "parameters": sum(p.numel() for p in load_classifier(arguments.model).model.parameters()),
-        "research": theirs, "hfdetox": mine, "times_faster": ratios(theirs, mine, arguments.epochs),
-        "bare_images_per_second": [b for b, _ in pairs], "engine_images_per_second": [e for _, e in pairs],
-        "engine_share_of_bare": float(np.median([e / b for b, e in pairs])), "memory": memory(arguments),
-    }  # fmt: skip
+        "research": theirs,
+        "hfdetox": mine,
+        "times_faster": ratios(theirs, mine, arguments.epochs),
+        "bare_images_per_second": [b for b, _ in pairs],
+        "engine_images_per_second": [e for _, e in pairs],
+        "engine_share_of_bare": float(np.median([e / b for b, e in pairs])),
+        "memory": memory(arguments),
+    }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
