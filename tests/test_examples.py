@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,10 +33,16 @@ EXAMPLES = REPOSITORY / "examples"
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let examples import each other as scripts do; Trainer leaves Accelerate's shared state behind."""
+    """Let examples import each other as scripts do; Trainer leaves Accelerate's shared state behind.
+
+    One thread: on models this small, several only wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     AcceleratorState._reset_state(True)
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)
     for path in EXAMPLES.glob("*.py"):
         sys.modules.pop(path.stem, None)
@@ -52,7 +59,8 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a person ran an example as a script: `toy/` is there, and `printed` holds what was said."""
     folder = tmp_path_factory.mktemp("examples")
     command = [sys.executable, EXAMPLES / "own_loop.py", "--epochs", "1", "--samples", "100"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout)
     return folder
