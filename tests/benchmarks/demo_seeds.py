@@ -1,9 +1,9 @@
 """The demo over many seeds and settings: how its settings were chosen (seeds 100 to 104), and what they give (0 to 4).
 
     python -m tests.benchmarks.demo_seeds --output demo_seeds_tuning.json --seeds 100 101 102 103 104 \\
-        --settings lambda=10,epochs=100 lambda=2,epochs=40 lambda=1.5,epochs=40 lambda=1,epochs=40
+        --settings lambda=10,epochs=100 lambda=1.5,epochs=40 lambda=1.5,epochs=40,learning_rate=0.05,batch_size=128
     python -m tests.benchmarks.demo_seeds --output demo_seeds.json --seeds 0 1 2 3 4 \\
-        --settings lambda=1.5,epochs=40 lambda=10,epochs=100
+        --settings lambda=1.5,epochs=40,learning_rate=0.05,batch_size=128 lambda=10,epochs=100
 
 The file is written after every cell; a cell that is there is not run again.
 """
