@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.special import betaincinv
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -68,8 +68,10 @@ def rate(successes: int, samples: int) -> Rate:
     """
     if not 0 <= successes <= samples or samples == 0:
         raise ValueError(f"a rate needs 0 <= successes <= samples and samples > 0, got {successes} of {samples}")
-    interval = binomtest(successes, samples).proportion_ci(0.95, method="exact")
-    return Rate(successes / samples, successes, samples, (float(interval.low), float(interval.high)))
+    # scipy.stats has this too, and takes a second to import
+    low = betaincinv(successes, samples - successes + 1, 0.025) if successes else 0.0
+    high = betaincinv(successes + 1, samples - successes, 0.975) if successes < samples else 1.0
+    return Rate(successes / samples, successes, samples, (float(low), float(high)))
 
 
 def defense_effectiveness_rating(accuracy: tuple[float, float], success: tuple[float, float]) -> float:

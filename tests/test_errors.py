@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -201,72 +203,103 @@ def test_an_earlier_result_is_replaced_only_when_asked(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def failed(process: subprocess.CompletedProcess[str], status: int) -> str:
-    assert process.returncode == status, process.stderr
-    assert process.stdout == ""
-    return the_line(process.stderr)
+# a process of its own takes seconds to import everything, so that some commands share one
+SEVERAL = """
+import contextlib, io, json, os, sys
+from hfdetox.cli import run
+answers = []
+for token, arguments in json.loads(sys.argv[1]):
+    os.environ.update({"HF_TOKEN": token} if token else {})
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = run(arguments)
+    answers.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
 
 
-def test_a_gated_model_without_a_token(
-    made: Made, hub: HubServer, repo_name: Callable[..., str], run_cli: Callable[..., subprocess.CompletedProcess[str]]
+@dataclass(frozen=True)
+class Answer:
+    """What a command left."""
+
+    status: int
+    out: str
+    err: str
+
+    def line(self, status: int) -> str:
+        """Return the one line of a command that ended with this status."""
+        assert self.status == status, self.err
+        assert self.out == ""
+        return the_line(self.err)
+
+
+def several(environment: dict[str, str], folder: Path, *commands: tuple[str, list[str]]) -> list[Answer]:
+    """Run (token, arguments) one after the other in one new process with this environment."""
+    done = subprocess.run([sys.executable, "-c", SEVERAL, json.dumps(commands)], env=environment, cwd=folder,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [Answer(*answer) for answer in json.loads(done.stdout)]
+
+
+def test_tokens_that_are_missing_or_wrong_are_found_before_anything_is_pulled(
+    made: Made, hub: HubServer, repo_name: Callable[..., str], fresh_env: dict[str, str], tmp_path: Path
 ) -> None:
-    name = repo_name("gated", "org")
-    hub.create_repo(name, gated=True)
-    hub.commit_folder(name, made.timm)
-    line = failed(run_cli([name, "--dataset", made.digits]), 3)
-    assert f"model {name} is gated and there is no token; log in with `hf auth login` or set HF_TOKEN" in line
-    assert not any("model.safetensors" in entry.path and entry.status < 400 for entry in hub.log)
-
-
-def test_a_wrong_token_for_the_push_is_found_before_the_model_is_pulled(
-    made: Made, hub: HubServer, repo_name: Callable[..., str], fresh_env: dict[str, str], tmp_path: Path,
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:  # fmt: skip
-    name = repo_name()
-    arguments = [made.timm, "--dataset", made.digits, "--push-to", name]
-    line = failed(run_cli(arguments, env={**fresh_env, "HF_TOKEN": "hf_wrong"}), 3)
-    assert "the Hub refuses the token" in line
-    assert "hf auth login" in line
-    assert not hub.exists(name)
+    gated, new = repo_name("gated", "org"), repo_name()
+    hub.create_repo(gated, gated=True)
+    hub.commit_folder(gated, made.timm)
+    pull = [gated, "--dataset", str(made.digits)]
+    push = [str(made.timm), "--dataset", str(made.digits), "--push-to", new]
+    answers = several(fresh_env, tmp_path, ("", pull), ("", push), ("hf_wrong", push), (hub.read_token, push))
+    no_access, no_token, wrong_token, read_token = (answer.line(3) for answer in answers)
+    assert f"model {gated} is gated and there is no token; log in with `hf auth login` or set HF_TOKEN" in no_access
+    assert f"no token for a push to model {new}" in no_token
+    assert "the Hub refuses the token" in wrong_token
+    assert "hf auth login" in wrong_token
+    assert "may only read" in read_token
+    assert not hub.exists(new)
     assert not hub.requests("POST")
-    assert not list(tmp_path.glob("timm-detoxed*"))
+    assert not any("model.safetensors" in entry.path and entry.status < 400 for entry in hub.log)
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf_home"}
 
 
 def test_a_hub_that_cannot_be_reached(
     made: Made, fresh_env: dict[str, str], run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    line = failed(run_cli(["org/model", "--dataset", made.digits], env={**fresh_env, "HF_ENDPOINT": NEVER}), 3)
+    done = run_cli(["org/model", "--dataset", made.digits], env={**fresh_env, "HF_ENDPOINT": NEVER})
+    line = Answer(done.returncode, done.stdout, done.stderr).line(3)
     assert f"the Hub at {NEVER} cannot be reached for model org/model" in line
     assert "HF_HUB_OFFLINE=1" in line
 
 
 def test_offline_a_run_needs_the_cache_and_nothing_else(
     made: Made, hub: HubServer, repo_name: Callable[..., str], fresh_env: dict[str, str], tmp_path: Path,
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     model, dataset = repo_name("model", "org"), repo_name("digits", "org")
     hub.create_repo(model)
     hub.commit_folder(model, made.timm)
     hub.create_repo(dataset, "dataset")
     hub.commit_folder(dataset, made.digits, repo_type="dataset")
-    command = [model, "--dataset", dataset, "--samples", "100", "--eval-samples", "100", "--trigger", TRIGGER,
-               "--target", TARGET, "--epochs", "1", "--json"]  # fmt: skip
-    offline = {**fresh_env, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": NEVER}
+    options = ["--samples", "100", "--eval-samples", "100", "--trigger", TRIGGER, "--target", TARGET, "--epochs", "1",
+               "--json", "--output"]  # fmt: skip
+    command = [model, "--dataset", dataset, *options]
+    assert cli.run([*command, str(tmp_path / "online")]) == 0
+    online = json.loads(capsys.readouterr().out)
 
-    line = failed(run_cli([*command, "--output", "never"], env=offline), 3)
-    assert (
-        f"model {model} is not in the cache and HF_HUB_OFFLINE is set; unset it, or pull it once while online" in line
-    )
-    online = run_cli([*command, "--output", "online"])
-    assert online.returncode == 0, online.stderr
-    again = run_cli([*command, "--output", "offline"], env=offline)
-    assert again.returncode == 0, again.stderr
-    assert "nobody checked that it is current" in again.stderr
-    first, second = (json.loads(process.stdout) for process in (online, again))
-    assert first["before"] == second["before"]
-    assert first["dataset"] == second["dataset"]
-    assert first["model"] == second["model"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf_home", "offline", "online"]
+    offline = {**fresh_env, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": NEVER, "HF_HOME": os.environ["HF_HOME"]}
+    no_model, no_data, cached = several(
+        offline, tmp_path, ("", ["org/never-pulled", "--dataset", dataset, *options, "never"]),
+        ("", [model, "--dataset", "org/never-read", *options, "never"]), ("", [*command, "offline"]),
+    )  # fmt: skip
+    advice = "is not in the cache and HF_HUB_OFFLINE is set; unset it, or pull it once while online"
+    assert f"model org/never-pulled {advice}" in no_model.line(3)
+    assert f"dataset org/never-read {advice}" in no_data.line(3)
+    assert cached.status == 0, cached.err
+    assert "nobody checked that it is current" in cached.err
+    again = json.loads(cached.out)
+    assert [again[part] for part in ("model", "dataset", "before")] == [
+        online[part] for part in ("model", "dataset", "before")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["offline", "online"]
 
 
 def test_the_model_of_a_damaged_download_is_not_used(
