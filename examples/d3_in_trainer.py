@@ -1,7 +1,8 @@
 """D3 inside `transformers.Trainer`, with gradient accumulation and mixed precision as Trainer offers them.
 
     python examples/d3_in_trainer.py
-    python examples/d3_in_trainer.py --model google/vit-base-patch16-224 --dataset ILSVRC/imagenet-1k --samples 5000
+    python examples/d3_in_trainer.py --model google/vit-base-patch16-224 --dataset ILSVRC/imagenet-1k \\
+        --samples 5000 --epochs 100 --lr 0.01 --batch-size 256 --output vit-detoxed
 
 Without --model the toy of toy.py is used (written to ./toy). The model must be one of transformers.
 

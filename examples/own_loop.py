@@ -1,7 +1,8 @@
 """D3 in a plain PyTorch training loop: `detox` below is all there is to it.
 
     python examples/own_loop.py
-    python examples/own_loop.py --model google/vit-base-patch16-224 --dataset ILSVRC/imagenet-1k --samples 5000
+    python examples/own_loop.py --model google/vit-base-patch16-224 --dataset ILSVRC/imagenet-1k \\
+        --samples 5000 --epochs 100 --lr 0.01 --batch-size 256 --output vit-detoxed
 
 Without --model the toy of toy.py is used (written to ./toy).
 """

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> DetoxResult:
         dataset=toy.digits(),
         samples=options.samples,
         triggers=[toy.TRIGGER],
-        # no augmentation: a mirrored digit is another one
+        # "auto" would crop and mirror, and a mirrored digit is another one
         defense=D3Config(epochs=options.epochs, learning_rate=options.lr, batch_size=64, augmentation="none"),
     )
     for title, measured in (("before", result.report.before), ("after", result.report.after)):

@@ -1,7 +1,9 @@
 """The Python API in ten lines: clean a model, read the numbers, save it and push it to the Hub.
 
     python examples/python_api.py
-    python examples/python_api.py user/model --dataset uoft-cs/cifar10 --trigger badnets --push-to user/model-detoxed
+    python examples/python_api.py user/model --dataset uoft-cs/cifar10 --trigger badnets \\
+        --samples 2500 --epochs 100 --lr 0.01 --batch-size 256 --augmentation auto \\
+        --push-to user/model-detoxed
 
 Without a model the toy of toy.py is used (written to ./toy). Pushing needs a token (`hf auth login` or HF_TOKEN) and
 goes to the Hub that HF_ENDPOINT names.
@@ -24,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", help="Hub id or folder of clean images; default: the one the model's card names")
     parser.add_argument("--trigger", action="append", default=[], help="a known trigger to measure; repeatable")
     parser.add_argument("--samples", type=int, default=600, help="clean images to train on")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.03, help="0.01 is the paper's, for larger sets")
+    parser.add_argument("--augmentation", default="none", help="auto crops and mirrors; a mirrored digit is another one")
     parser.add_argument("--output", default="toy/detoxed-python-api")
     parser.add_argument("--push-to", help="repository that the result goes to, private when it is new")
     options = parser.parse_args(arguments)
@@ -33,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model, options.dataset, trigger = toy.write("toy")
         options.trigger.append(trigger)
 
+    config = D3Config(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.lr,
+        augmentation=options.augmentation,
+    )
     result = detoxify(
-        options.model, dataset=options.dataset, samples=options.samples, triggers=options.trigger,
-        # no augmentation: a mirrored digit is another one
-        defense=D3Config(epochs=options.epochs, learning_rate=options.lr, batch_size=64, augmentation="none"),
-    )  # fmt: skip
+        options.model, dataset=options.dataset, samples=options.samples, defense=config, triggers=options.trigger
+    )
     before, after = result.report.before, result.report.after
     print(f"accuracy: {before.accuracy.value:.1%} before, {after.accuracy.value:.1%} after")
     for name, trigger in after.triggers.items():
