@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.03, help="0.01 is the paper's, for larger sets")
-    parser.add_argument("--augmentation", default="none", help="auto crops and mirrors; a mirrored digit is another one")
+    parser.add_argument("--augmentation", default="none", help="auto mirrors as well, which spoils digits")
     parser.add_argument("--output", default="toy/detoxed-python-api")
     parser.add_argument("--push-to", help="repository that the result goes to, private when it is new")
     options = parser.parse_args(arguments)
