@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.errors import UsageError

@@ -6,6 +6,7 @@ The client libraries freeze HF_ENDPOINT and HF_HOME when they are imported, so a
 from __future__ import annotations
 
 import os
+import signal
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def _start_server() -> tuple[HubServer, Path]:
         MPLBACKEND="Agg",
         TOKENIZERS_PARALLELISM="false",
     )
+    # a background job of a shell may start with Ctrl-C ignored, and so would all processes the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # one thread a process: several with all cores each would stop each other at every barrier
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     return server, root
