@@ -6,8 +6,8 @@ The client libraries freeze HF_ENDPOINT and HF_HOME when they are imported, so a
 from __future__ import annotations
 
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
