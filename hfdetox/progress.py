@@ -17,5 +17,5 @@ def progress_bar(title: str, total: int, unit: str, accelerator: Accelerator, *,
     """Return a bar over `total` units; `keep` leaves it on the screen when it is closed."""
     terminal = sys.stderr.isatty()
     return tqdm(total=total, initial=done, desc=title, unit=unit, leave=keep, dynamic_ncols=terminal,
-                mininterval=0.1 if terminal else LOG_SECONDS,
+                mininterval=0.1 if terminal else LOG_SECONDS, delay=0 if terminal else LOG_SECONDS,
                 disable=not (shown and accelerator.is_main_process))  # fmt: skip
