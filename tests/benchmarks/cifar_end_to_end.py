@@ -74,14 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--cifar", "--zoo", "--output"):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     arguments = parser.parse_args()
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
-    for name, settings in SETTINGS.items():
+    for name in arguments.settings:
         for model in (arguments.zoo / f"{library}-{trigger}" for trigger in TRIGGERS for library in LIBRARIES):
             if any((done["model"], done["setting"]) == (model.name, name) for done in rows):
                 continue
             output = arguments.zoo / "cleaned" / f"{model.name}-{list(SETTINGS).index(name)}"
-            rows.append(row(model, arguments.cifar, name, settings, output))
+            rows.append(row(model, arguments.cifar, name, SETTINGS[name], output))
             command = (
                 "python -m tests.benchmarks.cifar_end_to_end --cifar CIFAR10 --zoo ZOO --output "
                 + arguments.output.name

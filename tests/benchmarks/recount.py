@@ -1,4 +1,4 @@
-"""Count again, without hfdetox, what the end-to-end table says of the cleaned models: timm or `pipeline`, PIL and PyTorch.
+"""Count again, without hfdetox, what the table says of the cleaned models: by timm or `pipeline`, PIL and PyTorch.
 
     python -m tests.benchmarks.recount --cifar DIR --zoo DIR --results cifar_end_to_end.json
 
