@@ -116,8 +116,10 @@ def check_plausible(outcome: Outcome, truth: torch.Tensor, labels: Sequence[str]
         RunError: near chance, where a defence and its numbers would mean nothing.
     """
     accuracy, count = outcome.measurement.accuracy, len(labels)
-    confusion = np.zeros((count, count), dtype=np.int64)
-    np.add.at(confusion, (truth.cpu().numpy(), outcome.predicted), 1)
+    # only the labels that occur: with the 21,843 of ImageNet-21k the whole table would take gigabytes
+    present, places = np.unique(np.concatenate([truth.cpu().numpy(), outcome.predicted]), return_inverse=True)
+    confusion = np.zeros((len(present), len(present)), dtype=np.int64)
+    np.add.at(confusion, (places[: len(truth)], places[len(truth) :]), 1)
     best = accuracy_hint(confusion)
     hint = ""
     if best > accuracy.value + PERMUTATION_GAIN:

@@ -6,7 +6,8 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import reduction
@@ -26,6 +27,11 @@ _DECODE_ERRORS = (
     OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError,
     NotImplementedError, Image.DecompressionBombError,
 )  # fmt: skip
+
+KEPT_BYTES = 256 * 1024**2
+# images decoded in the caller's thread to see how long one takes, and how long it must be for threads to pay
+_PROBE = 32
+_THREADS_PAY_SECONDS = 0.001
 
 Result = TypeVar("Result")
 
@@ -112,6 +118,8 @@ class ImageSet:
         self.indices = [int(i) for i in indices]
         self.split, self.channels = split, channels
         self._encoded = encoded
+        self._decoded: dict[int, Image.Image] = {}
+        self._room = KEPT_BYTES
         if not len(encoded) == len(self.labels) == len(self.indices):
             raise ValueError(f"{len(encoded)} images, {len(self.labels)} labels and {len(self.indices)} indices")
 
@@ -119,21 +127,36 @@ class ImageSet:
         return len(self.indices)
 
     def image(self, position: int) -> Image.Image:
-        """Return one image as PIL RGB (L when `channels` is 1), upright; BrokenImageError names its split and row."""
+        """Return one image as PIL RGB (L when `channels` is 1), upright; not to be changed in place.
+
+        Decoded images are kept, up to KEPT_BYTES in all: the same are hashed, prepared, and prepared again with each
+        trigger. Raises BrokenImageError, which names the split and row.
+        """
+        kept = self._decoded.get(position)
+        if kept is not None:
+            return kept
         try:
-            return decode_image(self._encoded[position], channels=self.channels)
+            image = decode_image(self._encoded[position], channels=self.channels)
         except _DECODE_ERRORS as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise BrokenImageError(
                 f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason}); "
                 "repair or remove it, or choose another split or seed"
             ) from error
+        size = image.width * image.height * self.channels
+        if size <= self._room:
+            self._room -= size
+            self._decoded[position] = image
+        return image
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """Return the images at `positions` as a set of their own; nothing is copied."""
         chosen = [int(p) for p in positions]
-        return ImageSet(Picked(self._encoded, chosen), self.labels[chosen].numpy(), [self.indices[p] for p in chosen],
+        part = ImageSet(Picked(self._encoded, chosen), self.labels[chosen].numpy(), [self.indices[p] for p in chosen],
                         split=self.split, channels=self.channels)  # fmt: skip
+        part._decoded = {place: self._decoded[p] for place, p in enumerate(chosen) if p in self._decoded}
+        part._room = self._room
+        return part
 
     @property
     def indices_sha256(self) -> str:
@@ -157,25 +180,36 @@ class ImageSet:
 def parallel_map(
     function: Callable[[int], Result], positions: Sequence[int], progress: Callable[[int, int], None] | None = None
 ) -> list[Result]:
-    """Return `function` of each position, in order, computed by threads (PIL decodes outside Python's lock).
+    """Return `function` of each position, in order, computed by threads where that pays.
 
-    `progress(done, total)` is called in the caller's thread after each chunk. The first error is raised, in order.
+    PIL decodes and resizes outside Python's lock, but threads that come back for the lock every fraction of a
+    millisecond stop each other: work that turns out that short is done in this thread. `progress(done, total)` is
+    called in the caller's thread after each chunk. The first error is raised, in order.
     """
-    total, done = len(positions), 0
+    total = len(positions)
     results: list[Result] = []
-    # one task for many small images: a task costs about as much as decoding one of 32×32
-    chunks = [positions[i : i + 64] for i in range(0, total, 64)] if total > 256 else [[p] for p in positions]
 
-    def run(chunk: Iterable[int]) -> list[Result]:
+    def run(chunk: Sequence[int]) -> list[Result]:
         return [function(position) for position in chunk]
 
+    def keep(part: list[Result]) -> None:
+        results.extend(part)
+        if progress is not None:
+            progress(len(results), total)
+
+    begin = time.perf_counter()
+    keep(run(positions[:_PROBE]))
+    short = (time.perf_counter() - begin) / max(1, len(results)) < _THREADS_PAY_SECONDS
+    size = 256 if short else 4
+    rest = [positions[i : i + size] for i in range(_PROBE, total, size)]
+    if short:
+        for chunk in rest:
+            keep(run(chunk))
+        return results
     pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="hfdetox-decode")
     try:
-        for part in pool.map(run, chunks):
-            results += part
-            done += len(part)
-            if progress is not None:
-                progress(done, total)
+        for part in pool.map(run, rest):
+            keep(part)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return results
