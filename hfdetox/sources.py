@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -230,13 +231,17 @@ class ParquetSource(Source):
 
 
 class StreamSource(Source):
-    """A streamed split of any other format: rows in the stream's order, what was read is kept in a temporary file."""
+    """A streamed split of any other format: rows in the stream's order, what was read is kept in a temporary file.
+
+    A stream that fails on the way is opened anew, and the rows that were read of it are passed over.
+    """
 
     def __init__(self, stream: IterableDataset, columns: Columns, split: str, files: Files, rows: int | None) -> None:
         self.split, self.rows, self._columns, self._files = split, rows, columns, files
         if isinstance((stream.features or {}).get(columns.image), Image):
             stream = stream.cast_column(columns.image, Image(decode=False))
-        self._stream = iter(stream)
+        self._stream: IterableDataset = stream
+        self._reading: Iterator[dict[str, Any]] | None = None
         self._spool, self._entries = Spool(), []  # type: ignore[var-annotated]
         self._blocks: list[Block] = []
         self._ended = False
@@ -288,8 +293,14 @@ class StreamSource(Source):
 
     def _next(self) -> dict[str, Any] | None:
         def attempt() -> dict[str, Any] | None:
+            # put back only after success: a generator that failed is over, and would say so as if the data were
+            reading, self._reading = self._reading, None
             with damage(f"split {self.split}"):
-                return next(self._stream, None)
+                if reading is None:
+                    reading = islice(iter(self._stream), len(self._entries), None)
+                row = next(reading, None)
+            self._reading = reading
+            return row
 
         return self._files.guard(attempt)
 
