@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, ClassVar, Literal, cast
 
 import datasets
 import pyarrow.parquet as pq
@@ -16,12 +16,14 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hfdetox.columns import Columns, find_columns
 from hfdetox.errors import HubError, UsageError
 from hfdetox.sources import Files, ParquetSource, Result, Source, StreamSource, TableSource, damage
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w.]+)")
 
 
@@ -126,6 +128,16 @@ class BuilderOrigin(Origin):
                         f"dataset {self.id} is an image folder in archives ({PurePosixPath(name).name}), whose "
                         "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet"
                     )
+
+
+class _PlainWebDataset(WebDataset):
+    """A webdataset of which only texts, numbers and JSON are decoded: labels.
+
+    `datasets` gives every member with a known ending to its decoder, `.pth` to torch's unpickler; here the rest stays
+    bytes.
+    """
+
+    DECODERS: ClassVar = {ending: WebDataset.DECODERS[ending] for ending in _LABEL_ENDINGS}
 
 
 class LocalFiles(Files):
@@ -290,6 +302,8 @@ def _with_builder(name: str, revision: str | None, source: Literal["hub", "folde
 
 
 def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
+    if isinstance(builder, WebDataset):
+        builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
     """Return `load()`, with the errors of `datasets` that a person can act on as one line."""
     try:
         return load()
