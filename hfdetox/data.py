@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.choice import Choice, check_samples, choose_balanced, choose_uniform, sample_count
 from hfdetox.columns import ColumnError, LabelReader
 from hfdetox.errors import UsageError
 from hfdetox.images import BrokenImageError, ImageSet
-from hfdetox.labels import Alignment, LabelMismatchError, align_labels, list_names
+from hfdetox.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
 from hfdetox.origin import Origin, open_dataset
 from hfdetox.pixels import Pixels
 from hfdetox.report import DatasetInfo
@@ -42,11 +44,16 @@ class TooFewImagesError(UsageError):
 
 @dataclass(frozen=True)
 class Images:
-    """`clean` images for the defence, `evaluation` images for measuring (no image is in both), and their record."""
+    """`clean` images for the defence, `evaluation` images for measuring (no image is in both), and their record.
+
+    `whole_split` says that the evaluation images are every row of a split that the clean ones are not from, each with
+    a label of its own among the model's: only then is the accuracy on them the split's.
+    """
 
     clean: ImageSet
     evaluation: ImageSet
     info: DatasetInfo
+    whole_split: bool
 
 
 def load_images(
@@ -55,7 +62,7 @@ def load_images(
     image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
     label_map: Path | Mapping[str, Any] | None = None, seed: int = 0, channels: int = 3,
     allow_missing_classes: bool = False, warn: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, hub_only: bool = False,
 ) -> Images:  # fmt: skip
     """Choose, fetch and check clean images of a Hub dataset, a folder or a `datasets` object.
 
@@ -72,6 +79,7 @@ def load_images(
         allow_missing_classes: go on when a class of the model has no image.
         warn: called with each line a person should know of.
         progress: called with (done, total) while the images are decoded once, to find broken ones and duplicates.
+        hub_only: never take `dataset` for a folder; for names that come from elsewhere than the person who runs this.
 
     Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError)
     with the row of an image that cannot be decoded, and HubError for the Hub.
@@ -80,7 +88,7 @@ def load_images(
     if eval_samples is not None:
         check_samples(int(eval_samples), "--eval-samples")
     origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
-                          label_column=label_column, warn=warn)  # fmt: skip
+                          label_column=label_column, warn=warn, hub_only=hub_only)  # fmt: skip
     plan = _Plan(
         origin=origin, labels=labels, samples=samples, eval_samples=eval_samples, label_map=label_map, seed=seed,
         channels=channels, allow_missing_classes=allow_missing_classes, warn=warn, progress=progress,
@@ -118,7 +126,10 @@ class _Plan:
         measured = ImageSet(evaluation.fetch(eval_rows.indices.tolist()), eval_rows.labels, eval_rows.indices.tolist(),
                             split=evaluation.split, channels=self.channels)  # fmt: skip
         measured = self._without_duplicates(clean, measured)
-        return Images(clean, measured, self._info(clean, measured, alignment))
+        one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
+        everything = len(measured) == evaluation.rows and not evaluation.limited
+        whole_split = evaluation is not source and one_to_one and everything
+        return Images(clean, measured, self._info(clean, measured, alignment), whole_split)
 
     def _align(self, source: Source, evaluation: Source) -> tuple[LabelReader, Alignment]:
         columns = self.origin.columns(source.split)
@@ -282,7 +293,10 @@ class _Plan:
 
 
 def default_dataset(card_text: str | None) -> str:
-    """Return the one dataset that a model card's YAML names; UsageError when it names none or several."""
+    """Return the one dataset that a model card's YAML names, a Hub id; UsageError when it names none or several.
+
+    The card is a stranger's: load what it names with `hub_only`, or it could choose a folder of this machine.
+    """
     advice = "give --dataset ID"
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card_text or "", re.DOTALL)
     try:
@@ -296,6 +310,10 @@ def default_dataset(card_text: str | None) -> str:
         raise UsageError(f"the model's card names no dataset; {advice}")
     if len(ids) > 1:
         raise UsageError(f"the model's card names {len(ids)} datasets ({', '.join(ids[:5])}); {advice}")
+    try:
+        validate_repo_id(ids[0])
+    except HFValidationError:
+        raise UsageError(f"the model's card names the dataset {ids[0][:80]!r}, which is no Hub id; {advice}") from None
     return ids[0]
 
 

@@ -108,7 +108,7 @@ def detoxify(
     # a run must not fail at its end for a reason known at its start
     options = pin(options, classifier, images)
     report = open_report(options, classifier, images, method, preset, before, accelerator, push_to=push_to, notes=notes)
-    exhibits = gather_exhibits(classifier, images, evaluation, whole_split=options.eval_samples is None)
+    exhibits = gather_exhibits(classifier, images, evaluation, whole_split=images.whole_split)
     draft = build_card(report, source_card=exhibits.source_card, repo_id=push_to, labels=classifier.labels)
     validate_card(draft)
     if accelerator.is_main_process:

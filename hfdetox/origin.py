@@ -213,14 +213,18 @@ class HubFiles(Files):
 
 def open_dataset(
     dataset: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, image_column: str | None,
-    label_column: str | None, warn: Callable[[str], None],
+    label_column: str | None, warn: Callable[[str], None], hub_only: bool = False,
 ) -> Origin:  # fmt: skip
     """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
+
+    With `hub_only` a name is a Hub id even where a folder of that name lies here.
 
     Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         origin: Origin = _from_object(dataset)
+    elif hub_only:
+        origin = _from_hub(str(dataset), config, revision, warn)
     elif Path(dataset).exists():
         origin = _from_folder(Path(dataset), config)
     elif isinstance(dataset, Path) or str(dataset).startswith((".", "/", "~")):
@@ -277,7 +281,9 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
         return _with_builder(state.id, state.sha, "hub", builder, LocalFiles(snapshot))
 
     def load() -> DatasetBuilder:
-        return _builder(lambda: datasets.load_dataset_builder(state.id, name=config, revision=state.sha), what)
+        # with the prefix, a folder of the same name in the working directory is not taken for it
+        name = f"hf://datasets/{state.id}"
+        return _builder(lambda: datasets.load_dataset_builder(name, name=config, revision=state.sha), what)
 
     builder = ask(load, what)
     files = HubFiles(state)
@@ -296,14 +302,14 @@ def _with_builder(name: str, revision: str | None, source: Literal["hub", "folde
     if isinstance(builder, FolderBasedBuilder):
         # of the Hub, datasets would decode (and so download) each image that a scan for labels passes
         builder.config.decode_num_threads = 0
+    if isinstance(builder, WebDataset):
+        builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
     origin = BuilderOrigin(name, builder.config.name, revision, source, splits)
     origin.builder, origin.files = builder, files
     return origin
 
 
 def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
-    if isinstance(builder, WebDataset):
-        builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
     """Return `load()`, with the errors of `datasets` that a person can act on as one line."""
     try:
         return load()

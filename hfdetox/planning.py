@@ -33,7 +33,8 @@ def plan(
     planned: dict[str, Any] = {}
     planned["model"], card = _plan_model(model, revision)
     chosen = dataset or default_dataset(card)
-    source = None if Path(chosen).exists() else resolve(chosen, repo_type="dataset", revision=dataset_revision)
+    local = dataset is not None and Path(dataset).exists()
+    source = None if local else resolve(chosen, repo_type="dataset", revision=dataset_revision)
     planned["dataset"] = {
         "id": chosen, "revision": source.sha if source else None, "samples": samples, "eval_samples": eval_samples,
     }  # fmt: skip

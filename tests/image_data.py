@@ -59,12 +59,14 @@ def write_folders(root, split, count, first=0):
         path.write_bytes(png(first + i))
 
 
-def write_tar(path, count, first=0):
+def write_tar(path, count, first=0, extra=None):
+    """Write a webdataset of images and labels; `extra` are more members of each example by their ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for i in range(count):
-            for name, content in ((f"{i:05}.png", png(first + i)), (f"{i:05}.cls", str(i % 3).encode())):
-                entry = tarfile.TarInfo(name)
+            members = {"png": png(first + i), "cls": str(i % 3).encode(), **(extra or {})}
+            for ending, content in members.items():
+                entry = tarfile.TarInfo(f"{i:05}.{ending}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
 

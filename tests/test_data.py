@@ -21,6 +21,7 @@ from tests.image_data import (
     png,
     write_dataset,
     write_parquet,
+    write_tar,
 )
 
 
@@ -221,6 +222,38 @@ def test_a_dataset_with_one_split_gives_disjoint_parts(tmp_path):
         load(tmp_path, samples=3, eval_samples=100)
 
 
+def test_only_all_rows_of_a_split_of_its_own_are_a_whole_split(folder, tmp_path):
+    assert load(folder)[0].whole_split
+    assert load(folder, eval_samples=30)[0].whole_split
+    assert not load(folder, eval_samples=29)[0].whole_split
+    assert not load(folder, eval_split="train", samples=30)[0].whole_split  # a part of what the clean ones are from
+    assert not load(folder, eval_split="train", samples=12, eval_samples=78)[0].whole_split
+    one_less = {"horse": None}
+    assert not load(folder, labels=["cat", "dog"], label_map=one_less)[0].whole_split
+    merged = {"horse": "dog", "dog": "dog"}  # all rows, and another task
+    images, _ = load(folder, labels=["cat", "dog"], label_map=merged)
+    assert (len(images.evaluation), images.whole_split) == (30, False)
+    assert load(folder, labels=["horse", "cat", "dog"])[0].whole_split
+
+
+def test_rows_that_are_left_out_make_it_a_part(tmp_path):
+    write_parquet(tmp_path / "a" / "train.parquet", cycle(30))
+    write_parquet(tmp_path / "a" / "test.parquet", [*cycle(9), -1], first=500)
+    assert not load(tmp_path / "a")[0].whole_split
+    write_parquet(tmp_path / "b" / "train.parquet", cycle(6))
+    write_parquet(tmp_path / "b" / "test.parquet", cycle(4), images=[png(90), png(4), png(92), png(91)])
+    assert not load(tmp_path / "b", samples=6)[0].whole_split  # one is among the clean images
+
+
+def test_a_split_read_up_to_the_scan_limit_is_a_part(tmp_path, monkeypatch):
+    write_tar(tmp_path / "train-000.tar", 30)
+    write_tar(tmp_path / "test-000.tar", 21, 500)
+    assert load(tmp_path)[0].whole_split
+    monkeypatch.setattr(sources, "SCAN_LIMIT", 20)
+    images, _ = load(tmp_path)
+    assert (len(images.evaluation), images.whole_split) == (20, False)
+
+
 def test_splits_can_be_named(folder):
     images, _ = load(folder, split="test", eval_split="train")
     assert (images.info.split, images.info.eval_split) == ("test", "train")
@@ -293,6 +326,10 @@ def test_the_one_dataset_of_a_card():
         ("---\ndatasets: [3]\n---\n", "names no dataset"),
         ("---\ndatasets: [a/b, c/d]\n---\n", r"names 2 datasets \(a/b, c/d\)"),
         ("---\na: [\n---\n", "cannot be read"),
+        ("---\ndatasets: /home/jo/pictures\n---\n", "'/home/jo/pictures', which is no Hub id"),
+        ("---\ndatasets: [../pictures]\n---\n", "'../pictures', which is no Hub id"),
+        ("---\ndatasets: [./pictures]\n---\n", "'./pictures', which is no Hub id"),
+        ("---\ndatasets: [a/b/c]\n---\n", "'a/b/c', which is no Hub id"),
     ],
 )
 def test_a_card_that_leaves_it_open(card, message):

@@ -9,16 +9,24 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import httpx2
 import numpy as np
 import pytest
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 
 from hfdetox import data as data_module
 from hfdetox import sources
+from hfdetox.columns import Columns
 from hfdetox.data import TooFewImagesError
+from hfdetox.devices import make_accelerator
 from hfdetox.errors import HubError, RunError
-from hfdetox.hub_requests import AccessError, UnknownRepoError
+from hfdetox.hub_requests import AccessError, Retry, UnknownRepoError, UnreachableError, ask
+from hfdetox.models import load_classifier
 from hfdetox.origin import DatasetError, LocalFiles
+from hfdetox.planning import plan
+from hfdetox.runs import RunOptions
+from hfdetox.steps import Notes, pull_images
 from tests.image_data import (
     cycle,
     load,
@@ -28,6 +36,7 @@ from tests.image_data import (
     write_parquet,
     write_tar,
 )
+from tests.tiny_models import timm_folder
 
 
 @pytest.fixture
@@ -100,6 +109,73 @@ def test_a_damaged_tar_is_an_error_of_one_line(tmp_path):
         load(tmp_path / "w", samples=60)
 
 
+class Impatient(LocalFiles):
+    """Local files whose failed reads are repeated as the Hub's are, without the pauses."""
+
+    def guard(self, call):
+        return ask(call, "dataset me/stream", retry=Retry(attempts=3, base_delay=0.01))
+
+
+def failing_stream(failures, count=50):
+    """A stream that loses its connection at row 20 the first `failures` times that it is read, and what was read."""
+    read = []
+
+    def rows():
+        for i in range(count):
+            if i == 20 and sum(row == 20 for row in read) < failures:
+                read.append(i)
+                raise httpx2.ReadError("connection lost")
+            yield {"image": {"bytes": png(i), "path": None}, "label": i % 3}
+
+    spec = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.IterableDataset.from_generator(rows, features=spec), read
+
+
+def scanned(stream, tmp_path):
+    source = sources.StreamSource(stream, Columns("image", "label", "integer"), "train", Impatient(tmp_path), None)
+    labels = [label for _, values in source.scan() for label in values]
+    images = source.fetch(range(len(labels)))
+    return labels, [images[i] for i in range(len(images))]
+
+
+def test_a_stream_goes_on_where_its_connection_was_lost(tmp_path):
+    stream, read = failing_stream(failures=2)
+    labels, images = scanned(stream, tmp_path)
+    assert read == [20, 20]
+    assert labels == cycle(50)
+    assert images == [png(i) for i in range(50)]
+
+
+def test_a_stream_that_stays_lost_is_an_error_and_not_its_end(tmp_path):
+    stream, _ = failing_stream(failures=99)
+    with pytest.raises(UnreachableError, match="connection lost"):
+        scanned(stream, tmp_path)
+
+
+def test_a_cut_connection_does_not_shorten_a_webdataset_of_the_hub(hub, repo_name, tmp_path):
+    write_tar(tmp_path / "train-000.tar", 60)
+    write_tar(tmp_path / "test-000.tar", 9, 500)
+    name = repo_name("cut")
+    hub.create_repo(name, "dataset")
+    hub.commit_folder(name, tmp_path, repo_type="dataset")
+    rule = hub.faults.cut_body("test-000.tar", 10_240, skip=1)
+    images, _ = load(name, samples=60)
+    assert rule.hits == 1
+    assert len(images.clean) == 60
+    assert images.evaluation.indices == list(range(9))
+    assert images.whole_split
+
+
+def test_members_of_a_webdataset_that_are_no_label_stay_bytes(tmp_path):
+    extra = {"pth": b"not what torch reads", "npy": b"\x93NUMPY no", "mp": b"\xc1"}  # their decoders would fail
+    write_tar(tmp_path / "w" / "train-000.tar", 30, extra=extra)
+    write_tar(tmp_path / "w" / "test-000.tar", 9, 500, extra=extra)
+    images, _ = load(tmp_path / "w")
+    assert np.bincount(images.clean.labels).tolist() == [4, 4, 4]
+    # other users of `datasets` in this process keep what it does
+    assert "pth" in WebDataset.DECODERS
+
+
 def test_rows_cannot_name_files_outside_the_folder(tmp_path):
     files = LocalFiles(tmp_path / "d")
     for name in ("/etc/hostname", str(tmp_path / "d" / ".." / "secret.png"), "hf://datasets/a/b/c.png"):
@@ -162,6 +238,34 @@ def test_a_large_parquet_file_is_not_downloaded_whole(hub, repo_name, tmp_path, 
     assert sum(sizes) < whole / 4
     # all of the test split is wanted, so it is fetched in one piece
     assert any(r.range is None and "test" in r.path for r in hub.log if r.origin == "storage" and r.method == "GET")
+
+
+@pytest.fixture
+def namesake(repo, tmp_path, monkeypatch):
+    """A working directory with a folder that is called as the dataset on the Hub is, and holds other images."""
+    write_parquet(tmp_path / "here" / repo / "train.parquet", cycle(60), first=7000)
+    write_parquet(tmp_path / "here" / repo / "test.parquet", cycle(9), first=8000)
+    monkeypatch.chdir(tmp_path / "here")
+    return repo
+
+
+def test_a_name_from_elsewhere_is_never_a_folder(hub, namesake):
+    assert load(namesake)[0].info.source == "folder"
+    images, _ = load(namesake, hub_only=True, samples=1.0)
+    assert (images.info.source, images.info.clean_samples) == ("hub", 90)
+
+
+def test_the_dataset_of_a_models_card_is_never_a_folder(hub, namesake, tmp_path):
+    model = timm_folder(tmp_path / "model")
+    (model / "README.md").write_text(f"---\ndatasets: [{namesake}]\n---\n")
+    head = hub.repo(namesake, "dataset").refs["refs/heads/main"]
+    assert plan(str(model))["dataset"]["revision"] == head
+    assert plan(str(model), dataset=namesake)["dataset"]["revision"] is None
+    (tmp_path / "map.json").write_text('{"horse": "elk"}')
+    options = RunOptions(model=str(model), settings={}, triggers=[], samples=12, allow_missing_classes=True,
+                         label_map=str(tmp_path / "map.json"))  # fmt: skip
+    images = pull_images(options, None, load_classifier(model), Notes(make_accelerator("cpu", "no")))
+    assert images.info.revision == head
 
 
 def test_the_commit_is_pinned_and_chosen(hub, repo, tmp_path):
