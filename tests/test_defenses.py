@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hfdetox import defenses
 from hfdetox.defenses import D3Config, available, describe_defense, parse_defense
 from hfdetox.errors import UsageError
+
+NEW_DEFENSE = """
+from dataclasses import dataclass
+from typing import ClassVar
+from hfdetox.defenses.base import DefenseConfig
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(DefenseConfig):
+    name: ClassVar[str] = "tune"
+    summary: ClassVar[str] = "plain fine-tuning"
+    paper: ClassVar[str] = "none"
+    card_text: ClassVar[str] = "Fine-tuned on {images}."
+    presets: ClassVar = {"plain": {}}
+
+    def selected_layers(self, model):
+        return []
+
+    def phases(self, model):
+        return []
+"""
+
+
+def test_a_new_defence_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tune.py").write_text(NEW_DEFENSE)
+    monkeypatch.setattr(defenses, "__path__", [*defenses.__path__, str(tmp_path)])
+    found = defenses._discover()
+    monkeypatch.delitem(sys.modules, "hfdetox.defenses.tune")
+    assert set(found) == {"d3", "tune"}
+    monkeypatch.setattr(defenses, "DEFENSES", found)
+    config, preset = parse_defense("tune", {"epochs": "3"})
+    assert (config.name, preset, config.epochs) == ("tune", "plain", 3)
+
+
+def test_every_defence_has_words_for_the_card() -> None:
+    for config in defenses.DEFENSES.values():
+        assert "2,500 trusted images" in config.card_text.format(images="2,500 trusted images")
 
 
 def test_a_bare_name_takes_the_first_preset() -> None:

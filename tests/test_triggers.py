@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,33 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from hfdetox import triggers
 from hfdetox.errors import UsageError
 from hfdetox.triggers import BadNets, Blended, Trigger, available, load_trigger, parse_trigger, parse_triggers
+
+NEW_FAMILY = """
+from dataclasses import dataclass
+from typing import ClassVar
+from hfdetox.triggers.base import Trigger
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Invert(Trigger):
+    kind: ClassVar[str] = "invert"
+    summary: ClassVar[str] = "the negative"
+
+    def apply(self, images):
+        return 255 - images
+"""
+
+
+def test_a_new_family_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "invert.py").write_text(NEW_FAMILY)
+    monkeypatch.setattr(triggers, "__path__", [*triggers.__path__, str(tmp_path)])
+    found = triggers._discover()
+    monkeypatch.delitem(sys.modules, "hfdetox.triggers.invert")
+    assert set(found) == {"badnets", "blended", "invert"}
+    monkeypatch.setattr(triggers, "KINDS", found)
+    assert parse_trigger("invert:target=2").apply(torch.full((1, 3, 2, 2), 250, dtype=torch.uint8)).max() == 5
 
 
 def noise(count: int = 4, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -14,7 +16,15 @@ from hfdetox.errors import UsageError
 
 __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
 
-DEFENSES: dict[str, type[DefenseConfig]] = {config.name: config for config in (D3Config,)}
+
+def _discover() -> dict[str, type[DefenseConfig]]:
+    """Return the defences by name: the classes with a `name` in the modules of this package."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return {kind.name: kind for kind in kinds if issubclass(kind, DefenseConfig) and hasattr(kind, "name")}
+
+
+DEFENSES = _discover()
 
 
 @dataclass(frozen=True)

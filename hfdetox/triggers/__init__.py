@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import types
 import typing
 from collections.abc import Sequence
@@ -31,7 +33,15 @@ __all__ = [
     "parse_triggers",
 ]
 
-KINDS: dict[str, type[Trigger]] = {kind.kind: kind for kind in (BadNets, Blended)}
+
+def _discover() -> dict[str, type[Trigger]]:
+    """Return the trigger families by name: the classes with a `kind` in the modules of this package."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    classes = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return {kind.kind: kind for kind in classes if issubclass(kind, Trigger) and hasattr(kind, "kind")}
+
+
+KINDS = _discover()
 
 
 @dataclass(frozen=True)
