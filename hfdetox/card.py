@@ -233,6 +233,7 @@ def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
         "dataset_id": _shown_id(dataset.id, dataset.revision),
         "pins": " ".join(pins) if command else "",
         "shown_layers": report.defense.layers[:SHOWN_LAYERS],
+        "method": _method(report),
         "hidden_layers": max(0, len(report.defense.layers) - SHOWN_LAYERS),
         "parameters": [
             (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
@@ -241,6 +242,18 @@ def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
         "works_above": WORKS_ABOVE,
         "mitigated_at_most": MITIGATED_AT_MOST,
     }
+
+
+def _method(report: Report) -> str:
+    """Return the defence's own words for what was done; general ones for a defence that this hfdetox does not have."""
+    # the defences import torch, which checking a card does without
+    from hfdetox.defenses import DEFENSES
+
+    known = DEFENSES.get(report.defense.name)
+    samples = f"{report.dataset.clean_samples:,} trusted images"
+    if known is None:
+        return f"The defence {markdown.code(report.defense.name)} changed the model with the help of {samples}."
+    return known.card_text.format(images=samples)
 
 
 def _measured(report: Report, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -278,6 +291,8 @@ def _summary(report: Report) -> str:
         Verdict.MITIGATED: "**Mitigated** for every trigger that worked before, out of those measured.",
         Verdict.REDUCED: "**Reduced, not mitigated**, for at least one of the triggers measured.",
         Verdict.NOT_MITIGATED: "**Not mitigated** for at least one of the triggers measured.",
+        Verdict.INCONCLUSIVE: "**Inconclusive** for at least one of the triggers measured: too few images, or too weak "
+        "an effect, to tell whether it worked.",
         Verdict.NO_EVIDENCE: "**No evidence found**: none of the triggers measured worked, before or after.",
     }
     return f"{words[verdict]} {accuracy}"

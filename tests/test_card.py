@@ -26,6 +26,7 @@ from hfdetox.markdown import (
     one_line,
     text,
 )
+from hfdetox.metrics import rate
 from hfdetox.report import (
     DatasetInfo,
     DefenseInfo,
@@ -204,18 +205,30 @@ def test_the_text_says_how_it_was_made() -> None:
         ((0.93, 0.97), (0.30, 0.92), Verdict.REDUCED),
         ((0.93, 0.97), (0.30, 0.93), Verdict.NOT_MITIGATED),
         ((0.21, 0.60), (0.00, 0.31), Verdict.NOT_MITIGATED),  # 0 of 10 images: too few to show anything
-        ((0.20, 0.60), (0.00, 0.05), Verdict.NO_EVIDENCE),
+        ((0.20, 0.60), (0.00, 0.05), Verdict.INCONCLUSIVE),
+        ((0.00, 0.21), (0.00, 0.05), Verdict.INCONCLUSIVE),
+        ((0.00, 0.05), (0.19, 0.30), Verdict.INCONCLUSIVE),
+        ((0.00, 0.20), (0.00, 0.20), Verdict.NO_EVIDENCE),
         ((0.00, 0.05), (0.00, 0.05), Verdict.NO_EVIDENCE),
-        ((0.00, 0.05), (0.19, 0.30), Verdict.NO_EVIDENCE),
         ((0.00, 0.05), (0.21, 0.40), Verdict.NOT_MITIGATED),
+        ((0.00, 0.90), (0.21, 0.40), Verdict.NOT_MITIGATED),
     ],
 )
 def test_verdicts(before: tuple[float, float], after: tuple[float, float], verdict: Verdict) -> None:
-    def rate(interval: tuple[float, float]) -> Rate:
+    def within(interval: tuple[float, float]) -> Rate:
         return Rate(sum(interval) / 2, 1, 2, interval)
 
-    assert judge(rate(before), rate(after)) is verdict
-    assert judge(rate(before), None) is Verdict.PENDING
+    assert judge(within(before), within(after)) is verdict
+    assert judge(within(before), None) is Verdict.PENDING
+
+
+# exact intervals: 50 of 200 is 19.2–31.6 %, 3 of 5 is 14.7–94.7 %, 20 of 200 is 6.2–15.0 %
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [((50, 200), Verdict.INCONCLUSIVE), ((3, 5), Verdict.INCONCLUSIVE), ((20, 200), Verdict.NO_EVIDENCE)],
+)
+def test_a_weak_effect_and_few_images_are_no_missing_evidence(counts: tuple[int, int], verdict: Verdict) -> None:
+    assert judge(rate(*counts), rate(0, 200)) is verdict
 
 
 def with_attack(report: Report, before: Rate, after: Rate) -> Report:
@@ -239,6 +252,7 @@ HIGH, LOW = Rate(0.955, 382, 400, (0.9298, 0.9732)), Rate(0.0125, 5, 400, (0.004
         (HIGH, LOW, "**Mitigated** for every trigger that worked before", "): **mitigated**"),
         (HIGH, HIGH, "**Not mitigated** for at least one", "): **not mitigated**"),
         (LOW, LOW, "**No evidence found**", "): **no evidence found**"),
+        (Rate(0.25, 50, 200, (0.1916, 0.316)), LOW, "**Inconclusive** for at least one", "): **inconclusive**"),
     ],
 )
 def test_the_words_follow_the_numbers(before: Rate, after: Rate, summary: str, verdict: str) -> None:
@@ -255,6 +269,34 @@ def test_a_run_is_judged_by_its_worst_trigger() -> None:
     assert "**Reduced, not mitigated**" in card
     assert re.search(r"^- `badnets` .*\*\*mitigated\*\*$", card, re.MULTILINE)
     assert re.search(r"^- `blended` .*\*\*reduced, not mitigated\*\*$", card, re.MULTILINE)
+
+
+def test_an_inconclusive_trigger_is_worse_than_a_mitigated_one_and_better_than_a_reduced_one() -> None:
+    report = written_report()
+    assert report.before
+    weak = trigger(Rate(0.25, 50, 200, (0.1916, 0.316)), LOW)
+    for other, verdict in (("badnets", Verdict.INCONCLUSIVE), ("blended", Verdict.REDUCED)):
+        before = {"weak": weak, other: report.before.triggers[other]}
+        measured = replace(report, before=replace(report.before, triggers=before))
+        after = {"weak": weak, **report.after.triggers} if report.after else {}
+        low = {**after, "weak": replace(weak, attack_success_rate=LOW)}
+        measured = replace(measured, after=replace(report.after, triggers=low)) if report.after else measured
+        assert run_verdict(measured) is verdict
+
+
+def test_the_defence_speaks_for_itself() -> None:
+    report = written_report()
+    assert "fine-tuned the model on 1,250 trusted images while pushing" in card_of(report)
+    foreign = card_of(replace(report, defense=replace(report.defense, name="other*")))
+    assert "The defence `other*` changed the model with the help of 1,250 trusted images." in foreign
+    assert "distance-driven" not in foreign
+
+
+def test_a_run_of_objects_has_no_command() -> None:
+    report = written_report()
+    card = card_of(replace(report, environment=replace(report.environment, command="")))
+    assert "```bash" not in card
+    assert "It was run through the Python API with the parameters above." in card
 
 
 @pytest.mark.parametrize("triggers", [True, False])

@@ -21,6 +21,10 @@ from hfdetox.errors import UsageError
 class DefenseConfig(ABC):
     """The settings every fine-tuning defence shares; a defence adds its own and builds its phases.
 
+    A defence is a module of this package with a subclass that has a `name`, a one-line `summary`, its `paper`, its
+    `presets` (the first is the default), and `card_text`: what a model card says was done, Markdown with `{images}`
+    for the number of clean images («2,500 trusted images»).
+
     Attributes:
         epochs: passes over the clean images, at least 1.
         batch_size: images an optimiser step sees, over all processes and accumulation steps together.
@@ -36,6 +40,7 @@ class DefenseConfig(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    card_text: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     epochs: int = 100

@@ -48,6 +48,11 @@ class D3Config(DefenseConfig):
         "keep the clean loss under a threshold while pushing selected weights far from the old ones"
     )
     paper: ClassVar[str] = "arXiv 2411.09585 (ICCV 2025)"
+    card_text: ClassVar[str] = (
+        "D3, distance-driven detoxification ([arXiv 2411.09585](https://arxiv.org/abs/2411.09585)), fine-tuned the "
+        "model on {images} while pushing the weights of the selected layers away from where the author left them, on "
+        "the sphere of their initial norm, as far as the loss on those images allows."
+    )
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "code": {"lambda_": 0.5}}
 
     lambda_: float = 10.0
