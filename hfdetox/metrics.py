@@ -136,7 +136,7 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
         ).predicted
         hit = answers == view.target
         results[view.trigger.name] = TriggerResult(
-            kind=view.trigger.kind, spec=view.trigger.spec(), mode=view.trigger.mode, target=view.target,
+            kind=view.trigger.kind, spec=view.trigger.recorded(), mode=view.trigger.mode, target=view.target,
             file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(),
             attack_success_rate=rate(int(hit.sum()), len(hit)),
             robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),

@@ -182,6 +182,9 @@ def test_measure_by_hand(accelerator: Accelerator) -> None:
     assert places.tolist() == [1, 2, 4, 5, 7, 8]
     assert hits.all()
     assert outcome.triggered["patch"].tolist() == [0] * 6
+    drawn = BadNets(name="drawn", target=0, image=torch.zeros(3, 2, 2, dtype=torch.uint8))
+    again = measure(Brightest(), evaluation, views(evaluation, drawn), accelerator).measurement
+    assert again.triggers["drawn"].spec == "triggers/drawn.safetensors"  # no text form has its picture
     # a blend too faint to matter: image 1 is answered with the target by itself, image 5 with neither
     faint = found.triggers["blended"]
     assert (faint.attack_success_rate.successes, faint.robust_accuracy.successes) == (1, 4)

@@ -76,6 +76,10 @@ class Trigger(ABC):
         changed = [f"{name}={value}" for name, value in self.parameters().items() if value != defaults[name]]
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 
+    def recorded(self) -> str:
+        """Return what `--trigger` makes this trigger of: the form, or its file in the result where it has arrays."""
+        return f"triggers/{self.name}.safetensors" if self.tensors() else self.spec()
+
     def file_bytes(self) -> bytes:
         """Return the trigger as a safetensors file, always the same bytes; its JSON is the metadata key `trigger`."""
         header = json.dumps({"kind": self.kind, **self.parameters()}, sort_keys=True)
