@@ -71,9 +71,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / WEIGHTS_NAME).is_file():
         return (folder / WEIGHTS_NAME,)
     if (folder / INDEX_NAME).is_file():
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+        shards = read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise UsageError(f"{folder / INDEX_NAME} has no weight_map from tensors to files; download the model anew")
         # a name with a folder in it could point outside the snapshot whose hashes were checked
-        files = tuple(folder / Path(name).name for name in sorted(set(index["weight_map"].values())))
+        files = tuple(folder / Path(name).name for name in sorted(set(shards.values())))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UsageError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names; download the whole model")

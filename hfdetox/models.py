@@ -149,7 +149,9 @@ def load_classifier(
     pulled, commit = _fetch(str(model), revision, trust_remote_code)
     stored = _weights.find_weights(pulled.folder, pulled.weights)
     loaded = _load_folder(pulled.folder, stored, pulled.id, processor, preprocessing, trust_remote_code)
-    classifier = _finish(loaded, pulled.id, commit, labels, folder=pulled.folder, stored=stored)
+    # reports are published, and where a folder lies is nobody's business
+    name = pulled.id if commit else pulled.folder.resolve().name
+    classifier = _finish(loaded, name, commit, labels, folder=pulled.folder, stored=stored)
     classifier.warnings = tuple(pulled.warnings)
     return classifier
 

@@ -56,13 +56,15 @@ def cached_file(name, filename, repo_type="model"):
 
 def test_pull_pins_the_commit_and_names_the_hash_of_the_weights(hub, repo_name):
     name = repo_name()
-    first = make_model(hub, name, **{"LICENSE": "MIT", "modeling.py": "x = 1", "notes.txt": "no"})
+    first = make_model(
+        hub, name, **{"LICENSE": "MIT", "NOTICE.txt": "by me", "modeling.py": "x = 1", "notes.txt": "no"}
+    )
     hub.commit(name, {"model.safetensors": OTHER_WEIGHTS})
     pulled = pull_model(name, revision=first)
     assert (pulled.id, pulled.revision) == (name, first)
     assert pulled.weights == {"model.safetensors": hashlib.sha256(WEIGHTS).hexdigest()}
     assert sorted(path.name for path in pulled.folder.iterdir()) == [
-        "LICENSE", "README.md", "config.json", "model.safetensors"
+        "LICENSE", "NOTICE.txt", "README.md", "config.json", "model.safetensors"
     ]  # fmt: skip
     assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
     assert pull_model(name).weights == {"model.safetensors": hashlib.sha256(OTHER_WEIGHTS).hexdigest()}

@@ -345,6 +345,24 @@ def test_sharded_source(tmp_path):
         load_classifier(source)
 
 
+@pytest.mark.parametrize("content", ['{"metadata": {}}', "[]", '{"weight_map": ["model"]}', '{"weight_map": {"a": 1}}',
+                                     '{"weight_map": {}}', "{"])  # fmt: skip
+def test_an_index_that_is_none_is_one_line(tmp_path, content):
+    source = transformers_folder(tmp_path / "source", "vit")
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    (source / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UsageError, match=r"model.safetensors.index.json (has no weight_map|is not)") as caught:
+        load_classifier(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_named_without_where_it_lies(tmp_path, monkeypatch):
+    source = timm_folder(tmp_path / "secret" / "net")
+    assert load_classifier(source).info.id == "net"
+    monkeypatch.chdir(source)
+    assert load_classifier(".").info.id == "net"
+
+
 # ---- refusals
 
 
