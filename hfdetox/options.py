@@ -85,7 +85,12 @@ class DataOptions(ScreenOptions):
     eval_samples: Annotated[int | None, _image("--eval-samples", min=1, help="Measure on so many images.")] = None
     label_map: Annotated[
         Path | None,
-        _image("--label-map", exists=True, dir_okay=False, help="JSON file: the dataset's label names to the model's."),
+        _image(
+            "--label-map",
+            exists=True,
+            dir_okay=False,
+            help="JSON or YAML file: the dataset's label names to the model's.",
+        ),
     ] = None
     dataset_revision: Annotated[str | None, _image("--dataset-revision", help="The dataset's commit or branch.")] = None
     allow_missing_classes: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -59,17 +60,22 @@ class RunOptions:
         return {name: getattr(self, name) for name in PUBLISHING}
 
     def command(self) -> str:
-        """Return the shell command that repeats the run; options at their defaults, and publishing, are left out."""
+        """Return the shell command that repeats the run, "" where objects took part, which no command can name.
+
+        It is for publishing: of local paths only the last part is left; options at their defaults, and where the
+        result is pushed, are left out.
+        """
         if self.model is None or self.dataset is None:
-            return "a call of hfdetox.detoxify with objects in memory; see this report's fields for its settings"
+            return ""
+        shown = self._without_places()
         words = [
             "hfdetox",
-            *(["detox"] if self.model in ("demo", "detox", "evaluate", "push", "list") else []),
-            self.model,
+            *(["detox"] if shown.model in ("demo", "detox", "evaluate", "push", "list") else []),
+            str(shown.model),
         ]
         flags = {"triggers": "--trigger", "settings": "--set"}
         for option in fields(self):
-            value = getattr(self, option.name)
+            value = getattr(shown, option.name)
             flag = flags.get(option.name, "--" + option.name.replace("_", "-"))
             if option.name in ("model", "push_to", *PUBLISHING) or value in (option.default, None, False, [], {}):
                 continue
@@ -82,6 +88,25 @@ class RunOptions:
                     word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))
                 ]
         return shlex.join(words)
+
+    def _without_places(self) -> RunOptions:
+        # only what the Hub has is pinned to a revision; an id that is also a folder's name stays an id then
+        model = self.model if self.model is None or self.revision else _last_part(self.model)
+        dataset = self.dataset if self.dataset is None or self.dataset_revision else _last_part(self.dataset)
+        return replace(
+            self, model=model, dataset=dataset,
+            label_map=_last_part(self.label_map) if self.label_map else None,
+            output=f"./{Path(self.output).resolve().name}" if self.output else None,
+            triggers=[
+                _last_part(spec) if spec.endswith(".safetensors")
+                else re.sub("(?<==)[^,]*/[^,]*", lambda path: _last_part(path[0]), spec)
+                for spec in self.triggers
+            ],
+        )  # fmt: skip
+
+
+def _last_part(text: str) -> str:
+    return f"./{Path(text).resolve().name}" if Path(text).exists() else text
 
 
 class RunFolder:
@@ -174,4 +199,4 @@ def publish_folder(fresh: Path, output: Path) -> None:
 
 def trigger_specs(specs: Sequence[Any]) -> list[str]:
     """Return the text form of trigger specifications or objects."""
-    return [spec if isinstance(spec, str) else spec.spec() for spec in specs]
+    return [spec if isinstance(spec, str) else spec.recorded() for spec in specs]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from hfdetox.cli import app, with_command
@@ -83,7 +84,33 @@ def test_a_folder_called_like_a_command_is_reached_by_the_long_form() -> None:
 
 @pytest.mark.parametrize("name", ["model", "dataset"])
 def test_objects_have_no_command(name: str) -> None:
-    assert "hfdetox.detoxify with objects" in replace(PLAIN, **{name: None}).command()
+    assert replace(PLAIN, **{name: None}).command() == ""
+
+
+def test_the_command_does_not_say_where_local_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("secret/net", "secret/pictures", "org/model"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("secret/map.json", "secret/t.safetensors", "secret/dot.png"):
+        (tmp_path / name).write_text("")
+    secret = tmp_path / "secret"
+    local = replace(
+        PLAIN, model=str(secret / "net"), dataset=str(secret / "pictures"), label_map=str(secret / "map.json"),
+        triggers=[str(secret / "t.safetensors"), f"badnets:image={secret / 'dot.png'},size=5"],
+        output=str(secret / "new" / "out"),
+    )  # fmt: skip
+    assert shlex.split(local.command()) == [
+        "hfdetox", "./net", "--dataset", "./pictures", "--label-map", "./map.json", "--trigger", "./t.safetensors",
+        "--trigger", "badnets:image=./dot.png,size=5", "--output", "./out",
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert PLAIN.command() == "hfdetox ./model --dataset org/data"
+    # an id with its commit is one, whatever lies here
+    assert replace(PLAIN, revision="a" * 40).command().startswith("hfdetox org/model --dataset")
+
+
+def test_trigger_specs_of_a_picture_name_its_file() -> None:
+    drawn = BadNets(name="dot", image=torch.zeros(3, 2, 2, dtype=torch.uint8))
+    assert trigger_specs([drawn]) == ["triggers/dot.safetensors"]
 
 
 def test_trigger_specs_take_texts_and_objects() -> None:
