@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from hfdetox import images as images_module
 from hfdetox.errors import RunError, UsageError
-from hfdetox.images import BrokenImageError, ImageSet, Spool, decode_image
+from hfdetox.images import BrokenImageError, ImageSet, Spool, decode_image, parallel_map
 from hfdetox.pixels import Pixels
 from hfdetox.triggers.base import Trigger
 
@@ -324,3 +324,30 @@ def test_a_broken_image_stops_the_decoding():
     broken = ImageSet([encode(noise())] * 300 + [b"x"], [0] * 301, range(301), split="test")
     with pytest.raises(BrokenImageError, match="image 300 of split test"):
         Pixels(broken, Plain())
+
+
+def test_an_image_is_decoded_once_while_there_is_room(monkeypatch):
+    encoded = [Image.new("RGB", (8, 8), (level,) * 3) for level in (10, 20, 30)]
+    kept = ImageSet(encoded, [0, 1, 0], [5, 7, 9])
+    assert kept.image(1) is kept.image(1)
+    assert kept.subset([2, 1]).image(1) is kept.image(1)
+    # 8×8 pixels of three channels each: room for two
+    monkeypatch.setattr("hfdetox.images.KEPT_BYTES", 2 * 8 * 8 * 3)
+    tight = ImageSet(encoded, [0, 1, 0], [5, 7, 9])
+    again = [tight.image(position) is tight.image(position) for position in range(3)]
+    assert again == [True, True, False]
+    assert tight.image(2).tobytes() == kept.image(2).tobytes()
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["in this thread", "in threads"])
+def test_parallel_map_keeps_the_order_and_the_first_error(slow, monkeypatch):
+    monkeypatch.setattr("hfdetox.images._THREADS_PAY_SECONDS", 0.0 if slow else 1.0)
+    seen = []
+    assert parallel_map(lambda i: i * i, range(100), lambda done, total: seen.append((done, total))) == [
+        i * i for i in range(100)
+    ]
+    assert seen[-1] == (100, 100)
+    assert seen == sorted(seen)
+    with pytest.raises(ZeroDivisionError):
+        parallel_map(lambda i: 1 // (i - 60), range(100))
+    assert parallel_map(lambda i: i, []) == []
