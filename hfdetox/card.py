@@ -55,9 +55,37 @@ def build_card(
     The result is not validated here: call `validate_card`.
     """
     fields, body = split_card(source_card or "")
+    results = report.before.triggers if report.before else {}
+    targets = {name: markdown.code(labels[r.target] if labels else r.target) for name, r in results.items()}
+    return _render(report, fields, targets, markdown.embed_source(body, _source_url(report)), repo_id, plots)
+
+
+def readdress_card(card: str, report: Report, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
+    """Return what `build_card` gives for `repo_id`, from a card that it built of the same report for another place.
+
+    Licence, names of the targets and the source's text are taken over from `card`; all else comes from the report.
+    """
+    fields, body = split_card(card)
+    own, *source = re.split(f"^{re.escape(markdown.SOURCE_MARK)}$", body, maxsplit=1, flags=re.MULTILINE)
+    targets = {}
+    for name, result in (report.before.triggers if report.before else {}).items():
+        # the template writes the target as a code span; what is in one never holds as many backticks as its ends
+        written = re.search(rf"^- {re.escape(markdown.code(name))} \(target ((`+).*?(?<!`)\2(?!`)),", own, re.MULTILINE)
+        targets[name] = written[1] if written else markdown.code(result.target)
+    return _render(report, fields, targets, source[0].strip() if source else "", repo_id, plots)
+
+
+def _render(
+    report: Report,
+    fields: Mapping[str, Any],
+    targets: Mapping[str, str],
+    source_text: str,
+    repo_id: str | None,
+    plots: Sequence[str],
+) -> str:
     licence = _licence(fields)
     context = {
-        **_measured(report, labels),
+        **_measured(report, targets),
         **_described(report, repo_id),
         **licence,
         "report": report,
@@ -67,7 +95,7 @@ def build_card(
         "repo_id": repo_id,
         "library": report.model.library if report.model.library in LIBRARY_TAGS else "torch",
         "plots": {PurePosixPath(path).stem: path for path in plots},
-        "source_text": markdown.embed_source(body, _source_url(report)),
+        "source_text": source_text,
         "source_heading": markdown.SOURCE_HEADING,
         "source_mark": markdown.SOURCE_MARK,
     }
@@ -256,16 +284,15 @@ def _method(report: Report) -> str:
     return known.card_text.format(images=samples)
 
 
-def _measured(report: Report, labels: Sequence[str] | None) -> dict[str, Any]:
+def _measured(report: Report, targets: Mapping[str, str]) -> dict[str, Any]:
     """Return the template's summary sentence, table rows and triggers with their verdicts."""
     verdicts = trigger_verdicts(report)
     triggers = []
     for name, result in (report.before.triggers if report.before else {}).items():
-        target = markdown.code(labels[result.target] if labels else result.target)
         triggers.append(
             {
                 "name": name,
-                "target": target,
+                "target": targets[name],
                 "mode": result.mode,
                 "spec": result.spec,
                 "file_sha256": result.file_sha256,

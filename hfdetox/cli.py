@@ -105,9 +105,10 @@ def push(
 ) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
     with interruptible(lambda: "the folder is whole: give the same command again"):
-        from hfdetox.publish import push_folder
+        from hfdetox.push import push_output
 
-        pushed = push_folder(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
+        prepare_screen(ScreenOptions())
+        pushed = push_output(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
 
 

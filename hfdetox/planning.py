@@ -46,8 +46,7 @@ def plan(
         RunFolder.beside(output).refuse_existing()
         planned["output"] = str(output)
     if push_to is not None:
-        check_push_allowed(push_to, private=private, create_pr=create_pr, overwrite=overwrite)
-        planned["push_to"] = push_to
+        planned["push_to"] = check_push_allowed(push_to, private=private, create_pr=create_pr, overwrite=overwrite)
     return planned
 
 

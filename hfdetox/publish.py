@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 import hfdetox
+from hfdetox.card import CARD_NAME
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.errors import HubError, UsageError
 from hfdetox.hub import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
@@ -47,7 +48,10 @@ class RepoExistsError(UsageError):
 
 @dataclass(frozen=True)
 class PushResult:
-    """Where a push went; `url` is the page of the repository or of the pull request."""
+    """Where a push went; `url` is the page of the repository or of the pull request.
+
+    Of several processes only the main one pushes, and on the others `commit` is empty.
+    """
 
     repo_id: str
     commit: str
@@ -85,12 +89,13 @@ def check_push_allowed(
     create_pr: bool = False,
     overwrite: bool = False,
     retry: Retry = DEFAULT_RETRY,
-) -> None:
+) -> str:
     """Find out before any work whether `push_folder` with these options could succeed; nothing is changed.
 
+    Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, retry=retry)
+    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, retry=retry).repo_id
 
 
 def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
@@ -114,6 +119,7 @@ def push_folder(
     create_pr: bool = False,
     overwrite: bool = False,
     message: str = f"Upload a model cleaned by hfdetox {hfdetox.__version__}",
+    readdress: Callable[[str], None] | None = None,
     retry: Retry = DEFAULT_RETRY,
 ) -> PushResult:
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
@@ -121,11 +127,16 @@ def push_folder(
     A missing repository is created. In an existing one old weights, and what loaders read beside them, are deleted in
     the same commit. With `create_pr` the commit opens a pull request on an existing repository. A commit whose answer
     was lost is recognised by the head's files; when all of it is there already, no commit is made.
-    Raises UsageError, or HubError whose line ends with the command that repeats the push; the folder is only read.
+    The folder is only read, but for `readdress`, which is called with the repository's whole id before anything is
+    sent, and may change the card and the report in it.
+    Raises UsageError, or HubError whose line ends with the command that repeats the push.
     """
     files = _local_files(folder)
     try:
         target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, retry=retry)
+        if readdress is not None:
+            readdress(target.repo_id)
+            files.update({name: _local_file(folder / name) for name in (CARD_NAME, REPORT_NAME) if name in files})
         state = target.state or _create(target.repo_id, private, overwrite, retry)
         stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
         plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
@@ -228,10 +239,14 @@ def _local_files(folder: Path) -> dict[str, FileState]:
             raise UsageError(f"{path} is a pickle; hfdetox publishes safetensors only, remove it")
         if name.endswith(".safetensors"):
             check_safetensors(path)
-        files[name] = FileState(path.stat().st_size, sha256_file(path), git_sha1_file(path))
+        files[name] = _local_file(path)
     if "model.safetensors" not in files and "model.safetensors.index.json" not in files:
         raise UsageError(f"{folder} holds no model.safetensors; name an output folder of hfdetox")
     return files
+
+
+def _local_file(path: Path) -> FileState:
+    return FileState(path.stat().st_size, sha256_file(path), git_sha1_file(path))
 
 
 def _is_stale(name: str, ours: bool) -> bool:

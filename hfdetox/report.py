@@ -156,10 +156,12 @@ class Report:
     def save(self, folder: Path) -> Path:
         """Write `detox_report.json` into `folder` and return its path."""
         path = folder / REPORT_NAME
-        path.write_text(
-            json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        path.write_text(self.to_json(), encoding="utf-8")
         return path
+
+    def to_json(self) -> str:
+        """Return the text of `detox_report.json`."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Report:

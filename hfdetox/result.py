@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from hfdetox.card import CARD_NAME, build_card, validate_card
+from hfdetox.environment import is_main_process
 from hfdetox.errors import RunError
 from hfdetox.evaluation import Evaluation
 from hfdetox.leaderboard import eval_results
 from hfdetox.metrics import Outcome
 from hfdetox.models import Classifier, load_classifier
 from hfdetox.plots import PLOT_FILES, StripRow, draw_plots
-from hfdetox.publish import PushResult, push_folder
+from hfdetox.publish import PushResult
+from hfdetox.push import push_output
 from hfdetox.report import Report
 from hfdetox.runs import check_output, publish_folder
 from hfdetox.triggers.base import Trigger
@@ -61,6 +64,8 @@ class DetoxResult:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write model, card, report, plots and triggers to `folder`, which appears complete or not at all.
 
+        Of several processes only the main one writes; the others return at once, with the same path.
+
         Args:
             overwrite: replace an earlier result of hfdetox; anything else is never replaced.
 
@@ -69,6 +74,9 @@ class DetoxResult:
             RunError: it cannot be written (disk full), or what was written does not give the same logits again.
         """
         folder = Path(folder)
+        if not is_main_process():
+            self.output = folder
+            return folder
         check_output(folder, overwrite=overwrite)
         try:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -95,26 +103,24 @@ class DetoxResult:
     ) -> PushResult:
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
+        Of several processes only the main one pushes; the others return at once, with an empty commit.
+
         Raises:
             UsageError: the repository exists and was not made by hfdetox.
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
+        if not is_main_process():
+            return PushResult(repo_id, "", f"{constants.ENDPOINT}/{repo_id}", None)
         saved = self.output
-        if self.report.output.pushed_to != repo_id:
-            self.report = replace(self.report, output=replace(self.report.output, pushed_to=repo_id))
-            if saved is not None:
-                self._write_card(saved)
         # what is pushed from memory stays on the disk until it has arrived: the message of a failed push names it
         folder = saved or self.save(Path(tempfile.mkdtemp(prefix="hfdetox-")) / repo_id.rpartition("/")[2])
-        pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
+        pushed = push_output(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
         self.report = replace(
             self.report, output=replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
         )
         if saved is None:
             shutil.rmtree(folder.parent, ignore_errors=True)
             self.output = None
-        else:
-            self.report.save(folder)
         return pushed
 
     def _write(self, folder: Path) -> None:
