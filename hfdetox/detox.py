@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hfdetox.card import build_card, validate_card
@@ -17,7 +19,7 @@ from hfdetox.planning import plan
 from hfdetox.publish import check_card, check_push_allowed
 from hfdetox.report import Measurement
 from hfdetox.result import DetoxResult, draw_strip
-from hfdetox.runs import RunOptions, trigger_specs
+from hfdetox.runs import RunOptions, log_folder, trigger_specs
 from hfdetox.steps import (
     Notes,
     close_report,
@@ -64,8 +66,9 @@ def detoxify(
         target: label (name or index) that triggers without one aim at.
         precision: `auto`, `no`, `fp16` or `bf16`, of the training; measuring is always float32.
         output: folder of the result; with it the run can be resumed from `OUTPUT.run`. None keeps it in memory.
-        resume: the run folder of a stopped run, whose recorded options replace these (pass objects again); `push_to`
-            with what belongs to it may be given anew.
+        log_with: a tracker; TensorBoard writes to `OUTPUT.logs`, or to `hfdetox-logs` without output.
+        resume: the run folder of a stopped run, whose recorded options replace these (pass a model or dataset that is
+            an object again); `push_to` with what belongs to it may be given anew.
         push_to: repository that the result is pushed to, see `DetoxResult.push_to_hub`.
 
     Returns:
@@ -88,10 +91,12 @@ def detoxify(
     options, run = open_run(options, resume)
     push_to, way = options.push_to, options.publishing()
     method, preset = parse_defense(options.defense, options.settings)
-    known = parse_triggers(triggers or options.triggers)
-    accelerator = make_accelerator(options.device, options.precision, log_with, str(run.path) if run else None)
+    # objects hold more than their text form, which is all that the options of a new run have of them
+    known = parse_triggers(triggers if resume is None else options.triggers)
+    accelerator = make_accelerator(options.device, options.precision, log_with, str(log_folder(options.output)))
     if push_to is not None:
-        check_push_allowed(push_to, **way)
+        push_to = check_push_allowed(push_to, **way)
+        options = replace(options, push_to=push_to)
     notes = Notes(accelerator)
 
     with accelerator.main_process_first():
@@ -115,7 +120,7 @@ def detoxify(
         if push_to is not None:
             check_card(draft)
         if run is not None:
-            run.begin(options)
+            run.begin(options, known)
 
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
@@ -126,14 +131,16 @@ def detoxify(
     exhibits.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     exhibits.strip = draw_strip(evaluation, before, after)
     result = DetoxResult(close_report(report, record, before, after), classifier, exhibits)
+    if options.output is not None:
+        save_result(result, options, run)
     if accelerator.is_main_process:
-        if options.output is not None:
-            save_result(result, options, run)
         if run is not None and not keep_run:
             run.remove()
         if push_to is not None:
             result.push_to_hub(push_to, **way)
     accelerator.wait_for_everyone()
+    # the main process knows the hash of what it wrote, and the commit
+    result.report = broadcast_object_list([result.report])[0]
     return result
 
 

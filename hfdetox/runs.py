@@ -15,9 +15,14 @@ from typing import Any
 from hfdetox.checkpoints import CheckpointStore
 from hfdetox.errors import RunError, UsageError
 from hfdetox.report import from_plain
+from hfdetox.triggers.base import Trigger
 
 RUN_FILE = "run.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
+_NOT_IN_COMMAND = ("model", "push_to", "typed", *PUBLISHING)
+_PLACES = ("model", "dataset", "label_map", "output")
+_TRIGGERS = "triggers"
+_HUB_PREFIX = re.compile("hf[_-]hub:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class RunOptions:
     """Everything that decides a run's result and where it goes, as plain data.
 
     `model` and `dataset` are None for objects; `settings` are the defence's by the names and in the texts that
-    `--set` takes.
+    `--set` takes. `typed` is the command of the run that these options resume, None at its start.
     """
 
     model: str | None
@@ -54,6 +59,7 @@ class RunOptions:
     private: bool = False
     create_pr: bool = False
     overwrite: bool = False
+    typed: str | None = None
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
@@ -65,6 +71,8 @@ class RunOptions:
         It is for publishing: of local paths only the last part is left; options at their defaults, and where the
         result is pushed, are left out.
         """
+        if self.typed is not None:
+            return self.typed
         if self.model is None or self.dataset is None:
             return ""
         shown = self._without_places()
@@ -77,7 +85,7 @@ class RunOptions:
         for option in fields(self):
             value = getattr(shown, option.name)
             flag = flags.get(option.name, "--" + option.name.replace("_", "-"))
-            if option.name in ("model", "push_to", *PUBLISHING) or value in (option.default, None, False, [], {}):
+            if option.name in _NOT_IN_COMMAND or value in (option.default, None, False, [], {}):
                 continue
             if value is True:
                 words.append(flag)
@@ -110,7 +118,7 @@ def _last_part(text: str) -> str:
 
 
 class RunFolder:
-    """`OUTPUT.run/`: the options of the run as `run.json`, and the last checkpoint.
+    """`OUTPUT.run/`: the options of the run as `run.json`, its triggers as files, and the last checkpoint.
 
     Raises:
         UsageError: the folder is there and is not to be resumed, or is not a run.
@@ -139,30 +147,73 @@ class RunFolder:
         """Return the shell command that goes on with this run."""
         return shlex.join(["hfdetox", "--resume", str(self.path)])
 
-    def begin(self, options: RunOptions) -> None:
-        """Create the folder and record the options."""
+    def begin(self, options: RunOptions, triggers: Sequence[Trigger]) -> None:
+        """Create the folder and record the options, so that they mean the same in any working directory.
+
+        The triggers are kept as files: pictures and targets with commas have no text form.
+        """
+        recorded = replace(
+            options,
+            typed=options.command(),
+            # with a commit, these are ids of the Hub
+            model=options.model if options.revision else _absolute(options.model),
+            dataset=options.dataset if options.dataset_revision else _absolute(options.dataset),
+            label_map=_absolute(options.label_map),
+            output=options.output and str(Path(options.output).absolute()),
+            triggers=[f"{_TRIGGERS}/{trigger.name}.safetensors" for trigger in triggers],
+        )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            fresh = self.path / (RUN_FILE + ".new")
-            fresh.write_text(json.dumps(asdict(options), indent=2) + "\n", encoding="utf-8")
-            os.replace(fresh, self.path / RUN_FILE)
+            (self.path / _TRIGGERS if triggers else self.path).mkdir(parents=True, exist_ok=True)
+            for name, trigger in zip(recorded.triggers, triggers, strict=True):
+                self._write(name, trigger.file_bytes())
+            self._write(RUN_FILE, (json.dumps(asdict(recorded), indent=2) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
 
+    def _write(self, name: str, content: bytes) -> None:
+        fresh = self.path / (name + ".new")
+        fresh.write_bytes(content)
+        os.replace(fresh, self.path / name)
+
     def recorded(self) -> RunOptions:
-        """Return the options the run began with."""
+        """Return the options the run began with; paths below the working directory are relative to it."""
         try:
             plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-            options = from_plain(RunOptions, plain)
+            options: RunOptions = from_plain(RunOptions, plain)
+            places: dict[str, Any] = {name: _relative(getattr(options, name)) for name in _PLACES}
+            return replace(options, **places, triggers=[str(self.path / name) for name in options.triggers])
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder"
             ) from error
-        return replace(options)
 
     def remove(self) -> None:
         """Delete the folder; called only after the result is safe."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _absolute(place: str | None) -> str | None:
+    """Return a path that exists here as an absolute one; a Hub id as it is."""
+    return str(Path(place).absolute()) if place is not None and Path(place).exists() else place
+
+
+def _relative(place: str | None) -> str | None:
+    # the report names these; where the working directory lies is nobody's business
+    here = Path.cwd()
+    return str(Path(place).relative_to(here)) if place is not None and Path(place).is_relative_to(here) else place
+
+
+def same_model(given: str, recorded: str | None) -> bool:
+    """Tell whether a model as it is typed is the one that a run recorded: the same folder, or the same Hub id."""
+    if recorded is None or Path(given).is_dir() or Path(recorded).is_absolute():
+        return recorded is not None and Path(given).resolve() == Path(recorded).resolve()
+    ids = [_HUB_PREFIX.sub("", name, count=1).partition("@")[0] for name in (given, recorded)]
+    return ids[0] == ids[1]
+
+
+def log_folder(output: str | None) -> Path:
+    """Return where a tracker that writes files writes them: beside the output, where they stay after the run."""
+    return Path("hfdetox-logs") if output is None else Path(output).with_name(Path(output).name + ".logs")
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -18,14 +18,14 @@ from hfdetox.defenses import DefenseConfig
 from hfdetox.devices import describe_devices
 from hfdetox.engine import Engine, TrainingRecord
 from hfdetox.environment import describe_environment
-from hfdetox.errors import RunError
+from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation import Evaluation
 from hfdetox.hub import read_text_file
 from hfdetox.metrics import Outcome, ratings
 from hfdetox.models import Classifier
 from hfdetox.report import DefenseInfo, OutputInfo, Report
 from hfdetox.result import CHECKED_IMAGES, DetoxResult, Exhibits
-from hfdetox.runs import RunFolder, RunOptions, check_output
+from hfdetox.runs import PUBLISHING, RunFolder, RunOptions, check_output, same_model
 
 logger = logging.getLogger("hfdetox")
 
@@ -48,18 +48,25 @@ class Notes:
 def open_run(options: RunOptions, resume: str | Path | None) -> tuple[RunOptions, RunFolder | None]:
     """Return the options that count and the run folder, None without output.
 
-    A resumed run's options are the recorded ones, also where it is to be pushed, unless that is said anew.
+    A resumed run's options are the recorded ones; how it is published may be added to them, or all of it said anew.
 
     Raises:
-        UsageError: the output holds something, a run is there already, or `resume` is not a run folder.
+        UsageError: the output holds something, a run is there already, `resume` is not a run folder or one of another
+            model, or it is said how to publish and not where.
     """
     run = RunFolder(Path(resume)) if resume is not None else None
     if run is not None:
         recorded = run.recorded()
-        anew: dict[str, Any] = {"overwrite": recorded.overwrite or options.overwrite}
+        if options.model is not None and not same_model(options.model, recorded.model):
+            of = recorded.model or "a loaded model"
+            raise UsageError(f"{run.path} is a run of {of}, not of {options.model}: leave the model out, or start anew")
         if options.push_to is not None:
-            anew = {**options.publishing(), "push_to": options.push_to}
+            anew: dict[str, Any] = {**options.publishing(), "push_to": options.push_to}
+        else:
+            anew = {name: getattr(recorded, name) or getattr(options, name) for name in PUBLISHING}
         options = replace(recorded, **anew)
+    if options.push_to is None and (options.private or options.create_pr):
+        raise UsageError("--private and --create-pr say how to publish: name the repository with --push-to")
     if options.output is not None:
         check_output(Path(options.output), overwrite=options.overwrite)
         if run is None:
@@ -135,7 +142,7 @@ def open_report(
 
 
 def save_result(result: DetoxResult, options: RunOptions, run: RunFolder | None) -> None:
-    """Write the output folder; a RunError then says how to go on with the run, which is kept."""
+    """Write the output folder, on the main process; a RunError says how to go on with the run, which is kept."""
     try:
         result.save(options.output or "", overwrite=options.overwrite)
     except RunError as error:

@@ -254,6 +254,35 @@ def test_two_processes_write_push_and_print_once(
     assert two.after.triggers["badnets"].attack_success_rate.value <= 0.2
 
 
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from hfdetox import detoxify
+
+model, dataset = sys.argv[1:]
+result = detoxify(model, dataset=dataset, samples=60, eval_samples=60, settings={"epochs": "1"}, precision="no",
+                  output="out", progress=False)
+first = str(result.output), result.report.to_dict()
+result.save("again")
+Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps([*first, str(result.output)]))
+"""
+
+
+def test_every_process_gets_the_same_result(made: Made, fresh_env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**fresh_env, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py",
+               str(made.transformers), str(made.digits)]  # fmt: skip
+    launched(command, environment, tmp_path)
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in "01"]
+    assert found[0] == found[1]
+    output, report, again = found[0]
+    assert (output, again) == ("out", "again")
+    assert report["output"]["weights_sha256"] is not None
+    for folder in ("out", "again"):
+        assert json.loads(Report.load(tmp_path / folder).to_json()) == report
+
+
 def test_a_dry_run_changes_nothing(
     hub: HubServer, publish: Any, hub_token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -275,12 +304,12 @@ def test_a_dry_run_changes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_writes_into_the_run_folder_and_the_card_names_the_dataset(
+def test_tensorboard_writes_beside_the_output_and_the_card_names_the_dataset(
     hub: HubServer, publish: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = publish("transformers")
     output = tmp_path / "out"
-    arguments = source.command("--log-with", "tensorboard", "--keep-run", "--output", output, dataset=False, epochs=3)
+    arguments = source.command("--log-with", "tensorboard", "--output", output, dataset=False, epochs=3)
     assert cli.run([*arguments, "--json"]) == 0
     shown = capsys.readouterr()
     report = report_of(shown.out)
@@ -288,10 +317,10 @@ def test_tensorboard_writes_into_the_run_folder_and_the_card_names_the_dataset(
     assert f"warning: the clean images are from {source.dataset}, which the model's own card names" in shown.err
     assert any(source.dataset in warning for warning in report.warnings)
     assert source.dataset in (output / "README.md").read_text()
-    events = list((tmp_path / "out.run").rglob("events.out.tfevents.*"))
+    events = list((tmp_path / "out.logs").rglob("events.out.tfevents.*"))
     assert events
     assert _scalars(events) >= {"clean_loss", "distance", "penalty", "loss"}
-    assert (tmp_path / "out.run" / "run.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.logs"]
     assert report.environment.command.startswith(f"hfdetox {source.model} --dataset {source.dataset}")
 
 

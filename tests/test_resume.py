@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from hfdetox import cli
@@ -48,10 +50,10 @@ def error_line(text: str) -> str:
     return lines[0]
 
 
-def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], environment: dict[str, str], folder: Path | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "hfdetox", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        text=True, cwd=folder,
     )  # fmt: skip
 
 
@@ -85,27 +87,45 @@ def assert_like_an_uninterrupted_run(resumed: Path, arguments: list[str], scratc
     reports = Report.load(resumed), Report.load(scratch / "whole")
     assert reports[0].before == reports[1].before
     assert reports[0].after == reports[1].after
-    assert reports[0].dataset == reports[1].dataset
+    commands = [report.environment.command for report in reports]
+    assert commands[0].replace(f"./{resumed.name}", "./whole") == commands[1]
+    # the folder is the absolute one in a run that was resumed in another directory
+    assert replace(reports[0].dataset, id="") == replace(reports[1].dataset, id="")
+    assert Path(reports[0].dataset.id).resolve() == Path(reports[1].dataset.id).resolve()
     timeless = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in r.history] for r in reports]
     assert timeless[0] == timeless[1]
     assert len(timeless[0]) == reports[0].defense.epochs == EPOCHS
 
 
 def test_a_killed_run_resumes_to_the_very_same_weights(
-    made: Made, fresh_env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, arguments = tmp_path / "out.run", command(made.timm, made.digits, tmp_path / "out")
-    process = start(arguments, fresh_env)
+    made: Made, fresh_env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # everything is named as seen from one folder, and the run is resumed in another
+    place, elsewhere = tmp_path / "place", tmp_path / "elsewhere"
+    place.mkdir()
+    elsewhere.mkdir()
+    (place / "model").symlink_to(made.timm)
+    (place / "digits").symlink_to(made.digits)
+    Image.new("RGB", (3, 3), "white").save(place / "patch.png")
+    run, arguments = place / "out.run", command(Path("model"), Path("digits"), Path("out"))
+    arguments[arguments.index(TRIGGER)] += ",image=patch.png"
+    process = start(arguments, fresh_env, place)
     wait_for_epoch(process, run, 3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert 3 <= checkpointed(run) < EPOCHS
-    assert [path.name for path in tmp_path.iterdir() if path.name != "hf_home"] == ["out.run"]
+    given = ["digits", "model", "patch.png"]
+    assert sorted(os.listdir(place)) == sorted([*given, "out.run"])
 
+    monkeypatch.chdir(elsewhere)
     assert cli.run(["--resume", str(run)]) == 0
-    assert not run.exists()
-    assert_like_an_uninterrupted_run(tmp_path / "out", arguments, tmp_path)
+    assert sorted(os.listdir(place)) == sorted([*given, "out"])
+    assert os.listdir(elsewhere) == []
+    monkeypatch.chdir(place)
+    assert f"--trigger {TRIGGER},image=patch.png" in Report.load(place / "out").environment.command
+    assert_like_an_uninterrupted_run(place / "out", arguments, tmp_path)
     assert capsys.readouterr().out.count("mitigated") >= 1
 
 
@@ -115,7 +135,7 @@ def test_ctrl_c_says_how_to_resume_and_the_resumed_run_is_still_pushed(
 ) -> None:  # fmt: skip
     run, pushed = tmp_path / "out.run", repo_name()
     arguments = command(made.transformers, made.digits, tmp_path / "out")
-    publishing = ["--push-to", pushed, "--private"]
+    publishing = ["--push-to", pushed]
     process = start([*publishing, *arguments], {**fresh_env, "HF_TOKEN": hub_token})
     wait_for_epoch(process, run, 2)
     process.send_signal(signal.SIGINT)
@@ -132,7 +152,7 @@ def test_ctrl_c_says_how_to_resume_and_the_resumed_run_is_still_pushed(
         assert cli.run([*arguments, *more]) == 2
         assert f"go on with hfdetox --resume {run}" in error_line(capsys.readouterr().err)
     assert not hub.exists(pushed)
-    assert cli.run(["--resume", str(run), "--keep-run"]) == 0
+    assert cli.run([str(made.transformers), "--resume", str(run), "--keep-run", "--private"]) == 0
     assert checkpointed(run) == EPOCHS
     assert hub.repo(pushed).private
     assert hub.files(pushed)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()

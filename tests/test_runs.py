@@ -15,8 +15,9 @@ import typer
 
 from hfdetox.cli import app, with_command
 from hfdetox.errors import RunError, UsageError
-from hfdetox.runs import PUBLISHING, RunFolder, RunOptions, check_output, publish_folder, trigger_specs
-from hfdetox.triggers import BadNets
+from hfdetox.runs import PUBLISHING, RunFolder, RunOptions, check_output, log_folder, publish_folder, trigger_specs
+from hfdetox.steps import open_run
+from hfdetox.triggers import BadNets, Blended, parse_triggers
 
 PLAIN = RunOptions(model="org/model", dataset="org/data", settings={}, triggers=[])
 
@@ -40,7 +41,7 @@ GIVEN: dict[str, Any] = {
     "triggers": ["badnets:size=5", "blended"], "target": "tench, Tinca tinca", "precision": "no", "seed": 7,
     "device": "cpu", "revision": "a" * 40, "dataset_revision": "b" * 40, "trust_remote_code": True, "output": "out dir",
 }  # fmt: skip
-REPEATABLE = [f.name for f in fields(RunOptions) if f.name not in ("push_to", *PUBLISHING)]
+REPEATABLE = [f.name for f in fields(RunOptions) if f.name not in ("push_to", "typed", *PUBLISHING)]
 
 
 @pytest.mark.parametrize("name", REPEATABLE)
@@ -131,15 +132,17 @@ def test_a_run_folder_lies_beside_its_output(tmp_path: Path) -> None:
 
 def test_options_are_recorded_and_read_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "deep" / "out.run")
-    options = RunOptions(**GIVEN)
-    run.begin(options)
-    assert run.recorded() == options
+    options = RunOptions(**{**GIVEN, "triggers": []})
+    run.begin(options, [])
+    assert run.recorded() == replace(options, typed=options.command())
     assert os.listdir(run.path) == ["run.json"]
-    assert json.loads((run.path / "run.json").read_text()) == asdict(options)
-    run.begin(replace(options, seed=8))
+    expected = {**asdict(options), "typed": options.command(), "output": str(Path.cwd() / "out dir")}
+    assert json.loads((run.path / "run.json").read_text()) == expected
+    run.begin(replace(run.recorded(), seed=8), [])
     assert run.recorded().seed == 8
+    assert run.recorded().command() == options.command()
     shares = RunFolder(tmp_path / "b.run")
-    shares.begin(replace(options, samples=1.0))
+    shares.begin(replace(options, samples=1.0), [])
     assert isinstance(shares.recorded().samples, float)
     run.remove()
     assert not run.path.exists()
@@ -148,7 +151,7 @@ def test_options_are_recorded_and_read_back(tmp_path: Path) -> None:
 def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "my out.run")
     run.refuse_existing()
-    run.begin(PLAIN)
+    run.begin(PLAIN, [])
     with pytest.raises(
         UsageError, match=r"holds a run that did not finish: go on with hfdetox --resume '.*my out.run'"
     ):
@@ -171,7 +174,93 @@ def test_what_is_not_a_run_is_one_line(content: bytes | None, tmp_path: Path) ->
 def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match=r"cannot write the run folder .*file/out.run: Not a directory"):
-        RunFolder(tmp_path / "file" / "out.run").begin(PLAIN)
+        RunFolder(tmp_path / "file" / "out.run").begin(PLAIN, [])
+
+
+def test_local_paths_are_found_from_every_directory_and_hub_ids_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"model": "org/model", "dataset": "data", "label_map": "map.json"}
+    for name in ("org/model", "data", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "map.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(tmp_path / "out.run")
+    run.begin(replace(PLAIN, **places, output="out", triggers=["badnets:size=5"]), [BadNets(size=5)])
+    local = run.recorded()
+    # where the working directory lies is nobody's business
+    assert {name: getattr(local, name) for name in places} == places
+    assert local.output == "out"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved = run.recorded()
+    assert {name: getattr(moved, name) for name in places} == {k: str(tmp_path / v) for k, v in places.items()}
+    assert moved.output == str(tmp_path / "out")
+    typed = "hfdetox ./model --dataset ./data --label-map ./map.json --trigger badnets:size=5 --output ./out"
+    assert moved.command() == local.command() == typed
+
+    monkeypatch.chdir(tmp_path)
+    pinned = replace(PLAIN, model="org/model", revision="a" * 40, dataset="org/data")
+    run.begin(pinned, [])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (run.recorded().model, run.recorded().dataset) == ("org/model", "org/data")
+
+
+def test_triggers_survive_with_their_pictures_and_commas(tmp_path: Path) -> None:
+    picture = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    triggers = [BadNets(name="mine", target="tench, Tinca tinca", image=picture), Blended(alpha=0.1)]
+    run = RunFolder(tmp_path / "out.run")
+    run.begin(replace(PLAIN, triggers=trigger_specs(triggers)), triggers)
+    # a run folder may be moved
+    moved = RunFolder((tmp_path / "out.run").rename(tmp_path / "moved.run"))
+    for _ in range(2):
+        options = moved.recorded()
+        again = parse_triggers(options.triggers)
+        assert [trigger.file_bytes() for trigger in again] == [trigger.file_bytes() for trigger in triggers]
+        assert "--trigger blended:alpha=0.1" in options.command()
+        moved.begin(options, again)
+    assert sorted(os.listdir(moved.path / "triggers")) == ["blended.safetensors", "mine.safetensors"]
+
+
+def resumed(run: RunFolder, **options: Any) -> RunOptions:
+    opened, folder = open_run(RunOptions(**{"model": None, "settings": {}, "triggers": [], **options}), run.path)
+    assert folder is not None
+    return opened
+
+
+def test_a_resumed_run_may_be_told_how_to_publish(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "out.run")
+    run.begin(replace(PLAIN, push_to="me/x", overwrite=True), [])
+    assert resumed(run).publishing() == {"private": False, "create_pr": False, "overwrite": True}
+    assert resumed(run, private=True).publishing() == {"private": True, "create_pr": False, "overwrite": True}
+    anew = resumed(run, push_to="me/y", create_pr=True)
+    assert (anew.push_to, anew.publishing()) == ("me/y", {"private": False, "create_pr": True, "overwrite": False})
+    run.begin(PLAIN, [])
+    assert resumed(run, push_to="me/y", private=True).private
+    for name in ("private", "create_pr"):
+        with pytest.raises(UsageError, match="name the repository with --push-to"):
+            resumed(run, **{name: True})
+
+
+def test_a_run_is_resumed_for_its_own_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    run = RunFolder(tmp_path / "out.run")
+    for recorded, same, others in (
+        (replace(PLAIN, revision="a" * 40), ["org/model", "hf_hub:org/model@main"], ["org/other", "models/mine"]),
+        (replace(PLAIN, model="models/mine"), ["./models/mine", str(tmp_path / "models" / "mine")], ["org/mine"]),
+        (replace(PLAIN, model=None), [], ["org/model"]),
+    ):
+        run.begin(recorded, [])
+        for name in same:
+            assert resumed(run, model=name).model == recorded.model
+        for name in others:
+            with pytest.raises(UsageError, match=f"is a run of .*, not of {name}: leave the model out"):
+                resumed(run, model=name)
+
+
+def test_logs_lie_beside_the_output() -> None:
+    assert log_folder("a/out.b") == Path("a/out.b.logs")
+    assert log_folder(None) == Path("hfdetox-logs")
 
 
 # --- the output folder ---
