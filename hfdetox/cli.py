@@ -58,7 +58,12 @@ def _group(
 def detox(context: typer.Context, options: DetoxOptions) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
     arguments = options.arguments(given_options(context))
-    with interruptible(lambda: resume_advice(options.run_folder())), standard_output(options) as out:
+    # an earlier result in the output folder is none of this run's
+    earlier = written(options.run_folder())
+    with (
+        interruptible(lambda: resume_advice(options.run_folder(), earlier=earlier)),
+        standard_output(options) as out,
+    ):
         prepare_screen(options)
         check_torchvision()
         from hfdetox.detox import detoxify, plan
@@ -181,12 +186,30 @@ def interruptible(advice: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def resume_advice(run_folder: Path | None) -> str:
-    """Return how to go on with the run in `run_folder`, that only the push was left, or that it had not begun."""
+def written(run_folder: Path | None) -> tuple[int, int] | None:
+    """Return what tells the result beside `run_folder` from one written later, None where there is none."""
+    output = _output_of(run_folder)
+    try:
+        found = (output / REPORT_NAME).stat() if output is not None else None
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns) if found is not None else None
+
+
+def _output_of(run_folder: Path | None) -> Path | None:
+    return run_folder and run_folder.with_name(run_folder.name.removesuffix(".run"))
+
+
+def resume_advice(run_folder: Path | None, *, earlier: tuple[int, int] | None = None) -> str:
+    """Return how to go on with the run in `run_folder`, that only the push was left, or that it had not begun.
+
+    Args:
+        earlier: what `written` gave before the run.
+    """
     if run_folder is not None and run_folder.is_dir():
         return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
-    output = run_folder and run_folder.with_name(run_folder.name.removesuffix(".run"))
-    if output is not None and (output / REPORT_NAME).is_file():
+    output, result = _output_of(run_folder), written(run_folder)
+    if output is not None and result not in (None, earlier):
         return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"
     return "the run had not begun, and nothing was written"
 

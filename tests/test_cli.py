@@ -234,6 +234,36 @@ def test_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.Captu
     assert "nothing was written" in cli.resume_advice(tmp_path / "absent.run")
 
 
+def test_an_interrupted_run_does_not_take_an_earlier_result_for_its_own(tmp_path: Path) -> None:
+    run_folder, report = tmp_path / "out.run", tmp_path / "out" / "detox_report.json"
+    assert cli.written(run_folder) is None
+    report.parent.mkdir()
+    report.write_text("{}")
+    earlier = cli.written(run_folder)
+    assert "nothing was written" in cli.resume_advice(run_folder, earlier=earlier)
+    # a result comes as a whole new folder
+    report.parent.rename(tmp_path / "old")
+    report.parent.mkdir()
+    report.write_text("{}")
+    assert cli.resume_advice(run_folder, earlier=earlier).startswith(f"the result in {tmp_path / 'out'} is whole")
+
+
+def test_a_run_is_not_resumed_for_another_model_nor_published_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hfdetox.runs import RunFolder, RunOptions
+
+    run = RunFolder(tmp_path / "out.run")
+    run.begin(RunOptions(model="org/model", dataset="org/data", settings={}, triggers=[], revision="a" * 40), [])
+    for more, said in (
+        (["org/other"], "is a run of org/model, not of org/other: leave the model out"),
+        (["--private"], "name the repository with --push-to"),
+        (["--create-pr"], "name the repository with --push-to"),
+    ):
+        assert cli.run([*more, "--resume", str(run.path)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_warnings_of_the_package_are_lines_on_standard_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
