@@ -170,7 +170,9 @@ def test_a_push_that_fails_leaves_the_result_and_says_how_to_push_it(
     else:
         hub.faults.before("POST", "/commit/", lambda: os.kill(os.getpid(), signal.SIGINT))
         hub.faults.answer("POST", "/commit/", 403)
-    arguments = ["--push-to", pushed, *command(made.transformers, made.digits, output, epochs=2)]
+    # a name alone is the user's own
+    name = pushed.removeprefix("me/")
+    arguments = ["--push-to", name, *command(made.transformers, made.digits, output, epochs=2)]
     assert cli.run(arguments) == (3 if how == "refused" else 130)
     line = error_line(capsys.readouterr().err)
     assert hub_token not in line
@@ -179,6 +181,8 @@ def test_a_push_that_fails_leaves_the_result_and_says_how_to_push_it(
     else:
         assert line.endswith(f"the result in {output} is whole; publish it with: hfdetox push {output} REPO")
     assert os.listdir(tmp_path) == ["out"]
+    assert Report.load(output).output.pushed_to == pushed
+    assert f'model="{pushed}"' in (output / "README.md").read_text()
     hub.faults.clear()
     assert cli.run(["push", str(output), pushed]) == 0
     assert f"published: {hub.url}/{pushed} (commit {hub.head(pushed)})" in capsys.readouterr().out
