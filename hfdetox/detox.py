@@ -153,9 +153,10 @@ def evaluate(
     dataset_revision: str | None = None, trust_remote_code: bool = False, processor: Any = None,
     preprocessing: Any = None, labels: Sequence[str] | int | None = None, progress: bool = True,
 ) -> Measurement:  # fmt: skip
-    """Measure a classifier as it is: accuracy, loss, and what each known trigger does. Nothing is changed or written.
+    """Measure a classifier: accuracy, loss, and what each known trigger does. Nothing is written.
 
-    The arguments are those of `detoxify`, and so are the images that are measured. Raises what `detoxify` raises.
+    The arguments are those of `detoxify`, and so are the images that are measured: those left when the defence's are
+    set aside. A module that is passed is turned to float32 and eval mode. Raises what `detoxify` raises.
     """
     options = RunOptions(
         model=None, dataset=str(dataset) if isinstance(dataset, str | Path) else None, config=config, split=split,
@@ -171,7 +172,9 @@ def evaluate(
         images = pull_images(options, dataset, classifier, notes)
     evaluation = prepare_evaluation(classifier, images.evaluation, parse_triggers(triggers), accelerator,
                                     target=options.target, warn=notes.warn, progress=progress)  # fmt: skip
-    return evaluation.measure("measure").measurement
+    outcome = evaluation.measure("measure")
+    check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn)
+    return outcome.measurement
 
 
 def _text(value: object) -> str | None:

@@ -42,6 +42,8 @@ class Classifier:
         info: provenance for the report.
         folder: where the source files lie (config, card, licence), None for a model that came as an object.
         dtypes: the dtype in which each floating-point tensor of the state dict is saved.
+        trusts_remote_code: whether loading it ran the repository's own Python code.
+        given_preprocessing: what the caller passed in place of the model's own, None otherwise.
         warnings: what the Hub had to say when the model was pulled (moved repository, offline copy).
         network: images in 0 to 255 to logits, around `model`.
     """
@@ -54,6 +56,8 @@ class Classifier:
     folder: Path | None
     dtypes: dict[str, torch.dtype]
     _loaded: Loaded = field(repr=False)
+    trusts_remote_code: bool = False
+    given_preprocessing: Preprocessing | None = None
     warnings: tuple[str, ...] = ()
     network: Network = field(init=False, repr=False)
 
@@ -145,13 +149,17 @@ def load_classifier(
     if isinstance(model, nn.Module):
         if revision is not None:
             raise UsageError("revision belongs to a Hub id; a loaded model has none")
-        return _from_object(model, processor, preprocessing, labels)
+        classifier = _from_object(model, processor, preprocessing, labels)
+        classifier.given_preprocessing = preprocessing
+        return classifier
     pulled, commit = _fetch(str(model), revision, trust_remote_code)
     stored = _weights.find_weights(pulled.folder, pulled.weights)
     loaded = _load_folder(pulled.folder, stored, pulled.id, processor, preprocessing, trust_remote_code)
     # reports are published, and where a folder lies is nobody's business
     name = pulled.id if commit else pulled.folder.resolve().name
     classifier = _finish(loaded, name, commit, labels, folder=pulled.folder, stored=stored)
+    classifier.trusts_remote_code = trust_remote_code
+    classifier.given_preprocessing = preprocessing
     classifier.warnings = tuple(pulled.warnings)
     return classifier
 

@@ -155,7 +155,10 @@ class DetoxResult:
         probe = self.exhibits.probe
         if probe is None or self.classifier.info.library == "torch":
             return
-        again = load_classifier(folder).network(probe)
+        again = load_classifier(
+            folder, preprocessing=self.classifier.given_preprocessing, labels=self.classifier.labels,
+            trust_remote_code=self.classifier.trusts_remote_code,
+        ).network(probe)  # fmt: skip
         here = self.classifier.network.cpu()(probe)
         if not torch.allclose(again, here, rtol=1e-4, atol=1e-4):
             raise RunError("the saved model does not give the logits of the one in memory; nothing was written. "
@@ -165,10 +168,10 @@ class DetoxResult:
 def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[StripRow]:
     """Return the picture strip: a few images clean and with each trigger, with predictions before and after.
 
-    Nothing where the images are not kept as pixels (a callable's own floats, or decoded on demand).
+    Nothing where the images are not pixels (a callable's own floats).
     """
     clean, labels = evaluation.clean, evaluation.classifier.labels
-    if clean.images is None or clean.images.dtype != torch.uint8:
+    if evaluation.classifier.preprocessing.dtype != torch.uint8:
         return []
     shared = set(clean.positions.tolist())
     for view in evaluation.views:
@@ -178,7 +181,7 @@ def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[
     rows = [_row("Clean images", clean, chosen, labels, before.predicted, after.predicted)]
     for view in evaluation.views[: STRIP_ROWS - 1]:
         name = view.trigger.name
-        if view.source.images is not None and shared:
+        if shared:
             rows.append(
                 _row(f"Trigger {name}", view.source, chosen, labels, before.triggered[name], after.triggered[name])
             )
@@ -189,14 +192,13 @@ def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], 
          after: NDArray[np.int64]) -> StripRow:  # fmt: skip
     place = {position: item for item, position in enumerate(pixels.positions.tolist())}
     items = [place[position] for position in chosen]
-    images = pixels.images[items].permute(0, 2, 3, 1).cpu()
+    _, images, truth = pixels.__getitems__(items)
     # grey images have one channel
-    pictures = images.expand(-1, -1, -1, 3).numpy()
-    truth = pixels.labels.cpu()[items].tolist()
+    pictures = images.permute(0, 2, 3, 1).cpu().expand(-1, -1, -1, 3).numpy()
     return StripRow(
         title,
         pictures,
-        [labels[i] for i in truth],
+        [labels[i] for i in truth.tolist()],
         [labels[i] for i in before[items]],
         [labels[i] for i in after[items]],
     )

@@ -165,14 +165,14 @@ def close_report(report: Report, record: TrainingRecord, before: Outcome, after:
 
 def gather_exhibits(classifier: Classifier, images: Images, evaluation: Evaluation, *, whole_split: bool) -> Exhibits:
     """Return what the output folder shows besides the report, as far as it is known before the training."""
-    info, cache = images.info, evaluation.clean.images
+    info, clean = images.info, evaluation.clean
     benchmark = read_text_file(info.id, "eval.yaml", info.revision, "dataset") if info.revision is not None else None
     return Exhibits(
         triggers=[view.trigger for view in evaluation.views],
         source_card=classifier.card_source(),
         dataset_eval_yaml=benchmark,
         whole_split=whole_split,
-        probe=cache[:CHECKED_IMAGES].cpu() if cache is not None else None,
+        probe=clean.__getitems__(range(min(CHECKED_IMAGES, len(clean))))[1].cpu(),
     )
 
 
