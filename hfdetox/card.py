@@ -76,13 +76,9 @@ def readdress_card(card: str, report: Report, *, repo_id: str | None, plots: Seq
 
 
 def _render(
-    report: Report,
-    fields: Mapping[str, Any],
-    targets: Mapping[str, str],
-    source_text: str,
-    repo_id: str | None,
+    report: Report, fields: Mapping[str, Any], targets: Mapping[str, str], source_text: str, repo_id: str | None,
     plots: Sequence[str],
-) -> str:
+) -> str:  # fmt: skip
     licence = _licence(fields)
     context = {
         **_measured(report, targets),
