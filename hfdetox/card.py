@@ -36,13 +36,9 @@ class CardError(UsageError):
 
 
 def build_card(
-    report: Report,
-    *,
-    source_card: str | None,
-    repo_id: str | None,
-    plots: Sequence[str] = (),
+    report: Report, *, source_card: str | None, repo_id: str | None, plots: Sequence[str] = (),
     labels: Sequence[str] | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Return the whole README.md of the processed model: YAML, text, and the source card's text below.
 
     Args:
