@@ -152,20 +152,6 @@ def test_a_stream_that_stays_lost_is_an_error_and_not_its_end(tmp_path):
         scanned(stream, tmp_path)
 
 
-def test_a_cut_connection_does_not_shorten_a_webdataset_of_the_hub(hub, repo_name, tmp_path):
-    write_tar(tmp_path / "train-000.tar", 60)
-    write_tar(tmp_path / "test-000.tar", 9, 500)
-    name = repo_name("cut")
-    hub.create_repo(name, "dataset")
-    hub.commit_folder(name, tmp_path, repo_type="dataset")
-    rule = hub.faults.cut_body("test-000.tar", 10_240, skip=1)
-    images, _ = load(name, samples=60)
-    assert rule.hits == 1
-    assert len(images.clean) == 60
-    assert images.evaluation.indices == list(range(9))
-    assert images.whole_split
-
-
 def test_members_of_a_webdataset_that_are_no_label_stay_bytes(tmp_path):
     extra = {"pth": b"not what torch reads", "npy": b"\x93NUMPY no", "mp": b"\xc1"}  # their decoders would fail
     write_tar(tmp_path / "w" / "train-000.tar", 30, extra=extra)
