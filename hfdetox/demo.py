@@ -68,7 +68,8 @@ def run(seed: int, output: Path, console: Console) -> int:
     console.print("[bold]3.[/bold] The main job, first with the demo's settings, then with the paper's preset")
     result = detoxify(output / "backdoored", settings=SETTINGS, output=output / "cleaned", **arguments)
     paper = detoxify(output / "backdoored", settings={"augmentation": SETTINGS["augmentation"]}, **arguments)
-    console.print("\nThe command that did it:", result.report.environment.command, sep="\n", soft_wrap=True)
+    command = result.report.environment.command
+    console.print(f"\nThe command that did it (from inside {output}):", command, sep="\n", soft_wrap=True)
     console.print(screen.report_table(result.report))
     console.print(f"The paper's preset (d3:paper, 100 epochs) on the same images: {_summary(paper.report)}")
     console.print(f"The model, its card (README.md), the report and the plots: {output / 'cleaned'}")
