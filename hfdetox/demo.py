@@ -26,6 +26,7 @@ from hfdetox.evaluation import decoded
 from hfdetox.models import Classifier, load_classifier
 from hfdetox.report import Report
 from hfdetox.triggers import BadNets
+from hfdetox.verdict import percent
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 32
@@ -71,7 +72,9 @@ def run(seed: int, output: Path, console: Console) -> int:
     command = result.report.environment.command
     console.print(f"\nThe command that did it (from inside {output}):", command, sep="\n", soft_wrap=True)
     console.print(screen.report_table(result.report))
-    console.print(f"The paper's preset (d3:paper, 100 epochs) on the same images: {_summary(paper.report)}")
+    console.print(
+        f"The paper's preset (d3:paper, 100 epochs) on the same images: {_summary(paper.report)}", highlight=False
+    )
     console.print(f"The model, its card (README.md), the report and the plots: {output / 'cleaned'}")
     return 0
 
@@ -121,6 +124,8 @@ def _make_room(output: Path) -> None:
 def _summary(report: Report) -> str:
     if report.before is None or report.after is None:
         return "not measured"
-    loss = report.before.accuracy.value - report.after.accuracy.value
     success = report.after.triggers["badnets"].attack_success_rate.value
-    return f"attack success {success:.1%}, accuracy {report.after.accuracy.value:.1%} ({loss * 100:+.1f} points lost)"
+    return (
+        f"attack success {percent(success)}, accuracy {percent(report.after.accuracy.value)} "
+        f"(before: {percent(report.before.accuracy.value)})"
+    )
