@@ -89,7 +89,9 @@ def pull_images(options: RunOptions, dataset: Any, classifier: Classifier, notes
         label_column=options.label_column, revision=options.dataset_revision,
         label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
         channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
-        warn=notes.warn, hub_only=dataset is None and options.dataset is None,
+        warn=notes.warn,
+        # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
+        hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
     )  # fmt: skip
 
 

@@ -88,7 +88,8 @@ class D3:
 
     With gradient accumulation, project only after real steps; with mixed precision, compute the loss outside autocast
     on the float32 weights. It is deterministic given torch's random state at `initialize`, so all processes agree if
-    they were seeded alike.
+    they were seeded alike. With `freeze_norm`, keep the parameters in `frozen_scales` out of your optimiser (an empty
+    list for most networks without a norm before the head).
 
     Args:
         model: any module; the selected weights are changed in place.
