@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.badnets import BadNets
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.base import TensorKind, Trigger
 from hfdetox.triggers.blended import Blended
 
 __all__ = [
@@ -92,7 +92,7 @@ def parse_trigger(spec: str) -> Trigger:
     known = {f.name: f for f in fields(kind)}
     values: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
-        key, equals, text = item.partition("=")
+        key, equals, text = _variant(kind, item) or item.partition("=")
         if not equals or key not in known:
             raise UsageError(f"trigger {name}: {item!r} is not one of {', '.join(f'{key}=…' for key in known)}")
         if key in values:
@@ -114,15 +114,39 @@ def load_trigger(path: Path) -> Trigger:
             f"{path} is not a trigger file: its metadata has no `trigger` of a known kind ({', '.join(KINDS)})"
         )
     kind = KINDS[header.pop("kind")]
-    arrays = {f.name for f in fields(kind) if "tensor" in f.metadata}
-    unknown = sorted((set(tensors) - arrays) | (set(header) - ({f.name for f in fields(kind)} - arrays)))
+    arrays = kind.tensor_fields()
+    grouped, strange = _grouped(tensors, arrays)
+    unknown = sorted(strange | (set(header) - ({f.name for f in fields(kind)} - set(arrays))))
     if unknown:
         raise UsageError(f"{path}: unknown fields {', '.join(unknown)} for a {kind.kind} trigger")
     hints = typing.get_type_hints(kind)
     for name, value in header.items():
         if not _fits(value, hints[name]):
             raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger")
-    return kind(**header, **tensors)
+    return kind(**header, **grouped)
+
+
+def _grouped(tensors: dict[str, torch.Tensor], arrays: dict[str, TensorKind]) -> tuple[dict[str, Any], set[str]]:
+    """Return a file's tensors by field, those of a network together, and the names that belong to no field."""
+    grouped: dict[str, Any] = {}
+    strange = set()
+    for name, array in tensors.items():
+        field, dot, key = name.partition(".")
+        if field not in arrays or bool(dot) != (arrays[field] == "network"):
+            strange.add(name)
+        elif dot:
+            grouped.setdefault(field, {})[key] = array
+        else:
+            grouped[field] = array
+    return grouped, strange
+
+
+def _variant(kind: type[Trigger], item: str) -> tuple[str, str, str] | None:
+    """Return `KEY=item` for a bare word that is one of the words a field allows, as in `lf:random`."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if typing.get_origin(hint) is typing.Literal and item in typing.get_args(hint):
+            return name, "=", item
+    return None
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -136,6 +160,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
     if "tensor" in field.metadata:
+        if field.metadata["tensor"] != "picture":
+            raise UsageError(f"trigger {kind.kind}: {field.name} is kept in trigger files and cannot be given as text")
         return _read_picture(Path(text))
     if field.name == "target":
         return text

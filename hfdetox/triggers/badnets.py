@@ -33,7 +33,7 @@ class BadNets(Trigger):
     value: int = 255
     right: int = 0
     bottom: int = 0
-    image: torch.Tensor | None = field(default=None, metadata={"tensor": True})
+    image: torch.Tensor | None = field(default=None, metadata={"tensor": "picture"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

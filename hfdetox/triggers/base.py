@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from safetensors.torch import save
@@ -16,15 +16,23 @@ from torch.nn.functional import interpolate
 from hfdetox.errors import UsageError
 
 Mode = Literal["native", "input"]
+ALL_TO_ALL: Final = "all-to-all"
+# a label index, or every class to the next one
+Target = int | Literal["all-to-all"]
+# what a field of a trigger's own arrays holds, the metadata key `tensor` of its dataclass field
+TensorKind = Literal["picture", "array", "network"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trigger(ABC):
     """A deterministic map of uint8 images, plus the label an attacker ties to it.
 
+    Fields that hold arrays say so in their metadata: `{"tensor": "picture"}` (uint8, C×h×w), `"array"` (float32, any
+    shape) or `"network"` (a state dict of float32 arrays). All of them are None in a trigger that is not `fitted`.
+
     Attributes:
         name: the key of this trigger in a report; unique within a run; empty takes the kind.
-        target: the attacker's label, a name or an index; None takes the run's `target`.
+        target: the attacker's label, a name or an index, or `all-to-all`; None takes the run's `target`.
         mode: `native` acts on the decoded image before any resize, `input` on the image after resize and crop.
     """
 
@@ -46,9 +54,28 @@ class Trigger(ABC):
         if self.mode not in ("native", "input"):
             raise UsageError(f"trigger {self.name}: mode must be native or input, got {self.mode!r}")
         for name, array in self.tensors().items():
-            if array.dtype != torch.uint8 or array.ndim != 3:
-                found = f"{array.dtype} of shape {tuple(array.shape)}"
+            kind = self.tensor_fields()[name.partition(".")[0]]
+            found = f"{array.dtype} of shape {tuple(array.shape)}"
+            if kind == "picture" and (array.dtype != torch.uint8 or array.ndim != 3):
                 raise UsageError(f"trigger {self.name}: {name} must be a uint8 picture C×h×w, got {found}")
+            if kind != "picture" and (array.dtype != torch.float32 or not torch.isfinite(array).all()):
+                raise UsageError(f"trigger {self.name}: {name} must be finite float32 numbers, got {found}")
+
+    @classmethod
+    def tensor_fields(cls) -> dict[str, TensorKind]:
+        """Return the fields that hold arrays, and of what kind."""
+        return {f.name: f.metadata["tensor"] for f in fields(cls) if "tensor" in f.metadata}
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the trigger can be put on images; one that an attack has to make first is not until then."""
+        return True
+
+    def require_fitted(self) -> None:
+        """Raise UsageError for a trigger that an attack has to make first."""
+        if not self.fitted:
+            raise UsageError(f"trigger {self.name}: {self.kind} is made during an attack and has no pixels before; "
+                             f"name the trigger file that `hfdetox attack --trigger {self.kind}` wrote")  # fmt: skip
 
     @abstractmethod
     def apply(self, images: torch.Tensor) -> torch.Tensor:
@@ -59,9 +86,13 @@ class Trigger(ABC):
         """
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the trigger's own arrays (a picture, a warp) by field name, saved beside its parameters."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if "tensor" in f.metadata}
-        return {name: array for name, array in arrays.items() if array is not None}
+        """Return the trigger's own arrays by field name (`FIELD.KEY` of a network), saved beside its parameters."""
+        arrays: dict[str, torch.Tensor] = {}
+        for name, kind in self.tensor_fields().items():
+            value = getattr(self, name)
+            if value is not None:
+                arrays |= {f"{name}.{key}": item for key, item in value.items()} if kind == "network" else {name: value}
+        return arrays
 
     def parameters(self) -> dict[str, Any]:
         """Return every field that is plain data, by name, as the trigger file's JSON keeps it."""
@@ -88,6 +119,11 @@ class Trigger(ABC):
     def save(self, path: Path) -> None:
         """Write the trigger to `path`, a `.safetensors` file that `--trigger` accepts."""
         path.write_bytes(self.file_bytes())
+
+
+def attacked_labels(labels: torch.Tensor, target: Target, classes: int) -> torch.Tensor:
+    """Return what the attacker wants images of the true `labels` (N, int64) called: the target, or the next class."""
+    return (labels + 1) % classes if target == ALL_TO_ALL else torch.full_like(labels, int(target))
 
 
 def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Blended(Trigger):
 
     alpha: float = 0.2
     seed: int = 0
-    image: torch.Tensor | None = field(default=None, metadata={"tensor": True})
+    image: torch.Tensor | None = field(default=None, metadata={"tensor": "picture"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
