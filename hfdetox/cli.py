@@ -143,7 +143,7 @@ def list_entries(
             from hfdetox import triggers
 
             for trigger in triggers.available().values():
-                say(f"{trigger.kind}: {trigger.summary}", screen.settings_table(trigger.parameters))
+                say(f"{trigger.kind}: {trigger.summary} ({trigger.paper})", screen.trigger_table(trigger))
             return
         from hfdetox import defenses
 

@@ -22,6 +22,7 @@ from hfdetox.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.errors import RunError
 from hfdetox.progress import progress_bar
+from hfdetox.sharpness import SharpnessAware, frozen_statistics
 
 REFRESH_SECONDS = 1.0
 
@@ -44,6 +45,8 @@ class Phase:
         loss: maps (network, batch) to 0-d tensors; `loss` is minimised, the others go into the history.
         batch_size: images of an optimiser step over all processes and accumulated parts.
         schedule: of the learning rate, stepped once an epoch.
+        poison: changes a part's images and labels (this process's own) before they are augmented.
+        sharpness: take the gradients at weights perturbed by it; BatchNorm's statistics are those of the first pass.
         start: runs before the first step (not when resumed), seeded alike on every process.
         after_step: runs after every optimiser step that was not skipped.
         stop: given an epoch's record, whether to end the phase there.
@@ -60,6 +63,8 @@ class Phase:
     max_grad_norm: float | None = None
     augmentation: Augmentation = "auto"
     schedule: Literal["cosine", "constant"] = "cosine"
+    poison: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    sharpness: SharpnessAware | None = None
     start: Callable[[], None] | None = None
     after_step: Callable[[], None] | None = None
     stop: Callable[[Mapping[str, Any]], bool] | None = None
@@ -186,19 +191,25 @@ class Engine:
         model.train()
         begin = refreshed = time.perf_counter()
         terms: list[dict[str, torch.Tensor]] = []
+        held: list[Batch] = []
         for number, (_, images, labels) in enumerate(loader):
             step, part = divmod(number, parts)
             if augmenter is None:
                 name = resolve_augmentation(phase.augmentation, height or images.shape[-2])
                 augmenter = Augmenter(name, self.seed)
-            batch = self._batch(images, labels, augmenter, plan, index, step, part)
+            batch = self._batch(images, labels, phase, augmenter, plan, index, step, part)
             last = part == parts - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 values = phase.loss(model, batch)
                 accelerator.backward(values["loss"] / parts)
             terms.append({name: value.detach() for name, value in values.items()})
+            if phase.sharpness is not None:
+                held.append(batch)
             if not last:
                 continue
+            if phase.sharpness is not None:
+                self._sharpen(model, phase, phase.sharpness, held)
+                held = []
             if phase.max_grad_norm is not None:
                 accelerator.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
             optimizer.step()
@@ -221,10 +232,20 @@ class Engine:
         return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": seconds}  # fmt: skip
 
-    def _batch(self, images: torch.Tensor, labels: torch.Tensor, augmenter: Augmenter, plan: StepPlan,
+    def _sharpen(self, model: nn.Module, phase: Phase, sharpness: SharpnessAware, batches: Sequence[Batch]) -> None:
+        """Put the gradients of a step at the perturbed weights in place of those at the weights themselves."""
+        with sharpness.perturbed(phase.parameters), frozen_statistics(model):
+            for batch in batches[:-1]:
+                with self.accelerator.no_sync(model):
+                    self.accelerator.backward(phase.loss(model, batch)["loss"] / len(batches))
+            self.accelerator.backward(phase.loss(model, batches[-1])["loss"] / len(batches))
+
+    def _batch(self, images: torch.Tensor, labels: torch.Tensor, phase: Phase, augmenter: Augmenter, plan: StepPlan,
                index: int, step: int, part: int) -> Batch:  # fmt: skip
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if phase.poison is not None:
+            images, labels = phase.poison(images, labels)
         if augmenter.name != "none":
             numbers = augmenter.draw(index, plan.epoch, step, plan.size(step))
             images = augmenter(images, plan.mine(numbers, part))

@@ -18,7 +18,7 @@ from hfdetox.metrics import Outcome, TriggerView, measure
 from hfdetox.models import Classifier
 from hfdetox.pixels import Pixels
 from hfdetox.progress import progress_bar
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 # a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
 CHANCE_MARGIN = 0.05
@@ -50,6 +50,8 @@ def prepare_evaluation(
 ) -> Evaluation:  # fmt: skip
     """Decode the evaluation images, and put each trigger on those whose true class is not its target.
 
+    A trigger that moves every class to the next one (`all-to-all`) is put on all of them.
+
     Raises:
         UsageError: a target that is not a label; a trigger that changes no pixel, does not fit or has no image left.
         RunError: an image that cannot be decoded.
@@ -60,14 +62,14 @@ def prepare_evaluation(
         index = resolve_target(trigger.target if trigger.target is not None else target, classifier.labels)
         if trigger.target is None and target is None:
             warn(f"trigger {trigger.name} names no target; label 0 ({classifier.labels[0]}) is taken, see --target")
-        positions = clean.without_label(index)
-        if not len(positions):
+        positions = clean.without_label(index) if isinstance(index, int) else clean.positions
+        if isinstance(index, int) and not len(positions):
             raise UsageError(f"every evaluation image is of the target class {classifier.labels[index]!r}; trigger "
                              f"{trigger.name} cannot be measured with them")  # fmt: skip
         with progress_bar(f"trigger {trigger.name}", len(positions), "image", accelerator, shown=progress) as bar:
             source = to_device(clean.view(trigger, positions=positions, progress=_updates(bar)), accelerator)
         _check_changes(trigger, clean, source)
-        views.append(TriggerView(replace(trigger, target=index), index, source))
+        views.append(TriggerView(replace(trigger, target=index), index, source, len(classifier.labels)))
     return Evaluation(classifier, accelerator, clean, views, progress)
 
 
@@ -87,11 +89,11 @@ def to_device(pixels: Pixels, accelerator: Accelerator) -> Pixels:
     return pixels
 
 
-def resolve_target(target: str | int | None, labels: Sequence[str]) -> int:
-    """Return the label index of `target`: a label's name wins over an index; None is label 0.
+def resolve_target(target: str | int | None, labels: Sequence[str]) -> Target:
+    """Return the label index of `target`, or `all-to-all`: a label's name wins over both; None is label 0.
 
     Raises:
-        UsageError: neither a label nor an index of one.
+        UsageError: neither a label, nor an index of one, nor `all-to-all`.
     """
     if target is None:
         return 0
@@ -99,13 +101,16 @@ def resolve_target(target: str | int | None, labels: Sequence[str]) -> int:
         names = [label.casefold() for label in labels]
         if target.casefold() in names:
             return names.index(target.casefold())
+        if target.casefold() == ALL_TO_ALL:
+            return ALL_TO_ALL
     try:
         index = int(target)
     except ValueError:
         index = -1
     if not 0 <= index < len(labels):
         shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-        raise UsageError(f"target {target!r} is neither a label ({shown}) nor an index from 0 to {len(labels) - 1}")
+        raise UsageError(f"target {target!r} is neither a label ({shown}), nor an index from 0 to {len(labels) - 1}, "
+                         f"nor {ALL_TO_ALL} (every class to the next one)")  # fmt: skip
     return index
 
 

@@ -18,7 +18,7 @@ from hfdetox.batches import ImageSource, source_loader
 from hfdetox.errors import RunError
 from hfdetox.progress import progress_bar
 from hfdetox.report import Measurement, Rate, Rating, TriggerResult
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.base import Target, Trigger, attacked_labels
 
 BATCH_SIZE = 256
 BOOTSTRAP_DRAWS = 2000
@@ -34,11 +34,19 @@ class Predictions:
 
 @dataclass(frozen=True)
 class TriggerView:
-    """The triggered copies of the evaluation images whose true class is not the target (a label index)."""
+    """The triggered copies of evaluation images: of those of any class but the target, of all for `all-to-all`.
+
+    `target` is a label index or `all-to-all`; `classes` is how many labels the model has.
+    """
 
     trigger: Trigger
-    target: int
+    target: Target
     source: ImageSource
+    classes: int
+
+    def wanted(self) -> NDArray[np.int64]:
+        """Return what the attacker wants each image called (M label indices)."""
+        return attacked_labels(self.source.labels.cpu(), self.target, self.classes).numpy()
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Outcome:
     Attributes:
         measurement: the rates.
         correct: whether each evaluation image was classified correctly (N).
-        hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the target (M).
+        hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the attacker wants (M).
         predicted: the labels given to the clean images (N).
         triggered: per trigger, the labels given to its triggered images (M).
     """
@@ -134,7 +142,7 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
         answers = predict(
             network, view.source, accelerator, title=f"{title}: {view.trigger.name}", progress=progress
         ).predicted
-        hit = answers == view.target
+        hit = answers == view.wanted()
         results[view.trigger.name] = TriggerResult(
             kind=view.trigger.kind, spec=view.trigger.recorded(), mode=view.trigger.mode, target=view.target,
             file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(),

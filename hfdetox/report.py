@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,13 @@ class DefenseInfo:
 
 @dataclass(frozen=True)
 class TriggerResult:
-    """One trigger's effect on one state of the model; `target` is a label index."""
+    """One trigger's effect on one state of the model; `target` is a label index or `all-to-all`."""
 
     kind: str
     spec: str
     mode: str
     file_sha256: str | None
-    target: int
+    target: int | str
     attack_success_rate: Rate
     robust_accuracy: Rate
 
@@ -181,6 +182,13 @@ class Report:
             raise UsageError(f"{folder} has no {REPORT_NAME}; it was not written by hfdetox") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{path} is not a hfdetox report: {error}") from error
+
+
+def describe_target(target: int | str, labels: Sequence[str] | None = None) -> str:
+    """Return a target in words: its label (its index without `labels`), or what `all-to-all` means."""
+    if isinstance(target, str):
+        return "every class to the next one"
+    return labels[target] if labels else str(target)
 
 
 def from_plain(kind: Any, value: Any) -> Any:

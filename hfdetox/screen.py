@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report
 from hfdetox.verdict import percent, trigger_verdicts
+
+if TYPE_CHECKING:
+    from hfdetox.triggers import TriggerEntry
 
 
 def estimate(number: Rate | Rating) -> str:
@@ -74,13 +77,22 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def settings_table(parameters: Mapping[str, Any]) -> Table:
-    """Return the settings of a defence or a trigger family, with their defaults."""
+    """Return settings with their defaults."""
     table = Table(box=SIMPLE)
     table.add_column("setting", no_wrap=True)
     table.add_column("default")
     for name, default in parameters.items():
         table.add_row(Text(name), Text("-" if default in (None, "") else _plain(default)))
     return table
+
+
+def trigger_table(trigger: TriggerEntry) -> Table:
+    """Return the settings of a trigger family with their defaults, and what its trigger files hold besides."""
+    held = {
+        name: f"none; {name}=FILE.png gives one" if kind == "picture" else "kept in the trigger file"
+        for name, kind in trigger.arrays.items()
+    }
+    return settings_table(trigger.parameters | held)
 
 
 def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:

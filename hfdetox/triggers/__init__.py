@@ -46,21 +46,32 @@ KINDS = _discover()
 
 @dataclass(frozen=True)
 class TriggerEntry:
-    """One line of `hfdetox list triggers`; `parameters` maps each key to its default."""
+    """One entry of `hfdetox list triggers`.
+
+    Attributes:
+        kind: the family's name in a specification.
+        summary: what it does to an image.
+        paper: where it was published.
+        parameters: each key of a specification with its default.
+        arrays: the fields that hold arrays, by kind; a specification can give a `picture`, a trigger file any.
+    """
 
     kind: str
     summary: str
+    paper: str
     parameters: dict[str, Any]
+    arrays: dict[str, TensorKind]
 
 
 def available() -> dict[str, TriggerEntry]:
     """Return every trigger family by name."""
-    return {
-        name: TriggerEntry(
-            name, kind.summary, {f.name: None if f.default is MISSING else f.default for f in fields(kind)}
-        )
-        for name, kind in KINDS.items()
-    }
+    return {name: _entry(kind) for name, kind in KINDS.items()}
+
+
+def _entry(kind: type[Trigger]) -> TriggerEntry:
+    arrays = kind.tensor_fields()
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(kind) if f.name not in arrays}
+    return TriggerEntry(kind.kind, kind.summary, kind.paper, defaults, arrays)
 
 
 def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
@@ -168,6 +179,11 @@ def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
     hint = typing.get_type_hints(kind)[field.name]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Literal:
         return text
+    if hint is bool:
+        # bool("false") is True
+        if text not in ("true", "false"):
+            raise UsageError(f"trigger {kind.kind}: {field.name}={text!r} is neither true nor false")
+        return text == "true"
     try:
         return hint(text)
     except ValueError:

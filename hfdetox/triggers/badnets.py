@@ -28,6 +28,7 @@ class BadNets(Trigger):
 
     kind: ClassVar[str] = "badnets"
     summary: ClassVar[str] = "a square patch of one grey level, or of a picture"
+    paper: ClassVar[str] = "arXiv 1708.06733"
 
     size: int = 3
     value: int = 255

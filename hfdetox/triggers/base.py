@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save
@@ -38,6 +38,8 @@ class Trigger(ABC):
 
     kind: ClassVar[str]
     summary: ClassVar[str]
+    # where the family was published: an arXiv id or a venue
+    paper: ClassVar[str]
 
     name: str = ""
     target: str | int | None = None
@@ -51,8 +53,10 @@ class Trigger(ABC):
             raise UsageError(
                 f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'"
             )
-        if self.mode not in ("native", "input"):
-            raise UsageError(f"trigger {self.name}: mode must be native or input, got {self.mode!r}")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                words = " or ".join(get_args(hint))
+                raise UsageError(f"trigger {self.name}: {name} must be {words}, got {getattr(self, name)!r}")
         for name, array in self.tensors().items():
             kind = self.tensor_fields()[name.partition(".")[0]]
             found = f"{array.dtype} of shape {tuple(array.shape)}"
@@ -104,7 +108,7 @@ class Trigger(ABC):
         A picture of the trigger's own is not in the form; the trigger file keeps it.
         """
         defaults = {f.name: f.default for f in fields(self)} | {"name": self.kind}
-        changed = [f"{name}={value}" for name, value in self.parameters().items() if value != defaults[name]]
+        changed = [f"{name}={_as_text(value)}" for name, value in self.parameters().items() if value != defaults[name]]
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 
     def recorded(self) -> str:
@@ -119,6 +123,11 @@ class Trigger(ABC):
     def save(self, path: Path) -> None:
         """Write the trigger to `path`, a `.safetensors` file that `--trigger` accepts."""
         path.write_bytes(self.file_bytes())
+
+
+def _as_text(value: Any) -> str:
+    """Return a plain value as a specification writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def attacked_labels(labels: torch.Tensor, target: Target, classes: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Blended(Trigger):
 
     kind: ClassVar[str] = "blended"
     summary: ClassVar[str] = "a whole picture (default: seeded noise) mixed into the image"
+    paper: ClassVar[str] = "arXiv 1712.05526"
 
     alpha: float = 0.2
     seed: int = 0

@@ -1,0 +1,199 @@
+"""What an attack is: a trigger, the attacker's label, and a recipe that trains the two into a model."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.augment import Augmentation
+from hfdetox.batches import Batch, ImageSource
+from hfdetox.engine import Engine, Phase
+from hfdetox.errors import UsageError
+from hfdetox.models import Classifier
+from hfdetox.pixels import Pixels
+from hfdetox.sharpness import SharpnessAware
+from hfdetox.triggers.base import Target, Trigger
+
+# without BatchNorm a network trained from scratch by SGD hardly moves
+_LEARNING_RATE = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-3, ("adamw", False): 5e-5}
+_WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How the backdoored model is trained, whatever the attack.
+
+    Attributes:
+        epochs: passes over the training images, at least 1.
+        batch_size: images of an optimiser step, over all processes.
+        optimizer: `sgd`, `adamw`, or `auto`: SGD for networks with BatchNorm, AdamW for those without.
+        learning_rate: before the cosine schedule; None takes 0.1 (SGD) or 0.001 (AdamW) from scratch, and 0.01 or
+            0.00005 from a trained model.
+        momentum: of SGD, Nesterov's.
+        weight_decay: None takes 0.0005 (SGD) or 0.05 (AdamW).
+        augmentation: as for defences; see `Augmenter`.
+        schedule: `cosine`, stepped once an epoch, or `constant`.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
+    learning_rate: float | None = None
+    momentum: float = 0.9
+    weight_decay: float | None = None
+    augmentation: Augmentation = "crop-flip"
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2:
+            raise UsageError("attack: epochs must be at least 1 and batch_size at least 2")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UsageError("attack: learning_rate must be positive and finite")
+        if not 0 <= self.momentum < 1 or (self.weight_decay is not None and not 0 <= self.weight_decay < math.inf):
+            raise UsageError("attack: momentum must be in [0, 1) and weight_decay at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a recipe works with.
+
+    Attributes:
+        classifier: the model that gets the backdoor, trained in place.
+        clean: its training images, cached, with true labels.
+        accelerator: devices and precision.
+        training: how the model is trained.
+        from_scratch: whether the weights are freshly drawn.
+        surrogate: a model trained on clean images, for triggers that are made on one; None where there is none.
+        sharpness: of an attacker who trains into a flat minimum; None for the usual training.
+        seed: determines everything random.
+        progress: show progress bars.
+    """
+
+    classifier: Classifier
+    clean: Pixels
+    accelerator: Accelerator
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    from_scratch: bool = False
+    surrogate: Classifier | None = None
+    sharpness: SharpnessAware | None = None
+    seed: int = 0
+    progress: bool = False
+
+    @property
+    def classes(self) -> int:
+        """How many labels the classifier has."""
+        return len(self.classifier.labels)
+
+    def engine(self, source: ImageSource | None = None) -> Engine:
+        """Return an engine over `source`, by default the clean images."""
+        return Engine(self.accelerator, source or self.clean, seed=self.seed, progress=self.progress)
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser of the classifier's `parameters` that the settings ask for."""
+        settings, name = self.training, self.training.optimizer
+        if name == "auto":
+            batch_norm = any(isinstance(module, _BatchNorm) for module in self.classifier.model.modules())
+            name = "sgd" if batch_norm else "adamw"
+        rate = settings.learning_rate or _LEARNING_RATE[name, self.from_scratch]
+        decay = _WEIGHT_DECAY[name] if settings.weight_decay is None else settings.weight_decay
+        if name == "sgd":
+            return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay,
+                                   nesterov=settings.momentum > 0)  # fmt: skip
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+    def phase(self, **changes: Any) -> Phase:
+        """Return the phase that trains the classifier by cross-entropy, with the fields of `changes` in place."""
+        settings = self.training
+        values: dict[str, Any] = {
+            "name": "train", "parameters": list(self.classifier.network.parameters()), "optimizer": self.optimizer,
+            "loss": cross_entropy_loss, "epochs": settings.epochs, "batch_size": settings.batch_size,
+            "augmentation": settings.augmentation, "schedule": settings.schedule, "sharpness": self.sharpness,
+        }  # fmt: skip
+        return Phase(**{**values, **changes})
+
+
+@dataclass(frozen=True)
+class Implant:
+    """One backdoor of a model: its trigger, the attacker's label, the share of images, and how it gets in.
+
+    `ratio` is a share of all training images (data poisoning) or of every batch (training control), in (0, 1].
+    """
+
+    trigger: Trigger
+    target: Target
+    ratio: float
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise UsageError(f"a poison ratio is above 0 and at most 1, got {self.ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """How one kind of trigger gets into a model; its fields are the recipe's own settings, as `--set` takes them."""
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+
+    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+        """Return the trigger ready for use: as it is, or made on the job's images or surrogate first.
+
+        Raises:
+            UsageError: it is made on a clean model and the job has none.
+        """
+        return trigger
+
+    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
+        """Return what the recipe teaches the model not to react to, uint8 like `images` (N×C×H×W); None for none.
+
+        The share of these that is still classified correctly is the cross accuracy.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonRecipe(Recipe):
+    """Data poisoning: once, before the training, a fixed set of images gets the trigger and the attacker's label."""
+
+    clean_label: ClassVar[bool] = False
+
+    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> torch.Tensor:
+        """Return the poisoned images (uint8, M×C×H×W) of the clean images at `positions` (M, int64)."""
+        view = job.clean.view(trigger, positions=positions)
+        if view.images is None:
+            raise UsageError("poisoning needs images that fit into memory; take fewer or smaller ones")
+        return view.images
+
+
+@dataclass(frozen=True)
+class Control:
+    """A training that the attacker controls: what is trained, by which phases, and the trigger as it then is."""
+
+    network: nn.Module
+    phases: list[Phase]
+    trigger: Callable[[], Trigger]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRecipe(Recipe):
+    """Training control: the trigger is put on a share of every batch, by the training step itself."""
+
+    @abstractmethod
+    def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training that implants `implant`; the last phase is the one that trains the classifier."""
+
+
+def cross_entropy_loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the mean cross-entropy of a batch as `loss`, in nats."""
+    errors = cross_entropy(model(batch.images).float(), batch.labels, reduction="none")
+    return {"loss": (batch.weights * errors).sum()}
