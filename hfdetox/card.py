@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hfdetox import markdown
 from hfdetox.errors import UsageError
-from hfdetox.report import Measurement, Rate, Rating, Report
+from hfdetox.report import Measurement, Rate, Rating, Report, describe_target
 from hfdetox.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, percent, run_verdict, trigger_verdicts
 
 CARD_NAME = "README.md"
@@ -52,7 +52,7 @@ def build_card(
     """
     fields, body = split_card(source_card or "")
     results = report.before.triggers if report.before else {}
-    targets = {name: markdown.code(labels[r.target] if labels else r.target) for name, r in results.items()}
+    targets = {name: _target(r.target, labels) for name, r in results.items()}
     return _render(report, fields, targets, markdown.embed_source(body, _source_url(report)), repo_id, plots)
 
 
@@ -67,8 +67,14 @@ def readdress_card(card: str, report: Report, *, repo_id: str | None, plots: Seq
     for name, result in (report.before.triggers if report.before else {}).items():
         # the template writes the target as a code span; what is in one never holds as many backticks as its ends
         written = re.search(rf"^- {re.escape(markdown.code(name))} \(target ((`+).*?(?<!`)\2(?!`)),", own, re.MULTILINE)
-        targets[name] = written[1] if written else markdown.code(result.target)
+        targets[name] = written[1] if written else _target(result.target, None)
     return _render(report, fields, targets, source[0].strip() if source else "", repo_id, plots)
+
+
+def _target(target: int | str, labels: Sequence[str] | None) -> str:
+    # only names are a stranger's words; `readdress_card` finds them by their code span
+    words = describe_target(target, labels)
+    return markdown.code(words) if isinstance(target, int) else words
 
 
 def _render(
@@ -278,20 +284,13 @@ def _method(report: Report) -> str:
 
 def _measured(report: Report, targets: Mapping[str, str]) -> dict[str, Any]:
     """Return the template's summary sentence, table rows and triggers with their verdicts."""
-    verdicts = trigger_verdicts(report)
-    triggers = []
-    for name, result in (report.before.triggers if report.before else {}).items():
-        triggers.append(
-            {
-                "name": name,
-                "target": targets[name],
-                "mode": result.mode,
-                "spec": result.spec,
-                "file_sha256": result.file_sha256,
-                "verdict": verdicts[name],
-            }
-        )
-    return {"summary": _summary(report), "rows": _rows(report), "triggers": triggers}
+    verdicts, results = trigger_verdicts(report), report.before.triggers if report.before else {}
+    triggers = [
+        {"name": name, "result": result, "target": targets[name], "verdict": verdicts[name]}
+        for name, result in results.items()
+    ]
+    all_to_all = any(isinstance(result.target, str) for result in results.values())
+    return {"summary": _summary(report), "rows": _rows(report), "triggers": triggers, "all_to_all": all_to_all}
 
 
 def _summary(report: Report) -> str:

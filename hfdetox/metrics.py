@@ -56,7 +56,8 @@ class Outcome:
     Attributes:
         measurement: the rates.
         correct: whether each evaluation image was classified correctly (N).
-        hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the attacker wants (M).
+        hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the attacker
+            wants (M).
         predicted: the labels given to the clean images (N).
         triggered: per trigger, the labels given to its triggered images (M).
     """

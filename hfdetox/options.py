@@ -101,7 +101,8 @@ class DataOptions(ScreenOptions):
         _measure("--trigger", metavar="SPEC", help="A known trigger, NAME:key=value,… or a trigger file; repeatable."),
     ] = field(default_factory=list)
     target: Annotated[
-        str | None, _measure("--target", metavar="LABEL", help="Label or all-to-all, for triggers that name none (else label 0).")
+        str | None,
+        _measure("--target", metavar="LABEL", help="Label or all-to-all, for triggers that name none (else label 0)."),
     ] = None
     seed: Annotated[int, _run("--seed", min=0, help="Seed of everything random.")] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _run("--device", help="Where to run.")] = "auto"

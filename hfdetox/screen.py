@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report
+from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report, describe_target
 from hfdetox.verdict import percent, trigger_verdicts
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Map
         table.add_section()
         # Text, not markup: a trigger may be named "[red]"
         table.add_row(Text(name, style="bold"))
+        if isinstance(trigger.target, str):
+            table.add_row(f"  {describe_target(trigger.target)}")
         table.add_row("  attack success", *(estimate(r.attack_success_rate) for r in results), count)
         table.add_row("  robust accuracy", *(estimate(r.robust_accuracy) for r in results), count)
         for label, note in (notes or {}).get(name, {}).items():

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from PIL import Image
 
-from hfdetox.card import CardError, build_card, split_card, validate_card
+from hfdetox.card import CardError, build_card, readdress_card, split_card, validate_card
 from hfdetox.errors import UsageError
 from hfdetox.leaderboard import accuracy_tasks, eval_results
 from hfdetox.markdown import (
@@ -395,6 +395,24 @@ def test_local_models_and_images_are_not_passed_off_as_repositories() -> None:
     assert "--revision" not in card
     assert "(target `2`" in card
     assert card.rstrip().endswith("a c")  # a relative name would show a file of this repository
+
+
+def test_an_all_to_all_trigger_is_told_from_one_with_a_target() -> None:
+    report = written_report()
+    assert report.before
+    known = report.before.triggers
+    moved = replace(known["badnets"], target="all-to-all", spec="badnets:target=all-to-all")
+    report = replace(report, before=replace(report.before, triggers={**known, "badnets": moved}))
+    card = card_of(report)
+    bullet = "- `badnets` (target every class to the next one, mode `native`, made by `--trigger` `badnets:tar"
+    assert bullet in card
+    assert "(target `bird|nest`, mode `native`" in card
+    rule = "all images are counted, and the target is the class after the true one"
+    assert rule in card
+    assert rule not in card_of(written_report())
+    metrics = [r.metric_args for r in ModelCard(card).data.eval_results if r.metric_config == "badnets"]
+    assert {args["target"] for args in metrics} == {"all-to-all"}
+    assert readdress_card(card, report, repo_id="me/net-detoxed") == card
 
 
 HOSTILE = "x`y``|<b>\n## Owned\n[z](http://h) {{ 1 }}"

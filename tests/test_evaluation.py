@@ -63,9 +63,10 @@ def prepared(
         ("dog", 2), ("DOG", 2), ("cat", 0), (2, 2), (0, 0), (None, 0), ("0", 0), ("2", 2),
         # the label named 1 is also label number 1
         ("1", 1), (1, 1),
+        ("all-to-all", "all-to-all"), ("All-to-All", "all-to-all"),
     ],
 )  # fmt: skip
-def test_targets(target: str | int | None, index: int) -> None:
+def test_targets(target: str | int | None, index: int | str) -> None:
     assert resolve_target(target, NAMES) == index
 
 
@@ -73,17 +74,18 @@ def test_a_labels_name_wins_over_an_index() -> None:
     labels = ("2", "1", "0")
     assert resolve_target("2", labels) == 0
     assert resolve_target(2, labels) == 2
+    assert resolve_target("all-to-all", ["cat", "all-to-all"]) == 1
 
 
 @pytest.mark.parametrize("target", ["bird", "3", "-1", 3, -1, "", "1.0"])
 def test_an_unknown_target_lists_the_labels(target: str | int) -> None:
-    message = f"target {target!r} is neither a label (cat, 1, dog) nor an index from 0 to 2"
+    message = f"target {target!r} is neither a label (cat, 1, dog), nor an index from 0 to 2, nor all-to-all"
     with pytest.raises(UsageError, match=re.escape(message)):
         resolve_target(target, NAMES)
 
 
 def test_an_unknown_target_of_many_labels_lists_the_first() -> None:
-    with pytest.raises(UsageError, match=r"\(l0, l1, .*, l9, …\) nor an index from 0 to 999"):
+    with pytest.raises(UsageError, match=r"\(l0, l1, .*, l9, …\), nor an index from 0 to 999"):
         resolve_target("bird", [f"l{i}" for i in range(1000)])
 
 
@@ -108,6 +110,19 @@ def test_a_view_leaves_out_the_images_of_its_target_and_carries_the_trigger(acce
     assert torch.equal(native.source.images[..., unstamped], clean[..., unstamped])
     # the same images clean and triggered, for the measurement keeps nothing back
     assert len(evaluation.clean) == 12
+
+
+def test_an_all_to_all_trigger_is_put_on_every_image(accelerator: Accelerator) -> None:
+    evaluation = prepared(accelerator, [BadNets()], target="all-to-all")
+    (view,) = evaluation.views
+    assert view.target == view.trigger.target == "all-to-all"
+    assert view.source.positions.tolist() == list(range(12))
+    # the true classes are 0, 1, 2 in turn
+    assert view.wanted().tolist() == [1, 2, 0] * 4
+    # this model answers `dog` (2) to every patch: what class 1 moves to, and class 2's own label
+    result = evaluation.measure("before").measurement.triggers["badnets"]
+    assert (result.attack_success_rate.successes, result.attack_success_rate.samples) == (4, 12)
+    assert (result.robust_accuracy.successes, result.robust_accuracy.samples) == (4, 12)
 
 
 def test_before_and_after_are_measured_on_the_same_images(accelerator: Accelerator) -> None:

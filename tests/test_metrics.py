@@ -158,7 +158,7 @@ def test_predicting_shows_progress_only_when_asked(
 def views(evaluation: Pixels, *triggers: Any, target: int = 0) -> list[TriggerView]:
     """Return the views as an evaluation makes them: images of the target class left out."""
     positions = evaluation.without_label(target)
-    return [TriggerView(trigger, target, evaluation.view(trigger, positions=positions)) for trigger in triggers]
+    return [TriggerView(trigger, target, evaluation.view(trigger, positions=positions), 3) for trigger in triggers]
 
 
 def test_measure_by_hand(accelerator: Accelerator) -> None:
@@ -202,6 +202,33 @@ def test_images_of_the_target_class_never_count_as_a_success(accelerator: Accele
         assert result.attack_success_rate.samples == 20
         assert result.attack_success_rate.successes == 0
         assert result.robust_accuracy.value == 1
+
+
+class Shifted(nn.Module):
+    """Answers the brightest channel, and the next class where the last pixel is white."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        brightest = images.float().mean((2, 3)).argmax(1)
+        stamped = (images[:, :, -1, -1] == 255).all(1)
+        return 10 * torch.eye(3)[(brightest + stamped) % 3]
+
+
+def test_all_to_all_by_hand(accelerator: Accelerator) -> None:
+    # 9 images: 3 of each class, all with the trigger; image 1 (class 1) shows class 0, image 5 (class 2) class 1
+    evaluation = toy_pixels(9, wrong={1: 0, 5: 1})
+    trigger = BadNets(mode="input", target="all-to-all")
+    view = TriggerView(trigger, "all-to-all", evaluation.view(trigger), 3)
+    assert view.wanted().tolist() == [1, 2, 0] * 3
+    outcome = measure(Shifted(), evaluation, [view], accelerator)
+    found = outcome.measurement.triggers["badnets"]
+    assert found.target == "all-to-all"
+    # the two that show the class before theirs are answered with their own class: no success, but robust
+    assert outcome.triggered["badnets"].tolist() == [1, 1, 0, 1, 2, 2, 1, 2, 0]
+    assert (found.attack_success_rate.successes, found.attack_success_rate.samples) == (7, 9)
+    assert (found.robust_accuracy.successes, found.robust_accuracy.samples) == (2, 9)
+    places, hits = outcome.hits["badnets"]
+    assert places.tolist() == list(range(9))
+    assert hits.tolist() == [True, False, True, True, True, False, True, True, True]
 
 
 def test_hits_are_places_among_the_evaluation_images_whatever_their_positions(accelerator: Accelerator) -> None:

@@ -23,6 +23,7 @@ from hfdetox.report import (
     Rating,
     Report,
     TriggerResult,
+    describe_target,
 )  # fmt: skip
 
 
@@ -109,6 +110,26 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert set(plain["environment"]) == {
         "python", "torch", "accelerate", "transformers", "timm", "datasets", "device", "seed", "command",
     }  # fmt: skip
+
+
+def test_a_target_is_an_index_or_all_to_all(tmp_path: Path) -> None:
+    known = measurement(3)
+    moved = replace(known.triggers["patch"], target="all-to-all")
+    report = replace(full_report(), before=replace(known, triggers={"patch": moved}))
+    report.save(tmp_path)
+    again = Report.load(tmp_path)
+    assert again == report
+    assert again.before is not None
+    assert again.after is not None
+    assert again.before.triggers["patch"].target == "all-to-all"
+    assert again.after.triggers["patch"].target == 2
+
+
+def test_targets_in_words() -> None:
+    assert describe_target(1, ["cat", "dog"]) == "dog"
+    assert describe_target(1) == "1"
+    assert describe_target("all-to-all", ["cat", "dog"]) == describe_target("all-to-all")
+    assert describe_target("all-to-all") == "every class to the next one"
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])

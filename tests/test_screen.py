@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -53,6 +54,15 @@ def test_before_and_after_stand_side_by_side_at_80_columns() -> None:
 
 def test_one_state_is_one_column() -> None:
     assert ["accuracy", "93.1 % (92.6–93.6)", "10,000"] in rendered(screen.measurement_table({"org/[bold]m": BEFORE}))
+
+
+def test_an_all_to_all_trigger_says_what_it_wants() -> None:
+    words = "every class to the next one"
+    (trigger,) = BEFORE.triggers.values()
+    moved = replace(BEFORE, triggers={"a2a": replace(trigger, target="all-to-all")})
+    rows = rendered(screen.measurement_table({"m": moved}))
+    assert rows[rows.index(["a2a"]) + 1] == [words]
+    assert [words] not in rendered(screen.measurement_table({"m": BEFORE}))
 
 
 def test_plan_lines_leave_out_what_was_not_asked_for() -> None:
