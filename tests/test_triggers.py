@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from hfdetox import triggers
 from hfdetox.errors import UsageError
-from hfdetox.triggers import BadNets, Blended, Trigger, available, load_trigger, parse_trigger, parse_triggers
+from hfdetox.triggers import KINDS, BadNets, Blended, Trigger, available, load_trigger, parse_trigger, parse_triggers
 
 NEW_FAMILY = """
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def test_a_new_family_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(triggers, "__path__", [*triggers.__path__, str(tmp_path)])
     found = triggers._discover()
     monkeypatch.delitem(sys.modules, "hfdetox.triggers.invert")
-    assert set(found) == {"badnets", "blended", "invert"}
+    assert set(found) == {*KINDS, "invert"}
     monkeypatch.setattr(triggers, "KINDS", found)
     assert parse_trigger("invert:target=2").apply(torch.full((1, 3, 2, 2), 250, dtype=torch.uint8)).max() == 5
 
@@ -242,7 +242,7 @@ def trigger_file(folder: Path, header: object, tensors: dict[str, torch.Tensor] 
     [
         (None, {}, "not a trigger file: its metadata has no `trigger` of a known kind"),
         ([1], {}, "not a trigger file"),
-        ({"kind": "wanet"}, {}, r"of a known kind \(badnets, blended\)"),
+        ({"kind": "wonnet"}, {}, r"of a known kind \(badnets, blended, "),
         ({"kind": ["badnets"]}, {}, "of a known kind"),
         ({"kind": "badnets", "colour": 1}, {}, "unknown fields colour for a badnets trigger"),
         ({"kind": "badnets"}, {"mask": torch.zeros(1)}, "unknown fields mask"),
@@ -340,7 +340,7 @@ def test_a_specification_leaves_defaults_out() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("wanet", "unknown trigger 'wanet'; known: badnets, blended, or a .safetensors trigger file"),
+        ("wonnet", f"unknown trigger 'wonnet'; known: {', '.join(sorted(KINDS))}, or a .safetensors trigger file"),
         ("", "unknown trigger ''"),
         ("badnets:sise=3", "trigger badnets: 'sise=3' is not one of name=…, target=…, mode=…, size=…"),
         ("badnets:size", "'size' is not one of"),
@@ -401,12 +401,14 @@ def test_several_triggers_need_names_of_their_own() -> None:
 
 def test_the_list_names_every_key_with_its_default() -> None:
     entries = available()
-    assert set(entries) == {"badnets", "blended"}
+    assert set(entries) == set(KINDS)
     assert entries["badnets"].parameters["size"] == 3
     assert entries["blended"].parameters == {
-        "name": "", "target": None, "mode": "native", "alpha": 0.2, "seed": 0, "image": None,
+        "name": "", "target": None, "mode": "native", "alpha": 0.2, "seed": 0,
     }  # fmt: skip
+    assert entries["blended"].arrays == {"image": "picture"}
     for entry in entries.values():
         assert entry.summary
+        assert entry.paper
+        assert {f.name for f in fields(KINDS[entry.kind])} == {*entry.parameters, *entry.arrays}
         parse_trigger(entry.kind)
-    assert {f.name for f in fields(BadNets)} == set(entries["badnets"].parameters)

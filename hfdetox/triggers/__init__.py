@@ -180,7 +180,7 @@ def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Literal:
         return text
     if hint is bool:
-        # bool("false") is True
+        # every text but the empty one is true to bool
         if text not in ("true", "false"):
             raise UsageError(f"trigger {kind.kind}: {field.name}={text!r} is neither true nor false")
         return text == "true"
