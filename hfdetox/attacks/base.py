@@ -145,6 +145,10 @@ class Recipe(ABC):
     kind: ClassVar[str]
     summary: ClassVar[str]
 
+    def on_clean_model(self, trigger: Trigger) -> bool:
+        """Return whether `make` or the poisoning of `trigger` needs the job's surrogate, a model without a backdoor."""
+        return False
+
     def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
         """Return the trigger ready for use: as it is, or made on the job's images or surrogate first.
 
