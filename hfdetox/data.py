@@ -26,7 +26,7 @@ from hfdetox.sources import SCAN_LIMIT, Source
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "default_dataset", "load_images"]
+__all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "class_names", "default_dataset", "load_images"]
 
 # of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
 _EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
@@ -57,7 +57,7 @@ class Images:
 
 
 def load_images(
-    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str], samples: int | float = 0.05,
+    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str], samples: int | float | None = 0.05,
     eval_samples: int | None = None, config: str | None = None, split: str | None = None, eval_split: str | None = None,
     image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
     label_map: Path | Mapping[str, Any] | None = None, seed: int = 0, channels: int = 3,
@@ -70,7 +70,7 @@ def load_images(
         dataset: a folder that exists, else a Hub id; or a loaded `Dataset`/`DatasetDict`.
         labels: the model's label names in index order; all labels returned are indices into it.
         samples: images for the defence: an int is a count, a float a fraction of the split (at most 5000 images); as
-            balanced over the classes as they allow.
+            balanced over the classes as they allow. None is the whole split, as an attacker has it.
         eval_samples: images for measuring, drawn uniformly; None is the whole evaluation split.
         split, eval_split: default train, and test (else validation); seeded disjoint parts where there is one split.
         label_map: a JSON or YAML file, or a dict, of dataset names to model names, indices or null.
@@ -84,7 +84,8 @@ def load_images(
     Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError)
     with the row of an image that cannot be decoded, and HubError for the Hub.
     """
-    check_samples(samples)
+    if samples is not None:
+        check_samples(samples)
     if eval_samples is not None:
         check_samples(int(eval_samples), "--eval-samples")
     origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
@@ -102,7 +103,7 @@ class _Plan:
 
     origin: Origin
     labels: Sequence[str]
-    samples: int | float
+    samples: int | float | None
     eval_samples: int | None
     label_map: Path | Mapping[str, Any] | None
     seed: int
@@ -120,7 +121,7 @@ class _Plan:
             clean_rows, eval_rows = self._disjoint(source, reader, alignment)
         else:
             evaluation, eval_rows = self._measured(evaluation, measures, reader, alignment)
-            clean_rows = self._balanced(source, reader, alignment, np.zeros(0, np.int64))
+            clean_rows = self._clean(source, reader, alignment, np.zeros(0, np.int64))
         clean = ImageSet(source.fetch(clean_rows.indices.tolist()), clean_rows.labels, clean_rows.indices.tolist(),
                          split=source.split, channels=self.channels)  # fmt: skip
         measured = ImageSet(evaluation.fetch(eval_rows.indices.tolist()), eval_rows.labels, eval_rows.indices.tolist(),
@@ -179,10 +180,21 @@ class _Plan:
             )
         return rows.without(rows.labels >= 0)
 
-    def _balanced(self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Choice:
+    def _clean(self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Choice:
         """Choose the clean images, none of the rows in `taken`."""
+        if self.samples is not None:
+            return self._balanced(source, reader, alignment, taken, self.samples)
+        source.expect_all()
+        rows = self._all_rows(source, reader, alignment)
+        rows = rows.without(~np.isin(rows.indices, taken))
+        self._check_classes(rows.labels, f"split {source.split}")
+        return rows
+
+    def _balanced(
+        self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray, samples: int | float
+    ) -> Choice:
         rng = np.random.default_rng([self.seed, 1])
-        if source.rows is None and isinstance(self.samples, float):
+        if source.rows is None and isinstance(samples, float):
             for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
                 pass
 
@@ -192,7 +204,7 @@ class _Plan:
                 yield indices, np.where(np.isin(indices, taken), -1, labels) if len(taken) else labels
 
         def count() -> int:
-            return sample_count(self.samples, source.rows or 0)
+            return sample_count(samples, source.rows or 0)
 
         classes = sorted(set(alignment.mapping) - {-1})
         chosen, seen = choose_balanced(blocks(), count, classes, rng)
@@ -209,13 +221,20 @@ class _Plan:
                     f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer"
                 )
             self.warn(f"{where} has only {available} usable images; all were taken")
-        took = np.bincount(chosen.labels, minlength=len(self.labels))
         present = [c for c, number in seen.items() if number]
         if wanted < len(present) and not self.allow_missing_classes:
             raise TooFewImagesError(
                 f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} classes; "
                 f"give --samples {len(present)} or more"
             )
+        counts = self._check_classes(chosen.labels, where)
+        counts = counts[counts > 0]
+        if counts.max() - counts.min() > 1:
+            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} a class, as {where} allows")
+
+    def _check_classes(self, labels: np.ndarray, where: str) -> np.ndarray:
+        """Return how many images of each of the model's classes there are; TooFewImagesError for a class without."""
+        took = np.bincount(labels, minlength=len(self.labels))
         missing = [self.labels[c] for c in range(len(self.labels)) if not took[c]]
         if missing:
             which = f"{len(missing)} of the model's {len(self.labels)} classes ({list_names(missing, 5)})"
@@ -224,9 +243,7 @@ class _Plan:
                     f"{where} has no image of {which}; choose another dataset, or go on with --allow-missing-classes"
                 )
             self.warn(f"there is no clean image of {which}")
-        counts = took[took > 0]
-        if counts.max() - counts.min() > 1:
-            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} a class, as {where} allows")
+        return took
 
     def _disjoint(self, source: Source, reader: LabelReader, alignment: Alignment) -> tuple[Choice, Choice]:
         """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
@@ -240,7 +257,7 @@ class _Plan:
             )
         measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
         self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
-        return self._balanced(source, reader, alignment, measured.indices), measured
+        return self._clean(source, reader, alignment, measured.indices), measured
 
     def _measured(
         self, source: Source, names: list[str], reader: LabelReader, alignment: Alignment
@@ -290,6 +307,27 @@ class _Plan:
             indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
             label_map=alignment.label_map,
         )  # fmt: skip
+
+
+def class_names(
+    dataset: str | Path | Dataset | DatasetDict, *, config: str | None = None, split: str | None = None,
+    image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> tuple[str, ...] | int:  # fmt: skip
+    """Return a dataset's class names in index order, or how many there are when its labels are plain integers.
+
+    The arguments, and what is raised, are those of `load_images`.
+    """
+    origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
+                          label_column=label_column, warn=warn)  # fmt: skip
+    train, _ = _split_names(origin.splits, split, None)
+    columns = origin.columns(train)
+    if columns.names is not None:
+        return columns.names
+    values = [value for _, block in origin.open(train).scan() for value in np.asarray(block).tolist()]
+    seen = sorted({value for value in values if value}) if columns.kind == "text" else []
+    reader = LabelReader(columns, seen)
+    return reader.names or int(reader.read(values).max(initial=-1)) + 1
 
 
 def default_dataset(card_text: str | None) -> str:
