@@ -18,7 +18,9 @@ from hfdetox.metrics import Outcome, TriggerView, measure
 from hfdetox.models import Classifier
 from hfdetox.pixels import Pixels
 from hfdetox.progress import progress_bar
+from hfdetox.report import Visibility
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
+from hfdetox.visibility import changes_pixels, measure_visibility
 
 # a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
 CHANCE_MARGIN = 0.05
@@ -42,6 +44,12 @@ class Evaluation:
         """Measure the classifier as it is now: float32, eval mode."""
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
+
+    def visibility(self) -> dict[str, Visibility]:
+        """Return how visible each trigger is, by name; nothing where the images are a callable's own floats."""
+        if self.classifier.preprocessing.dtype != torch.uint8:
+            return {}
+        return {view.trigger.name: measure_visibility(self.clean, view.source) for view in self.views}
 
 
 def prepare_evaluation(
@@ -68,7 +76,10 @@ def prepare_evaluation(
                              f"{trigger.name} cannot be measured with them")  # fmt: skip
         with progress_bar(f"trigger {trigger.name}", len(positions), "image", accelerator, shown=progress) as bar:
             source = to_device(clean.view(trigger, positions=positions, progress=_updates(bar)), accelerator)
-        _check_changes(trigger, clean, source)
+        if not changes_pixels(clean, source):
+            raise UsageError(
+                f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
+            )
         views.append(TriggerView(replace(trigger, target=index), index, source, len(classifier.labels)))
     return Evaluation(classifier, accelerator, clean, views, progress)
 
@@ -138,16 +149,6 @@ def check_plausible(outcome: Outcome, truth: torch.Tensor, labels: Sequence[str]
         )
     if hint:
         warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
-
-
-def _check_changes(trigger: Trigger, clean: Pixels, triggered: Pixels) -> None:
-    if clean.images is None or triggered.images is None:
-        return
-    few = triggered.positions[:64]
-    if torch.equal(clean.images[few].cpu(), triggered.images[:64].cpu()):
-        raise UsageError(
-            f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
-        )
 
 
 def _updates(bar: tqdm[Any]) -> Callable[[int, int], None]:

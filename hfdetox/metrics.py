@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.batches import ImageSource, source_loader
 from hfdetox.errors import RunError
+from hfdetox.pixels import Pixels
 from hfdetox.progress import progress_bar
 from hfdetox.report import Measurement, Rate, Rating, TriggerResult
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
@@ -41,7 +42,7 @@ class TriggerView:
 
     trigger: Trigger
     target: Target
-    source: ImageSource
+    source: Pixels
     classes: int
 
     def wanted(self) -> NDArray[np.int64]:

@@ -105,6 +105,28 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Visibility:
+    """How visible a trigger is in the images it was put on, as the model sees them.
+
+    Attributes:
+        psnr: mean peak signal-to-noise ratio in dB over the images that changed; None where none did.
+        max_change: largest change of any value, in grey levels (0 to 255).
+        changed: share of the images in which any value changed, in [0, 1].
+    """
+
+    psnr: float | None
+    max_change: int
+    changed: float
+
+
+@dataclass(frozen=True)
+class Evaluated(Measurement):
+    """What `hfdetox evaluate` finds: also how visible each trigger is, by name; nothing where pixels are floats."""
+
+    visibility: dict[str, Visibility] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class OutputInfo:
     """What was written and where it went."""
 

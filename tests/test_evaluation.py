@@ -172,6 +172,25 @@ def test_a_trigger_that_changes_nothing_is_an_error(mode: str, accelerator: Acce
         prepared(accelerator, [Nothing(target=0, mode=mode)])  # type: ignore[arg-type]
 
 
+class StampsClass1(BadNets):
+    """A trigger that changes nothing but images that are brightest in channel 1."""
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        second = images.float().mean((2, 3)).argmax(1) == 1
+        return torch.where(second[:, None, None, None], super().apply(images), images)
+
+
+def test_a_trigger_that_changes_a_few_images_only_is_measured(accelerator: Accelerator) -> None:
+    images = toy_set(600)
+    # class 1 comes last, behind 200 images that do not change
+    order = sorted(range(600), key=lambda i: i % 3 == 1)
+    evaluation = prepared(accelerator, [StampsClass1(target=0)], images=images.subset(order))
+    (found,) = evaluation.visibility().values()
+    # the images of class 0 are left out, of the others half change
+    assert found.changed == 0.5
+    assert evaluation.measure("before").measurement.triggers["badnets"].attack_success_rate.samples == 400
+
+
 def test_a_trigger_that_does_not_fit_is_an_error(accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match="does not fit an image of 8×8"):
         prepared(accelerator, [BadNets(size=64, target=0)])
