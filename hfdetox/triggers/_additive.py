@@ -1,14 +1,17 @@
-"""What additive triggers share: a float pattern made to fit an image, and an addition that saturates."""
+"""What additive triggers share: a pattern made to fit an image, and an addition that saturates."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger
 
 # a native trigger meets images of many sizes: what is kept for each must not fill the memory
 MAX_KEPT = 8
@@ -16,6 +19,28 @@ _LUMA = (0.299, 0.587, 0.114)
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+class Additive(Trigger):
+    """A trigger that adds the same grey levels to every image of one size: T(x) = clip(x + v), truncated."""
+
+    @abstractmethod
+    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
+        """Return v, float64, `channels`×`height`×`width`, in grey levels, on the CPU.
+
+        Raises:
+            UsageError: images of this shape cannot carry the trigger.
+        """
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        channels, height, width = images.shape[-3:]
+        levels = remember(self._levels, (channels, height, width, images.device),
+                          lambda: whole(self.pattern(channels, height, width)).to(images.device))  # fmt: skip
+        return add_saturating(images, levels)
+
+    @cached_property
+    def _levels(self) -> dict[tuple[int, int, int, torch.device], torch.Tensor]:
+        return {}
 
 
 def remember(kept: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
@@ -48,8 +73,13 @@ def grey_levels(pattern: torch.Tensor, height: int, width: int, channels: int) -
                          "make the trigger for such images")  # fmt: skip
     if array.shape[-2:] != (height, width):
         array = interpolate(array[None], size=(height, width), mode="bilinear", antialias=True)[0]
-    # 0.2 · 255 may be 50.999998 in float32
-    return (array * 255 + 1e-4).floor().to(torch.int16)
+    return whole(array * 255)
+
+
+def whole(levels: torch.Tensor) -> torch.Tensor:
+    """Return the int16 grey levels to add so that x + v comes out truncated: for a whole x that is x + floor(v)."""
+    # 0.2 · 255 may be 50.999998 in float32, and sin(π) a little less than zero
+    return (levels + 1e-4).floor().to(torch.int16)
 
 
 def add_saturating(images: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

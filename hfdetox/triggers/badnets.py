@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, resize_picture
@@ -13,23 +14,26 @@ from hfdetox.triggers.base import Trigger, resize_picture
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BadNets(Trigger):
-    """Overwrite a square with a constant, or with a picture.
+    """Overwrite a square with a constant, with a checkerboard or with a picture.
 
     Lengths are pixels of an image 32 pixels high and scale with the image's height H: the side is
     max(1, round(size · H / 32)), the distances round(right · H / 32) and round(bottom · H / 32).
 
     Attributes:
+        pattern: `square` has one grey level; `grid` is a checkerboard of `size`×`size` fields, 255 and 1 in turn, white
+            at the lower right. Grown fields take the value at each pixel's centre, so that no grey comes in.
         size: side of the square, at least 1.
-        value: grey level of the square, 0 to 255, in every channel; unused with a picture.
+        value: grey level of the square, 0 to 255, in every channel; unused with a grid or a picture.
         right: distance from the image's right edge.
         bottom: distance from the image's lower edge.
-        image: a picture (uint8, C×h×w) that fills the square instead of `value`.
+        image: a picture (uint8, C×h×w) that fills the square instead of `value`; not with a grid.
     """
 
     kind: ClassVar[str] = "badnets"
-    summary: ClassVar[str] = "a square patch of one grey level, or of a picture"
+    summary: ClassVar[str] = "a square patch of one grey level, a checkerboard (badnets:grid) or a picture"
     paper: ClassVar[str] = "arXiv 1708.06733"
 
+    pattern: Literal["square", "grid"] = "square"
     size: int = 3
     value: int = 255
     right: int = 0
@@ -40,6 +44,8 @@ class BadNets(Trigger):
         super().__post_init__()
         if self.size < 1 or self.right < 0 or self.bottom < 0 or not 0 <= self.value <= 255:
             raise UsageError("badnets: size must be at least 1, right and bottom at least 0, value in 0 to 255")
+        if self.pattern == "grid" and self.image is not None:
+            raise UsageError("badnets: a patch is a grid or a picture; leave out pattern=grid or image=…")
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
@@ -52,8 +58,18 @@ class BadNets(Trigger):
             )
         stamped = images.clone()
         square = stamped[..., below - side : below, beside - side : beside]
-        if self.image is None:
-            square.fill_(self.value)
-        else:
+        if self.image is not None:
             square.copy_(resize_picture(self.image, side, side, images))
+        elif self.pattern == "grid":
+            square.copy_(_grid(self.size, side))
+        else:
+            square.fill_(self.value)
         return stamped
+
+
+def _grid(fields: int, side: int) -> torch.Tensor:
+    """Return a checkerboard of `fields`×`fields` grown to `side`×`side` pixels: uint8, 255 at the lower right, and 1."""
+    places = torch.arange(fields - 1, -1, -1)
+    black = ((places[:, None] + places) % 2).float()[None, None]
+    # 1 and not 0: in masks of the original code zero means «not part of the patch»
+    return torch.where(interpolate(black, size=(side, side), mode="nearest-exact")[0, 0] > 0, 1, 255).to(torch.uint8)

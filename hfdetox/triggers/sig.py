@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers._additive import Additive
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sig(Trigger):
+class Sig(Additive):
     """T(x)[i, j, c] = clip(x + Δ·sin(2π·j·f / W)), truncated to whole grey levels: the same in all rows and channels.
 
     Attributes:
@@ -33,12 +33,7 @@ class Sig(Trigger):
         if not 0 < self.delta <= 255 or not 0 < self.frequency < math.inf:
             raise UsageError("sig: delta must be above 0 and at most 255, frequency above 0")
 
-    def wave(self, width: int) -> torch.Tensor:
-        """Return what is added to each row, float32 (W,), in grey levels."""
-        # float64 on the CPU: sin(π) is then too small to move a grey level, and every device adds the same numbers
+    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
         columns = torch.arange(width, dtype=torch.float64)
-        return (self.delta * torch.sin(2 * math.pi * self.frequency / width * columns)).float()
-
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
-        wave = self.wave(images.shape[-1]).to(images.device)
-        return (images.float() + wave).clamp(0, 255).to(torch.uint8)
+        wave = self.delta * torch.sin(2 * math.pi * self.frequency / width * columns)
+        return wave.expand(channels, height, width)

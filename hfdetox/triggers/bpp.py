@@ -1,0 +1,74 @@
+"""BPP: fewer grey levels in each channel (Wang et al., arXiv 2205.13383)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bpp(Trigger):
+    """T(x) = round(x / 255·(L − 1)) / (L − 1)·255 in each channel, rounded to the nearest grey level.
+
+    Attributes:
+        levels: grey levels L that are left in each channel, 2 to 255.
+        dither: pass each pixel's rounding error on to its neighbours (Floyd and Steinberg, 1976) before they are
+            rounded: 7/16 right, 3/16 below left, 5/16 below, 1/16 below right; what leaves the image is lost.
+    """
+
+    kind: ClassVar[str] = "bpp"
+    summary: ClassVar[str] = "fewer grey levels in each channel"
+    paper: ClassVar[str] = "arXiv 2205.13383"
+
+    levels: int = 8
+    dither: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.levels <= 255:
+            raise UsageError("bpp: levels must be 2 to 255")
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        greys = _greys(self.levels).to(images.device)
+        if self.dither:
+            return greys[diffused(images, self.levels)]
+        # round(a / b) of whole numbers is (2a + b) // 2b: every device gives the same
+        nearest = (2 * torch.arange(256, device=images.device) * (self.levels - 1) + 255) // 510
+        return greys[nearest][images.long()]
+
+
+def _greys(levels: int) -> torch.Tensor:
+    """Return the grey levels that are left: uint8 (`levels`,), rounded half up."""
+    steps = levels - 1
+    return ((2 * 255 * torch.arange(levels) + steps) // (2 * steps)).to(torch.uint8)
+
+
+def diffused(images: torch.Tensor, levels: int) -> torch.Tensor:
+    """Return the level (int64, 0 to `levels` - 1) of each pixel of `images` (uint8, N×C×H×W), errors passed on.
+
+    A pixel needs its left neighbour and three of the row above: pixels with the same column + 2·row are independent
+    and are done together, in W + 2·H steps for the whole batch.
+    """
+    height, width = images.shape[-2:]
+    steps = levels - 1
+    # in units of 1 / steps grey levels, with zeros around: one row above, two columns left, one right
+    scaled = images.float() * steps
+    errors = torch.zeros(*images.shape[:-2], height + 1, width + 3, device=images.device)
+    chosen = torch.zeros_like(images, dtype=torch.int64)
+    for step in range(width + 2 * (height - 1)):
+        row = torch.arange(max(0, (step - width + 2) // 2), min(height, step // 2 + 1), device=images.device)
+        column = step - 2 * row
+        # padded: errors[row + 1, column + 2] is the pixel's own
+        value = scaled[..., row, column] + errors[..., row + 1, column + 1] * (7 / 16)
+        value = value + errors[..., row, column + 3] * (3 / 16)
+        value = value + errors[..., row, column + 2] * (5 / 16)
+        value = value + errors[..., row, column + 1] * (1 / 16)
+        level = (value * (1 / 255)).round().clamp(0, steps)
+        errors[..., row + 1, column + 2] = value - level * 255
+        chosen[..., row, column] = level.long()
+    return chosen
