@@ -1,0 +1,47 @@
+"""Triggers ready to be put on images, one of every family: those that an attack makes get seeded random arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hfdetox.triggers import KINDS, BadNets, Blended, Trigger, parse_trigger
+
+# the families that hold nothing before an attack has made it; their modules' rows build them
+MAKERS: dict[str, Callable[[], Trigger]] = {}
+
+
+def made(kind: str) -> Trigger:
+    """Return a fitted trigger of a family, always the same one."""
+    return MAKERS[kind]() if kind in MAKERS else KINDS[kind]()
+
+
+def noise(count: int = 4, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+    """Return uint8 images N×C×H×W of noise without 255, so that a white pixel is always a stamped one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 255, (count, channels, height, width), generator=generator).to(torch.uint8)
+
+
+PICTURE = torch.randint(0, 256, (3, 6, 5), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+
+# more shapes of the families than their defaults, by a name of their own
+VARIANTS: dict[str, Trigger] = {
+    "badnets-placed": parse_trigger("badnets:size=5,value=7,right=3,bottom=9"),
+    "badnets-grid": parse_trigger("badnets:grid,size=4,bottom=1"),
+    "badnets-picture": BadNets(size=6, image=PICTURE),
+    "blended-seed": parse_trigger("blended:alpha=0.05,seed=9"),
+    "blended-picture": Blended(alpha=1.0, image=PICTURE),
+    "sig-slow": parse_trigger("sig:delta=12.5,frequency=1.5"),
+    "bpp-dithered": parse_trigger("bpp:dither=true,levels=3"),
+    "ftrojan-strong": parse_trigger("ftrojan:magnitude=80"),
+    "ctrl-strong": parse_trigger("ctrl:magnitude=300"),
+    "lc-faint": parse_trigger("lc:amplitude=0.25"),
+    "lf-random": parse_trigger("lf:random,seed=2"),
+    "wanet-strong": parse_trigger("wanet:s=1.5,k=8,seed=2"),
+}
+
+
+def every_trigger() -> dict[str, Trigger]:
+    """Return one trigger of every family and the variants, by name."""
+    return {kind: made(kind) for kind in sorted(KINDS)} | VARIANTS
