@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,66 @@ def _load_converted(
     except (RuntimeError, KeyError, AssertionError) as error:
         check_same_tensors(expected, state, name)
         raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({one_line(error)})") from error
+
+
+def new_architecture(
+    architecture: str, *, num_classes: int, model_args: Mapping[str, Any], input_size: int | None
+) -> Loaded:
+    """Build a registered architecture with freshly drawn weights, and its own mean and std.
+
+    Args:
+        model_args: further keyword arguments of the architecture, such as `depth`.
+        input_size: height and width of the images, shown whole (crop_pct 1); None takes the architecture's own.
+
+    Raises:
+        UsageError: timm does not know the architecture or cannot build it with these arguments.
+    """
+    if not timm.is_model(architecture):
+        close = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
+        advice = f"; close to it: {close}" if close else ""
+        raise UsageError(f"timm {timm.__version__} has no architecture {architecture!r}{advice}")
+    given = timm.models.get_pretrained_cfg(architecture)
+    cfg = given.to_dict() if given is not None else {}
+    channels = model_args.get("in_chans", 3)
+    overlay: dict[str, Any] = {"num_classes": num_classes}
+    if input_size is not None or channels != 3:
+        height, width = (input_size, input_size) if input_size is not None else cfg.get("input_size", (3, 224, 224))[1:]
+        overlay |= {"input_size": (channels, height, width), "test_input_size": None}
+    if input_size is not None:
+        overlay |= {"crop_pct": 1.0, "test_crop_pct": None, "crop_mode": "center", "pool_size": None}
+    if channels != 3:
+        overlay |= {name: (sum(cfg[name]) / len(cfg[name]),) * channels for name in ("mean", "std") if cfg.get(name)}
+    arguments = {"num_classes": num_classes, "pretrained_cfg_overlay": overlay, **model_args}
+    sized = {} if input_size is None or "img_size" in model_args else {"img_size": input_size}
+    return describe(_create(architecture, arguments, sized))
+
+
+def new_from_folder(folder: Path, name: str, *, num_classes: int) -> Loaded:
+    """Build the model of a local timm folder with freshly drawn weights and another number of classes.
+
+    Raises:
+        UsageError: timm cannot build it.
+    """
+    model = _create(f"local-dir:{folder}", {"num_classes": num_classes}, {}, name)
+    # the folder's labels are those of the weights that were not taken
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if not k.startswith("label_")}
+    return describe(model)
+
+
+def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name: str | None = None) -> Any:
+    """Create a model of random weights; `sized` are arguments that are left out where the model does not take them."""
+    state = torch.random.get_rng_state()
+    try:
+        return timm.create_model(source, pretrained=False, **arguments, **sized)
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as error:
+        if sized and isinstance(error, TypeError) and "img_size" in str(error):
+            torch.random.set_rng_state(state)
+            return _create(source, arguments, {}, name)
+        shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if k not in ("num_classes", "pretrained_cfg_overlay"))
+        raise UsageError(
+            f"timm cannot build {name or source}{f' with {shown}' if shown else ''} ({one_line(error)}); "
+            "mend the arguments"
+        ) from error
 
 
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:

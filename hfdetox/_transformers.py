@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,29 @@ def load_folder(
     loaded = describe(model, _load_processor(folder, name, trust_remote_code), None)
     loaded.processor = None  # its files are copied from the source
     return loaded
+
+
+@_quiet()
+def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_remote_code: bool) -> Loaded:
+    """Build the image classifier of a folder's config.json with freshly drawn weights, for other labels.
+
+    Raises:
+        NotAClassifierError: config.json does not describe a model that can be a single-label image classifier.
+        UsageError: it needs a newer transformers or code from the repository, or has no preprocessor_config.json.
+    """
+    config = _load_config(folder, name, trust_remote_code)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    # the head is drawn too, so it does not matter which one the weights had
+    config.architectures = None
+    _check_config(config, name, trust_remote_code)
+    try:
+        model = AutoModelForImageClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError, ZeroDivisionError) as error:
+        raise UsageError(f"transformers cannot build {name} from its config.json: {one_line(error)}") from error
+    return describe(model, _load_processor(folder, name, trust_remote_code), None)
 
 
 def _not_computed(model: nn.Module, unexpected: Iterable[str]) -> list[str]:

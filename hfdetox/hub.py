@@ -119,16 +119,18 @@ def resolve(
 
 
 def pull_model(
-    repo_id: str, *, revision: str | None = None, trust_remote_code: bool = False, retry: Retry = DEFAULT_RETRY
-) -> PulledRepo:
+    repo_id: str, *, revision: str | None = None, trust_remote_code: bool = False, with_weights: bool = True,
+    retry: Retry = DEFAULT_RETRY,
+) -> PulledRepo:  # fmt: skip
     """Fetch a model's weights, configuration and card at one commit, each file checked against the Hub's hash.
 
-    Python files are fetched only with `trust_remote_code`. Raises PickleOnlyError or NotSafetensorsError (UsageError)
-    for a repository without readable weights, IntegrityError (HubError) for a file that is not what the Hub says it
-    is (the cached copy is removed, so that the next try is fresh), and whatever `resolve` raises.
+    Python files are fetched only with `trust_remote_code`, weights unless `with_weights` is off. Raises PickleOnlyError
+    or NotSafetensorsError (UsageError) for a repository without readable weights, IntegrityError (HubError) for a file
+    that is not what the Hub says it is (the cached copy is removed, so that the next try is fresh), and whatever
+    `resolve` raises.
     """
     state = resolve(repo_id, revision=revision, retry=retry)
-    weights = weight_files(state, retry=retry)
+    weights = weight_files(state, retry=retry) if with_weights else []
     wanted = [n for n in state.files if any(fnmatch.fnmatchcase(n, pattern) for pattern in _SIDE_FILES)]
     if trust_remote_code:
         wanted += [n for n in state.files if n.endswith(".py")]

@@ -152,20 +152,26 @@ def load_classifier(
         classifier = _from_object(model, processor, preprocessing, labels)
         classifier.given_preprocessing = preprocessing
         return classifier
-    pulled, commit = _fetch(str(model), revision, trust_remote_code)
+    pulled, commit = fetch_model(str(model), revision, trust_remote_code)
     stored = _weights.find_weights(pulled.folder, pulled.weights)
     loaded = _load_folder(pulled.folder, stored, pulled.id, processor, preprocessing, trust_remote_code)
     # reports are published, and where a folder lies is nobody's business
     name = pulled.id if commit else pulled.folder.resolve().name
-    classifier = _finish(loaded, name, commit, labels, folder=pulled.folder, stored=stored)
+    classifier = assemble(loaded, name, commit, labels, folder=pulled.folder, stored=stored)
     classifier.trusts_remote_code = trust_remote_code
     classifier.given_preprocessing = preprocessing
     classifier.warnings = tuple(pulled.warnings)
     return classifier
 
 
-def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[PulledRepo, str | None]:
-    """Return the files of a model, a local folder looking like a pulled one, and the commit (None for a folder)."""
+def fetch_model(
+    model: str, revision: str | None, trust_remote_code: bool, *, with_weights: bool = True
+) -> tuple[PulledRepo, str | None]:
+    """Return the files of a model, a local folder looking like a pulled one, and the commit (None for a folder).
+
+    Raises:
+        UsageError: a revision of a local folder, or two of a Hub id; and what `pull_model` raises.
+    """
     if Path(model).is_dir():
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
@@ -176,7 +182,9 @@ def _fetch(model: str, revision: str | None, trust_remote_code: bool) -> tuple[P
         if at and revision not in (None, at):
             raise UsageError(f"{model} names revision {at} and --revision {revision}; give one of them")
         revision = revision or at or None
-    pulled = pull_model(repo_id, revision=revision, trust_remote_code=trust_remote_code)
+    pulled = pull_model(
+        repo_id, revision=revision, trust_remote_code=trust_remote_code, with_weights=with_weights
+    )
     return pulled, pulled.revision
 
 
@@ -232,10 +240,10 @@ def _from_object(
                 "and labels=…"
             )
         loaded = Loaded(model, preprocessing, (), False, "torch", name)
-    return _finish(loaded, name, None, labels)
+    return assemble(loaded, name, None, labels)
 
 
-def _finish(
+def assemble(
     loaded: Loaded,
     name: str,
     commit: str | None,
@@ -244,7 +252,18 @@ def _finish(
     folder: Path | None = None,
     stored: _weights.StoredWeights | None = None,
 ) -> Classifier:
-    """Check labels and outputs, turn the model to float32, and put the Classifier together."""
+    """Check labels and outputs, turn the model to float32, and put the Classifier together.
+
+    Args:
+        loaded: as a library module built it.
+        name: what reports call it; `commit` is None for what is not of the Hub.
+        labels: names of the outputs, or their number, in place of the model's own.
+        folder: where the source's files lie, None for a model without any.
+        stored: the weight files the model was read from, None for weights that lie nowhere yet.
+
+    Raises:
+        UsageError: labels, outputs or the size of the images do not fit together.
+    """
     model = loaded.model
     dtypes = _weights.target_dtypes(model, stored) if stored else _weights.current_dtypes(model)
     model.float().eval()
