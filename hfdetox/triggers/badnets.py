@@ -68,7 +68,7 @@ class BadNets(Trigger):
 
 
 def _grid(fields: int, side: int) -> torch.Tensor:
-    """Return a checkerboard of `fields`×`fields` grown to `side`×`side` pixels: uint8, 1 and 255, the lower right 255."""
+    """Return a checkerboard of `fields`×`fields` grown to `side`×`side`: uint8, 1 and 255, the lower right 255."""
     places = torch.arange(fields - 1, -1, -1)
     black = ((places[:, None] + places) % 2).float()[None, None]
     # 1 and not 0: in masks of the original code zero means «not part of the patch»

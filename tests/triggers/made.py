@@ -8,7 +8,7 @@ import torch
 
 from hfdetox.triggers import KINDS, BadNets, Blended, Trigger, parse_trigger
 
-# the families that hold nothing before an attack has made it; their modules' rows build them
+# families that are nothing before an attack has made them: a function that gives one with random arrays
 MAKERS: dict[str, Callable[[], Trigger]] = {}
 
 
