@@ -43,8 +43,6 @@ class LF(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pattern not in ("universal", "random"):
-            raise UsageError(f"lf: pattern must be universal or random, got {self.pattern!r}")
         if not 0 < self.amplitude <= 1:
             raise UsageError("lf: amplitude must be in (0, 1]")
         if self.perturbation is None:

@@ -1,0 +1,65 @@
+"""Networks inside triggers: their float32 state in a trigger's field, loaded strictly and run the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from hfdetox.errors import UsageError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def network_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of a network's parameters and running statistics by name: float32, on the CPU, contiguous.
+
+    This is what a `network` field of a trigger holds; counters of batches (integers) are left out.
+    """
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point()
+    }
+
+
+def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor], where: str) -> Module:
+    """Return the network that `build` makes, with the values of `state` (as `network_state` gives), frozen, on the CPU.
+
+    Args:
+        where: what the error names, such as `ssba: encoder`.
+
+    Raises:
+        UsageError: a tensor is missing, unknown or of another shape; it names the first one.
+    """
+    # nothing is drawn on the meta device, so the global generator stays where it was
+    with torch.device("meta"):
+        network = build()
+    expected = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    for name in [*expected, *state]:
+        found = tuple(state[name].shape) if name in state else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        if found != wanted:
+            raise UsageError(f"{where} does not fit its parameters: {name} is {found} where {wanted} is expected; "
+                             "take the trigger file as `hfdetox attack` wrote it")  # fmt: skip
+    network = network.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            tensor.copy_(state[name]) if name in state else tensor.zero_()
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run convolutions in float32 whatever the surroundings: no autocast, and no TF32, whose mantissa has 10 bits."""
+    with torch.autocast(device.type, enabled=False):
+        # these flags are the process's, and on the CPU, where they say nothing, several threads stamp images at a time
+        if device.type != "cuda":
+            yield
+            return
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False):
+            yield

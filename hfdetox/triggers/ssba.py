@@ -1,0 +1,89 @@
+"""SSBA: bits hidden in the image by a trained encoder, so that every image changes in its own way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import interpolate
+
+from hfdetox.errors import UsageError
+from hfdetox.triggers._networks import full_precision, load_network
+from hfdetox.triggers._ssba_networks import Encoder
+from hfdetox.triggers.base import Trigger
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SSBA(Trigger):
+    """T(x) = clip(x + 255 · up(E(b, x↓) − x↓)), rounded, with x↓ the image at `size`×`size` in [0, 1].
+
+    E is the encoder and b the secret, the same bits in every image. At images of `size`×`size` this is E(b, x) itself;
+    at other sizes what the encoder adds is resized bilinearly to the image. Li et al., arXiv 2012.03816.
+
+    Attributes:
+        bits: length of the secret, at least 1.
+        seed: draws the secret.
+        size: pixels a side that the encoder was trained at, a multiple of 32.
+        encoder: the encoder's state dict (`Encoder` of this package); its channels are those of the images it takes.
+    """
+
+    kind: ClassVar[str] = "ssba"
+    summary: ClassVar[str] = "secret bits hidden by a trained encoder, other pixels in every image"
+    paper: ClassVar[str] = "arXiv 2012.03816"
+
+    bits: int = 100
+    seed: int = 0
+    size: int = 32
+    encoder: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits < 1 or self.size < 32 or self.size % 32:
+            raise UsageError("ssba: bits must be at least 1 and size a multiple of 32")
+        if self.fitted:
+            # a state that does not fit is told of now, and not at the first image
+            _ = self._network
+
+    @property
+    def fitted(self) -> bool:
+        return self.encoder is not None
+
+    def secret(self) -> torch.Tensor:
+        """Return the bits that every triggered image carries: float32 of 0 and 1, of shape (bits,), on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(0, 2, (self.bits,), generator=generator).float()
+
+    @torch.no_grad()
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        self.require_fitted()
+        network = self._network.to(images.device)
+        if images.shape[-3] != network.channels:
+            raise UsageError(f"ssba: the encoder was trained on images of {network.channels} channels, these have "
+                             f"{images.shape[-3]}; train one for such images")  # fmt: skip
+        with full_precision(images.device):
+            carrying = embed(network, self.secret().to(images.device), images.float() / 255, self.size)
+            return (255 * carrying).round_().clamp_(0, 255).to(torch.uint8)
+
+    @cached_property
+    def _network(self) -> Encoder:
+        state = self.encoder or {}
+        bias = state.get("out.bias")
+        channels = 3 if bias is None or not bias.numel() else len(bias)
+        return load_network(lambda: Encoder(self.bits, channels), state, "ssba: encoder")
+
+
+def embed(network: Encoder, bits: torch.Tensor, images: torch.Tensor, size: int) -> torch.Tensor:
+    """Return x + up(E(b, x↓) − x↓) of `images` (N×C×H×W in [0, 1]), before clipping, same shape and device.
+
+    Args:
+        bits: the same bits for all images, (bits,), or one row for each, N×bits.
+        size: pixels a side at which the encoder is run.
+    """
+    rows = bits.expand(len(images), -1)
+    if images.shape[-2:] == (size, size):
+        return network(rows, images)
+    small = interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    residual = network(rows, small) - small
+    return images + interpolate(residual, size=images.shape[-2:], mode="bilinear", antialias=True)

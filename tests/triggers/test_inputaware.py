@@ -1,0 +1,193 @@
+"""Input-aware: hand-set masks and patterns, crossed triggers, other sizes, and states that do not fit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from hfdetox.errors import UsageError
+from hfdetox.triggers import load_trigger, parse_trigger
+from hfdetox.triggers._generator import Generator, hard_mask
+from hfdetox.triggers._networks import load_network, network_state
+from hfdetox.triggers.inputaware import InputAware, draw_mask, draw_pattern
+
+State = dict[str, torch.Tensor]
+
+
+def noise(count: int = 4, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, height, width), generator=generator).to(torch.uint8)
+
+
+def drawn(channels: int, out: int, seed: int) -> State:
+    """Return a seeded generator's state, one that maps images to values well apart."""
+    generator = torch.Generator().manual_seed(seed)
+    state = network_state(Generator(channels, out))
+    return {
+        name: torch.randn(array.shape, generator=generator) * (2 / array[0].numel()) ** 0.5 if array.ndim == 4
+        else torch.rand(array.shape, generator=generator) + 0.5
+        for name, array in state.items()
+    }  # fmt: skip
+
+
+def flat(out: int, before_tanh: float) -> State:
+    """Return the state of a generator whose last batch norm only shifts: tanh(before_tanh) / 2 + 1/2 everywhere."""
+    network = Generator(3, out)
+    last = network.layers[-1]
+    assert isinstance(last, torch.nn.BatchNorm2d)
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, before_tanh)
+    return network_state(network)
+
+
+# atanh(0.2) / 2 + 1/2 gives 0.6, which is 153 of 255
+SIXTY = math.atanh(0.2)
+
+
+def test_the_generator_has_the_layers_of_the_paper() -> None:
+    network = Generator(3, 3)
+    # convolution and batch norm: 960 + 9 312 + 18 624 + 37 056 + 74 112 + 147 840; the middle 147 840;
+    # 147 840 + 73 920 + 37 056 + 18 528 + 9 312 + 873
+    assert sum(parameter.numel() for parameter in network.parameters()) == 723_273
+    norms = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert len(norms) == 13
+    assert {norm.momentum for norm in norms} == {0.05}
+    assert network.eval()(torch.rand(2, 3, 40, 24)).shape == (2, 3, 40, 24)
+    # the last convolution has no ReLU
+    assert isinstance(network.layers[-1], torch.nn.BatchNorm2d)
+
+
+def test_hard_mask_by_hand() -> None:
+    # tanh(−10), tanh(0), tanh(1), tanh(10)
+    expected = [0.0, 0.5, (math.tanh(1) + 1) / 2, 1.0]
+    assert hard_mask(torch.tensor([0.0, 0.5, 0.55, 1.0])).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("side", [32, 48])
+@pytest.mark.parametrize(("shift", "share"), [(-20.0, 0.0), (20.0, 1.0), (0.0, 0.5)])
+def test_a_hand_set_mask_leaves_pixels_or_puts_the_pattern_there(shift: float, share: float, side: int) -> None:
+    images = noise(4, 3, side, side)
+    stamped = InputAware(generator=flat(3, SIXTY), mask=flat(1, shift)).apply(images)
+    expected = images.double() * (1 - share) + 153 * share
+    # half a grey level may be rounded either way
+    assert float((stamped - expected).abs().max()) <= (0.51 if share == 0.5 else 0)
+
+
+def trigger(**fields: torch.Tensor) -> InputAware:
+    return InputAware(generator=drawn(3, 3, 1), mask=drawn(3, 1, 2), **fields)
+
+
+MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.25, 0.24, 0.26])
+
+
+def test_mean_and_std_normalise_what_the_networks_see() -> None:
+    images = noise()
+    normalised = (images.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
+    generator = load_network(lambda: Generator(3, 3), drawn(3, 3, 1), "test")
+    mask = load_network(lambda: Generator(3, 1), drawn(3, 1, 2), "test")
+    pattern, places = trigger(mean=MEAN, std=STD).patterns(images)
+    assert torch.equal(pattern, generator(normalised))
+    assert torch.equal(places, torch.tanh(20 * mask(normalised) - 10) / 2 + 0.5)
+    assert not torch.allclose(trigger().patterns(images)[0], pattern, atol=0.01)
+
+
+def test_a_crossed_image_carries_the_pattern_of_the_other() -> None:
+    images, others = noise(), noise(seed=1)
+    made = trigger(mean=MEAN, std=STD)
+    pattern, places = made.patterns(others)
+    expected = (images + (255 * pattern - images) * places).round().clamp(0, 255).to(torch.uint8)
+    crossed = made.cross(images, others)
+    assert torch.equal(crossed, expected)
+    assert torch.equal(made.apply(images), made.cross(images, images))
+    assert not torch.equal(crossed, made.apply(images))
+    with pytest.raises(UsageError, match=r"cannot carry the patterns of \(3, 3, 32, 32\); give as many"):
+        made.cross(images, others[:3])
+
+
+def test_other_sizes_run_at_the_trained_one_and_the_mask_takes_the_nearest_pixel() -> None:
+    images = noise(2, 3, 64, 96)
+    pattern, places = trigger().patterns(images)
+    small = interpolate(images.float() / 255, size=(32, 32), mode="bilinear", antialias=True)
+    generator = load_network(lambda: Generator(3, 3), drawn(3, 3, 1), "test")
+    mask = load_network(lambda: Generator(3, 1), drawn(3, 1, 2), "test")
+    assert torch.allclose(pattern, interpolate(generator(small), size=(64, 96), mode="bilinear"), atol=1e-6)
+    # every mask pixel becomes 2×3 equal ones
+    expected = hard_mask(mask(small)).repeat_interleave(2, 2).repeat_interleave(3, 3)
+    assert torch.equal(places, expected)
+
+
+def test_patterns_can_be_learnt_through() -> None:
+    torch.manual_seed(0)
+    generator, mask = Generator(3, 3), Generator(3, 1)
+    images = torch.rand(4, 3, 48, 48)
+    (draw_pattern(generator, images, 32).sum() + draw_mask(mask, images, 32).sum()).backward()
+    for network in (generator, mask):
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        assert float(network.layers[-1].bias.grad.abs().sum()) > 0  # type: ignore[union-attr, operator, arg-type]
+
+
+def test_batch_norm_keeps_its_statistics_in_the_file(tmp_path: Path) -> None:
+    made = trigger(mean=MEAN, std=STD)
+    made.save(tmp_path / "t.safetensors")
+    again = load_trigger(tmp_path / "t.safetensors")
+    assert again.file_bytes() == made.file_bytes()
+    assert torch.equal(again.apply(noise()), made.apply(noise()))
+    names = set(made.tensors())
+    assert {"mean", "std", "generator.layers.1.running_var", "mask.layers.1.running_mean"} <= names
+    assert not [name for name in names if name.endswith("num_batches_tracked")]
+
+
+def test_an_image_alone_gets_what_it_gets_in_a_batch() -> None:
+    images, made = noise(6), trigger()
+    together = made.apply(images)
+    alone = torch.cat([made.apply(image[None]) for image in images])
+    # other batch sizes add up in another order: now and then a value is rounded the other way
+    apart = (alone.int() - together.int()).abs()
+    assert int(apart.max()) <= 1
+    assert float(apart.float().mean()) < 1e-3
+
+
+def test_the_networks_channels_are_the_images() -> None:
+    grey = InputAware(generator=drawn(1, 1, 1), mask=drawn(1, 1, 2))
+    assert grey.apply(noise(2, 1)).shape == (2, 1, 32, 32)
+    with pytest.raises(UsageError, match="generator was trained on images of 1 channels, these have 3"):
+        grey.apply(noise())
+
+
+def test_what_does_not_fit_is_named() -> None:
+    good, mask = drawn(3, 3, 1), drawn(3, 1, 2)
+    with pytest.raises(UsageError, match=r"inputaware: mask .*: layers.0.weight is \(32, 1, 3, 3\) where \(32, 3, 3,"):
+        InputAware(generator=good, mask=drawn(1, 1, 2))
+    with pytest.raises(UsageError, match=r"inputaware: mask .* where \(1, 32, 3, 3\) is expected"):
+        InputAware(generator=good, mask=good)
+    with pytest.raises(UsageError, match=r"inputaware: generator .*: layers.0.weight is nothing"):
+        InputAware(generator={"other": torch.zeros(1)}, mask=mask)
+    with pytest.raises(UsageError, match=r"inputaware: mean must be of shape \(3,\), got \(1,\)"):
+        InputAware(generator=good, mask=mask, mean=torch.zeros(1))
+    with pytest.raises(UsageError, match="std must be above 0"):
+        InputAware(generator=good, mask=mask, std=torch.zeros(3))
+
+
+def test_both_networks_are_needed() -> None:
+    for made in (parse_trigger("inputaware"), InputAware(generator=drawn(3, 3, 1)), InputAware(mask=drawn(3, 1, 2))):
+        assert not made.fitted
+        with pytest.raises(UsageError, match="inputaware is made during an attack"):
+            made.apply(noise())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inputaware:size=20", "size must be a multiple of 8"),
+        ("inputaware:size=0", "size must be a multiple of 8"),
+        ("inputaware:noise=1", "'noise=1' is not one of"),
+        ("inputaware:mask=1", "mask is kept in trigger files"),
+    ],
+)
+def test_a_wrong_specification_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_trigger(text)
