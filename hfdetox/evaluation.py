@@ -45,6 +45,33 @@ class Evaluation:
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
 
+    def with_triggers(self, triggers: Sequence[Trigger]) -> Evaluation:
+        """Return the same images with these triggers, whose targets are label indices or `all-to-all`.
+
+        A view that is here already is used again. Raises UsageError for a trigger that changes no pixel, does not fit
+        or has no image left.
+        """
+        views = {id(view.trigger): view for view in self.views}
+        return replace(self, views=[views.get(id(trigger)) or self._view(trigger) for trigger in triggers])
+
+    def _view(self, trigger: Trigger) -> TriggerView:
+        labels = self.classifier.labels
+        target = resolve_target(trigger.target, labels)
+        positions = self.clean.without_label(target) if isinstance(target, int) else self.clean.positions
+        if isinstance(target, int) and not len(positions):
+            raise UsageError(f"every evaluation image is of the target class {labels[target]!r}; trigger "
+                             f"{trigger.name} cannot be measured with them")  # fmt: skip
+        with progress_bar(
+            f"trigger {trigger.name}", len(positions), "image", self.accelerator, shown=self.progress
+        ) as bar:
+            pixels = self.clean.view(trigger, positions=positions, progress=_updates(bar))
+        source = to_device(pixels, self.accelerator)
+        if not changes_pixels(self.clean, source):
+            raise UsageError(
+                f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
+            )
+        return TriggerView(trigger, target, source, len(labels))
+
     def visibility(self) -> dict[str, Visibility]:
         """Return how visible each trigger is, by name; nothing where the images are a callable's own floats."""
         if self.classifier.preprocessing.dtype != torch.uint8:
@@ -64,24 +91,26 @@ def prepare_evaluation(
         UsageError: a target that is not a label; a trigger that changes no pixel, does not fit or has no image left.
         RunError: an image that cannot be decoded.
     """
+    chosen = with_targets(triggers, target, classifier.labels, warn)
     clean = decoded(images, classifier, accelerator, "decode", progress)
-    views = []
+    return Evaluation(classifier, accelerator, clean, [], progress).with_triggers(chosen)
+
+
+def with_targets(
+    triggers: Sequence[Trigger], target: str | None, labels: Sequence[str], warn: Callable[[str], None]
+) -> list[Trigger]:
+    """Return the triggers aimed at label indices (or `all-to-all`): their own targets, else `target`, else label 0.
+
+    Raises:
+        UsageError: a target that is not a label.
+    """
     for trigger in triggers:
-        index = resolve_target(trigger.target if trigger.target is not None else target, classifier.labels)
         if trigger.target is None and target is None:
-            warn(f"trigger {trigger.name} names no target; label 0 ({classifier.labels[0]}) is taken, see --target")
-        positions = clean.without_label(index) if isinstance(index, int) else clean.positions
-        if isinstance(index, int) and not len(positions):
-            raise UsageError(f"every evaluation image is of the target class {classifier.labels[index]!r}; trigger "
-                             f"{trigger.name} cannot be measured with them")  # fmt: skip
-        with progress_bar(f"trigger {trigger.name}", len(positions), "image", accelerator, shown=progress) as bar:
-            source = to_device(clean.view(trigger, positions=positions, progress=_updates(bar)), accelerator)
-        if not changes_pixels(clean, source):
-            raise UsageError(
-                f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
-            )
-        views.append(TriggerView(replace(trigger, target=index), index, source, len(classifier.labels)))
-    return Evaluation(classifier, accelerator, clean, views, progress)
+            warn(f"trigger {trigger.name} names no target; label 0 ({labels[0]}) is taken, see --target")
+    return [
+        replace(trigger, target=resolve_target(trigger.target if trigger.target is not None else target, labels))
+        for trigger in triggers
+    ]
 
 
 def decoded(images: ImageSet, classifier: Classifier, accelerator: Accelerator, title: str, progress: bool) -> Pixels:
