@@ -31,6 +31,7 @@ from hfdetox.options import (
     takes,
 )
 from hfdetox.report import REPORT_NAME
+from hfdetox.verdict import describe_visibility
 
 INTERRUPTED = 130
 FIRST_WORDS = ("demo", "detox", "evaluate", "push", "list", "--help", "--version")
@@ -93,8 +94,14 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
         check_torchvision()
         from hfdetox.detox import evaluate as measure
 
-        measured = measure(options.model, **options.data_arguments(), progress=shows_progress(options))
-        out.show(dataclasses.asdict(measured), [screen.measurement_table({options.model: measured})])
+        measured = measure(
+            options.model, **options.data_arguments(), gallery=options.gallery, progress=shows_progress(options)
+        )
+        notes = {name: describe_visibility(found) for name, found in measured.visibility.items()}
+        lines: list[Any] = [screen.measurement_table({options.model: measured}, notes)]
+        if options.gallery is not None:
+            lines.append(f"gallery: {options.gallery}")
+        out.show(dataclasses.asdict(measured), lines)
 
 
 @app.command()

@@ -14,10 +14,11 @@ from hfdetox.card import build_card, validate_card
 from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
 from hfdetox.devices import make_accelerator
 from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
+from hfdetox.gallery import check_gallery, draw_gallery
 from hfdetox.models import load_classifier
 from hfdetox.planning import plan
 from hfdetox.publish import check_card, check_push_allowed
-from hfdetox.report import Measurement
+from hfdetox.report import Evaluated
 from hfdetox.result import DetoxResult, draw_strip
 from hfdetox.runs import RunOptions, log_folder, trigger_specs
 from hfdetox.steps import (
@@ -151,13 +152,18 @@ def evaluate(
     label_map: str | Path | None = None, allow_missing_classes: bool = False, triggers: Sequence[str | Trigger] = (),
     target: str | int | None = None, device: str = "auto", seed: int = 0, revision: str | None = None,
     dataset_revision: str | None = None, trust_remote_code: bool = False, processor: Any = None,
-    preprocessing: Any = None, labels: Sequence[str] | int | None = None, progress: bool = True,
-) -> Measurement:  # fmt: skip
-    """Measure a classifier: accuracy, loss, and what each known trigger does. Nothing is written.
+    preprocessing: Any = None, labels: Sequence[str] | int | None = None, gallery: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluated:  # fmt: skip
+    """Measure a classifier: accuracy, loss, what each known trigger does, and how visible it is.
 
     The arguments are those of `detoxify`, and so are the images that are measured: those left when the defence's are
-    set aside. A module that is passed is turned to float32 and eval mode. Raises what `detoxify` raises.
+    set aside. A module that is passed is turned to float32 and eval mode. Nothing is written but `gallery`, a PNG file
+    that shows each trigger on a few images. Raises what `detoxify` raises.
     """
+    known = parse_triggers(triggers)
+    if gallery is not None:
+        check_gallery(Path(gallery), known)
     options = RunOptions(
         model=None, dataset=str(dataset) if isinstance(dataset, str | Path) else None, config=config, split=split,
         eval_split=eval_split, image_column=image_column, label_column=label_column, eval_samples=eval_samples,
@@ -170,11 +176,15 @@ def evaluate(
         classifier = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
                                      labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
         images = pull_images(options, dataset, classifier, notes)
-    evaluation = prepare_evaluation(classifier, images.evaluation, parse_triggers(triggers), accelerator,
-                                    target=options.target, warn=notes.warn, progress=progress)  # fmt: skip
+    evaluation = prepare_evaluation(classifier, images.evaluation, known, accelerator, target=options.target,
+                                    warn=notes.warn, progress=progress)  # fmt: skip
     outcome = evaluation.measure("measure")
     check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn)
-    return outcome.measurement
+    measured = outcome.measurement
+    visibility = evaluation.visibility()
+    if gallery is not None and accelerator.is_main_process:
+        draw_gallery(evaluation, outcome, visibility, Path(gallery))
+    return Evaluated(measured.accuracy, measured.loss, measured.triggers, visibility)
 
 
 def _text(value: object) -> str | None:

@@ -215,6 +215,11 @@ class DetoxOptions(DataOptions):
 class EvaluateOptions(DataOptions):
     """The options of `hfdetox evaluate MODEL`."""
 
+    gallery: Annotated[
+        Path | None,
+        _hub("--gallery", metavar="FILE.png", help="Draw each trigger on a few images, with the model's answers."),
+    ] = None
+
 
 def planned_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of `detoxify`'s arguments that `plan` takes."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -114,6 +115,16 @@ class Pixels(Dataset[Batch]):
             self.images = self.images.to(device)
             self.labels = self.labels.to(device)
         return self
+
+    def pictures(self, positions: Sequence[int]) -> tuple[list[int], NDArray[np.uint8], list[int]]:
+        """Return the images at `positions` for drawing: their items, uint8 n×H×W×3 (grey ones repeated), true labels.
+
+        The preprocessing must give uint8 images.
+        """
+        place = {position: item for item, position in enumerate(self.positions.tolist())}
+        items = [place[position] for position in positions]
+        _, images, labels = self.__getitems__(items)
+        return items, images.permute(0, 2, 3, 1).cpu().expand(-1, -1, -1, 3).numpy(), labels.tolist()
 
     def _decode_all(self, progress: Progress | None) -> torch.Tensor:
         positions = self.positions.tolist()

@@ -100,7 +100,7 @@ def draw_plots(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in drawings.items():
-            with _style():
+            with house_style():
                 figure = draw()
                 if figure is not None:
                     figure.savefig(folder / name, dpi=DPI)
@@ -136,7 +136,7 @@ def draw_before_after(report: Report) -> Figure | None:
     y = 0.0
     ticks: list[tuple[float, str]] = []
     for title, bars in groups:
-        axes.text(0, y + 0.1, _fit(title, 70), fontweight="bold", va="center", ha="left")
+        axes.text(0, y + 0.1, fit_text(title, 70), fontweight="bold", va="center", ha="left")
         y += 0.85
         axes.vlines(0, y - 0.45, y + len(bars) - 0.55, color=FAINT, linewidth=0.9)
         for name, *rates in bars:
@@ -181,7 +181,12 @@ def draw_training(report: Report) -> Figure | None:
             if i:
                 axis.axvline(start + 0.5, color=FAINT, linewidth=0.8)
             axis.text(
-                start + 0.6, 1.0, _fit(phases[start], 24), transform=axis.get_xaxis_transform(), va="top", fontsize=7.5
+                start + 0.6,
+                1.0,
+                fit_text(phases[start], 24),
+                transform=axis.get_xaxis_transform(),
+                va="top",
+                fontsize=7.5,
             )
     if "clean_loss" in shown:
         _mark_epsilon(np.atleast_1d(axes)[0], report)
@@ -206,7 +211,7 @@ def draw_weight_changes(weight_changes: Mapping[str, np.ndarray[Any, Any]]) -> F
     for axis, name in zip(np.atleast_1d(axes).ravel(), names, strict=False):
         axis.hist(flat[name], bins=60, color=AFTER)
         axis.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        axis.set_title(f"{_fit(name, 80 // columns)}\n", fontsize=8.5, linespacing=1.0)
+        axis.set_title(f"{fit_text(name, 80 // columns)}\n", fontsize=8.5, linespacing=1.0)
         axis.text(
             0,
             1.03,
@@ -236,26 +241,25 @@ def draw_samples(strip: Sequence[StripRow]) -> Figure | None:
     line, title, foot = 0.135, 0.3, 0.12
     row_height = title + tall + 3 * line + foot
     total = row_height * len(strip) + 0.06
-    figure = _empty_figure(total)
+    figure = empty_figure(total)
     letters = int(cell / 0.062)  # inches of a letter at 6.8 points, a wide one
     for r, row in enumerate(strip):
         top = total - r * row_height
-        figure.text(0.1 / WIDTH, (top - 0.18) / total, _fit(row.title, 80), fontweight="bold", va="center")
+        figure.text(0.1 / WIDTH, (top - 0.18) / total, fit_text(row.title, 80), fontweight="bold", va="center")
         below = top - title - tall
         for i, word in enumerate(("true", "before", "after")):
             figure.text(0.1 / WIDTH, (below - (i + 0.6) * line) / total, word, fontsize=6.8, va="center")
         for column in range(min(columns, len(row.images))):
             left = gutter + column * cell
             axis = figure.add_axes((left / WIDTH, below / total, cell * 0.92 / WIDTH, tall / total))
-            axis.imshow(row.images[column], interpolation="nearest" if height < 96 else "antialiased", aspect="equal")
-            axis.set_axis_off()
+            show_image(axis, row.images[column])
             truth = row.labels[column]
             for i, label in enumerate((truth, row.before[column], row.after[column])):
                 mark = "" if i == 0 else ("✓ " if label == truth else "✗ ")
                 figure.text(
                     (left + cell * 0.46) / WIDTH,
                     (below - (i + 0.6) * line) / total,
-                    mark + _fit(label.split(",")[0], letters - len(mark)),
+                    mark + fit_text(label.split(",")[0], letters - len(mark)),
                     fontsize=6.8,
                     ha="center",
                     va="center",
@@ -265,7 +269,7 @@ def draw_samples(strip: Sequence[StripRow]) -> Figure | None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def house_style() -> Iterator[None]:
     """Draw in the house style, whatever the person's own matplotlib settings are, and leave those as they were."""
     from matplotlib import font_manager, style
 
@@ -277,7 +281,8 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _empty_figure(height: float, layout: str | None = None) -> Figure:
+def empty_figure(height: float, layout: str | None = None) -> Figure:
+    """Return a figure `WIDTH` wide and `height` high, in inches, without axes."""
     # not pyplot: its figures are global, need a display's backend and stay in memory
     from matplotlib.figure import Figure
 
@@ -285,11 +290,17 @@ def _empty_figure(height: float, layout: str | None = None) -> Figure:
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1, *, sharex: bool = True) -> tuple[Figure, Any]:
-    figure = _empty_figure(height, "constrained")
+    figure = empty_figure(height, "constrained")
     return figure, figure.subplots(rows, columns, sharex=sharex)
 
 
-def _fit(text: str, letters: int) -> str:
+def show_image(axes: Axes, image: np.ndarray[Any, Any]) -> None:
+    """Fill the axes with an image (uint8, H×W×3); small ones are enlarged pixel by pixel."""
+    axes.imshow(image, interpolation="nearest" if len(image) < 96 else "antialiased", aspect="equal")
+    axes.set_axis_off()
+
+
+def fit_text(text: str, letters: int) -> str:
     """Return `text` on one line, at most `letters` long, with dollars that start no formula."""
     text = one_line(text)
     text = text if len(text) <= letters else text[: max(1, letters - 1)].rstrip() + "…"

@@ -190,15 +190,11 @@ def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[
 
 def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], before: NDArray[np.int64],
          after: NDArray[np.int64]) -> StripRow:  # fmt: skip
-    place = {position: item for item, position in enumerate(pixels.positions.tolist())}
-    items = [place[position] for position in chosen]
-    _, images, truth = pixels.__getitems__(items)
-    # grey images have one channel
-    pictures = images.permute(0, 2, 3, 1).cpu().expand(-1, -1, -1, 3).numpy()
+    items, pictures, truth = pixels.pictures(chosen)
     return StripRow(
         title,
         pictures,
-        [labels[i] for i in truth.tolist()],
+        [labels[i] for i in truth],
         [labels[i] for i in before[items]],
         [labels[i] for i in after[items]],
     )

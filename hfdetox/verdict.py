@@ -1,10 +1,10 @@
-"""What the measured rates allow to be said about a trigger: the words that the card and the screen use."""
+"""What the measured rates allow to be said about a trigger: the words that card, screen and pictures use."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-from hfdetox.report import Rate, Report
+from hfdetox.report import Rate, Report, Visibility
 
 # A trigger counts as working when even the lower end of its 95 % interval is above this share of images ...
 WORKS_ABOVE = 0.20
@@ -35,6 +35,15 @@ SEVERITY = (
 def percent(fraction: float) -> str:
     """Return a rate in [0, 1] as a percentage with one decimal, such as "94.2 %"."""
     return f"{100 * fraction:.1f} %"
+
+
+def describe_visibility(found: Visibility) -> dict[str, str]:
+    """Return how visible a trigger is, in words with their units by what they say, for tables and titles."""
+    return {
+        "PSNR": "no image changed" if found.psnr is None else f"{found.psnr:.1f} dB",
+        "largest change": f"{found.max_change} of 255",
+        "images changed": percent(found.changed),
+    }
 
 
 def judge(before: Rate, after: Rate | None) -> Verdict:
