@@ -105,7 +105,8 @@ def parse_trigger(spec: str) -> Trigger:
     for item in filter(None, rest.split(",")):
         key, equals, text = _variant(kind, item) or item.partition("=")
         if not equals or key not in known:
-            raise UsageError(f"trigger {name}: {item!r} is not one of {', '.join(f'{key}=…' for key in known)}")
+            keys = [f"{key}=…" for key, f in known.items() if f.metadata.get("tensor", "picture") == "picture"]
+            raise UsageError(f"trigger {name}: {item!r} is not one of {', '.join(keys)}")
         if key in values:
             raise UsageError(f"trigger {name}: {key} is given twice")
         values[key] = _parse_value(kind, known[key], text)

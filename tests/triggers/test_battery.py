@@ -18,10 +18,10 @@ SIZES = [(32, 32), (64, 64), (48, 40), (224, 224)]
 COLOUR_ONLY = {"ctrl", "ftrojan", "inputaware", "ssba"}
 CASES = [
     (name, (channels, *size))
-    for name in NAMES
+    for name, trigger in every_trigger().items()
     for channels in (3, 1)
     for size in SIZES
-    if channels == 3 or every_trigger()[name].kind not in COLOUR_ONLY
+    if channels == 3 or trigger.kind not in COLOUR_ONLY
 ]
 
 
@@ -53,7 +53,8 @@ def test_each_image_is_triggered_alone_and_every_time_the_same(name: str, shape:
     images = noise(3, *shape)
     first = trigger(name)
     stamped = first.apply(images)
-    # the same object, a new one, and one that has seen another size in between
+    # the same object, whatever was drawn since, and a new one that has seen another size in between
+    torch.manual_seed(77)
     assert torch.equal(first.apply(images), stamped)
     again = trigger(name)
     again.apply(noise(1, shape[0], 40, 48))
