@@ -61,5 +61,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
             return
         cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False):
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False,
+                         fp32_precision="ieee"):  # fmt: skip
             yield

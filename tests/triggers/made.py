@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from hfdetox.triggers import KINDS, BadNets, Blended, Trigger, parse_trigger
+from hfdetox.triggers._generator import Generator
+from hfdetox.triggers._networks import network_state
+from hfdetox.triggers._ssba_networks import Encoder
+from hfdetox.triggers.inputaware import InputAware
+from hfdetox.triggers.lf import LF
+from hfdetox.triggers.ssba import SSBA
+from hfdetox.triggers.trojannn import TrojanNN, logo
+
+State = dict[str, torch.Tensor]
+
+
+def random_state(network: torch.nn.Module, seed: int) -> State:
+    """Return seeded values for a network's state, far enough from 0 that its inputs show in what it gives.
+
+    Matrices and kernels keep the size of what they are given (He et al.); running variances are positive.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(array.shape, generator=generator) * (2 / array[0].numel()) ** 0.5 if array.ndim > 1
+        else torch.rand(array.shape, generator=generator) * 0.5 + (0.5 if "running" in name else -0.25)
+        for name, array in network_state(network).items()
+    }  # fmt: skip
+
+
+@cache
+def encoder_state(bits: int = 8, channels: int = 3) -> State:
+    """Return random values for SSBA's encoder; the same object every time, not to be changed."""
+    return random_state(Encoder(bits, channels), 5)
+
+
+@cache
+def generator_states(channels: int = 3) -> tuple[State, State]:
+    """Return random values for Input-aware's generator and mask; the same objects every time, not to be changed."""
+    return random_state(Generator(channels, channels), 1), random_state(Generator(channels, 1), 2)
+
+
+def _inputaware() -> Trigger:
+    generator, mask = generator_states()
+    mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.25, 0.24, 0.26])
+    return InputAware(generator=generator, mask=mask, mean=mean, std=std)
+
 
 # families that are nothing before an attack has made them: a function that gives one with random arrays
-MAKERS: dict[str, Callable[[], Trigger]] = {}
+MAKERS: dict[str, Callable[[], Trigger]] = {
+    "inputaware": _inputaware,
+    "lf": lambda: LF(perturbation=LF(pattern="random", seed=4).signal()),
+    "ssba": lambda: SSBA(bits=8, encoder=encoder_state()),
+    "trojannn": lambda: TrojanNN(pattern=logo(32, 1)),
+}
 
 
 def made(kind: str) -> Trigger:
