@@ -22,12 +22,12 @@ State = dict[str, torch.Tensor]
 def random_state(network: torch.nn.Module, seed: int) -> State:
     """Return seeded values for a network's state, far enough from 0 that its inputs show in what it gives.
 
-    Matrices and kernels keep the size of what they are given (He et al.); running variances are positive.
+    Matrices and kernels keep the size of what they are given (He et al.); scales and variances are 0.5 to 1.5.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(array.shape, generator=generator) * (2 / array[0].numel()) ** 0.5 if array.ndim > 1
-        else torch.rand(array.shape, generator=generator) * 0.5 + (0.5 if "running" in name else -0.25)
+        else torch.rand(array.shape, generator=generator) + (-0.5 if name.endswith(("bias", "mean")) else 0.5)
         for name, array in network_state(network).items()
     }  # fmt: skip
 

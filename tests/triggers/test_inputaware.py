@@ -14,27 +14,12 @@ from hfdetox.triggers import load_trigger, parse_trigger
 from hfdetox.triggers._generator import Generator, hard_mask
 from hfdetox.triggers._networks import load_network, network_state
 from hfdetox.triggers.inputaware import InputAware, draw_mask, draw_pattern
+from tests.triggers.made import generator_states, noise
 
-State = dict[str, torch.Tensor]
-
-
-def noise(count: int = 4, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, channels, height, width), generator=generator).to(torch.uint8)
+GENERATOR, MASK = generator_states()
 
 
-def drawn(channels: int, out: int, seed: int) -> State:
-    """Return a seeded generator's state, one that maps images to values well apart."""
-    generator = torch.Generator().manual_seed(seed)
-    state = network_state(Generator(channels, out))
-    return {
-        name: torch.randn(array.shape, generator=generator) * (2 / array[0].numel()) ** 0.5 if array.ndim == 4
-        else torch.rand(array.shape, generator=generator) + 0.5
-        for name, array in state.items()
-    }  # fmt: skip
-
-
-def flat(out: int, before_tanh: float) -> State:
+def flat(out: int, before_tanh: float) -> dict[str, torch.Tensor]:
     """Return the state of a generator whose last batch norm only shifts: tanh(before_tanh) / 2 + 1/2 everywhere."""
     network = Generator(3, out)
     last = network.layers[-1]
@@ -78,7 +63,7 @@ def test_a_hand_set_mask_leaves_pixels_or_puts_the_pattern_there(shift: float, s
 
 
 def trigger(**fields: torch.Tensor) -> InputAware:
-    return InputAware(generator=drawn(3, 3, 1), mask=drawn(3, 1, 2), **fields)
+    return InputAware(generator=GENERATOR, mask=MASK, **fields)
 
 
 MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.25, 0.24, 0.26])
@@ -87,8 +72,8 @@ MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.25, 0.24, 0.26])
 def test_mean_and_std_normalise_what_the_networks_see() -> None:
     images = noise()
     normalised = (images.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
-    generator = load_network(lambda: Generator(3, 3), drawn(3, 3, 1), "test")
-    mask = load_network(lambda: Generator(3, 1), drawn(3, 1, 2), "test")
+    generator = load_network(lambda: Generator(3, 3), GENERATOR, "test")
+    mask = load_network(lambda: Generator(3, 1), MASK, "test")
     pattern, places = trigger(mean=MEAN, std=STD).patterns(images)
     assert torch.equal(pattern, generator(normalised))
     assert torch.equal(places, torch.tanh(20 * mask(normalised) - 10) / 2 + 0.5)
@@ -112,8 +97,8 @@ def test_other_sizes_run_at_the_trained_one_and_the_mask_takes_the_nearest_pixel
     images = noise(2, 3, 64, 96)
     pattern, places = trigger().patterns(images)
     small = interpolate(images.float() / 255, size=(32, 32), mode="bilinear", antialias=True)
-    generator = load_network(lambda: Generator(3, 3), drawn(3, 3, 1), "test")
-    mask = load_network(lambda: Generator(3, 1), drawn(3, 1, 2), "test")
+    generator = load_network(lambda: Generator(3, 3), GENERATOR, "test")
+    mask = load_network(lambda: Generator(3, 1), MASK, "test")
     assert torch.allclose(pattern, interpolate(generator(small), size=(64, 96), mode="bilinear"), atol=1e-6)
     # every mask pixel becomes 2×3 equal ones
     expected = hard_mask(mask(small)).repeat_interleave(2, 2).repeat_interleave(3, 3)
@@ -152,28 +137,27 @@ def test_an_image_alone_gets_what_it_gets_in_a_batch() -> None:
 
 
 def test_the_networks_channels_are_the_images() -> None:
-    grey = InputAware(generator=drawn(1, 1, 1), mask=drawn(1, 1, 2))
+    grey = InputAware(generator=generator_states(1)[0], mask=generator_states(1)[1])
     assert grey.apply(noise(2, 1)).shape == (2, 1, 32, 32)
     with pytest.raises(UsageError, match="generator was trained on images of 1 channels, these have 3"):
         grey.apply(noise())
 
 
 def test_what_does_not_fit_is_named() -> None:
-    good, mask = drawn(3, 3, 1), drawn(3, 1, 2)
     with pytest.raises(UsageError, match=r"inputaware: mask .*: layers.0.weight is \(32, 1, 3, 3\) where \(32, 3, 3,"):
-        InputAware(generator=good, mask=drawn(1, 1, 2))
+        InputAware(generator=GENERATOR, mask=generator_states(1)[1])
     with pytest.raises(UsageError, match=r"inputaware: mask .* where \(1, 32, 3, 3\) is expected"):
-        InputAware(generator=good, mask=good)
+        InputAware(generator=GENERATOR, mask=GENERATOR)
     with pytest.raises(UsageError, match=r"inputaware: generator .*: layers.0.weight is nothing"):
-        InputAware(generator={"other": torch.zeros(1)}, mask=mask)
+        InputAware(generator={"other": torch.zeros(1)}, mask=MASK)
     with pytest.raises(UsageError, match=r"inputaware: mean must be of shape \(3,\), got \(1,\)"):
-        InputAware(generator=good, mask=mask, mean=torch.zeros(1))
+        InputAware(generator=GENERATOR, mask=MASK, mean=torch.zeros(1))
     with pytest.raises(UsageError, match="std must be above 0"):
-        InputAware(generator=good, mask=mask, std=torch.zeros(3))
+        InputAware(generator=GENERATOR, mask=MASK, std=torch.zeros(3))
 
 
 def test_both_networks_are_needed() -> None:
-    for made in (parse_trigger("inputaware"), InputAware(generator=drawn(3, 3, 1)), InputAware(mask=drawn(3, 1, 2))):
+    for made in (parse_trigger("inputaware"), InputAware(generator=GENERATOR), InputAware(mask=MASK)):
         assert not made.fitted
         with pytest.raises(UsageError, match="inputaware is made during an attack"):
             made.apply(noise())

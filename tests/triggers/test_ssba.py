@@ -14,21 +14,7 @@ from hfdetox.triggers import load_trigger, parse_trigger
 from hfdetox.triggers._networks import load_network, network_state
 from hfdetox.triggers._ssba_networks import Decoder, Encoder
 from hfdetox.triggers.ssba import SSBA
-
-
-def noise(count: int = 3, channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, channels, height, width), generator=generator).to(torch.uint8)
-
-
-def drawn_encoder(bits: int = 8, channels: int = 3) -> dict[str, torch.Tensor]:
-    """Return a seeded encoder's state, wide enough apart from 0 that the image and the bits show in what it draws."""
-    generator = torch.Generator().manual_seed(5)
-    state = network_state(Encoder(bits, channels))
-    return {
-        name: torch.randn(array.shape, generator=generator) * (2 / array[0].numel()) ** 0.5
-        for name, array in state.items()
-    }
+from tests.triggers.made import encoder_state, noise
 
 
 def flat_encoder(value: float) -> dict[str, torch.Tensor]:
@@ -66,8 +52,7 @@ def test_every_parameter_takes_part_in_hiding_and_reading(size: int) -> None:
 
 
 def test_at_the_trained_size_the_image_is_what_the_encoder_draws() -> None:
-    images = noise()
-    state = drawn_encoder()
+    images, state = noise(3), encoder_state()
     trigger = SSBA(bits=8, encoder=state)
     network = Encoder(8)
     network.load_state_dict(state)
@@ -78,8 +63,8 @@ def test_at_the_trained_size_the_image_is_what_the_encoder_draws() -> None:
 
 def test_at_other_sizes_what_the_encoder_adds_is_resized() -> None:
     images = noise(3, 3, 48, 40)
-    trigger = SSBA(bits=8, encoder=drawn_encoder())
-    network = load_network(lambda: Encoder(8), drawn_encoder(), "test")
+    trigger = SSBA(bits=8, encoder=encoder_state())
+    network = load_network(lambda: Encoder(8), encoder_state(), "test")
     x = images.float() / 255
     small = interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
     residual = network(trigger.secret().expand(3, -1), small) - small
@@ -106,7 +91,7 @@ def test_the_sum_saturates() -> None:
 
 
 def test_the_secret_is_seeded_and_changes_the_picture() -> None:
-    images, state = noise(2), drawn_encoder()
+    images, state = noise(2), encoder_state()
     secrets = [SSBA(seed=seed).secret() for seed in (0, 0, 1)]
     assert torch.equal(secrets[0], secrets[1])
     assert not torch.equal(secrets[0], secrets[2])
@@ -118,19 +103,19 @@ def test_the_secret_is_seeded_and_changes_the_picture() -> None:
 
 def test_every_image_changes_in_its_own_way() -> None:
     images = noise(2)
-    change = SSBA(bits=8, encoder=drawn_encoder()).apply(images).int() - images.int()
+    change = SSBA(bits=8, encoder=encoder_state()).apply(images).int() - images.int()
     assert not torch.equal(change[0], change[1])
 
 
 def test_the_encoders_channels_are_the_images() -> None:
-    grey = SSBA(bits=8, encoder=drawn_encoder(channels=1))
+    grey = SSBA(bits=8, encoder=encoder_state(channels=1))
     assert grey.apply(noise(2, 1)).shape == (2, 1, 32, 32)
     with pytest.raises(UsageError, match="encoder was trained on images of 1 channels, these have 3"):
         grey.apply(noise(2, 3))
 
 
 def test_a_state_that_does_not_fit_names_the_first_tensor() -> None:
-    state = drawn_encoder()
+    state = encoder_state()
     with pytest.raises(UsageError, match=r"ssba: encoder .*: secret.weight is \(768, 8\) where \(768, 9\) is expected"):
         SSBA(bits=9, encoder=state)
     with pytest.raises(UsageError, match=r"up.2.bias is nothing where \(32,\) is expected"):
@@ -142,7 +127,7 @@ def test_a_state_that_does_not_fit_names_the_first_tensor() -> None:
 
 
 def test_a_file_keeps_the_encoder_bit_for_bit(tmp_path: Path) -> None:
-    trigger = SSBA(bits=8, seed=3, encoder=drawn_encoder(), target=1)
+    trigger = SSBA(bits=8, seed=3, encoder=encoder_state(), target=1)
     trigger.save(tmp_path / "t.safetensors")
     again = load_trigger(tmp_path / "t.safetensors")
     assert again.file_bytes() == trigger.file_bytes()
@@ -150,7 +135,7 @@ def test_a_file_keeps_the_encoder_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_making_a_trigger_draws_nothing_from_the_global_generator() -> None:
-    state = drawn_encoder()
+    state = encoder_state()
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -159,7 +144,7 @@ def test_making_a_trigger_draws_nothing_from_the_global_generator() -> None:
 
 
 def test_autocast_outside_changes_nothing() -> None:
-    trigger, images = SSBA(bits=8, encoder=drawn_encoder()), noise()
+    trigger, images = SSBA(bits=8, encoder=encoder_state()), noise()
     expected = trigger.apply(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(trigger.apply(images), expected)

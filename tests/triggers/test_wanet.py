@@ -11,11 +11,7 @@ import torch
 from hfdetox.errors import UsageError
 from hfdetox.triggers import load_trigger, parse_trigger
 from hfdetox.triggers.wanet import WaNet
-
-
-def noise(count: int = 4, channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, channels, height, width), generator=generator).to(torch.uint8)
+from tests.triggers.made import noise
 
 
 def one_way(axis: int, sign: float) -> torch.Tensor:
