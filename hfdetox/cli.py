@@ -22,6 +22,7 @@ from hfdetox import screen
 from hfdetox.environment import check_torchvision, is_main_process, mask_secrets
 from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.options import (
+    COMMANDS,
     DetoxOptions,
     EvaluateOptions,
     ScreenOptions,
@@ -34,7 +35,7 @@ from hfdetox.report import REPORT_NAME
 from hfdetox.verdict import describe_visibility
 
 INTERRUPTED = 130
-FIRST_WORDS = ("demo", "detox", "evaluate", "push", "list", "--help", "--version")
+FIRST_WORDS = (*COMMANDS, "--help", "--version")
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", no_args_is_help=False,

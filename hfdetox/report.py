@@ -9,11 +9,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 from hfdetox.errors import UsageError
 
 REPORT_NAME = "detox_report.json"
+ATTACK_REPORT_NAME = "attack_report.json"
+REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME)
 SCHEMA_VERSION = 1
 
 
@@ -150,13 +152,55 @@ class EnvironmentInfo:
     command: str
 
 
+class ReportFile:
+    """What all reports are: a dataclass that becomes a JSON file and back."""
+
+    NAME: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types, `schema_version` and `hfdetox_version` first."""
+        plain = dataclasses.asdict(cast(Any, self))
+        return {"schema_version": plain.pop("schema_version"), **plain}
+
+    def save(self, folder: Path) -> Path:
+        """Write the report into `folder` under its name and return its path."""
+        path = folder / self.NAME
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        """Rebuild a report from `to_dict`'s result; raises UsageError for another schema version or unknown fields."""
+        version = plain.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UsageError(f"report has schema version {version!r}; this hfdetox reads {SCHEMA_VERSION}")
+        return cast(Self, from_plain(cls, plain))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the report from `folder`; raises UsageError when it is missing or not a report."""
+        path = folder / cls.NAME
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{path} is not a hfdetox report: {error}") from error
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(ReportFile):
     """Everything measured and everything needed to repeat it.
 
     `after`, `defense_effectiveness_rating` and the fields of `output` are None until they are known, so that the
     card can be built and checked before the training starts.
     """
+
+    NAME: ClassVar[str] = REPORT_NAME
 
     hfdetox_version: str
     model: ModelInfo
@@ -170,40 +214,6 @@ class Report:
     environment: EnvironmentInfo
     warnings: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON types, `schema_version` and `hfdetox_version` first."""
-        plain = dataclasses.asdict(self)
-        return {"schema_version": plain.pop("schema_version"), **plain}
-
-    def save(self, folder: Path) -> Path:
-        """Write `detox_report.json` into `folder` and return its path."""
-        path = folder / REPORT_NAME
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
-
-    def to_json(self) -> str:
-        """Return the text of `detox_report.json`."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> Report:
-        """Rebuild a report from `to_dict`'s result; raises UsageError for another schema version or unknown fields."""
-        version = plain.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise UsageError(f"report has schema version {version!r}; this hfdetox reads {SCHEMA_VERSION}")
-        return typing.cast(Report, from_plain(cls, plain))
-
-    @classmethod
-    def load(cls, folder: Path) -> Report:
-        """Read `detox_report.json` from `folder`; raises UsageError when it is missing or not a report."""
-        path = folder / REPORT_NAME
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UsageError(f"{folder} has no {REPORT_NAME}; it was not written by hfdetox") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"{path} is not a hfdetox report: {error}") from error
 
 
 def describe_target(target: int | str, labels: Sequence[str] | None = None) -> str:
@@ -222,7 +232,7 @@ def from_plain(kind: Any, value: Any) -> Any:
         return from_plain(next(a for a in arguments if a is not type(None)), value)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
+        unknown = sorted(set(value) - {f.name for f in dataclasses.fields(kind)})
         if unknown:
             raise TypeError(f"unknown fields {unknown} for {getattr(kind, '__name__', kind)}")
         return typing.cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})

@@ -7,30 +7,32 @@ import os
 import re
 import shlex
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hfdetox.checkpoints import CheckpointStore
 from hfdetox.errors import RunError, UsageError
+from hfdetox.options import COMMANDS
 from hfdetox.report import from_plain
 from hfdetox.triggers.base import Trigger
 
 RUN_FILE = "run.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
-_NOT_IN_COMMAND = ("model", "push_to", "typed", *PUBLISHING)
+_NOT_IN_COMMAND = ("model", "push_to", "typed", "public", "i_know_this_is_backdoored", *PUBLISHING)
+_FLAGS = {"triggers": "--trigger", "settings": "--set", "model_args": "--model-arg"}
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
 _HUB_PREFIX = re.compile("hf[_-]hub:")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Everything that decides a run's result and where it goes, as plain data.
+class ImageOptions(ABC):
+    """The model, the images and the triggers of a run, and where its result goes, as plain data.
 
-    `model` and `dataset` are None for objects; `settings` are the defence's by the names and in the texts that
-    `--set` takes. `typed` is the command of the run that these options resume, None at its start.
+    `model` and `dataset` are None for objects. A subclass adds what is done to the model.
     """
 
     model: str | None
@@ -40,12 +42,10 @@ class RunOptions:
     eval_split: str | None = None
     image_column: str | None = None
     label_column: str | None = None
-    samples: int | float = 0.05
+    samples: int | float | None = None
     eval_samples: int | None = None
     label_map: str | None = None
     allow_missing_classes: bool = False
-    defense: str = "d3:paper"
-    settings: dict[str, str]
     triggers: list[str]
     target: str | None = None
     precision: str = "auto"
@@ -56,14 +56,8 @@ class RunOptions:
     trust_remote_code: bool = False
     output: str | None = None
     push_to: str | None = None
-    private: bool = False
     create_pr: bool = False
     overwrite: bool = False
-    typed: str | None = None
-
-    def publishing(self) -> dict[str, Any]:
-        """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        return {name: getattr(self, name) for name in PUBLISHING}
 
     def command(self) -> str:
         """Return the shell command that repeats the run, "" where objects took part, which no command can name.
@@ -71,49 +65,78 @@ class RunOptions:
         It is for publishing: of local paths only the last part is left; options at their defaults, and where the
         result is pushed, are left out.
         """
-        if self.typed is not None:
-            return self.typed
         if self.model is None or self.dataset is None:
             return ""
         shown = self._without_places()
-        words = [
-            "hfdetox",
-            *(["detox"] if shown.model in ("demo", "detox", "evaluate", "push", "list") else []),
-            str(shown.model),
-        ]
-        flags = {"triggers": "--trigger", "settings": "--set"}
+        words = ["hfdetox", *shown.command_word(), str(shown.model)]
         for option in fields(self):
             value = getattr(shown, option.name)
-            flag = flags.get(option.name, "--" + option.name.replace("_", "-"))
             if option.name in _NOT_IN_COMMAND or value in (option.default, None, False, [], {}):
                 continue
+            flag = _FLAGS.get(option.name, "--" + option.name.replace("_", "-"))
             if value is True:
                 words.append(flag)
             elif isinstance(value, dict):
-                words += [word for key, text in value.items() for word in (flag, f"{key}={text}")]
+                words += [word for key, item in value.items() for word in (flag, f"{key}={_text(item)}")]
             else:
                 words += [
                     word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))
                 ]
         return shlex.join(words)
 
-    def _without_places(self) -> RunOptions:
+    @abstractmethod
+    def command_word(self) -> list[str]:
+        """Return the words between `hfdetox` and the model."""
+
+    def _without_places(self) -> Self:
         # only what the Hub has is pinned to a revision; an id that is also a folder's name stays an id then
-        model = self.model if self.model is None or self.revision else _last_part(self.model)
-        dataset = self.dataset if self.dataset is None or self.dataset_revision else _last_part(self.dataset)
+        model = self.model if self.model is None or self.revision else last_part(self.model)
+        dataset = self.dataset if self.dataset is None or self.dataset_revision else last_part(self.dataset)
         return replace(
             self, model=model, dataset=dataset,
-            label_map=_last_part(self.label_map) if self.label_map else None,
+            label_map=last_part(self.label_map) if self.label_map else None,
             output=f"./{Path(self.output).resolve().name}" if self.output else None,
             triggers=[
-                _last_part(spec) if spec.endswith(".safetensors")
-                else re.sub("(?<==)[^,]*/[^,]*", lambda path: _last_part(path[0]), spec)
+                last_part(spec) if spec.endswith(".safetensors")
+                else re.sub("(?<==)[^,]*/[^,]*", lambda path: last_part(path[0]), spec)
                 for spec in self.triggers
             ],
         )  # fmt: skip
 
 
-def _last_part(text: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ImageOptions):
+    """Everything that decides a cleaning run's result and where it goes, as plain data.
+
+    `settings` are the defence's by the names and in the texts that `--set` takes. `typed` is the command of the run
+    that these options resume, None at its start.
+    """
+
+    samples: int | float = 0.05
+    defense: str = "d3:paper"
+    settings: dict[str, str]
+    private: bool = False
+    typed: str | None = None
+
+    def publishing(self) -> dict[str, Any]:
+        """Return how the result is published, as the keyword arguments of `push_to_hub`."""
+        return {name: getattr(self, name) for name in PUBLISHING}
+
+    def command(self) -> str:
+        """Return the shell command that repeats the run: of a resumed one, that of its start."""
+        return super().command() if self.typed is None else self.typed
+
+    def command_word(self) -> list[str]:
+        """Return `detox` where a model of that name would be taken for a command."""
+        return ["detox"] if self.model in COMMANDS else []
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def last_part(text: str) -> str:
+    """Return the name of a path that exists here, without where it lies; any other text as it is."""
     return f"./{Path(text).resolve().name}" if Path(text).exists() else text
 
 

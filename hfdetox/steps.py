@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
@@ -25,9 +25,11 @@ from hfdetox.metrics import Outcome, ratings
 from hfdetox.models import Classifier
 from hfdetox.report import DefenseInfo, OutputInfo, Report
 from hfdetox.result import CHECKED_IMAGES, DetoxResult, Exhibits
-from hfdetox.runs import PUBLISHING, RunFolder, RunOptions, check_output, same_model
+from hfdetox.runs import PUBLISHING, ImageOptions, RunFolder, RunOptions, check_output, same_model
 
 logger = logging.getLogger("hfdetox")
+
+Options = TypeVar("Options", bound=ImageOptions)
 
 
 class Notes:
@@ -75,7 +77,7 @@ def open_run(options: RunOptions, resume: str | Path | None) -> tuple[RunOptions
     return options, run
 
 
-def pull_images(options: RunOptions, dataset: Any, classifier: Classifier, notes: Notes) -> Images:
+def pull_images(options: ImageOptions, dataset: Any, classifier: Classifier, notes: Notes) -> Images:
     """Return the clean and evaluation images; `dataset` is an object, or the id or folder that `options` has too."""
     for text in classifier.warnings:
         notes.warn(text)
@@ -95,7 +97,7 @@ def pull_images(options: RunOptions, dataset: Any, classifier: Classifier, notes
     )  # fmt: skip
 
 
-def pin(options: RunOptions, classifier: Classifier, images: Images) -> RunOptions:
+def pin(options: Options, classifier: Classifier, images: Images) -> Options:
     """Return the options with the commits that were found, so that repeating them repeats the run."""
     if classifier.info.revision is not None:
         options = replace(options, model=classifier.info.id, revision=classifier.info.revision)
