@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 IMAGES = 3
 # what a difference is multiplied by; a half, for one from black to white would need 511 levels
-FACTORS = (0.5, 1, 2, 5, 10, 20, 50, 100)
+FACTORS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 100)
 RIGHT_MARK, WRONG_MARK, TARGET_MARK = "✓", "✗", "⚑"
 # in dots: the side of a picture, the space between two, between two images' groups, and the margin
 _SIDE, _SPACE, _GAP, _MARGIN = 128, 8, 30, 20
