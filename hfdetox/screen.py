@@ -94,7 +94,12 @@ def trigger_table(trigger: TriggerEntry) -> Table:
         name: f"none; {name}=FILE.png gives one" if kind == "picture" else "kept in the trigger file"
         for name, kind in trigger.arrays.items()
     }
-    return settings_table(trigger.parameters | held)
+    choices = {
+        name: f"{trigger.parameters[name]} (or {', '.join(word for word in words if word != trigger.parameters[name])})"
+        for name, words in trigger.words.items()
+    }
+    truths = {name: str(value).lower() for name, value in trigger.parameters.items() if isinstance(value, bool)}
+    return settings_table(trigger.parameters | choices | truths | held)
 
 
 def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:

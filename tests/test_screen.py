@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hfdetox import screen
+from hfdetox import cli, screen
 from hfdetox.report import Measurement, Rate, Rating, TriggerResult
+from hfdetox.triggers import KINDS, available
 
 
 def measurement(attacked: Rate) -> Measurement:
@@ -75,3 +76,23 @@ def test_plan_lines_leave_out_what_was_not_asked_for() -> None:
 )
 def test_revision_is_shortened(revision: str | None, text: str) -> None:
     assert screen.at_revision("o/m", revision) == text
+
+
+def test_a_trigger_family_is_shown_with_what_can_be_typed_and_what_files_hold() -> None:
+    rows = rendered(screen.trigger_table(available()["badnets"]))
+    assert ["mode", "native (or input)"] in rows
+    assert ["pattern", "square (or grid)"] in rows
+    assert ["target", "-"] in rows
+    assert ["size", "3"] in rows
+    assert ["image", "none; image=FILE.png gives one"] in rows
+    assert ["dither", "false"] in rendered(screen.trigger_table(available()["bpp"]))
+    assert ["encoder", "kept in the trigger file"] in rendered(screen.trigger_table(available()["ssba"]))
+
+
+def test_the_list_of_triggers_has_every_family_its_paper_and_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["list", "triggers"]) == 0
+    text = capsys.readouterr().out
+    for kind in KINDS.values():
+        section = text.partition(f"{kind.kind}: {kind.summary} ({kind.paper})")[2]
+        shown = {line.split()[0] for line in section.partition(": ")[0].splitlines() if line.strip()}
+        assert {f.name for f in fields(kind)} <= shown

@@ -53,6 +53,7 @@ class TriggerEntry:
         summary: what it does to an image.
         paper: where it was published.
         parameters: each key of a specification with its default.
+        words: the words that a key allows, where it allows no others.
         arrays: the fields that hold arrays, by kind; a specification can give a `picture`, a trigger file any.
     """
 
@@ -60,6 +61,7 @@ class TriggerEntry:
     summary: str
     paper: str
     parameters: dict[str, Any]
+    words: dict[str, tuple[str, ...]]
     arrays: dict[str, TensorKind]
 
 
@@ -71,7 +73,12 @@ def available() -> dict[str, TriggerEntry]:
 def _entry(kind: type[Trigger]) -> TriggerEntry:
     arrays = kind.tensor_fields()
     defaults = {f.name: None if f.default is MISSING else f.default for f in fields(kind) if f.name not in arrays}
-    return TriggerEntry(kind.kind, kind.summary, kind.paper, defaults, arrays)
+    words = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(kind).items() if _is_literal(hint)}
+    return TriggerEntry(kind.kind, kind.summary, kind.paper, defaults, words, arrays)
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
 
 
 def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
@@ -156,14 +163,14 @@ def _grouped(tensors: dict[str, torch.Tensor], arrays: dict[str, TensorKind]) ->
 def _variant(kind: type[Trigger], item: str) -> tuple[str, str, str] | None:
     """Return `KEY=item` for a bare word that is one of the words a field allows, as in `lf:random`."""
     for name, hint in typing.get_type_hints(kind).items():
-        if typing.get_origin(hint) is typing.Literal and item in typing.get_args(hint):
+        if _is_literal(hint) and item in typing.get_args(hint):
             return name, "=", item
     return None
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Tell whether a JSON value is of a field's type: a scalar, a union of scalars or a Literal."""
-    if typing.get_origin(hint) is typing.Literal:
+    if _is_literal(hint):
         return value in typing.get_args(hint)
     allowed = typing.get_args(hint) or (hint,)
     # bool is an int to Python, and JSON has one kind of number
@@ -178,7 +185,7 @@ def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
     if field.name == "target":
         return text
     hint = typing.get_type_hints(kind)[field.name]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Literal:
+    if isinstance(hint, types.UnionType) or _is_literal(hint):
         return text
     if hint is bool:
         # every text but the empty one is true to bool

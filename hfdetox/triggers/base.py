@@ -148,7 +148,8 @@ def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.T
     elif array.shape[0] == 1:
         array = array.expand(channels, -1, -1)
     if array.shape[0] != channels:
-        raise UsageError(f"the trigger's picture has {array.shape[0]} channels, the images have {channels}")
+        raise UsageError(f"the trigger's picture has {array.shape[0]} channels, the images have {channels}; "
+                         "give it one of 1 or 3 channels")  # fmt: skip
     if array.shape[-2:] != (height, width):
         array = interpolate(array[None], size=(height, width), mode="bilinear", antialias=True)[0]
     return array.round().clamp(0, 255).to(torch.uint8).to(like.device)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers import BadNets, parse_trigger
@@ -132,3 +135,15 @@ def test_a_grid_and_a_picture_are_an_error() -> None:
 def test_wrong_settings_are_one_line(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_trigger(text)
+
+
+@pytest.mark.parametrize("kind", ["badnets", "blended"])
+def test_a_file_with_a_picture_of_other_channels_is_one_line(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "t.safetensors"
+    save_file({"image": torch.zeros(4, 3, 3).byte()}, file, metadata={"trigger": json.dumps({"kind": kind})})
+    trigger = parse_trigger(str(file))
+    for channels in (1, 3):
+        message = f"the trigger's picture has 4 channels, the images have {channels}; give it one of 1 or 3 channels"
+        with pytest.raises(UsageError, match=message) as caught:
+            trigger.apply(noise(1, channels))
+        assert "\n" not in str(caught.value)
