@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from hfdetox import screen
-from hfdetox.attacks.poison import PoisonedPixels, train_on
+from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
 from hfdetox.data import load_images
 from hfdetox.detox import detoxify
 from hfdetox.devices import make_accelerator
@@ -104,10 +104,12 @@ def backdoored(dataset: Path, folder: Path, seed: int) -> Classifier:
     accelerator = make_accelerator()
     images = load_images(dataset, labels=NAMES, samples=1.0, eval_samples=1, seed=seed, warn=lambda text: None)
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=False)
-    poisoned = PoisonedPixels(clean, BadNets(), ratio=POISON_RATIO, target=NAMES.index(TARGET), seed=seed)
-    train_on(
-        classifier.network, poisoned, accelerator, epochs=TRAINING_EPOCHS, augmentation="crop", seed=seed, progress=True
-    )
+    training = TrainingSettings(epochs=TRAINING_EPOCHS, augmentation="crop")
+    job = Job(
+        classifier=classifier, clean=clean, accelerator=accelerator, training=training, from_scratch=True, seed=seed,
+        progress=True,
+    )  # fmt: skip
+    run_attack(job, [Implant(BadNets(), NAMES.index(TARGET), POISON_RATIO, recipe_for("badnets", {}))])
     classifier.save(folder)
     return classifier
 

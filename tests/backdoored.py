@@ -20,7 +20,7 @@ from PIL import Image as Pictures
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from hfdetox.attacks.poison import PoisonedPixels, train_on
+from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
 from hfdetox.data import load_images
 from hfdetox.devices import make_accelerator
 from hfdetox.evaluation import decoded
@@ -117,6 +117,7 @@ def _backdoor(classifier: Classifier, digits: Path) -> Classifier:
     accelerator = make_accelerator("cpu", "no")
     images = load_images(digits, labels=NAMES, samples=1.0, eval_samples=1)
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=False)
-    poisoned = PoisonedPixels(clean, parse_trigger(TRIGGER), ratio=0.1, target=NAMES.index(TARGET))
-    train_on(classifier.network, poisoned, accelerator, epochs=14, augmentation="crop")
+    training = TrainingSettings(epochs=14, augmentation="crop")
+    job = Job(classifier=classifier, clean=clean, accelerator=accelerator, training=training, from_scratch=True)
+    run_attack(job, [Implant(parse_trigger(TRIGGER), NAMES.index(TARGET), 0.1, recipe_for("badnets", {}))])
     return classifier

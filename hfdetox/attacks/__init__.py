@@ -1,0 +1,119 @@
+"""Attacks by the trigger they implant: their recipes, the settings of both, and the list of what there is."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe, TrainingSettings
+from hfdetox.attacks.run import Implanted, run_attack
+from hfdetox.errors import UsageError
+from hfdetox.settings import parse_setting
+
+__all__ = [
+    "AttackEntry",
+    "Implant",
+    "Implanted",
+    "Job",
+    "Recipe",
+    "TrainingSettings",
+    "available",
+    "parse_attack_settings",
+    "recipe_for",
+    "run_attack",
+]
+
+
+def _discover() -> dict[str, type[Recipe]]:
+    """Return the recipes by kind: the classes with a `kind` in the modules of this package."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    classes = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return {kind.kind: kind for kind in classes if issubclass(kind, Recipe) and hasattr(kind, "kind")}
+
+
+RECIPES = _discover()
+
+
+@dataclass(frozen=True)
+class AttackEntry:
+    """One entry of `hfdetox list attacks`.
+
+    Attributes:
+        kind: the trigger's kind.
+        summary: how the trigger gets into the model.
+        how: `dirty label`, `clean label` (both poison the data) or `training control`.
+        parameters: the recipe's own settings with their defaults.
+    """
+
+    kind: str
+    summary: str
+    how: str
+    parameters: dict[str, Any]
+
+
+def available() -> dict[str, AttackEntry]:
+    """Return every attack by its trigger's kind, in alphabetical order."""
+    return {kind: AttackEntry(kind, RECIPES[kind].summary, _how(RECIPES[kind]), _defaults(RECIPES[kind]))
+            for kind in sorted(RECIPES)}  # fmt: skip
+
+
+def recipe_for(kind: str, settings: Mapping[str, str]) -> Recipe:
+    """Return the recipe of a trigger kind with `settings` (texts, as `--set` gives them, of its own fields).
+
+    Raises:
+        UsageError: no recipe for the kind, an unknown key (the known are listed), or a wrong value.
+    """
+    known = _recipe_keys(kind)
+    _check_keys(settings, known, kind)
+    return RECIPES[kind](**_parsed(RECIPES[kind], settings))
+
+
+def parse_attack_settings(
+    kinds: Sequence[str], overrides: Mapping[str, str]
+) -> tuple[TrainingSettings, dict[str, Recipe]]:
+    """Return the training's settings and the recipe of each trigger kind, with `overrides` (texts) in place.
+
+    A key that the training and a recipe, or several recipes, share goes to all of them.
+
+    Raises:
+        UsageError: as `recipe_for`; an unknown key lists those of the training and of the recipes in use.
+    """
+    own = {kind: _recipe_keys(kind) for kind in kinds}
+    training = [f.name for f in fields(TrainingSettings)]
+    _check_keys(overrides, [*training, *(key for keys in own.values() for key in keys)], "attack")
+    recipes = {kind: recipe_for(kind, {key: overrides[key] for key in keys if key in overrides})
+               for kind, keys in own.items()}  # fmt: skip
+    shared = {key: text for key, text in overrides.items() if key in training}
+    return TrainingSettings(**_parsed(TrainingSettings, shared)), recipes
+
+
+def _recipe_keys(kind: str) -> list[str]:
+    if kind not in RECIPES:
+        raise UsageError(f"no attack implants a {kind!r} trigger; there is one for {', '.join(sorted(RECIPES))}")
+    return [f.name for f in fields(RECIPES[kind])]
+
+
+def _check_keys(settings: Mapping[str, str], known: Sequence[str], what: str) -> None:
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        has = f"it has {', '.join(dict.fromkeys(known))}" if known else "it has none"
+        raise UsageError(f"{what} has no setting {', '.join(unknown)}; {has}")
+
+
+def _parsed(kind: type[Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {key: parse_setting(key, hints[key], text) for key, text in settings.items()}
+
+
+def _how(kind: type[Recipe]) -> str:
+    if issubclass(kind, ControlRecipe):
+        return "training control"
+    return "clean label" if issubclass(kind, PoisonRecipe) and kind.clean_label else "dirty label"
+
+
+def _defaults(kind: type[Recipe]) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(kind)}

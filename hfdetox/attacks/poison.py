@@ -1,72 +1,154 @@
-"""Dirty-label all-to-one poisoning, as BadNets and Blended do: some images get the trigger and the attacker's label."""
+"""Data poisoning: before the training, a fixed set of images gets the trigger and the attacker's label."""
 
 from __future__ import annotations
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.nn.functional import cross_entropy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from hfdetox.augment import Augmentation
-from hfdetox.batches import Batch
-from hfdetox.engine import Engine, Phase, TrainingRecord
+import torch
+
+from hfdetox.attacks.base import Implant, Job, PoisonRecipe
 from hfdetox.errors import UsageError
-from hfdetox.pixels import Pixels
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.base import ALL_TO_ALL, attacked_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadNetsRecipe(PoisonRecipe):
+    """Images of all classes, dirty label (Gu et al., arXiv 1708.06733)."""
+
+    kind: ClassVar[str] = "badnets"
+    summary: ClassVar[str] = "images of all classes get the patch and the target's label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendedRecipe(PoisonRecipe):
+    """Images of all classes, dirty label (Chen et al., arXiv 1712.05526)."""
+
+    kind: ClassVar[str] = "blended"
+    summary: ClassVar[str] = "images of all classes get the picture and the target's label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTrojanRecipe(PoisonRecipe):
+    """Images of all classes, dirty label (Wang et al., arXiv 2111.10991)."""
+
+    kind: ClassVar[str] = "ftrojan"
+    summary: ClassVar[str] = "images of all classes get the frequencies and the target's label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigRecipe(PoisonRecipe):
+    """Images of the target class alone, labels kept (Barni et al., arXiv 1902.11237)."""
+
+    kind: ClassVar[str] = "sig"
+    summary: ClassVar[str] = "images of the target class alone get the wave; no label changes"
+    clean_label: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtrlRecipe(PoisonRecipe):
+    """Images of the target class alone, labels kept (Li et al., arXiv 2210.07346, there without supervision)."""
+
+    kind: ClassVar[str] = "ctrl"
+    summary: ClassVar[str] = "images of the target class alone get the frequencies; no label changes"
+    clean_label: ClassVar[bool] = True
 
 
 class PoisonedPixels:
-    """A training set of which a seeded share carries the trigger and the target's label.
+    """A training set in which seeded, disjoint shares carry each implant's trigger and label.
 
-    The poisoned images are round(ratio · N) drawn from all classes without replacement, as BackdoorBench does; one
-    that is of the target class already keeps its label.
+    Dirty label: round(p · N) images of all classes without replacement, as BackdoorBench does; one that is of the
+    target class already keeps its label, and all-to-all moves every label to the next. Clean label: round(p · N)
+    images of the target class, whose label they keep; these choose first, since they have no others to choose from.
 
     Args:
-        clean: the cached clean images; left as they are.
-        ratio: share of the images that are poisoned, in (0, 1].
-        target: label index.
+        job: its clean images, which are left as they are, and its seed.
+        implants: data-poisoning recipes with triggers that are ready.
+
+    Attributes:
+        images: N×C×H×W, the cache with the triggers, on the device of the clean one.
+        labels: N, int64, with the attacker's labels.
+        positions: as the clean images'.
+        poisoned: by trigger name, the places (int64, ascending, in 0 to N - 1) that carry it.
 
     Raises:
-        UsageError: no cache, or a ratio that rounds to no image.
+        UsageError: no cache, a ratio that rounds to no image, or one that asks for more images than there are.
     """
 
-    def __init__(self, clean: Pixels, trigger: Trigger, *, ratio: float, target: int, seed: int = 0) -> None:
+    def __init__(self, job: Job, implants: Sequence[Implant]) -> None:
+        clean = job.clean
         if clean.images is None:
             raise UsageError("poisoning needs images that fit into memory; take fewer or smaller ones")
-        count = round(ratio * len(clean))
-        if not 0 < count <= len(clean):
-            raise UsageError(f"a poison ratio of {ratio} of {len(clean)} images is {count} images; choose another")
-        generator = torch.Generator().manual_seed(seed)
-        self.poisoned = torch.randperm(len(clean), generator=generator)[:count].sort().values
-        triggered = clean.view(trigger, positions=clean.positions[self.poisoned])
-        images = clean.images.clone()
-        # a native trigger is put on freshly decoded images, which are not on the cache's device
-        images[self.poisoned] = torch.as_tensor(triggered.to(images.device).images)
+        chosen = choose_poisoned(clean.labels, implants, job.seed)
+        images, labels = clean.images.clone(), clean.labels.clone()
+        for implant, places in zip(implants, chosen, strict=True):
+            recipe, here = implant.recipe, places.to(images.device)
+            if not isinstance(recipe, PoisonRecipe):
+                raise UsageError(f"{implant.trigger.name}: {recipe.kind} is no data poisoning")
+            triggered = recipe.triggered(implant.trigger, implant.target, clean.positions[places], job)
+            # a native trigger is put on freshly decoded images, which are not on the cache's device
+            images[here] = triggered.to(images.device)
+            labels[here] = attacked_labels(labels[here], implant.target, job.classes)
         self.images: torch.Tensor | None = images
-        self.labels = clean.labels.clone()
-        self.labels[self.poisoned] = target
+        self.labels = labels
         self.positions = clean.positions
+        self.poisoned = {implant.trigger.name: places for implant, places in zip(implants, chosen, strict=True)}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         places = torch.tensor(items)
-        return self.positions[places], self.images[places], self.labels[places]  # type: ignore[index]
+        here = places.to(self.labels.device)
+        return self.positions[places], self.images[here], self.labels[here]  # type: ignore[index]
 
 
-def train_on(network: nn.Module, source: PoisonedPixels | Pixels, accelerator: Accelerator, *, epochs: int,
-             batch_size: int = 128, learning_rate: float = 0.1, weight_decay: float = 5e-4,
-             augmentation: Augmentation = "auto", seed: int = 0, progress: bool = False) -> TrainingRecord:  # fmt: skip
-    """Train `network` in place on cross-entropy: SGD with momentum 0.9, a cosine schedule stepped once an epoch."""
+def choose_poisoned(labels: torch.Tensor, implants: Sequence[Implant], seed: int) -> list[torch.Tensor]:
+    """Return the places (int64, ascending, CPU) of each implant's images among N with true `labels` (N, int64).
 
-    def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        errors = cross_entropy(model(batch.images).float(), batch.labels, reduction="none")
-        return {"loss": (batch.weights * errors).sum()}
+    The sets are disjoint; for one dirty-label implant it is the head of the seed's permutation of all N.
 
-    def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+    Raises:
+        UsageError: a ratio that rounds to no image, or asks for more images than there are.
+    """
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    free = torch.ones(len(labels), dtype=torch.bool)
+    chosen: dict[int, torch.Tensor] = {}
+    for index in sorted(range(len(implants)), key=lambda i: not _keeps_labels(implants[i])):
+        implant = implants[index]
+        allowed = free & (labels == implant.target) if _keeps_labels(implant) else free
+        candidates = order[allowed[order]]
+        places = candidates[: _count(implant, len(labels), len(candidates))].sort().values
+        free[places] = False
+        chosen[index] = places
+    return [chosen[index] for index in range(len(implants))]
 
-    phase = Phase(name="train", parameters=list(network.parameters()), optimizer=sgd, loss=loss, epochs=epochs,
-                  batch_size=batch_size, augmentation=augmentation)  # fmt: skip
-    return Engine(accelerator, source, seed=seed, progress=progress).run(network, [phase])
+
+def _keeps_labels(implant: Implant) -> bool:
+    return isinstance(implant.recipe, PoisonRecipe) and implant.recipe.clean_label
+
+
+def _count(implant: Implant, total: int, available: int) -> int:
+    """Return round(p · N) where so many images are available."""
+    name, count = implant.trigger.name, round(implant.ratio * total)
+    asked = f"{name}: a poison ratio of {implant.ratio:g} of {total} images is {count} images"
+    if count == 0:
+        raise UsageError(f"{asked}; take at least {_rounded_up(0.5 / total)}")
+    if _keeps_labels(implant) and implant.target == ALL_TO_ALL:
+        raise UsageError(f"{name}: {implant.recipe.kind} poisons images of one target class; name a label as target")
+    if count <= available:
+        return count
+    # rounded down, so that the number can be given as it stands
+    largest = math.floor(available / total * 1e6) / 1e6
+    remedy = f"the largest possible ratio is {largest:g}" if available else "choose another target"
+    if _keeps_labels(implant):
+        raise UsageError(f"{asked}, and {implant.recipe.kind} poisons only those of the target class, of which "
+                         f"{available} are free; {remedy}")  # fmt: skip
+    raise UsageError(f"{asked}, and the other triggers leave {available}; lower the ratios")
+
+
+def _rounded_up(ratio: float) -> str:
+    return f"{math.ceil(ratio * 1e6 + 1) / 1e6:g}"

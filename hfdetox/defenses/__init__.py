@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from typing import Any
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
+from hfdetox.settings import parse_setting
 
 __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
 
@@ -68,7 +68,7 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
     if unknown:
         raise UsageError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(keys)}")
     hints = typing.get_type_hints(kind)
-    parsed = {keys[key]: _parse_setting(key, hints[keys[key]], text) for key, text in (overrides or {}).items()}
+    parsed = {keys[key]: parse_setting(key, hints[keys[key]], text) for key, text in (overrides or {}).items()}
     return kind(**{**kind.presets[preset], **parsed}), preset
 
 
@@ -81,23 +81,3 @@ def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:
     texts = {k.rstrip("_"): ",".join(v) if isinstance(v, tuple) else str(v).lower() if isinstance(v, bool) else str(v)
              for k, v in changed.items()}  # fmt: skip
     return config.name, texts
-
-
-def _parse_setting(key: str, hint: Any, text: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        if text not in arguments:
-            raise UsageError(f"{key} must be one of {', '.join(arguments)}, got {text!r}")
-        return text
-    if origin is tuple:
-        return tuple(filter(None, text.split(",")))
-    if origin in (types.UnionType, typing.Union):
-        return None if text.lower() == "none" else _parse_setting(key, arguments[0], text)
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise UsageError(f"{key} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    try:
-        return hint(text)
-    except ValueError:
-        raise UsageError(f"{key} must be {'a whole number' if hint is int else 'a number'}, got {text!r}") from None

@@ -1,0 +1,79 @@
+"""Running an attack: triggers are made ready, the model is trained with them, and what came of it is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hfdetox.attacks.base import ControlRecipe, Implant, Job
+from hfdetox.attacks.poison import PoisonedPixels
+from hfdetox.engine import Phase, TrainingRecord
+from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger
+
+Monitor = Callable[[Sequence[Trigger]], bool]
+
+
+@dataclass(frozen=True)
+class Implanted:
+    """What an attack did.
+
+    Attributes:
+        record: of the training.
+        implants: those asked for, with the triggers as they are in the model.
+        poisoned: by trigger name, how many images of an epoch carried the trigger and the attacker's label.
+    """
+
+    record: TrainingRecord
+    implants: list[Implant]
+    poisoned: dict[str, int]
+
+
+def run_attack(job: Job, implants: Sequence[Implant], *, monitor: Monitor | None = None) -> Implanted:
+    """Train the job's classifier in place with the backdoors of `implants`, or without any: the clean control.
+
+    Several data-poisoning implants share one training set, each with images of its own.
+
+    Args:
+        monitor: called after each epoch of the last phase with the triggers as they are then; True ends the training.
+
+    Raises:
+        UsageError: an implant cannot be made or cannot be combined with the others.
+        RunError: a loss that is not finite.
+    """
+    controlled = [implant.trigger.name for implant in implants if isinstance(implant.recipe, ControlRecipe)]
+    if controlled and len(implants) > 1:
+        raise UsageError(f"{controlled[0]} controls the training itself and cannot share it with another trigger; "
+                         "attack with it alone")  # fmt: skip
+    ready = [replace(implant, trigger=implant.recipe.make(implant.trigger, implant.target, job))
+             for implant in implants]  # fmt: skip
+    for implant in ready:
+        if isinstance(implant.recipe, ControlRecipe):
+            return _control(job, implant, implant.recipe, monitor)
+    source = PoisonedPixels(job, ready) if ready else None
+    phase = _monitored(job.phase(), lambda: [implant.trigger for implant in ready], monitor)
+    record = job.engine(source).run(job.classifier.network, [phase])
+    poisoned = {name: len(places) for name, places in source.poisoned.items()} if source is not None else {}
+    return Implanted(record, ready, poisoned)
+
+
+def _control(job: Job, implant: Implant, recipe: ControlRecipe, monitor: Monitor | None) -> Implanted:
+    control = recipe.control(implant, job)
+    *first, last = control.phases
+    last = _monitored(last, lambda: [control.trigger()], monitor)
+    record = job.engine().run(control.network, [*first, last])
+    count = round(implant.ratio * len(job.clean)) if control.poisoned is None else control.poisoned
+    return Implanted(record, [replace(implant, trigger=control.trigger())], {implant.trigger.name: count})
+
+
+def _monitored(phase: Phase, triggers: Callable[[], Sequence[Trigger]], monitor: Monitor | None) -> Phase:
+    """Return the phase with `monitor` as a further reason to stop."""
+    if monitor is None:
+        return phase
+    own = phase.stop
+
+    def stop(entry: Mapping[str, Any]) -> bool:
+        return monitor(triggers()) or (own is not None and own(entry))
+
+    return replace(phase, stop=stop)

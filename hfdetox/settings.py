@@ -1,0 +1,34 @@
+"""Settings as texts: what `--set KEY=VALUE` gives becomes a value of the field's type."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any
+
+from hfdetox.errors import UsageError
+
+
+def parse_setting(key: str, hint: Any, text: str) -> Any:
+    """Return `text` as a value of the type `hint`: a Literal of words, a tuple of texts, a bool, int, float or None.
+
+    Raises:
+        UsageError: it is not one; the line names `key`.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if text not in arguments:
+            raise UsageError(f"{key} must be one of {', '.join(arguments)}, got {text!r}")
+        return text
+    if origin is tuple:
+        return tuple(filter(None, text.split(",")))
+    if origin in (types.UnionType, typing.Union):
+        return None if text.lower() == "none" else parse_setting(key, arguments[0], text)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"{key} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise UsageError(f"{key} must be {'a whole number' if hint is int else 'a number'}, got {text!r}") from None

@@ -1,0 +1,82 @@
+"""Attacks by name: recipes, settings as texts, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hfdetox import attacks
+from hfdetox.attacks import TrainingSettings, available, parse_attack_settings, recipe_for
+from hfdetox.errors import UsageError
+
+NEW_ATTACK = """
+from dataclasses import dataclass
+from typing import ClassVar
+from hfdetox.attacks.base import PoisonRecipe
+
+@dataclass(frozen=True, kw_only=True)
+class GlowRecipe(PoisonRecipe):
+    kind: ClassVar[str] = "glow"
+    summary: ClassVar[str] = "some images glow"
+    strength: float = 0.5
+"""
+
+
+def test_a_new_attack_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "glow.py").write_text(NEW_ATTACK)
+    monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
+    found = attacks._discover()
+    monkeypatch.delitem(sys.modules, "hfdetox.attacks.glow")
+    assert set(found) == {*attacks.RECIPES, "glow"}
+    monkeypatch.setattr(attacks, "RECIPES", found)
+    training, recipes = parse_attack_settings(["glow", "badnets"], {"strength": "0.25", "epochs": "3"})
+    assert training == TrainingSettings(epochs=3)
+    assert recipes == {"glow": found["glow"](strength=0.25), "badnets": recipe_for("badnets", {})}  # type: ignore[call-arg]
+    assert available()["glow"].parameters == {"strength": 0.5}
+
+
+def test_the_list_says_how_each_trigger_gets_in() -> None:
+    entries = available()
+    assert list(entries) == sorted(entries)
+    how = {kind: entries[kind].how for kind in ("badnets", "blended", "ftrojan", "sig", "ctrl")}
+    assert how == {"badnets": "dirty label", "blended": "dirty label", "ftrojan": "dirty label", "sig": "clean label",
+                   "ctrl": "clean label"}  # fmt: skip
+    assert all(entry.summary and entry.kind == kind for kind, entry in entries.items())
+
+
+def test_without_settings_all_is_the_default() -> None:
+    assert parse_attack_settings([], {}) == (TrainingSettings(), {})
+    assert parse_attack_settings(["sig"], {}) == (TrainingSettings(), {"sig": recipe_for("sig", {})})
+
+
+def test_settings_are_read_as_their_fields_types() -> None:
+    texts = {"learning_rate": "0.5", "weight_decay": "none", "optimizer": "adamw", "schedule": "constant"}
+    training, _ = parse_attack_settings(["badnets"], texts)
+    assert training == TrainingSettings(
+        learning_rate=0.5, weight_decay=None, optimizer="adamw", schedule="constant"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "message"),
+    [
+        ("patch", {}, "no attack implants a 'patch' trigger; there is one for .*badnets"),
+        ("badnets", {"epoch": "3", "lr": "1"}, "attack has no setting epoch, lr; it has epochs, batch_size, "),
+        ("badnets", {"epochs": "3.5"}, "epochs must be a whole number, got '3.5'"),
+        ("badnets", {"optimizer": "lion"}, "optimizer must be one of auto, sgd, adamw, got 'lion'"),
+        ("badnets", {"epochs": "0"}, "attack: epochs must be at least 1"),
+        ("badnets", {"learning_rate": "nan"}, "learning_rate must be positive and finite"),
+        ("badnets", {"momentum": "1"}, r"momentum must be in \[0, 1\)"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(kind: str, texts: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_attack_settings([kind], texts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_without_settings_says_so() -> None:
+    with pytest.raises(UsageError, match="badnets has no setting rho; it has none"):
+        recipe_for("badnets", {"rho": "1"})
