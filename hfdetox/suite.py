@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from hfdetox.attack_run import NONE
 from hfdetox.errors import UsageError
+from hfdetox.starts import ARCHITECTURE
 from hfdetox.triggers.base import ALL_TO_ALL
 
-NONE: Final = "none"  # the trigger of a clean control, and the usual training in `adaptive`
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,39}")
 _LONGEST = 24  # letters kept of a text that cannot be a folder's name as it is
 
@@ -33,6 +34,7 @@ class DatasetEntry:
     image_column: str | None = None
     label_column: str | None = None
     revision: str | None = None
+    samples: int | float | None = None
     eval_samples: int | None = None
 
 
@@ -53,6 +55,11 @@ class ModelEntry:
     input_size: int | None = None
     init: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the weights are freshly drawn."""
+        return self.init is not None or self.model.startswith(ARCHITECTURE)
 
 
 @dataclass(frozen=True, kw_only=True)

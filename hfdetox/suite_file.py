@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+from hfdetox.attack_run import NONE
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.suite import (
-    NONE,
     DatasetEntry,
     DefenseEntry,
     GridEntry,
@@ -151,7 +151,7 @@ def _setting(where: str, value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _whole(where: str, value: Any, least: int) -> int:
+def _whole(where: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise SuiteError(f"{where} must be a whole number of at least {least}, got {_shown(value)}")
     return value
@@ -162,8 +162,7 @@ def _dataset(where: str, value: Any) -> DatasetEntry:
         return DatasetEntry(id=_text(where, value))
     known = {f.name for f in fields(DatasetEntry)}
     entry = _fields(where, value, known)
-    read: dict[str, Callable[[str, Any], Any]] = {"eval_samples": lambda where, value: _whole(where, value, 1)}
-    return DatasetEntry(**{key: read.get(key, _text)(f"{where}.{key}", item) for key, item in entry.items()})
+    return DatasetEntry(**{key: _COUNTS.get(key, _text)(f"{where}.{key}", item) for key, item in entry.items()})
 
 
 def _model(where: str, value: Any) -> ModelEntry:
@@ -183,7 +182,7 @@ def _model(where: str, value: Any) -> ModelEntry:
     return ModelEntry(
         model=_text(f"{where}.model", entry["model"]),
         model_args=arguments,
-        input_size=_whole(f"{where}.input_size", entry["input_size"], 1) if "input_size" in entry else None,
+        input_size=_whole(f"{where}.input_size", entry["input_size"]) if "input_size" in entry else None,
         init=entry.get("init"),
         settings=_settings(f"{where}.settings", entry.get("settings", {})),
     )
@@ -230,6 +229,11 @@ def _adaptive(where: str, value: Any) -> str | None:
     return None if value is None or _text(where, value) == NONE else value
 
 
+_COUNTS: dict[str, Callable[[str, Any], Any]] = {
+    # as on the command line, a number with a point is a share
+    "samples": lambda where, value: _ratio(where, value) if isinstance(value, float) else _whole(where, value),
+    "eval_samples": _whole,
+}
 _AXES: dict[str, Callable[[str, Any], Any]] = {
     "ratios": _ratio, "seeds": lambda where, value: _whole(where, value, 0), "targets": _target, "adaptive": _adaptive,
 }  # fmt: skip

@@ -1,0 +1,202 @@
+"""The folder of a zoo: what each cell's command is, how far it is, and the process that makes it.
+
+A cell's folder is ZOO/NAME; beside it NAME.log (what its process said) and NAME.json (the command that it was made by).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from hfdetox.attack_run import NONE, parse_adaptive
+from hfdetox.attacks import parse_attack_settings
+from hfdetox.errors import UsageError
+from hfdetox.report import ATTACK_REPORT_NAME
+from hfdetox.suite import Cell, Suite, SuiteError
+from hfdetox.triggers import parse_triggers
+from hfdetox.zoo_table import Row, row_of
+
+_TAIL = 1 << 16  # bytes of a log in which the reason is looked for
+_ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how the cells of a suite are run.
+
+    Attributes:
+        output: the zoo's folder.
+        dataset: Hub id or folder, in place of the suite's.
+        precision: of the training, as `--precision` takes it.
+        device: as `--device` takes it; not a part of what a cell is.
+        threads: of one process, None leaves them to the environment.
+    """
+
+    output: Path
+    dataset: str | None = None
+    precision: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass
+class Running:
+    """The process of a cell, and the log it writes, which is locked as long as it lives."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
+class Zoo:
+    """The folder of a suite's models, and the state of every cell.
+
+    Raises:
+        UsageError: no dataset; a setting, or a clean model that a cell is made on, is not known; a folder is there
+            that another suite made.
+    """
+
+    def __init__(self, suite: Suite, place: Place) -> None:
+        self.suite, self.place = suite, place
+        self.dataset = place.dataset or suite.dataset.id
+        if self.dataset is None:
+            raise UsageError(f"{suite.file} names no dataset: add one to it, or give --dataset")
+        self.cells = {cell.name: cell for cell in suite.cells()}
+        self._controls = {name: self._control(cell) for name, cell in self.cells.items()}
+        self.rows: dict[str, Row] = {name: self.row(cell) for name, cell in self.cells.items()}
+
+    def command(self, cell: Cell) -> list[str]:
+        """Return the words after `hfdetox` that make a cell, without where it goes and what it is made on."""
+        entry = cell.entry
+        words = ["attack", entry.model, "--dataset", str(self.dataset), "--seed", str(cell.seed)]
+        words += self._dataset_options()
+        words += [w for key, value in entry.model_args.items() for w in ("--model-arg", f"{key}={json.dumps(value)}")]
+        words += ["--input-size", str(entry.input_size)] if entry.input_size is not None else []
+        words += ["--init", entry.init] if entry.init is not None else []
+        words += [w for spec in cell.specs or (NONE,) for w in ("--trigger", spec)]
+        words += ["--poison-ratio", repr(cell.ratio)] if cell.ratio is not None else []
+        words += ["--target", cell.target] if cell.target is not None else []
+        words += ["--adaptive", cell.adaptive] if cell.adaptive is not None else []
+        words += [w for key, value in cell.settings.items() for w in ("--set", f"{key}={value}")]
+        return words + (["--precision", self.place.precision] if self.place.precision != "auto" else [])
+
+    def _dataset_options(self) -> Iterator[str]:
+        entry = self.suite.dataset
+        for option in fields(entry):
+            value = getattr(entry, option.name)
+            # a revision is that of the suite's own dataset
+            if option.name == "id" or value is None or (option.name == "revision" and self.place.dataset):
+                continue
+            flag = "dataset-revision" if option.name == "revision" else option.name.replace("_", "-")
+            yield from (f"--{flag}", str(value))
+
+    def recorded(self, cell: Cell) -> dict[str, Any]:
+        """Return what NAME.json says of a cell: its command, without where on this machine things lie."""
+        words = [Path(word).resolve().name if os.sep in word and Path(word).exists() else word
+                 for word in self.command(cell)]  # fmt: skip
+        return {"schema_version": 1, "command": words, "surrogate": self.surrogate(cell)}
+
+    def surrogate(self, cell: Cell) -> str | None:
+        """Return the name of the clean control that a cell is made on, None for one that is made on none."""
+        return self._controls[cell.name]
+
+    def _control(self, cell: Cell) -> str | None:
+        where = f"{self.suite.file}: cell {cell.name}"
+        try:
+            triggers = parse_triggers(cell.specs)
+            _, recipes = parse_attack_settings([trigger.kind for trigger in triggers], cell.settings)
+            parse_adaptive(cell.adaptive)
+        except UsageError as error:
+            raise SuiteError(f"{where}: {error}") from error
+        if not any(recipes[trigger.kind].on_clean_model(trigger) for trigger in triggers):
+            return None
+        if cell.control not in self.cells:
+            if not cell.entry.from_scratch:
+                return None  # a trained model is clean before the attack
+            raise SuiteError(f"{where} is made on a clean model: add the trigger none for model {cell.model} and seed "
+                             f"{cell.seed} to a grid")  # fmt: skip
+        return cell.control
+
+    def row(self, cell: Cell) -> Row:
+        """Return a cell as it lies in the zoo: `done`, `did not take` or `not run`.
+
+        Raises:
+            UsageError: its folder was made by another command, or its report cannot be read.
+        """
+        folder = self.place.output / cell.name
+        file = folder / ATTACK_REPORT_NAME
+        if not file.is_file():
+            return row_of(cell)
+        try:
+            made = json.loads(self._beside(cell, "json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            made = None
+        if made != self.recorded(cell):
+            raise UsageError(f"{folder} is a finished model that another suite or command made; it is not replaced: "
+                             "choose another --output, or remove the folder to build the cell again")  # fmt: skip
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            return row_of(cell, "done" if report["took"] else "did not take", report=report)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file} cannot be read ({error!r}); remove the folder to build the cell again") from error
+
+    def claim(self, cell: Cell) -> IO[bytes] | None:
+        """Return the cell's log, locked, or None where another run works on the cell.
+
+        The lock is the kernel's: it ends with the last process that holds it, the cell's own included.
+        """
+        log = self._beside(cell, "log").open("ab")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            return None
+        return log
+
+    def start(self, cell: Cell, log: IO[bytes]) -> Running:
+        """Start the process of a cell whose `log` has been claimed."""
+        words = [*self.command(cell), "--output", str(self.place.output / cell.name)]
+        if (surrogate := self.surrogate(cell)) is not None:
+            words += ["--surrogate", str(self.place.output / surrogate)]
+        words += ["--device", self.place.device] if self.place.device != "auto" else []
+        record = self._beside(cell, "json")
+        record.write_text(json.dumps(self.recorded(cell), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        log.truncate(0)
+        log.write(f"$ {shlex.join(['hfdetox', *words])}\n".encode())
+        log.flush()
+        threads = {} if self.place.threads is None else {"OMP_NUM_THREADS": str(self.place.threads)}
+        process = subprocess.Popen([sys.executable, "-m", "hfdetox", *words], env={**threads, **os.environ},
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+        return Running(process, log)
+
+    def ended(self, cell: Cell, running: Running) -> Row:
+        """Return the row of a cell whose process has ended."""
+        running.log.close()
+        try:
+            row = self.row(cell)
+        except UsageError as error:
+            return row_of(cell, "failed", reason=str(error))
+        return row if row.status != "not run" else row_of(cell, "failed", reason=self._reason(cell, running.process))
+
+    def _reason(self, cell: Cell, process: subprocess.Popen[bytes]) -> str:
+        log = self._beside(cell, "log")
+        said = log.read_bytes()[-_TAIL:].decode(errors="replace").split("\n", 1)[-1].splitlines()
+        errors = [match[1] for match in map(_ERROR.match, said) if match]
+        if errors:
+            return errors[-1]
+        if process.returncode < 0:
+            return f"killed by {signal.Signals(-process.returncode).name}; see {log}"
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        return f"exit status {process.returncode}: {last}; see {log}"
+
+    def _beside(self, cell: Cell, ending: str) -> Path:
+        return self.place.output / f"{cell.name}.{ending}"
