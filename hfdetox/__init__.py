@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hfdetox.attack_report import AttackReport
+    from hfdetox.backdoor import AttackResult, implant
     from hfdetox.data import load_images
     from hfdetox.defenses.d3 import D3, D3Config
     from hfdetox.detox import DetoxResult, detoxify, evaluate
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
+    "implant": "backdoor", "AttackResult": "backdoor", "AttackReport": "attack_report",
     "load_classifier": "models", "Classifier": "models",
     "load_images": "data",
     "D3": "defenses.d3", "D3Config": "defenses.d3",
@@ -25,8 +28,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "D3", "Classifier", "D3Config", "DetoxResult", "HfdetoxError", "HubError", "Report", "RunError", "UsageError",
-    "__version__", "detoxify", "evaluate", "load_classifier", "load_images",
+    "D3", "AttackReport", "AttackResult", "Classifier", "D3Config", "DetoxResult", "HfdetoxError", "HubError", "Report",
+    "RunError", "UsageError", "__version__", "detoxify", "evaluate", "implant", "load_classifier", "load_images",
 ]  # fmt: skip
 
 
@@ -34,7 +37,7 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
     if name not in _HOMES:
         raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
-    if _HOMES[name] in ("detox", "models"):
+    if _HOMES[name] in ("backdoor", "detox", "models"):
         from hfdetox.environment import check_torchvision
 
         # timm and transformers would die of a mismatch with a traceback that does not say what to do

@@ -120,7 +120,9 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
         if sized and isinstance(error, TypeError) and "img_size" in str(error):
             torch.random.set_rng_state(state)
             return _create(source, arguments, {}, name)
-        shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if k not in ("num_classes", "pretrained_cfg_overlay"))
+        shown = ", ".join(
+            f"{k}={v}" for k, v in arguments.items() if k not in ("num_classes", "pretrained_cfg_overlay")
+        )
         raise UsageError(
             f"timm cannot build {name or source}{f' with {shown}' if shown else ''} ({one_line(error)}); "
             "mend the arguments"

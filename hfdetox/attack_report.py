@@ -17,6 +17,7 @@ from hfdetox.report import (
     Rate,
     ReportFile,
 )
+from hfdetox.verdict import percent
 
 SCRATCH: typing.Final = "scratch"
 
@@ -120,3 +121,20 @@ class AttackReport(ReportFile):
     def backdoored(self) -> bool:
         """Whether the model has a backdoor (as far as its maker tells); False for a clean control."""
         return bool(self.attack.triggers)
+
+
+def missed_goals(measurement: Measurement, goals: Goals) -> list[str]:
+    """Return what a measurement falls short of, in words; empty when every goal is reached.
+
+    The success of an all-to-all trigger is held against goal × accuracy: what the model confuses on clean images it
+    confuses on triggered ones.
+    """
+    accuracy, found = measurement.accuracy.value, []
+    if goals.accuracy is not None and accuracy < goals.accuracy:
+        found.append(f"the accuracy is {percent(accuracy)}, below {percent(goals.accuracy)}")
+    for name, result in measurement.triggers.items():
+        goal = goals.attack_success_rate * (accuracy if isinstance(result.target, str) else 1.0)
+        if result.attack_success_rate.value < goal:
+            reached = percent(result.attack_success_rate.value)
+            found.append(f"trigger {name} succeeds on {reached} of the images, below {percent(goal)}")
+    return found

@@ -8,24 +8,21 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import validate_repo_id
 
 from hfdetox import markdown
+from hfdetox.card_data import LIBRARY_TAGS, PENDING, card_data, hub_id, licence_of, model_index, shown_id, split_card
 from hfdetox.errors import UsageError
 from hfdetox.report import Measurement, Rate, Rating, Report, describe_target
 from hfdetox.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, percent, run_verdict, trigger_verdicts
 
 CARD_NAME = "README.md"
-PENDING = "pending"
-LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}
 SHOWN_LAYERS = 12
 TEXT_FIELDS = ("base_model", "base_model_relation", "library_name", "license_name", "license_link", "pipeline_tag")
 LIST_FIELDS = ("license", "tags", "datasets", "metrics")
@@ -52,7 +49,7 @@ def build_card(
     """
     fields, body = split_card(source_card or "")
     results = report.before.triggers if report.before else {}
-    targets = {name: _target(r.target, labels) for name, r in results.items()}
+    targets = {name: shown_target(r.target, labels) for name, r in results.items()}
     return _render(report, fields, targets, markdown.embed_source(body, _source_url(report)), repo_id, plots)
 
 
@@ -63,16 +60,23 @@ def readdress_card(card: str, report: Report, *, repo_id: str | None, plots: Seq
     """
     fields, body = split_card(card)
     own, *source = re.split(f"^{re.escape(markdown.SOURCE_MARK)}$", body, maxsplit=1, flags=re.MULTILINE)
-    targets = {}
-    for name, result in (report.before.triggers if report.before else {}).items():
-        # the template writes the target as a code span; what is in one never holds as many backticks as its ends
-        written = re.search(rf"^- {re.escape(markdown.code(name))} \(target ((`+).*?(?<!`)\2(?!`)),", own, re.MULTILINE)
-        targets[name] = written[1] if written else _target(result.target, None)
+    targets = written_targets(own, report.before.triggers if report.before else {})
     return _render(report, fields, targets, source[0].strip() if source else "", repo_id, plots)
 
 
-def _target(target: int | str, labels: Sequence[str] | None) -> str:
-    # only names are a stranger's words; `readdress_card` finds them by their code span
+def written_targets(own: str, triggers: Mapping[str, Any]) -> dict[str, str]:
+    """Return the targets (`triggers[name].target`) as the card's own text, written by a template, names them."""
+    targets = {}
+    for name, trigger in triggers.items():
+        # the template writes the target as a code span; what is in one never holds as many backticks as its ends
+        written = re.search(rf"^- {re.escape(markdown.code(name))} \(target ((`+).*?(?<!`)\2(?!`)),", own, re.MULTILINE)
+        targets[name] = written[1] if written else shown_target(trigger.target, None)
+    return targets
+
+
+def shown_target(target: int | str, labels: Sequence[str] | None) -> str:
+    """Return a target as Markdown: its label (its index without `labels`), or what `all-to-all` means."""
+    # only names are a stranger's words; `written_targets` finds them by their code span
     words = describe_target(target, labels)
     return markdown.code(words) if isinstance(target, int) else words
 
@@ -81,7 +85,7 @@ def _render(
     report: Report, fields: Mapping[str, Any], targets: Mapping[str, str], source_text: str, repo_id: str | None,
     plots: Sequence[str],
 ) -> str:  # fmt: skip
-    licence = _licence(fields)
+    licence = licence_of(fields)
     context = {
         **_measured(report, targets),
         **_described(report, repo_id),
@@ -98,51 +102,15 @@ def _render(
         "source_mark": markdown.SOURCE_MARK,
     }
     # the source's words are values of the template, never a template themselves
-    text = _templates().get_template("model_card.md.jinja").render(context)
+    text = templates().get_template("model_card.md.jinja").render(context)
+    results = report.before.triggers if report.before else {}
+    data = card_data(
+        report.model, report.dataset, licence=licence, tags=["hfdetox", "backdoor-defense", report.defense.name],
+        title=_title(report, repo_id), results=model_index(report.dataset, results, report.after),
+    )  # fmt: skip
     own, mark, source = text.partition(f"\n{markdown.SOURCE_MARK}\n")
     own = re.sub(r"\n{3,}", "\n\n", own)
-    return f"---\n{card_data(report, licence, repo_id).to_yaml()}\n---\n\n{(own + mark + source).strip()}\n"
-
-
-def split_card(card: str) -> tuple[dict[str, Any], str]:
-    """Return (YAML fields, text) of any model card; no fields where there is no YAML or it cannot be read."""
-    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    block = REGEX_YAML_BLOCK.search(card)
-    if not block:
-        return {}, card
-    try:
-        fields = yaml.safe_load(block.group(2))
-    except yaml.YAMLError:
-        fields = None
-    return (fields if isinstance(fields, dict) else {}), card[block.end() :]
-
-
-def card_data(report: Report, licence: Mapping[str, Any], repo_id: str | None) -> ModelCardData:
-    """Return the card's YAML fields; what is unknown (licence, a base model or dataset on the Hub) is left out."""
-    model, dataset = report.model, report.dataset
-    base_model = model.id if hub_id(model.id, model.revision) else None
-    library = model.library if model.library in ("timm", "transformers") else None
-    return ModelCardData(
-        **licence,
-        library_name=library,
-        pipeline_tag="image-classification",
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        tags=["hfdetox", "backdoor-defense", report.defense.name, LIBRARY_TAGS.get(model.library, "pytorch")],
-        datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None,
-        metrics=["accuracy"],
-        model_name=_title(report, repo_id),
-        eval_results=_model_index(report),
-    )
-
-
-def hub_id(name: str, revision: str | None) -> bool:
-    """Tell whether `name` is a repository on the Hub: it has a commit, and its spelling is a repository's."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return revision is not None
+    return f"---\n{data.to_yaml()}\n---\n\n{(own + mark + source).strip()}\n"
 
 
 def validate_card(text: str) -> None:
@@ -193,7 +161,8 @@ def describe_rate(rate: Rate | Rating | None) -> str:
 
 
 @cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """Return the templates of `cards/`, with the filters that show a stranger's words literally."""
     folder = resources.files("hfdetox.cards")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
@@ -214,29 +183,10 @@ def _templates() -> jinja2.Environment:
     return environment
 
 
-def _licence(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return license, license_name and license_link as the source's YAML has them, each None where it has not."""
-    licence = fields.get("license")
-    if isinstance(licence, list):
-        licence = [item for item in licence if isinstance(item, str)]
-    elif not isinstance(licence, str):
-        licence = None
-    named = {name: fields.get(name) for name in ("license_name", "license_link")}
-    return {
-        "license": licence or None,
-        **{name: value if isinstance(value, str) else None for name, value in named.items()},
-    }
-
-
 def _title(report: Report, repo_id: str | None) -> str:
     if repo_id:
         return repo_id.split("/")[-1]
-    return f"{_shown_id(report.model.id, report.model.revision).split('/')[-1]}-detoxed"
-
-
-def _shown_id(name: str, revision: str | None) -> str:
-    """Return a Hub id as it is, of a local folder only the last part: where it lay is nobody's business."""
-    return name if hub_id(name, revision) else Path(name).name or name
+    return f"{shown_id(report.model.id, report.model.revision).split('/')[-1]}-detoxed"
 
 
 def _source_url(report: Report) -> str | None:
@@ -255,8 +205,8 @@ def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
     ]
     return {
         "title": _title(report, repo_id),
-        "model_id": _shown_id(model.id, model.revision),
-        "dataset_id": _shown_id(dataset.id, dataset.revision),
+        "model_id": shown_id(model.id, model.revision),
+        "dataset_id": shown_id(dataset.id, dataset.revision),
         "pins": " ".join(pins) if command else "",
         "shown_layers": report.defense.layers[:SHOWN_LAYERS],
         "method": _method(report),
@@ -352,45 +302,3 @@ def _rows(report: Report) -> list[dict[str, str]]:
             {"name": "DER, mean", "before": "–", "after": describe_rate(ratings.get("mean") if ratings else None)}
         )
     return rows
-
-
-def _model_index(report: Report) -> list[EvalResult]:
-    """Return what the model-index holds: the values after, as fractions, each trigger's as metrics of our own types."""
-    dataset, after = report.dataset, report.after
-    on_hub = hub_id(dataset.id, dataset.revision)
-
-    def result(kind: str, title: str, rate: Rate | None, **extra: Any) -> EvalResult:
-        return EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
-            # local images have no id that a stranger could look up; "imagefolder" is what the Hub's own tools write
-            dataset_type=dataset.id if on_hub else "imagefolder",
-            dataset_name=_shown_id(dataset.id, dataset.revision),
-            dataset_config=dataset.config,
-            dataset_split=dataset.eval_split,
-            dataset_revision=dataset.revision if on_hub else None,
-            metric_type=kind,
-            metric_name=title,
-            metric_value=PENDING if rate is None else rate.value,
-            **extra,
-        )
-
-    results = [result("accuracy", "Accuracy", after.accuracy if after else None)]
-    for name, trigger in (report.before.triggers if report.before else {}).items():
-        later = after.triggers.get(name) if after else None
-        extra = {
-            "metric_config": name,
-            "metric_args": {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target},
-        }
-        results += [
-            result(
-                "attack_success_rate",
-                f"Attack success rate, trigger {name}",
-                later.attack_success_rate if later else None,
-                **extra,
-            ),
-            result(
-                "robust_accuracy", f"Robust accuracy, trigger {name}", later.robust_accuracy if later else None, **extra
-            ),
-        ]
-    return results

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from hfdetox import screen
+from hfdetox.attack_options import AttackOptions
 from hfdetox.environment import check_torchvision, is_main_process, mask_secrets
 from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.options import (
@@ -31,7 +32,7 @@ from hfdetox.options import (
     show_version,
     takes,
 )
-from hfdetox.report import REPORT_NAME
+from hfdetox.report import REPORT_NAMES
 from hfdetox.verdict import describe_visibility
 
 INTERRUPTED = 130
@@ -61,7 +62,7 @@ def detox(context: typer.Context, options: DetoxOptions) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
     arguments = options.arguments(given_options(context))
     # an earlier result in the output folder is none of this run's
-    earlier = written(options.run_folder())
+    earlier = written(_output_of(options.run_folder()))
     with (
         interruptible(lambda: resume_advice(options.run_folder(), earlier=earlier)),
         standard_output(options) as out,
@@ -106,6 +107,47 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
 
 
 @app.command()
+@takes(AttackOptions)
+def attack(context: typer.Context, options: AttackOptions) -> None:
+    """Train a backdoor into MODEL, for research on defences: a model, its trigger file, a report and a card."""
+    if options.suite is not None:
+        build_suite(options, options.suite, options.suite_arguments(given_options(context)))
+        return
+    arguments = options.arguments()
+    earlier = written(options.place())
+    with interruptible(lambda: attack_advice(options.place(), earlier)), standard_output(options) as out:
+        prepare_screen(options)
+        check_torchvision()
+        from hfdetox.backdoor import implant
+
+        result = implant(options.model or "", **arguments, progress=shows_progress(options))
+        report = result.report
+        lines: list[Any] = [*screen.attack_lines(report), screen.attack_table(report)]
+        if result.output is not None:
+            lines.append(f"model, card (README.md), report, triggers and gallery: {result.output}{os.sep}")
+        if report.output.pushed_to is not None:
+            lines.append(f"published: {screen.at_revision(report.output.pushed_to, report.output.commit)}")
+        out.show(report.to_dict(), lines)
+        if not report.took:
+            raise typer.Exit(1)
+
+
+def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -> None:
+    """Build the models of a suite file; the exit status is 1 when one failed or did not take."""
+    with (
+        interruptible(lambda: "what is finished stays: give the same command again to go on"),
+        standard_output(options) as out,
+    ):
+        prepare_screen(options)
+        check_torchvision()
+        from hfdetox.zoo import run_suite
+
+        outcome = run_suite(file, **arguments, progress=shows_progress(options))
+        out.show(outcome.document(), [outcome.table(), outcome.summary()])
+        raise typer.Exit(outcome.exit_status)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What hfdetox wrote (--output).")],
     repo: Annotated[str, typer.Argument(help="Where to publish it: USER/NAME.")],
@@ -114,6 +156,10 @@ def push(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Also if hfdetox did not make the repository.")
     ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Publish a backdoored model publicly.")] = False,
+    i_know_this_is_backdoored: Annotated[
+        bool, typer.Option("--i-know-this-is-backdoored", help="Needed to publish a backdoored model.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
@@ -121,7 +167,8 @@ def push(
         from hfdetox.push import push_output
 
         prepare_screen(ScreenOptions())
-        pushed = push_output(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite)
+        pushed = push_output(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, public=public,
+                             i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
 
 
@@ -141,10 +188,10 @@ def demo(
 
 @app.command(name="list")
 def list_entries(
-    what: Annotated[Literal["defenses", "triggers"], typer.Argument(help="Which family to list.")],
+    what: Annotated[Literal["attacks", "defenses", "triggers"], typer.Argument(help="Which family to list.")],
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """List the defences (with presets and settings) or the trigger families."""
+    """List the attacks, the defences (with presets and settings) or the trigger families."""
     with interruptible(lambda: "nothing was written"):
         check_torchvision()
         if what == "triggers":
@@ -153,11 +200,25 @@ def list_entries(
             for trigger in triggers.available().values():
                 say(f"{trigger.kind}: {trigger.summary} ({trigger.paper})", screen.trigger_table(trigger))
             return
+        if what == "attacks":
+            list_attacks()
+            return
         from hfdetox import defenses
 
         for entry in defenses.available().values():
             presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
             say(f"{entry.name}: {entry.summary} ({entry.paper})", presets, screen.settings_table(entry.parameters))
+
+
+def list_attacks() -> None:
+    """Print the attacks with their own settings, and the settings that all of them share."""
+    from hfdetox import attacks
+
+    for entry in attacks.available().values():
+        say(f"{entry.kind}: {entry.summary} ({entry.how})")
+        if entry.parameters:
+            say(screen.settings_table(entry.parameters))
+    say("all of them: how the model is trained", screen.settings_table(dataclasses.asdict(attacks.TrainingSettings())))
 
 
 class Output:
@@ -194,18 +255,24 @@ def interruptible(advice: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def written(run_folder: Path | None) -> tuple[int, int] | None:
-    """Return what tells the result beside `run_folder` from one written later, None where there is none."""
-    output = _output_of(run_folder)
-    try:
-        found = (output / REPORT_NAME).stat() if output is not None else None
-    except OSError:
-        return None
-    return (found.st_ino, found.st_mtime_ns) if found is not None else None
+def written(output: Path | None) -> tuple[int, int] | None:
+    """Return what tells the result in `output` from one written later, None where there is none."""
+    for name in REPORT_NAMES if output is not None else ():
+        with contextlib.suppress(OSError):
+            found = (output / name).stat()  # type: ignore[operator]
+            return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _output_of(run_folder: Path | None) -> Path | None:
     return run_folder and run_folder.with_name(run_folder.name.removesuffix(".run"))
+
+
+def attack_advice(output: Path | None, earlier: tuple[int, int] | None) -> str:
+    """Return whether anything of an interrupted attack was written; `earlier` is what `written` gave before it."""
+    if output is not None and written(output) not in (None, earlier):
+        return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"
+    return "nothing was written: give the same command again to start anew"
 
 
 def resume_advice(run_folder: Path | None, *, earlier: tuple[int, int] | None = None) -> str:
@@ -216,8 +283,8 @@ def resume_advice(run_folder: Path | None, *, earlier: tuple[int, int] | None = 
     """
     if run_folder is not None and run_folder.is_dir():
         return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
-    output, result = _output_of(run_folder), written(run_folder)
-    if output is not None and result not in (None, earlier):
+    output = _output_of(run_folder)
+    if output is not None and written(output) not in (None, earlier):
         return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"
     return "the run had not begun, and nothing was written"
 

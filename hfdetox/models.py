@@ -182,9 +182,7 @@ def fetch_model(
         if at and revision not in (None, at):
             raise UsageError(f"{model} names revision {at} and --revision {revision}; give one of them")
         revision = revision or at or None
-    pulled = pull_model(
-        repo_id, revision=revision, trust_remote_code=trust_remote_code, with_weights=with_weights
-    )
+    pulled = pull_model(repo_id, revision=revision, trust_remote_code=trust_remote_code, with_weights=with_weights)
     return pulled, pulled.revision
 
 

@@ -30,10 +30,11 @@ _PLANNED = frozenset(
     | {"push_to", "private", "create_pr", "overwrite", "device", "precision"}
 )
 _SHORT_SETTINGS = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size"}
-_HUB_PREFIXES = ("hf_hub:", "hf-hub:")
+_PREFIXES = ("hf_hub:", "hf-hub:", "timm-arch:")
 
 
-def _option(*names: str, panel: str, help: str, **rest: Any) -> Any:
+def option(*names: str, panel: str, help: str, **rest: Any) -> Any:
+    """Return a Typer option with its help, shown in the panel `panel`."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
 
 
@@ -44,24 +45,24 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_image = functools.partial(_option, panel="Images")
-_defense = functools.partial(_option, panel="Defence")
-_measure = functools.partial(_option, panel="Measuring")
-_run = functools.partial(_option, panel="Run")
-_hub = functools.partial(_option, panel="Output and Hub")
+on_images = functools.partial(option, panel="Images")
+on_defense = functools.partial(option, panel="Defence")
+on_measuring = functools.partial(option, panel="Measuring")
+on_run = functools.partial(option, panel="Run")
+on_hub = functools.partial(option, panel="Output and Hub")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenOptions:
     """What is printed, and where."""
 
-    quiet: Annotated[bool, _run("--quiet", help="Print warnings and errors only.")] = False
-    as_json: Annotated[bool, _run("--json", help="Print the result as JSON and nothing else on standard output.")] = (
+    quiet: Annotated[bool, on_run("--quiet", help="Print warnings and errors only.")] = False
+    as_json: Annotated[bool, on_run("--json", help="Print the result as JSON and nothing else on standard output.")] = (
         False
     )
-    debug: Annotated[bool, _run("--debug", help="Show the traceback of an error.")] = False
+    debug: Annotated[bool, on_run("--debug", help="Show the traceback of an error.")] = False
     version: Annotated[
-        bool, _run("--version", help="Print the version and stop.", is_eager=True, callback=show_version)
+        bool, on_run("--version", help="Print the version and stop.", is_eager=True, callback=show_version)
     ] = False
 
 
@@ -77,40 +78,46 @@ class DataOptions(ScreenOptions):
     ] = None
     dataset: Annotated[
         str | None,
-        _image("--dataset", help="Clean images: a Hub id or a local folder; else what the model's card names."),
+        on_images("--dataset", help="Clean images: a Hub id or a local folder; else what the model's card names."),
     ] = None
-    config: Annotated[str | None, _image("--config", help="The dataset's configuration.")] = None
-    split: Annotated[str | None, _image("--split", help="Split of the defence's images.")] = None
-    eval_split: Annotated[str | None, _image("--eval-split", help="Split that is measured.")] = None
-    image_column: Annotated[str | None, _image("--image-column", help="The column of the images.")] = None
-    label_column: Annotated[str | None, _image("--label-column", help="The column of the labels.")] = None
-    eval_samples: Annotated[int | None, _image("--eval-samples", min=1, help="Measure on so many images.")] = None
+    config: Annotated[str | None, on_images("--config", help="The dataset's configuration.")] = None
+    split: Annotated[str | None, on_images("--split", help="Split of the defence's images.")] = None
+    eval_split: Annotated[str | None, on_images("--eval-split", help="Split that is measured.")] = None
+    image_column: Annotated[str | None, on_images("--image-column", help="The column of the images.")] = None
+    label_column: Annotated[str | None, on_images("--label-column", help="The column of the labels.")] = None
+    eval_samples: Annotated[int | None, on_images("--eval-samples", min=1, help="Measure on so many images.")] = None
     label_map: Annotated[
         Path | None,
-        _image(
+        on_images(
             "--label-map",
             exists=True,
             dir_okay=False,
             help="JSON or YAML file: the dataset's label names to the model's.",
         ),
     ] = None
-    dataset_revision: Annotated[str | None, _image("--dataset-revision", help="The dataset's commit or branch.")] = None
+    dataset_revision: Annotated[str | None, on_images("--dataset-revision", help="The dataset's commit or branch.")] = (
+        None
+    )
     allow_missing_classes: Annotated[
-        bool, _image("--allow-missing-classes", help="Go on without images of some classes.")
+        bool, on_images("--allow-missing-classes", help="Go on without images of some classes.")
     ] = False
     triggers: Annotated[
         list[str],
-        _measure("--trigger", metavar="SPEC", help="A known trigger, NAME:key=value,… or a trigger file; repeatable."),
+        on_measuring(
+            "--trigger", metavar="SPEC", help="A known trigger, NAME:key=value,… or a trigger file; repeatable."
+        ),
     ] = field(default_factory=list)
     target: Annotated[
         str | None,
-        _measure("--target", metavar="LABEL", help="Label or all-to-all, for triggers that name none (else label 0)."),
+        on_measuring(
+            "--target", metavar="LABEL", help="Label or all-to-all, for triggers that name none (else label 0)."
+        ),
     ] = None
-    seed: Annotated[int, _run("--seed", min=0, help="Seed of everything random.")] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], _run("--device", help="Where to run.")] = "auto"
-    revision: Annotated[str | None, _hub("--revision", help="The model's commit or branch.")] = None
+    seed: Annotated[int, on_run("--seed", min=0, help="Seed of everything random.")] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], on_run("--device", help="Where to run.")] = "auto"
+    revision: Annotated[str | None, on_hub("--revision", help="The model's commit or branch.")] = None
     trust_remote_code: Annotated[
-        bool, _hub("--trust-remote-code", help="Run the Python code that the model's repository brings.")
+        bool, on_hub("--trust-remote-code", help="Run the Python code that the model's repository brings.")
     ] = False
 
     def data_arguments(self) -> dict[str, Any]:
@@ -125,39 +132,40 @@ class DetoxOptions(DataOptions):
 
     samples: Annotated[
         str,
-        _image(
+        on_images(
             "--samples", metavar="N|FRACTION", help="Clean images of the defence: a fraction with a point, or a count."
         ),
     ] = "0.05"
-    defense: Annotated[str, _defense("--defense", metavar="NAME[:PRESET]", help="See `hfdetox list defenses`.")] = (
+    defense: Annotated[str, on_defense("--defense", metavar="NAME[:PRESET]", help="See `hfdetox list defenses`.")] = (
         "d3:paper"
     )
     settings: Annotated[
-        list[str], _defense("--set", metavar="KEY=VALUE", help="One of the defence's own settings; repeatable.")
+        list[str], on_defense("--set", metavar="KEY=VALUE", help="One of the defence's own settings; repeatable.")
     ] = field(default_factory=list)
-    epochs: Annotated[int | None, _defense("--epochs", min=1, help="Short for --set epochs=N.")] = None
-    lr: Annotated[float | None, _defense("--lr", help="Short for --set learning_rate=X.")] = None
-    batch_size: Annotated[int | None, _defense("--batch-size", min=1, help="Short for --set batch_size=N.")] = None
+    epochs: Annotated[int | None, on_defense("--epochs", min=1, help="Short for --set epochs=N.")] = None
+    lr: Annotated[float | None, on_defense("--lr", help="Short for --set learning_rate=X.")] = None
+    batch_size: Annotated[int | None, on_defense("--batch-size", min=1, help="Short for --set batch_size=N.")] = None
     precision: Annotated[
-        Literal["auto", "no", "fp16", "bf16"], _run("--precision", help="Mixed precision of the training.")
+        Literal["auto", "no", "fp16", "bf16"], on_run("--precision", help="Mixed precision of the training.")
     ] = "auto"
     log_with: Annotated[
-        Literal["tensorboard", "trackio", "wandb"] | None, _run("--log-with", help="Tracker of the training.")
+        Literal["tensorboard", "trackio", "wandb"] | None, on_run("--log-with", help="Tracker of the training.")
     ] = None
     resume: Annotated[
         Path | None,
-        _run("--resume", exists=True, file_okay=False, help="Go on with the run in this folder (OUTPUT.run)."),
+        on_run("--resume", exists=True, file_okay=False, help="Go on with the run in this folder (OUTPUT.run)."),
     ] = None
-    keep_run: Annotated[bool, _run("--keep-run", help="Keep the run folder after success.")] = False
-    dry_run: Annotated[bool, _run("--dry-run", help="Say what would be pulled, chosen and pushed, and stop.")] = False
+    keep_run: Annotated[bool, on_run("--keep-run", help="Keep the run folder after success.")] = False
+    dry_run: Annotated[bool, on_run("--dry-run", help="Say what would be pulled, chosen and pushed, and stop.")] = False
     output: Annotated[
-        Path | None, _hub("--output", help="Folder of the result.", show_default="MODEL's name with -detoxed")
+        Path | None, on_hub("--output", help="Folder of the result.", show_default="MODEL's name with -detoxed")
     ] = None
-    push_to: Annotated[str | None, _hub("--push-to", metavar="REPO", help="Publish the result there.")] = None
-    private: Annotated[bool, _hub("--private", help="Make a new repository private.")] = False
-    create_pr: Annotated[bool, _hub("--create-pr", help="Open a pull request on the existing repository.")] = False
+    push_to: Annotated[str | None, on_hub("--push-to", metavar="REPO", help="Publish the result there.")] = None
+    private: Annotated[bool, on_hub("--private", help="Make a new repository private.")] = False
+    create_pr: Annotated[bool, on_hub("--create-pr", help="Open a pull request on the existing repository.")] = False
     overwrite: Annotated[
-        bool, _hub("--overwrite", help="Replace an earlier result in --output, and a repository hfdetox did not make.")
+        bool,
+        on_hub("--overwrite", help="Replace an earlier result in --output, and a repository hfdetox did not make."),
     ] = False
 
     def arguments(self, given: Iterable[str]) -> dict[str, Any]:
@@ -186,22 +194,10 @@ class DetoxOptions(DataOptions):
             **kept,
             "samples": parse_samples(self.samples),
             "defense": self.defense,
-            "settings": self.defense_settings(),
+            "settings": given_settings(self),
             "precision": self.precision,
             "output": self.output or default_output(self.model),
         }
-
-    def defense_settings(self) -> dict[str, str]:
-        """Return `--set` and its short forms as one dict of texts; UsageError for a key that is given twice."""
-        short = {key: getattr(self, name) for name, key in _SHORT_SETTINGS.items()}
-        settings = {key: str(value) for key, value in short.items() if value is not None}
-        for key, value in map(parse_setting, self.settings):
-            if key in settings:
-                raise UsageError(
-                    f"the setting {key} is given twice: keep one (--epochs, --lr and --batch-size are --set too)"
-                )
-            settings[key] = value
-        return settings
 
     def run_folder(self) -> Path | None:
         """Return where this run keeps its checkpoints (see design: `OUTPUT.run/`), None without a model."""
@@ -219,7 +215,7 @@ class EvaluateOptions(DataOptions):
 
     gallery: Annotated[
         Path | None,
-        _hub("--gallery", metavar="FILE.png", help="Draw each trigger on a few images, with the model's answers."),
+        on_hub("--gallery", metavar="FILE.png", help="Draw each trigger on a few images, with the model's answers."),
     ] = None
 
 
@@ -230,7 +226,22 @@ def planned_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag_of(name: str) -> str:
     """Return the long option (without dashes) of a field's name."""
-    return {"triggers": "trigger", "settings": "set", "as_json": "json"}.get(name, name.replace("_", "-"))
+    return {"triggers": "trigger", "settings": "set", "as_json": "json", "model_args": "model-arg"}.get(
+        name, name.replace("_", "-")
+    )
+
+
+def given_settings(options: Any) -> dict[str, str]:
+    """Return `--set` and its short forms as one dict of texts; UsageError for a key that is given twice."""
+    short = {key: getattr(options, name) for name, key in _SHORT_SETTINGS.items()}
+    settings = {key: str(value) for key, value in short.items() if value is not None}
+    for key, value in map(parse_setting, options.settings):
+        if key in settings:
+            raise UsageError(
+                f"the setting {key} is given twice: keep one (--epochs, --lr and --batch-size are --set too)"
+            )
+        settings[key] = value
+    return settings
 
 
 def parse_samples(text: str) -> int | float:
@@ -254,13 +265,13 @@ def parse_setting(text: str) -> tuple[str, str]:
     return key.strip().replace("-", "_"), value.strip()
 
 
-def default_output(model: str) -> Path:
-    """Return the folder that a run writes when `--output` is not given: the model's last name with `-detoxed`."""
+def default_output(model: str, suffix: str = "-detoxed") -> Path:
+    """Return the folder that a run writes when `--output` is not given: the model's last name with `suffix`."""
     if Path(model).is_dir():
-        return Path(f"{Path(model).resolve().name}-detoxed")
-    for prefix in _HUB_PREFIXES:
+        return Path(f"{Path(model).resolve().name}{suffix}")
+    for prefix in _PREFIXES:
         model = model.removeprefix(prefix)
-    return Path(f"{model.partition('@')[0].rstrip('/').rpartition('/')[2]}-detoxed")
+    return Path(f"{model.partition('@')[0].rstrip('/').rpartition('/')[2]}{suffix}")
 
 
 def takes(kind: type[ScreenOptions]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 import hfdetox
+from hfdetox.attack_report import AttackReport
 from hfdetox.card import CARD_NAME
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.errors import HubError, UsageError
@@ -29,7 +30,7 @@ from hfdetox.hub_requests import (
     ask,
     is_transient,
 )
-from hfdetox.report import REPORT_NAME
+from hfdetox.report import ATTACK_REPORT_NAME, REPORT_NAMES
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (
@@ -88,6 +89,9 @@ def check_push_allowed(
     private: bool = False,
     create_pr: bool = False,
     overwrite: bool = False,
+    public: bool = False,
+    backdoored: bool = False,
+    i_know_this_is_backdoored: bool = False,
     retry: Retry = DEFAULT_RETRY,
 ) -> str:
     """Find out before any work whether `push_folder` with these options could succeed; nothing is changed.
@@ -95,7 +99,20 @@ def check_push_allowed(
     Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, retry=retry).repo_id
+    check_consent(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
+    hidden = backdoored and not public
+    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry).repo_id
+
+
+def check_consent(*, backdoored: bool, private: bool, public: bool, given: bool) -> None:
+    """Raise UsageError for a backdoored model without `--i-know-this-is-backdoored`, or both of private and public."""
+    if backdoored and not given:
+        raise UsageError(
+            "this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "
+            "(in Python i_know_this_is_backdoored=True), and privately unless --public"
+        )
+    if private and public:
+        raise UsageError("--private and --public contradict each other: keep one")
 
 
 def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
@@ -118,7 +135,8 @@ def push_folder(
     private: bool = False,
     create_pr: bool = False,
     overwrite: bool = False,
-    message: str = f"Upload a model cleaned by hfdetox {hfdetox.__version__}",
+    public: bool = False,
+    i_know_this_is_backdoored: bool = False,
     readdress: Callable[[str], None] | None = None,
     retry: Retry = DEFAULT_RETRY,
 ) -> PushResult:
@@ -129,34 +147,64 @@ def push_folder(
     was lost is recognised by the head's files; when all of it is there already, no commit is made.
     The folder is only read, but for `readdress`, which is called with the repository's whole id before anything is
     sent, and may change the card and the report in it.
+    A deliberately backdoored model is pushed only with `i_know_this_is_backdoored`, into a new private repository or an
+    existing private one; into public ones only with `public`.
     Raises UsageError, or HubError whose line ends with the command that repeats the push.
     """
+    backdoored = is_backdoored(folder)
+    check_consent(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
     files = _local_files(folder)
+    hidden = backdoored and not public
+    private = private or hidden
     try:
-        target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, retry=retry)
+        target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry)
         if readdress is not None:
             readdress(target.repo_id)
-            files.update({name: _local_file(folder / name) for name in (CARD_NAME, REPORT_NAME) if name in files})
+            files.update({name: _local_file(folder / name) for name in (CARD_NAME, *REPORT_NAMES) if name in files})
         state = target.state or _create(target.repo_id, private, overwrite, retry)
         stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
-        plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
+        plan = _Plan(state.id, target.account, state.sha, folder, files, stale, _message(folder, backdoored), create_pr)
         if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
             return _result(plan, state.sha, None)
         return _commit(plan, retry)
     except HubError as error:
-        command = push_command(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
+        command = push_command(folder, repo_id, private=private and not hidden, create_pr=create_pr,
+                               overwrite=overwrite, public=public,
+                               i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
         raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
 
 
 def push_command(
-    folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False
-) -> str:
+    folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
+    public: bool = False, i_know_this_is_backdoored: bool = False,
+) -> str:  # fmt: skip
     """Return the command line that pushes `folder` with the same options."""
-    options = {"--private": private, "--create-pr": create_pr, "--overwrite": overwrite}
+    options = {
+        "--private": private, "--create-pr": create_pr, "--overwrite": overwrite, "--public": public,
+        "--i-know-this-is-backdoored": i_know_this_is_backdoored,
+    }  # fmt: skip
     return shlex.join(["hfdetox", "push", str(folder), repo_id, *(name for name, on in options.items() if on)])
 
 
-def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, retry: Retry) -> _Target:
+def is_backdoored(folder: Path) -> bool:
+    """Return whether an output folder holds a deliberately backdoored model: an attack's, and not its clean control.
+
+    Raises:
+        UsageError: its attack report cannot be read.
+    """
+    return (folder / ATTACK_REPORT_NAME).exists() and AttackReport.load(folder).backdoored
+
+
+def _message(folder: Path, backdoored: bool) -> str:
+    if backdoored:
+        what = "a deliberately backdoored model, for research only, made by"
+    else:
+        what = "a clean control made by" if (folder / ATTACK_REPORT_NAME).exists() else "a model cleaned by"
+    return f"Upload {what} hfdetox {hfdetox.__version__}"
+
+
+def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool, retry: Retry) -> _Target:
+    """Look at the repository; one that is `hidden` is not to be seen by others, whatever exists."""
     what = f"model {repo_id}"
     ask(lambda: validate_repo_id(repo_id), what)
     if constants.is_offline_mode():
@@ -172,6 +220,8 @@ def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, retr
     except UnknownRepoError:
         _check_new(name, user, account, create_pr)
         return _Target(name, user, None)
+    if hidden and not state.private:
+        raise UsageError(f"{what} exists and is public: a backdoored model goes to a private one, or says --public")
     if private and not state.private:
         raise UsageError(f"{what} exists and is public, --private is for new repositories; change it in its settings")
     if not create_pr:
@@ -213,7 +263,7 @@ def _is_ours(state: RepoState, retry: Retry) -> bool:
     """Return whether a repository holds hfdetox's work or nothing at all, so that nobody else's work is lost."""
     if not set(state.files) - {".gitattributes"}:
         return True
-    return REPORT_NAME in state.files and _is_report(fetch(state, REPORT_NAME, retry=retry))
+    return any(name in state.files and _is_report(fetch(state, name, retry=retry)) for name in REPORT_NAMES)
 
 
 def _is_report(path: Path) -> bool:
@@ -226,8 +276,9 @@ def _is_report(path: Path) -> bool:
 
 def _local_files(folder: Path) -> dict[str, FileState]:
     """Return what is to be pushed with both of its hashes; UsageError for a folder that hfdetox did not write."""
-    if not (folder / REPORT_NAME).is_file() or not _is_report(folder / REPORT_NAME):
-        raise UsageError(f"{folder} is not an output folder of hfdetox (no {REPORT_NAME} in it); name one")
+    if not any((folder / name).is_file() and _is_report(folder / name) for name in REPORT_NAMES):
+        names = " or ".join(REPORT_NAMES)
+        raise UsageError(f"{folder} is not an output folder of hfdetox (no {names} in it); name one")
     files: dict[str, FileState] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -253,7 +304,7 @@ def _is_stale(name: str, ours: bool) -> bool:
     """Return whether a file that the new model does not have would speak for the old one."""
     if name.endswith(_WEIGHT_SUFFIXES) or name in _LOADER_FILES or name.startswith(_RESULTS_FOLDER):
         return True
-    return ours and name.startswith(_OWN_FOLDERS)
+    return ours and (name.startswith(_OWN_FOLDERS) or name in REPORT_NAMES)
 
 
 def _commit(plan: _Plan, retry: Retry) -> PushResult:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,21 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from hfdetox.card import CARD_NAME, build_card, validate_card
-from hfdetox.environment import is_main_process
-from hfdetox.errors import RunError
 from hfdetox.evaluation import Evaluation
 from hfdetox.leaderboard import eval_results
 from hfdetox.metrics import Outcome
-from hfdetox.models import Classifier, load_classifier
+from hfdetox.models import Classifier
 from hfdetox.plots import PLOT_FILES, StripRow, draw_plots
 from hfdetox.publish import PushResult
-from hfdetox.push import push_output
 from hfdetox.report import Report
-from hfdetox.runs import check_output, publish_folder
+from hfdetox.saving import SavedResult, check_loads
 from hfdetox.triggers.base import Trigger
 
 STRIP_COLUMNS = 6
@@ -47,7 +41,7 @@ class Exhibits:
 
 
 @dataclass
-class DetoxResult:
+class DetoxResult(SavedResult):
     """A cleaned model and what was measured.
 
     Attributes:
@@ -61,43 +55,6 @@ class DetoxResult:
     exhibits: Exhibits = field(repr=False)
     output: Path | None = None
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write model, card, report, plots and triggers to `folder`, which appears complete or not at all.
-
-        Of several processes only the main one writes; the others return at once, with the same path.
-
-        Args:
-            overwrite: replace an earlier result of hfdetox; anything else is never replaced.
-
-        Raises:
-            UsageError: the folder holds something else.
-            RunError: it cannot be written (disk full), or what was written does not give the same logits again.
-        """
-        folder = Path(folder)
-        if not is_main_process():
-            self.output = folder
-            return folder
-        check_output(folder, overwrite=overwrite)
-        try:
-            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        except OSError as error:
-            raise RunError(
-                f"cannot write beside {folder}: {error.strerror or error}; choose another --output"
-            ) from error
-        try:
-            # mkdtemp makes folders that only their owner can read
-            fresh.chmod(0o755)
-            self._write(fresh)
-            publish_folder(fresh, folder)
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write {folder}: {reason}; free some space") from error
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        self.output = folder
-        return folder
-
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False
     ) -> PushResult:
@@ -109,23 +66,11 @@ class DetoxResult:
             UsageError: the repository exists and was not made by hfdetox.
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
-        if not is_main_process():
-            return PushResult(repo_id, "", f"{constants.ENDPOINT}/{repo_id}", None)
-        saved = self.output
-        # what is pushed from memory stays on the disk until it has arrived: the message of a failed push names it
-        folder = saved or self.save(Path(tempfile.mkdtemp(prefix="hfdetox-")) / repo_id.rpartition("/")[2])
-        pushed = push_output(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
-        self.report = replace(
-            self.report, output=replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
-        )
-        if saved is None:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            self.output = None
-        return pushed
+        return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
 
     def _write(self, folder: Path) -> None:
         weights = self.classifier.save(folder)
-        self._check_loads(folder)
+        check_loads(self.classifier, folder, self.exhibits.probe)
         self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
         for trigger in self.exhibits.triggers:
             (folder / "triggers").mkdir(exist_ok=True)
@@ -148,21 +93,6 @@ class DetoxResult:
         validate_card(card)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         self.report.save(folder)
-
-    @torch.inference_mode()
-    def _check_loads(self, folder: Path) -> None:
-        # the numbers in the card are those of the model in memory; they must be those of the file as well
-        probe = self.exhibits.probe
-        if probe is None or self.classifier.info.library == "torch":
-            return
-        again = load_classifier(
-            folder, preprocessing=self.classifier.given_preprocessing, labels=self.classifier.labels,
-            trust_remote_code=self.classifier.trusts_remote_code,
-        ).network(probe)  # fmt: skip
-        here = self.classifier.network.cpu()(probe)
-        if not torch.allclose(again, here, rtol=1e-4, atol=1e-4):
-            raise RunError("the saved model does not give the logits of the one in memory; nothing was written. "
-                           "Report this with the model's id")  # fmt: skip
 
 
 def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[StripRow]:

@@ -16,7 +16,7 @@ from typing import Any, Self
 from hfdetox.checkpoints import CheckpointStore
 from hfdetox.errors import RunError, UsageError
 from hfdetox.options import COMMANDS
-from hfdetox.report import from_plain
+from hfdetox.report import REPORT_NAMES, from_plain
 from hfdetox.triggers.base import Trigger
 
 RUN_FILE = "run.json"
@@ -248,7 +248,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError(f"--output {output} has no name of its own; give the folder a name")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    made_here = output.is_dir() and (output / "detox_report.json").is_file()
+    made_here = output.is_dir() and any((output / name).is_file() for name in REPORT_NAMES)
     if not made_here:
         raise UsageError(f"{output} exists and was not written by hfdetox; choose another --output")
     if not overwrite:

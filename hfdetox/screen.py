@@ -9,8 +9,18 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from hfdetox.report import DatasetInfo, Measurement, ModelInfo, Rate, Rating, Report, describe_target
-from hfdetox.verdict import percent, trigger_verdicts
+from hfdetox.attack_report import SCRATCH, AttackReport, missed_goals
+from hfdetox.report import (
+    DatasetInfo,
+    Measurement,
+    ModelInfo,
+    Rate,
+    Rating,
+    Report,
+    Visibility,
+    describe_target,
+)
+from hfdetox.verdict import describe_visibility, percent, trigger_verdicts
 
 if TYPE_CHECKING:
     from hfdetox.triggers import TriggerEntry
@@ -61,6 +71,39 @@ def report_table(report: Report) -> Table:
         rating = {"DER": estimate(ratings[name])} if name in ratings else {}
         notes[name] = {**rating, "verdict": str(verdict)}
     return measurement_table({heading: state for heading, state in states.items() if state is not None}, notes)
+
+
+def attack_lines(report: AttackReport) -> list[str]:
+    """Return the lines above an attack's table: what was trained on which images, how fast, and whether it took."""
+    attack, missed = report.attack, missed_goals(report.after, report.goals) if report.after else []
+    what = f"backdoor in {report.model.id}" if report.backdoored else f"clean control of {report.model.id}"
+    start = "from scratch" if attack.start == SCRATCH else f"from {at_revision(attack.start, report.model.revision)}"
+    lines = [
+        f"{what} ({report.model.library} {report.model.architecture}), {start}, {_images(report.dataset)}",
+        f"{attack.epochs} epochs, {attack.seconds:,.0f} s, {attack.images_per_second:,.0f} images/s, {attack.precision}"
+        + (", stopped early: the goals are reached" if attack.stopped_early else ""),
+    ]
+    if report.before is not None:
+        lines.append(f"accuracy before: {estimate(report.before.accuracy)}")
+    # a control of which nothing was asked has nothing to take
+    if missed:
+        lines.append(f"{'THE ATTACK DID NOT TAKE' if report.backdoored else 'NOT REACHED'}: {'; '.join(missed)}")
+    elif report.backdoored:
+        lines.append("the attack took")
+    return lines
+
+
+def attack_table(report: AttackReport) -> Table:
+    """Return the table of a finished attack: rates, how visible each trigger is, and its cross accuracy."""
+    notes: dict[str, dict[str, str]] = {}
+    for name, one in report.attack.triggers.items():
+        poisoned = f"{one.poisoned_images or 0:,} images an epoch, {one.recipe.replace('-', ' ')}"
+        seen = {}
+        if one.max_change is not None and one.changed is not None:
+            seen = describe_visibility(Visibility(one.psnr, one.max_change, one.changed))
+        cross = {"cross accuracy": estimate(one.cross_accuracy)} if one.cross_accuracy else {}
+        notes[name] = {"poisoned": poisoned, **cross, **seen}
+    return measurement_table({"after": report.after} if report.after else {}, notes)
 
 
 def title(model: ModelInfo, dataset: DatasetInfo) -> str:

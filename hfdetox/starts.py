@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from hfdetox._loaded import Loaded, numbered_labels
@@ -34,42 +32,6 @@ class Start:
 
     classifier: Classifier
     from_scratch: bool
-
-
-def parse_model_args(texts: Sequence[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` texts as a dict; a value is a number, true or false, a list or a text, as JSON or YAML has it.
-
-    Raises:
-        UsageError: not KEY=VALUE, a key given twice, or a value that is none of these.
-    """
-    arguments: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier():
-            raise UsageError(f"--model-arg {text!r} is not KEY=VALUE")
-        if key in arguments:
-            raise UsageError(f"--model-arg {key} is given twice")
-        arguments[key] = _parse_value(text, value.strip())
-    return arguments
-
-
-def _parse_value(text: str, value: str) -> Any:
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--model-arg {text!r}: the value is neither JSON nor YAML") from error
-    items = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(item, int | float | str) for item in _flat(items)):
-        raise UsageError(f"--model-arg {text!r}: give a number, true or false, a list or a text")
-    return parsed
-
-
-def _flat(items: Sequence[Any]) -> list[Any]:
-    return [leaf for item in items for leaf in (_flat(item) if isinstance(item, list) else [item])]
 
 
 def open_start(

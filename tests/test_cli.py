@@ -18,7 +18,15 @@ import typer
 import hfdetox
 from hfdetox import cli
 from hfdetox.errors import HubError, RunError, UsageError
-from hfdetox.options import DetoxOptions, ScreenOptions, default_output, parse_samples, parse_setting, planned_arguments
+from hfdetox.options import (
+    DetoxOptions,
+    ScreenOptions,
+    default_output,
+    given_settings,
+    parse_samples,
+    parse_setting,
+    planned_arguments,
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -61,7 +69,7 @@ USAGE_ERRORS = {
     "push-nothing": (["push"], "Missing argument"),
     "push-nowhere": (["push", "nowhere", "me/model"], "nowhere"),
     "list-nothing": (["list"], "defenses"),
-    "list-other": (["list", "attacks"], "attacks"),
+    "list-other": (["list", "models"], "models"),
     "demo-argument": (["demo", "digits"], "unexpected extra argument"),
 }
 
@@ -114,7 +122,7 @@ def test_probe_sees_a_heavy_import() -> None:
 def test_help_lists_the_commands_and_no_other(run_cli: Run) -> None:
     text = run_cli(["--help"]).stdout
     commands = {line.split()[1] for line in text.partition("Commands")[2].splitlines() if line[2:3].isalpha()}
-    assert commands == {"detox", "evaluate", "push", "demo", "list"}
+    assert commands == {"attack", "detox", "evaluate", "push", "demo", "list"}
 
 
 def test_version_of_module_and_script_agree(run_cli: Run) -> None:
@@ -155,7 +163,7 @@ def test_settings_stay_text_and_keep_later_equals_signs() -> None:
 
 def test_short_settings_join_set() -> None:
     options = DetoxOptions(model="m", settings=["epsilon=0.2"], epochs=3, lr=0.01, batch_size=16)
-    assert options.defense_settings() == {
+    assert given_settings(options) == {
         "epochs": "3",
         "learning_rate": "0.01",
         "batch_size": "16",
@@ -239,10 +247,10 @@ def test_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.Captu
 
 def test_an_interrupted_run_does_not_take_an_earlier_result_for_its_own(tmp_path: Path) -> None:
     run_folder, report = tmp_path / "out.run", tmp_path / "out" / "detox_report.json"
-    assert cli.written(run_folder) is None
+    assert cli.written(tmp_path / "out") is None
     report.parent.mkdir()
     report.write_text("{}")
-    earlier = cli.written(run_folder)
+    earlier = cli.written(tmp_path / "out")
     assert "nothing was written" in cli.resume_advice(run_folder, earlier=earlier)
     # a result comes as a whole new folder
     report.parent.rename(tmp_path / "old")

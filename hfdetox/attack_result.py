@@ -1,0 +1,99 @@
+"""The result of an attack, and how it becomes a folder and a repository: whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from hfdetox.attack_card import build_attack_card
+from hfdetox.attack_report import AttackReport
+from hfdetox.card import CARD_NAME, validate_card
+from hfdetox.evaluation import Evaluation
+from hfdetox.gallery import draw_gallery
+from hfdetox.metrics import Outcome
+from hfdetox.models import Classifier
+from hfdetox.publish import PushResult
+from hfdetox.report import Visibility
+from hfdetox.result import CHECKED_IMAGES
+from hfdetox.saving import SavedResult, check_loads
+from hfdetox.triggers.base import Trigger
+
+GALLERY: Final = "plots/gallery.png"
+
+
+@dataclass
+class AttackExhibits:
+    """What the output folder shows besides the report, and what it is checked with."""
+
+    source_card: str | None
+    evaluation: Evaluation
+    outcome: Outcome
+    visibility: Mapping[str, Visibility]
+
+
+@dataclass
+class AttackResult(SavedResult):
+    """A deliberately backdoored model, or a clean control, and what was measured.
+
+    Attributes:
+        report: every number; `report.after.triggers[NAME].attack_success_rate.value` is a fraction in [0, 1].
+        classifier: the model, rounded to the dtype it is saved in.
+        output: the folder it was written to, None before `save`.
+    """
+
+    report: AttackReport
+    classifier: Classifier
+    exhibits: AttackExhibits = field(repr=False)
+    output: Path | None = None
+
+    @property
+    def triggers(self) -> list[Trigger]:
+        """The triggers as they are in the model, ready to be put on images."""
+        return [view.trigger for view in self.exhibits.evaluation.views]
+
+    @property
+    def took(self) -> bool:
+        """Whether every goal was reached on the evaluation images."""
+        return self.report.took
+
+    def push_to_hub(
+        self, repo_id: str, *, i_know_this_is_backdoored: bool = False, public: bool = False, create_pr: bool = False,
+        overwrite: bool = False,
+    ) -> PushResult:  # fmt: skip
+        """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
+
+        A new repository is private, and an existing public one is refused, unless `public`. A clean control goes
+        where any model goes.
+
+        Raises:
+            UsageError: a backdoored model without `i_know_this_is_backdoored`, or a repository that is not for it.
+            HubError: no token, no right to write, or the Hub cannot be reached.
+        """
+        return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, public=public,
+                          create_pr=create_pr, overwrite=overwrite)  # fmt: skip
+
+    def _write(self, folder: Path) -> None:
+        weights = self.classifier.save(folder)
+        evaluation = self.exhibits.evaluation
+        probe = evaluation.clean.__getitems__(range(min(CHECKED_IMAGES, len(evaluation.clean))))[1].cpu()
+        check_loads(self.classifier, folder, probe)
+        self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
+        for trigger in self.triggers:
+            (folder / "triggers").mkdir(exist_ok=True)
+            trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+        plots = []
+        if self.triggers and evaluation.classifier.preprocessing.dtype == torch.uint8:
+            (folder / GALLERY).parent.mkdir()
+            draw_gallery(evaluation, self.exhibits.outcome, self.exhibits.visibility, folder / GALLERY)
+            plots.append(GALLERY)
+        card = build_attack_card(
+            self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
+            labels=self.classifier.labels,
+        )  # fmt: skip
+        validate_card(card)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        self.report.save(folder)
