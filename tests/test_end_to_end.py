@@ -202,9 +202,21 @@ def test_a_published_trigger_file_repeats_the_measurement(
     assert report.before is not None
     recorded = report.before.triggers["badnets"]
     assert hashlib.sha256(load_trigger(trigger).file_bytes()).hexdigest() == recorded.file_sha256
-    arguments = ["evaluate", str(made.timm), "--dataset", str(made.digits), "--trigger", str(trigger), "--json"]
-    assert cli.run(arguments) == 0
+    arguments = ["evaluate", str(made.timm), "--dataset", str(made.digits), "--trigger", str(trigger)]
+    assert cli.run([*arguments, "--gallery", str(tmp_path / "gallery.png"), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
+    assert set(measured) == {"accuracy", "loss", "triggers", "visibility"}
+    visible = measured["visibility"]["badnets"]
+    assert set(visible) == {"psnr", "max_change", "changed"}
+    # a patch of 3×3 in 16×16 from black to white has 10·log10(256 / 9) = 14.54 dB; more where a digit reaches into it
+    assert 14.54 < visible["psnr"] < 17
+    assert (visible["max_change"], visible["changed"]) == (255, 1.0)
+    with Image.open(tmp_path / "gallery.png") as picture:
+        assert (picture.format, picture.width) == ("PNG", 1300)
+    assert cli.run([*arguments, "--gallery", str(tmp_path / "again.png")]) == 0
+    table = capsys.readouterr().out
+    assert f"PSNR {visible['psnr']:.1f} dB" in " ".join(table.split())
+    assert f"gallery: {tmp_path / 'again.png'}\n" in table
     again = measured["triggers"]["badnets"]
     assert again["attack_success_rate"]["successes"] == recorded.attack_success_rate.successes
     assert again["target"] == recorded.target == NAMES.index(TARGET)
