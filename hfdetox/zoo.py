@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -38,8 +39,10 @@ class Builder:
 
     def run(self) -> None:
         """Build what is not there; on Ctrl-C the processes are stopped."""
-        with self.bar, self._stopping():
+        with self.bar, self._stopping(), interruption() as interrupted:
             while self.waiting or self.running:
+                if interrupted():
+                    raise KeyboardInterrupt
                 moved = [self._advance(cell) for cell in list(self.waiting)] + [self._collect()]
                 if not any(moved):
                     time.sleep(_POLL)
@@ -112,6 +115,26 @@ class Builder:
                 for process in processes:
                     process.kill()
                     process.wait()
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether Ctrl-C or a termination has come; nothing is torn apart in the middle by it.
+
+    An exception out of a process's start would leave that process behind. Threads other than the main one cannot
+    catch signals and are told of none.
+    """
+    come: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    earlier = {number: signal.signal(number, lambda got, frame: come.append(got)) for number in numbers}
+    try:
+        yield lambda: bool(come)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def outcome(zoo: Zoo) -> SuiteOutcome:

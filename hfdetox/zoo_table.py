@@ -139,7 +139,7 @@ class SuiteOutcome:
     def table(self) -> Table:
         """Return the table for the terminal; failed cells are named with their reasons below it."""
         failed = [row.line() for row in self.rows if row.reason]
-        table = Table(box=SIMPLE, caption=Text("\n".join([self.summary(), *failed])), caption_justify="left")
+        table = Table(box=SIMPLE, caption=Text("\n".join(failed)), caption_justify="left")
         for heading in _HEADINGS:
             table.add_column(heading, justify="left" if heading in _HEADINGS[:5] else "right")
         for row in self.rows:

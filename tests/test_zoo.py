@@ -1,0 +1,311 @@
+"""Zoos: cells as processes of their own, what is there is kept, what failed or was stopped is shown and run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hfdetox.errors import UsageError
+from hfdetox.suite import SuiteError
+from hfdetox.suite_file import load_suite
+from hfdetox.zoo import run_suite
+from hfdetox.zoo_folder import Place, Zoo
+from hfdetox.zoo_table import SuiteOutcome, row_of
+from tests import image_data
+
+MODEL = 'tiny: {model: "timm-arch:test_resnet", input_size: 32}'
+SUITE = f"""
+training: {{epochs: 1, batch_size: 16}}
+models: {{{MODEL}}}
+triggers: {{corner: {{spec: "badnets:size=2", settings: {{epochs: 2}}}}}}
+grids:
+  - {{models: [tiny], triggers: [corner], targets: [cow]}}
+  - {{models: [tiny], triggers: [corner, none], ratios: [0.2]}}
+"""
+CLEAN, ATTACKED, FAILED = "tiny-clean-s0", "tiny-corner-0.2-s0", "tiny-corner-to-cow-0.1-s0"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A dataset of 90 training and 30 test images of three classes."""
+    return image_data.write_dataset(tmp_path_factory.mktemp("pictures") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, pictures):
+    """A suite file, the zoo that was built of it two cells at a time, and the outcome."""
+    folder = tmp_path_factory.mktemp("built")
+    file = write(folder, SUITE)
+    return file, folder / "zoo", run_suite(file, output=folder / "zoo", dataset=str(pictures), jobs=2)
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    """A function-scoped copy of the zoo, and its suite file."""
+    file, zoo, _ = built
+    shutil.copytree(zoo, tmp_path / "zoo")
+    return file, tmp_path / "zoo"
+
+
+def write(folder, text):
+    file = folder / "suite.yaml"
+    file.write_text(text)
+    return file
+
+
+def statuses(outcome):
+    return {row.name: row.status for row in outcome.rows}
+
+
+def status_of(zoo):
+    """Whether two epochs on noise took is chance; the report says it."""
+    report = json.loads((zoo / ATTACKED / "attack_report.json").read_text())
+    return "done" if report["took"] else "did not take"
+
+
+def times(zoo):
+    return {path.name: path.stat().st_mtime_ns for path in zoo.glob("*/attack_report.json")}
+
+
+def zoo_of(text, tmp_path, dataset="org/pictures"):
+    return Zoo(load_suite(write(tmp_path, text)), Place(output=tmp_path / "zoo", dataset=dataset))
+
+
+def test_a_zoo_holds_what_the_suite_asks_for(built):
+    _, zoo, outcome = built
+    assert statuses(outcome) == {CLEAN: "done", FAILED: "failed", ATTACKED: status_of(zoo)}
+    assert [row.name for row in outcome.rows] == [CLEAN, FAILED, ATTACKED]
+    assert outcome.exit_status == 1
+    for name, epochs in ((CLEAN, 1), (ATTACKED, 2)):
+        report = json.loads((zoo / name / "attack_report.json").read_text())
+        assert report["attack"]["training"]["epochs"] == epochs
+        assert (zoo / name / "model.safetensors").is_file()
+    assert not (zoo / FAILED).exists()
+    failed = outcome.rows[1]
+    assert "cow" in failed.reason
+    assert "\n" not in failed.reason
+    assert "cow" in (zoo / f"{FAILED}.log").read_text()
+
+
+def test_the_table_says_what_the_reports_say(built):
+    _, zoo, outcome = built
+    written = json.loads((zoo / "zoo.json").read_text())
+    assert written == json.loads(json.dumps(outcome.document()))
+    clean, failed, attacked = written["cells"]
+    report = json.loads((zoo / ATTACKED / "attack_report.json").read_text())
+    assert attacked["accuracy"] == report["after"]["accuracy"]
+    measured = report["after"]["triggers"]["badnets"]
+    assert attacked["triggers"]["badnets"]["attack_success_rate"] == measured["attack_success_rate"]
+    assert attacked["triggers"]["badnets"]["robust_accuracy"] == measured["robust_accuracy"]
+    assert attacked["triggers"]["badnets"]["psnr"] == report["attack"]["triggers"]["badnets"]["psnr"]
+    assert (attacked["epochs"], attacked["ratio"], attacked["seed"], attacked["model"]) == (2, 0.2, 0, "tiny")
+    assert clean["triggers"] == {}
+    assert (failed["status"], failed["accuracy"], failed["target"]) == ("failed", None, "cow")
+    lines = (zoo / "zoo.md").read_text().splitlines()
+    assert lines[2] == outcome.summary()
+    assert sum(line.startswith("| tiny-") for line in lines) == 3
+    assert any(line.startswith(f"- failed: {FAILED}: ".replace("_", r"\_")) for line in lines)
+
+
+def test_what_is_there_is_kept_and_what_is_not_is_built(copied, pictures):
+    file, zoo = copied
+    shutil.rmtree(zoo / ATTACKED)
+    # as a killed run leaves it: a log and a record, no folder
+    assert (zoo / f"{ATTACKED}.log").is_file()
+    before = (zoo / CLEAN / "attack_report.json").stat().st_mtime_ns
+    outcome = run_suite(file, output=zoo, dataset=str(pictures))
+    assert statuses(outcome) == {CLEAN: "done", FAILED: "failed", ATTACKED: status_of(zoo)}
+    assert (zoo / CLEAN / "attack_report.json").stat().st_mtime_ns == before
+    assert (zoo / ATTACKED / "model.safetensors").is_file()
+
+
+def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_env):
+    text = f"training: {{epochs: 100000}}\nmodels: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [none, badnets]}}]"
+    words = ["attack", "--suite", write(tmp_path, text), "--output", tmp_path / "zoo", "--dataset", pictures]
+    command = [sys.executable, "-m", "hfdetox", *map(str, words)]
+    process = subprocess.Popen(command, env=fresh_env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "zoo" / f"{CLEAN}.log"
+    wait_for(lambda: log.is_file() and log.read_text())
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if line.startswith("hfdetox: ")] == [
+        "hfdetox: interrupted; what is finished stays: give the same command again to go on"
+    ]
+    written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
+    assert {cell["name"]: cell["status"] for cell in written["cells"]} == {
+        CLEAN: "not run",
+        "tiny-badnets-0.1-s0": "not run",
+    }
+    assert not (tmp_path / "zoo" / CLEAN).exists()
+    # its process is gone, and with it the lock
+    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), Place(output=tmp_path / "zoo", dataset=str(pictures)))
+    zoo.claim(zoo.cells[CLEAN]).close()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_cell_is_run_by_one_run_at_a_time_and_a_dead_run_holds_nothing(tmp_path):
+    zoo = zoo_of(SUITE, tmp_path)
+    (tmp_path / "zoo").mkdir()
+    cell = zoo.cells[ATTACKED]
+    held = zoo.claim(cell)
+    assert zoo.claim(cell) is None
+    # a process that got the log holds the lock on, even if the run that started it is killed
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=held)
+    held.close()
+    assert zoo.claim(cell) is None
+    child.kill()
+    child.communicate()
+    zoo.claim(cell).close()
+
+
+def test_a_changed_cell_is_not_replaced(copied, pictures, tmp_path):
+    _, zoo = copied
+    before = times(zoo)
+    changed = write(tmp_path, SUITE.replace("size=2", "size=3"))
+    with pytest.raises(
+        UsageError, match=f"{ATTACKED} is a finished model that another suite or command made; .*remove"
+    ):
+        run_suite(changed, output=zoo, dataset=str(pictures))
+    (zoo / f"{CLEAN}.json").unlink()
+    with pytest.raises(UsageError, match=f"{CLEAN} is a finished model that another suite"):
+        run_suite(write(tmp_path, SUITE), output=zoo, dataset=str(pictures))
+    assert times(zoo) == before
+
+
+def test_a_report_that_cannot_be_read_is_named(copied, pictures):
+    file, zoo = copied
+    (zoo / CLEAN / "attack_report.json").write_text('{"took": true}')
+    with pytest.raises(UsageError, match=f"{CLEAN}/attack_report.json cannot be read .*remove the folder"):
+        run_suite(file, output=zoo, dataset=str(pictures))
+
+
+def test_the_zoo_may_move_with_its_dataset(copied, pictures, tmp_path):
+    file, zoo = copied
+    shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
+    place = Place(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
+    assert Zoo(load_suite(file), place).rows[CLEAN].status == "done"
+
+
+@pytest.mark.parametrize(("took", "status"), [(True, "done"), (False, "did not take")])
+def test_an_attack_that_did_not_take_is_finished(copied, pictures, took, status):
+    file, zoo = copied
+    path = zoo / ATTACKED / "attack_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"took": took}))
+    assert Zoo(load_suite(file), Place(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
+
+
+def test_the_command_of_a_cell(tmp_path):
+    text = """
+        dataset: {id: org/pictures, image_column: img, revision: abc, eval_samples: 50}
+        training: {epochs: 3}
+        models: {m: {model: "timm-arch:resnetv2_50", model_args: {layers: [1, 1], stem_type: ""}, input_size: 32}}
+        triggers: {both: {spec: ["badnets:target=0", "sig:target=1"]}}
+        grids:
+          - {models: [m], triggers: [none, both], ratios: [0.05], seeds: [7], targets: [2], adaptive: ["sam:rho=2"]}
+    """
+    zoo = zoo_of(text, tmp_path, dataset=None)
+    model = [
+        "attack", "timm-arch:resnetv2_50", "--dataset", "org/pictures", "--seed", "7", "--image-column", "img",
+        "--dataset-revision", "abc", "--eval-samples", "50", "--model-arg", "layers=[1, 1]", "--model-arg",
+        'stem_type=""', "--input-size", "32",
+    ]  # fmt: skip
+    clean, attacked = zoo.cells.values()
+    assert zoo.command(clean) == [*model, "--trigger", "none", "--set", "epochs=3"]
+    assert zoo.command(attacked) == [
+        *model, "--trigger", "badnets:target=0", "--trigger", "sig:target=1", "--poison-ratio", "0.05", "--target", "2",
+        "--adaptive", "sam:rho=2", "--set", "epochs=3",
+    ]  # fmt: skip
+    # another dataset has other revisions
+    assert "--dataset-revision" not in Zoo(zoo.suite, replace(zoo.place, dataset="org/other")).command(clean)
+
+
+def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path):
+    grid = f"models: {{{MODEL}, trained: org/model}}\ngrids: [{{models: [%s], triggers: [%s], seeds: [3]}}]"
+    zoo = zoo_of(grid % ("tiny", "lf, 'lf:random', none"), tmp_path)
+    assert {name: zoo.surrogate(cell) for name, cell in zoo.cells.items()} == {
+        "tiny-clean-s3": None, "tiny-lf-0.1-s3": "tiny-clean-s3", "tiny-lf_random-0.1-s3": None,
+    }  # fmt: skip
+    with pytest.raises(
+        SuiteError, match=r"cell tiny-lf-0\.1-s3 is made on a clean model: add the trigger none for model"
+    ):
+        zoo_of(grid % ("tiny", "lf"), tmp_path)
+    # a trained model is clean before the attack
+    assert zoo_of(grid % ("trained", "lf"), tmp_path).surrogate(zoo_of(grid % ("trained", "lf"), tmp_path).cells[
+        "trained-lf-0.1-s3"]) is None  # fmt: skip
+
+
+def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
+    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]"
+    outcome = run_suite(write(tmp_path, text), output=tmp_path / "zoo", dataset=str(tmp_path / "nothing"))
+    assert statuses(outcome) == {CLEAN: "failed", "tiny-lf-0.1-s0": "failed"}
+    assert outcome.rows[1].reason == f"its clean model {CLEAN} failed"
+    assert not (tmp_path / "zoo" / "tiny-lf-0.1-s0.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SUITE.replace("batch_size", "batch"), f"suite.yaml: cell {CLEAN}: .*batch"),
+        (SUITE.replace("targets: [cow]", 'adaptive: ["fgsm"]'), r"cell tiny-corner-0.1-fgsm-s0: .*adaptive"),
+        (SUITE.replace("epochs: 2", "epochs: 0"), "cell tiny-corner-to-cow-0.1-s0: attack: epochs must be at least 1"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(tmp_path, text, message):
+    with pytest.raises(SuiteError, match=message):
+        run_suite(write(tmp_path, text), output=tmp_path / "zoo", dataset="org/pictures")
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_run_that_cannot_be(tmp_path, monkeypatch):
+    file = write(tmp_path, SUITE)
+    with pytest.raises(UsageError, match="names no dataset: add one to it, or give --dataset"):
+        run_suite(file, output=tmp_path / "zoo")
+    with pytest.raises(UsageError, match="--jobs must be at least 1, got 0"):
+        run_suite(file, output=tmp_path / "zoo", dataset="org/pictures", jobs=0)
+    with pytest.raises(UsageError, match="is a file; name a folder"):
+        run_suite(file, output=file, dataset="org/pictures")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="give --jobs N instead of a launcher"):
+        run_suite(file, output=tmp_path / "zoo", dataset="org/pictures")
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_rows_in_words(tmp_path):
+    cells = load_suite(write(tmp_path, SUITE)).cells()
+    attacked = cells[2]
+    result = {
+        "kind": "badnets", "target": 0, "psnr": 28.04, "max_change": 255, "cross_accuracy": None,
+    }  # fmt: skip
+    report = {
+        "attack": {"epochs": 2, "seconds": 61.7, "images_per_second": 1234.5, "triggers": {"badnets": result}},
+        "after": {
+            "accuracy": {"value": 0.8125},
+            "triggers": {"badnets": {"attack_success_rate": {"value": 1.0}, "robust_accuracy": {"value": 0.0}}},
+        },
+    }
+    rows = [row_of(cells[0]), row_of(cells[1], "failed", reason="no room"), row_of(attacked, "done", report=report)]
+    assert rows[2].line() == f"done: {ATTACKED}: ACC 81.2 %, ASR 100.0 %, RA 0.0 %, 62 s, 1,234 images/s"
+    assert rows[1].line() == f"failed: {FAILED}: no room"
+    outcome = SuiteOutcome(Path(), rows)
+    assert outcome.summary() == "1 not run, 1 failed, 1 done"
+    assert list(rows[2].table_rows()) == [
+        [ATTACKED, "badnets", "0", "0.2", "done", "81.2 %", "100.0 %", "0.0 %", "–", "28.0", "255", "2", "62", "1,234"]
+    ]
+    assert list(rows[0].table_rows()) == [[CLEAN, "none", "–", "–", "not run", *["–"] * 9]]
+    assert outcome.exit_status == 1
+    assert SuiteOutcome(Path(), rows[2:]).exit_status == 0
