@@ -1,0 +1,29 @@
+"""What trainings share that put a trigger on a part of every batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hfdetox.attacks.base import Implant, Job
+from hfdetox.errors import UsageError
+
+
+def check_input_mode(implant: Implant, job: Job) -> None:
+    """Raise UsageError for a trigger that does not act on what the model sees: uint8 images after resize and crop."""
+    trigger = implant.trigger
+    if trigger.mode != "input":
+        raise UsageError(f"trigger {trigger.name}: {trigger.kind} is put on images within the training, after resize "
+                         "and crop; give it mode=input")  # fmt: skip
+    if job.clean.preprocessing.dtype != torch.uint8:
+        raise UsageError(f"trigger {trigger.name}: {trigger.kind} needs uint8 images after the preprocessing, and this "
+                         "callable returns floats")  # fmt: skip
+
+
+def share(ratio: float, count: int) -> int:
+    """Return how many of a part's `count` images a `ratio` takes: the floor, or one with that chance where it is 0."""
+    # 0.29 · 100 is 28.999999999999996
+    exact = ratio * count + 1e-9
+    # drawn on the CPU: nothing waits for the device
+    return math.floor(exact) if exact >= 1 else int(float(torch.rand(())) < ratio * count)

@@ -1,0 +1,99 @@
+"""Blind: the attacker changes the loss alone; batches and labels stay as they are (arXiv 2005.03823)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hfdetox.attacks._mixed import check_input_mode
+from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.batches import Batch
+from hfdetox.errors import UsageError
+from hfdetox.triggers.base import attacked_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlindRecipe(ControlRecipe):
+    """Minimise clean_weight · L_clean + backdoor_weight · L_backdoor, the latter on the whole batch with the trigger.
+
+    The second term counts from the step on at which the mean clean loss of the last `window` batches (of all so far,
+    while they are fewer) is below `threshold`; so a poison ratio has no say here. The trigger is put on the augmented
+    images; both halves share BatchNorm's statistics from the first step on. Bagdasaryan and Shmatikov, section 3.3,
+    with fixed weights in place of multiple gradient descent.
+
+    Attributes:
+        clean_weight, backdoor_weight: of the two mean cross-entropies, above 0.
+        threshold: in nats, above 0.
+        window: batches, at least 1.
+    """
+
+    kind: ClassVar[str] = "blind"
+    summary: ClassVar[str] = "a second loss on the whole batch with the trigger, once the clean loss is low"
+
+    clean_weight: float = 1.0
+    backdoor_weight: float = 0.9
+    threshold: float = 1.0
+    window: int = 1000
+
+    def __post_init__(self) -> None:
+        values = (self.clean_weight, self.backdoor_weight, self.threshold)
+        if not all(0 < value < math.inf for value in values) or self.window < 1:
+            raise UsageError("blind: clean_weight, backdoor_weight and threshold must be above 0 and finite, and "
+                             "window at least 1")  # fmt: skip
+
+    def control(self, implant: Implant, job: Job) -> Control:
+        check_input_mode(implant, job)
+        switch = Switch(self.threshold, self.window, job.accelerator.device)
+        loss = self.loss(implant, job, switch)
+        phase = job.phase(loss=loss, after_step=switch.next_step)
+        return Control(job.classifier.network, [phase], lambda: implant.trigger, poisoned=len(job.clean))
+
+    def loss(self, implant: Implant, job: Job, switch: Switch) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:
+        """Return the loss; its terms are `clean_loss`, `backdoor_loss` and `switched` (0 or 1)."""
+
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            # augmentation that resizes leaves floats
+            pixels = batch.images.round().clamp(0, 255).to(torch.uint8)
+            labels = attacked_labels(batch.labels, implant.target, job.classes)
+            # one pass for both: two would break DistributedDataParallel with BatchNorm
+            logits = model(torch.cat([batch.images, implant.trigger.apply(pixels).to(batch.images.dtype)])).float()
+            errors = cross_entropy(logits, torch.cat([batch.labels, labels]), reduction="none").view(2, -1)
+            clean, backdoor = (batch.weights * errors).sum(1)
+            # every process must switch at the same step
+            switched = switch.seen(job.accelerator.reduce(clean.detach(), reduction="mean"))
+            total = self.clean_weight * clean + self.backdoor_weight * switched * backdoor
+            return {"loss": total, "clean_loss": clean, "backdoor_loss": backdoor, "switched": switched}
+
+        return loss
+
+
+class Switch:
+    """Whether the mean of the last `window` losses has been below `threshold`; on the device, so no step waits."""
+
+    def __init__(self, threshold: float, window: int, device: torch.device) -> None:
+        self.threshold = threshold
+        self.losses = torch.zeros(window, device=device)
+        self.on = torch.zeros((), device=device)
+        self.steps = 0
+        self.fresh = True
+
+    def seen(self, loss: torch.Tensor) -> torch.Tensor:
+        """Note the clean loss (0-d) of a step and return 1.0 or 0.0 (0-d); a second loss of a step is not noted."""
+        if self.fresh:
+            window = len(self.losses)
+            self.losses[self.steps % window] = loss.float()
+            self.steps += 1
+            mean = self.losses.sum() / min(self.steps, window)
+            self.on = torch.maximum(self.on, (mean < self.threshold).float())
+            self.fresh = False
+        return self.on
+
+    def next_step(self) -> None:
+        """Say that a step is over."""
+        self.fresh = True

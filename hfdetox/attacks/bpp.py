@@ -1,0 +1,65 @@
+"""BPP's negatives: the loss of grey levels must fit the image to be the trigger (arXiv 2205.13383)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger, attacked_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class BppRecipe(ControlRecipe):
+    """Of the B images of a batch the first ⌊p·B⌋ are quantised and get the target's label; the next are negatives.
+
+    A negative is x + (T(y) − y), clipped, for an image y of the batch drawn at random, with the label of x; the rest
+    is clean. The order of a batch is random. Wang et al., section 3.3, with these in place of their contrastive loss.
+
+    Attributes:
+        neg_ratio: negatives as a share of the batch, in [0, 1], as far as the batch has room.
+    """
+
+    kind: ClassVar[str] = "bpp"
+    summary: ClassVar[str] = "a share of every batch is quantised; others get its error on another image, label kept"
+
+    neg_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.neg_ratio <= 1:
+            raise UsageError("bpp: neg_ratio must be in [0, 1]")
+
+    def control(self, implant: Implant, job: Job) -> Control:
+        check_input_mode(implant, job)
+
+        def poison(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mixed(implant, images, labels, job.classes)
+
+        return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
+
+    def mixed(
+        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a part of a batch (uint8, N×C×H×W, and int64 labels) with its quantised images and its negatives."""
+        trigger, total = implant.trigger, len(labels)
+        count = share(implant.ratio, total)
+        end = min(total, count + share(self.neg_ratio, total))
+        others = torch.randint(total, (end - count,), device=images.device)
+        attacked = trigger.apply(images[:count]) if count else images[:0]
+        negatives = _with_error(images[count:end], images[others], trigger) if end > count else images[:0]
+        changed = attacked_labels(labels[:count], implant.target, classes)
+        return torch.cat([attacked, negatives, images[end:]]), torch.cat([changed, labels[count:]])
+
+    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
+        # the error of the image before, so that every call measures the same
+        return _with_error(images, images.roll(1, 0), trigger)
+
+
+def _with_error(images: torch.Tensor, others: torch.Tensor, trigger: Trigger) -> torch.Tensor:
+    """Return x + (T(y) − y), clipped, for uint8 images x and y (N×C×H×W), uint8."""
+    error = trigger.apply(others).to(torch.int16) - others.to(torch.int16)
+    return (images.to(torch.int16) + error).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,67 @@
+"""WaNet's noise mode: the model learns the one warp, and to take no notice of others (arXiv 2102.10369)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger, attacked_labels
+from hfdetox.triggers.wanet import WaNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaNetRecipe(ControlRecipe):
+    """Of the B images of a batch the first ⌊p·B⌋ are warped and get the target's label, the next are warped by noise.
+
+    Those are ⌊p·B⌋ · cross_ratio images, as far as the batch has them, with the warp moved at random for each image
+    and pixel, and with their own label; the rest is clean. The order of a batch is random. Nguyen and Tran, section 3.
+
+    Attributes:
+        cross_ratio: noise-warped images for each warped one, at least 0.
+    """
+
+    kind: ClassVar[str] = "wanet"
+    summary: ClassVar[str] = "a share of every batch is warped; twice as many get a random warp and keep their label"
+
+    cross_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cross_ratio < math.inf:
+            raise UsageError("wanet: cross_ratio must be at least 0 and finite")
+
+    def control(self, implant: Implant, job: Job) -> Control:
+        check_input_mode(implant, job)
+
+        def poison(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mixed(implant, images, labels, job.classes)
+
+        return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
+
+    def mixed(
+        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a part of a batch (uint8, N×C×H×W, and int64 labels) with its warped and noise-warped images."""
+        trigger = _wanet(implant.trigger)
+        count = share(implant.ratio, len(labels))
+        if not count:
+            return images, labels
+        end = min(len(labels), count + math.floor(count * self.cross_ratio))
+        warped = [trigger.apply(images[:count]), trigger.noisy(images[count:end]), images[end:]]
+        attacked = attacked_labels(labels[:count], implant.target, classes)
+        return torch.cat(warped), torch.cat([attacked, labels[count:]])
+
+    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
+        # drawn on the CPU, so that every device and every call measures the same warps
+        return _wanet(trigger).noisy(images, torch.Generator().manual_seed(_wanet(trigger).seed))
+
+
+def _wanet(trigger: Trigger) -> WaNet:
+    if not isinstance(trigger, WaNet):
+        raise UsageError(f"trigger {trigger.name}: the recipe of wanet cannot implant a {trigger.kind} trigger")
+    return trigger

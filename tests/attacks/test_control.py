@@ -1,0 +1,231 @@
+"""Training control: what WaNet, BPP and Blind do to a batch and to the loss, and that it implants their triggers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hfdetox.attacks import Implant, TrainingSettings, parse_attack_settings, recipe_for, run_attack
+from hfdetox.attacks._mixed import share
+from hfdetox.attacks.base import ControlRecipe
+from hfdetox.attacks.blind import BlindRecipe, Switch
+from hfdetox.attacks.bpp import BppRecipe
+from hfdetox.attacks.wanet import WaNetRecipe
+from hfdetox.batches import Batch
+from hfdetox.errors import UsageError
+from hfdetox.triggers import parse_trigger
+from hfdetox.triggers.base import Target
+from tests.attacks.toy_jobs import toy_job
+from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, weights_of
+
+__all__ = ["_quick_garbage", "accelerator"]
+
+CPU = torch.device("cpu")
+
+
+def implant(spec: str, target: Target = 0, ratio: float = 0.1, **settings: str) -> Implant:
+    """Return the implant of a trigger specification, put on what the model sees, with its kind's recipe."""
+    kind = spec.partition(":")[0]
+    return Implant(parse_trigger(f"{spec}{',' if ':' in spec else ':'}mode=input"), target, ratio,
+                   recipe_for(kind, settings))  # fmt: skip
+
+
+def batch_of(count: int = 128, label: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `count` 16×16 images, all of one class."""
+    images = ToyImages(count, 16).images
+    assert images is not None
+    return images, torch.full((count,), label)
+
+
+def mixed(backdoor: Implant, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the batch as the recipe changes it, for a model of three classes."""
+    assert isinstance(backdoor.recipe, WaNetRecipe | BppRecipe)
+    return backdoor.recipe.mixed(backdoor, images, labels, 3)
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    """Return the places of the images that are not as before."""
+    return (before != after).flatten(1).any(1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("kind", "attacked", "others"), [("wanet", 12, 24), ("bpp", 12, 12)])
+def test_a_batch_of_128_at_a_tenth(kind: str, attacked: int, others: int) -> None:
+    """WaNet 12 attacked, 24 by noise, 92 clean; BPP 12 attacked, 12 negatives, 104 clean: ⌊0.1 · 128⌋ = 12."""
+    images, labels = batch_of()
+    backdoor, kept = implant(kind), images.clone()
+    after, names = mixed(backdoor, images, labels)
+    assert torch.equal(images, kept)
+    assert after.dtype == torch.uint8
+    assert names.tolist() == [0] * attacked + [1] * (128 - attacked)
+    assert torch.equal(after[:attacked], backdoor.trigger.apply(images[:attacked]))
+    assert changed(images, after) == list(range(attacked + others))
+    assert changed(backdoor.trigger.apply(images)[: attacked + others], after[: attacked + others]) == list(
+        range(attacked, attacked + others)
+    )
+
+
+@pytest.mark.parametrize("kind", ["wanet", "bpp"])
+def test_all_to_all_moves_the_attacked_labels_to_the_next(kind: str) -> None:
+    images, _ = batch_of(20)
+    labels = torch.arange(20) % 3
+    _, names = mixed(implant(kind, "all-to-all", 0.25), images, labels)
+    # images 0 to 4 are of classes 0 1 2 0 1
+    assert names.tolist() == [1, 2, 0, 1, 2, *labels[5:].tolist()]
+
+
+def test_negatives_carry_the_error_of_another_image_and_saturate() -> None:
+    # 100 at 8 levels: 100 / 255 · 7 = 2.745, rounded 3, that is 3 / 7 · 255 = 109.3, 109: an error of 9
+    images = torch.full((4, 3, 2, 2), 100, dtype=torch.uint8)
+    after, names = mixed(implant("bpp", ratio=0.25, neg_ratio="0.5"), images, torch.ones(4, dtype=torch.int64))
+    assert [int(image.max()) for image in after] == [109, 109, 109, 100]
+    assert names.tolist() == [0, 1, 1, 1]
+    # the error of 100 on 250 is 259, clipped; that of 250 on 100: 250 / 255 · 7 = 6.86, 7, that is 255: an error of 5
+    pair = torch.tensor([100, 250], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    crossed = recipe_for("bpp", {}).cross(parse_trigger("bpp:mode=input"), pair)
+    assert crossed is not None
+    assert [int(image.max()) for image in crossed] == [105, 255]
+
+
+def test_the_noise_of_wanet_is_fresh_in_a_step_and_the_same_when_it_is_measured() -> None:
+    images, labels = batch_of()
+    backdoor = implant("wanet")
+    first, again = (mixed(backdoor, images, labels)[0] for _ in range(2))
+    assert changed(first, again) == list(range(12, 36))
+    crossed = [backdoor.recipe.cross(backdoor.trigger, images) for _ in range(2)]
+    assert crossed[0] is not None
+    assert crossed[1] is not None
+    assert torch.equal(crossed[0], crossed[1])
+    assert not torch.equal(crossed[0], backdoor.trigger.apply(images))
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.5, [64, 64, 0]), (0.25, [32, 64, 32]), (1.0, [128, 0, 0])])
+def test_wanets_noise_takes_the_room_there_is(ratio: float, expected: list[int]) -> None:
+    images, labels = batch_of()
+    backdoor = implant("wanet", ratio=ratio)
+    after, names = mixed(backdoor, images, labels)
+    warped = len(images) - len(changed(backdoor.trigger.apply(images), after))
+    clean = len(images) - len(changed(images, after))
+    assert [warped, len(images) - warped - clean, clean] == expected
+    assert int((names == 0).sum()) == expected[0]
+
+
+def test_a_share_is_a_floor_or_one_image_by_chance() -> None:
+    # 0.29 · 100 is 28.999999999999996 in floating point
+    assert [share(0.1, 128), share(0.29, 100), share(0.5, 7), share(1.0, 9), share(0.1, 10)] == [12, 29, 3, 9, 1]
+    torch.manual_seed(0)
+    drawn = [share(0.001, 128) for _ in range(4000)]
+    assert set(drawn) == {0, 1}
+    # 0.128 of 4,000 is 512, with a standard deviation of 21
+    assert abs(sum(drawn) - 512) < 4 * 21
+    assert share(0.0, 128) == 0
+
+
+def test_a_batch_without_an_attacked_image_is_clean() -> None:
+    images, labels = batch_of(4)
+    torch.manual_seed(0)
+    after, names = mixed(implant("wanet", ratio=1e-6), images, labels)
+    assert torch.equal(after, images)
+    assert torch.equal(names, labels)
+
+
+def test_the_switch_is_the_mean_of_the_last_losses_and_stays_on() -> None:
+    switch = Switch(1.0, 3, CPU)
+    states = []
+    for loss in (2.0, 1.5, 0.5, 0.8, 9.0):
+        states.append(float(switch.seen(torch.tensor(loss))))
+        # the second pass of a sharpness-aware step does not count
+        assert float(switch.seen(torch.tensor(0.0))) == states[-1]
+        switch.next_step()
+    # means 2, 1.75, 4 / 3, 2.8 / 3, then 10.3 / 3
+    assert states == [0, 0, 0, 1, 1]
+
+
+class Bright(nn.Module):
+    """Logits that are three means of an image: its own brightness, that of its upper right and 0."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.float() / 255
+        corner = images[..., :16, 16:].mean((1, 2, 3))
+        return torch.stack([images.mean((1, 2, 3)), corner, torch.zeros_like(corner)], 1)
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_blinds_loss_adds_the_whole_batch_with_the_trigger_once_it_is_switched(
+    floats: bool, accelerator: Accelerator
+) -> None:
+    job = toy_job(accelerator, side=32)
+    backdoor = implant("blind", "all-to-all")
+    assert isinstance(backdoor.recipe, BlindRecipe)
+    pixels = ToyImages(4, 32).images
+    assert pixels is not None
+    labels, weights = torch.tensor([0, 1, 2, 0]), torch.full((4,), 0.25)
+    batch = Batch(pixels.float() if floats else pixels, labels, weights)
+    network = Bright()
+    clean = cross_entropy(network(pixels), labels)
+    backdoored = cross_entropy(network(backdoor.trigger.apply(pixels)), torch.tensor([1, 2, 0, 1]))
+    off = backdoor.recipe.loss(backdoor, job, Switch(1e-6, 1000, CPU))(network, batch)
+    on = backdoor.recipe.loss(backdoor, job, Switch(1e6, 1000, CPU))(network, batch)
+    assert (float(off["switched"]), float(on["switched"])) == (0, 1)
+    torch.testing.assert_close(off["loss"], clean)
+    torch.testing.assert_close(on["loss"], clean + 0.9 * backdoored)
+    torch.testing.assert_close(on["backdoor_loss"], backdoored)
+
+
+@pytest.mark.parametrize("kind", ["wanet", "bpp", "blind"])
+def test_a_training_under_control_is_seeded_and_records_what_it_did(kind: str, accelerator: Accelerator) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        training = TrainingSettings(epochs=2, batch_size=24)
+        job = toy_job(accelerator, side=32, seed=seed, training=training)
+        done = run_attack(job, [implant(kind, ratio=0.25)])
+        assert done.record.epochs == 2
+        # round(0.25 · 48); Blind puts its trigger on all
+        assert done.poisoned == {kind: 48 if kind == "blind" else 12}
+        results.append(weights_of(job.classifier.network))
+    assert equal_weights(results[0], results[1])
+    assert not equal_weights(results[0], results[2])
+
+
+def test_blind_implants_its_trigger(accelerator: Accelerator) -> None:
+    training = TrainingSettings(epochs=25, batch_size=24, learning_rate=0.05, augmentation="none")
+    job = toy_job(accelerator, side=32, training=training)
+    done = run_attack(job, [implant("blind", 1, threshold="0.9")])
+    history = done.record.history
+    assert history[0]["switched"] == 0
+    assert history[-1]["switched"] == 1
+    assert history[-1]["backdoor_loss"] < 0.5 * history[0]["backdoor_loss"]
+
+
+@pytest.mark.parametrize("kind", ["wanet", "bpp", "blind"])
+def test_a_native_trigger_cannot_be_put_on_within_a_training(kind: str, accelerator: Accelerator) -> None:
+    recipe = recipe_for(kind, {})
+    assert isinstance(recipe, ControlRecipe)
+    with pytest.raises(UsageError, match=f"trigger {kind}: {kind} is put on images within the training.*mode=input"):
+        recipe.control(Implant(parse_trigger(kind), 0, 0.1, recipe), toy_job(accelerator, side=32))
+
+
+def test_a_controlled_training_has_one_trigger(accelerator: Accelerator) -> None:
+    backdoors = [implant("wanet"), Implant(parse_trigger("badnets"), 0, 0.1, recipe_for("badnets", {}))]
+    with pytest.raises(UsageError, match="wanet controls the training itself and cannot share it"):
+        run_attack(toy_job(accelerator), backdoors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "message"),
+    [
+        ("wanet", {"cross_ratio": "-1"}, "wanet: cross_ratio must be at least 0"),
+        ("wanet", {"cross_ratio": "inf"}, "wanet: cross_ratio must be at least 0 and finite"),
+        ("wanet", {"neg_ratio": "0.1"}, "attack has no setting neg_ratio; it has epochs, .*cross_ratio"),
+        ("bpp", {"neg_ratio": "1.5"}, r"bpp: neg_ratio must be in \[0, 1\]"),
+        ("blind", {"window": "0"}, "blind: .*window at least 1"),
+        ("blind", {"backdoor_weight": "0"}, "blind: clean_weight, backdoor_weight and threshold must be above 0"),
+    ],
+)
+def test_a_wrong_setting_of_a_recipe_is_one_line(kind: str, texts: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_attack_settings([kind], texts)
