@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
+from hfdetox.settings import parse_setting
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class SharpnessAware:
     def __post_init__(self) -> None:
         if not 0 < self.rho < float("inf"):
             raise UsageError(f"sam: rho must be above 0, got {self.rho}")
+
+    def spec(self) -> str:
+        """Return the `sam:key=value,…` form that `parse_adaptive` reads."""
+        return f"sam:rho={self.rho},adaptive={str(self.adaptive).lower()}"
 
     @contextmanager
     def perturbed(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -59,6 +65,26 @@ class SharpnessAware:
         for weight, direction in zip(trained, scaled, strict=True):
             step = direction * weight.abs() if self.adaptive else direction
             weight.add_(step * (self.rho / norm))
+
+
+def parse_adaptive(text: str) -> SharpnessAware:
+    """Return what `--adaptive sam:rho=2.0,adaptive=true` asks for; either key may be left out.
+
+    Raises:
+        UsageError: not `sam`, an unknown or repeated key, or a wrong value.
+    """
+    method, _, rest = text.partition(":")
+    if method != "sam":
+        raise UsageError(f"unknown adaptive attack {method!r}; there is sam, as in sam:rho=2.0,adaptive=true")
+    hints, values = typing.get_type_hints(SharpnessAware), {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key not in hints:
+            raise UsageError(f"sam: {item!r} is not one of rho=…, adaptive=…")
+        if key in values:
+            raise UsageError(f"sam: {key} is given twice")
+        values[key] = parse_setting(f"sam: {key}", hints[key], value)
+    return SharpnessAware(**values)
 
 
 @contextmanager
