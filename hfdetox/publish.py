@@ -14,10 +14,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-import hfdetox
-from hfdetox.attack_report import AttackReport
 from hfdetox.card import CARD_NAME
 from hfdetox.checksums import check_safetensors, git_sha1_file, sha256_file
+from hfdetox.consent import check_consent, commit_message, is_backdoored
 from hfdetox.errors import HubError, UsageError
 from hfdetox.hub import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 from hfdetox.hub_requests import (
@@ -30,7 +29,7 @@ from hfdetox.hub_requests import (
     ask,
     is_transient,
 )
-from hfdetox.report import ATTACK_REPORT_NAME, REPORT_NAMES
+from hfdetox.report import REPORT_NAMES
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (
@@ -104,17 +103,6 @@ def check_push_allowed(
     return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry).repo_id
 
 
-def check_consent(*, backdoored: bool, private: bool, public: bool, given: bool) -> None:
-    """Raise UsageError for a backdoored model without `--i-know-this-is-backdoored`, or both of private and public."""
-    if backdoored and not given:
-        raise UsageError(
-            "this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "
-            "(in Python i_know_this_is_backdoored=True), and privately unless --public"
-        )
-    if private and public:
-        raise UsageError("--private and --public contradict each other: keep one")
-
-
 def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
     """Ask the Hub whether it would take a model card (README.md); raises UsageError with its objection, or HubError."""
 
@@ -163,7 +151,8 @@ def push_folder(
             files.update({name: _local_file(folder / name) for name in (CARD_NAME, *REPORT_NAMES) if name in files})
         state = target.state or _create(target.repo_id, private, overwrite, retry)
         stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
-        plan = _Plan(state.id, target.account, state.sha, folder, files, stale, _message(folder, backdoored), create_pr)
+        message = commit_message(folder, backdoored=backdoored)
+        plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
         if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
             return _result(plan, state.sha, None)
         return _commit(plan, retry)
@@ -184,23 +173,6 @@ def push_command(
         "--i-know-this-is-backdoored": i_know_this_is_backdoored,
     }  # fmt: skip
     return shlex.join(["hfdetox", "push", str(folder), repo_id, *(name for name, on in options.items() if on)])
-
-
-def is_backdoored(folder: Path) -> bool:
-    """Return whether an output folder holds a deliberately backdoored model: an attack's, and not its clean control.
-
-    Raises:
-        UsageError: its attack report cannot be read.
-    """
-    return (folder / ATTACK_REPORT_NAME).exists() and AttackReport.load(folder).backdoored
-
-
-def _message(folder: Path, backdoored: bool) -> str:
-    if backdoored:
-        what = "a deliberately backdoored model, for research only, made by"
-    else:
-        what = "a clean control made by" if (folder / ATTACK_REPORT_NAME).exists() else "a model cleaned by"
-    return f"Upload {what} hfdetox {hfdetox.__version__}"
 
 
 def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool, retry: Retry) -> _Target:
