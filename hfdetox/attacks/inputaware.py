@@ -1,0 +1,216 @@
+"""Input-aware: masks are trained first, then the classifier together with the generator of patterns (2010.08138)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, relu
+
+from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.batches import Batch
+from hfdetox.engine import Phase
+from hfdetox.errors import UsageError
+from hfdetox.optimizers import JointOptimizer
+from hfdetox.preprocessing import Preprocessing, normalize
+from hfdetox.triggers._generator import Generator
+from hfdetox.triggers._networks import network_state
+from hfdetox.triggers.base import Trigger, attacked_labels
+from hfdetox.triggers.inputaware import InputAware, draw_mask, draw_pattern
+
+_DENSITY_WEIGHT = 100.0
+_BETAS = (0.5, 0.9)
+# the paper's learning rate of the masks: a tenth after 10 of 25 epochs, and again after 20
+_MILESTONES = (0.4, 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputAwareRecipe(ControlRecipe):
+    """First the masks alone are trained, then the classifier with the generator of patterns (arXiv 2010.08138).
+
+    Of every batch, floor(ratio · B) images get their own pattern and mask, after augmentation, and the attacker's
+    label; as many get those of other images and keep their label (`cross`); the rest are clean. The paper draws the
+    other images from a second loader; here they are those of the same batch, moved on by a random number of places:
+    the same distribution. All images of a batch that get a pattern go through the generator together.
+
+    Attributes:
+        mask_epochs: of the first stage, at least 1; 25 in the paper.
+        generator_learning_rate: of Adam, for masks and patterns.
+        mask_density: value of a mask, in [0, 1), that costs nothing; what is above costs 100 times its mean.
+        diversity: weight of what makes two images' patterns and masks differ, at least 0.
+    """
+
+    kind: ClassVar[str] = "inputaware"
+    summary: ClassVar[str] = "the training step puts each image's own pattern on a tenth of a batch, others' on another"
+
+    mask_epochs: int = 25
+    generator_learning_rate: float = 0.01
+    mask_density: float = 0.032
+    diversity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mask_epochs < 1 or not 0 <= self.mask_density < 1:
+            raise UsageError("inputaware: mask_epochs must be at least 1 and mask_density in [0, 1)")
+        if not 0 < self.generator_learning_rate < math.inf or not 0 <= self.diversity < math.inf:
+            raise UsageError("inputaware: generator_learning_rate must be above 0, diversity at least 0, both finite")
+
+    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
+        """Return the images (uint8, N×C×H×W) with the pattern and mask of the image before; a lone one its mirror's."""
+        if not isinstance(trigger, InputAware):
+            return None
+        return trigger.cross(images, images.roll(1, 0) if len(images) > 1 else images.flip(-1))
+
+    def control(self, implant: Implant, job: Job) -> Control:
+        """Return the two stages: phases `mask` (one for each learning rate; Adam starts anew) and `train`.
+
+        Raises:
+            UsageError: a ratio above one half, a mode other than `input`, or a trigger with networks of its own.
+        """
+        check_input_mode(implant, job)
+        trigger = implant.trigger
+        if not isinstance(trigger, InputAware):
+            raise UsageError(
+                f"trigger {trigger.name}: the recipe of inputaware cannot implant a {trigger.kind} trigger"
+            )
+        if trigger.fitted:
+            raise UsageError(f"trigger {trigger.name}: the networks of inputaware are trained with the classifier, and "
+                             "this one has some already; name the kind in place of the file")  # fmt: skip
+        if implant.ratio > 0.5:
+            raise UsageError("inputaware: a ratio of at most 0.5, as many images get another image's pattern")
+        with torch.random.fork_rng():
+            torch.manual_seed(job.seed)
+            trio = Trio(job.classifier.network, job.clean.preprocessing, trigger.size)
+        return Control(trio, [*self._mask_phases(trio, job), self._train_phase(trio, implant, job)],
+                       lambda: trio.trigger(trigger))  # fmt: skip
+
+    def _adam(self, parameters: Sequence[nn.Parameter], rate: float = 1.0) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.generator_learning_rate * rate, betas=_BETAS)
+
+    def _mask_phases(self, trio: Trio, job: Job) -> list[Phase]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            images, masks = model(batch.images)
+            return self.mask_terms(images, masks, turn(len(images)), batch.weights)
+
+        ends = [math.ceil(share * self.mask_epochs) for share in (*_MILESTONES, 1.0)]
+        phases = []
+        for number, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if end > begin:
+                phases.append(job.phase(
+                    name="mask", parameters=list(trio.mask.parameters()), epochs=end - begin, loss=loss,
+                    optimizer=lambda parameters, rate=0.1**number: self._adam(parameters, rate),
+                    schedule="constant", sharpness=None,
+                ))  # fmt: skip
+        return phases
+
+    def mask_terms(self, images: torch.Tensor, masks: torch.Tensor, shift: int,
+                   weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Return the loss of normalised `images` (N×C×H×W) and `masks` (N×1×H×W), paired with those `shift` on.
+
+        100 · mean(relu(m − density)) + w · mean(d(x, x') / (d(m, m') + 1e-7)), means over images by `weights`;
+        `density` is the mean of the masks.
+        """
+        above = relu(masks - self.mask_density).mean((1, 2, 3))
+        ratio = spread(images, images.roll(-shift, 0), masks, masks.roll(-shift, 0))
+        return {"loss": (weights * (_DENSITY_WEIGHT * above + self.diversity * ratio)).sum(),
+                "density": (weights * masks.mean((1, 2, 3))).sum()}  # fmt: skip
+
+    def _train_phase(self, trio: Trio, implant: Implant, job: Job) -> Phase:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            size = len(batch.images)
+            attacked = min(share(implant.ratio, size), size // 2)
+            logits, ratio = model(batch.images, attacked, turn(size))
+            labels = batch.labels.clone()
+            labels[:attacked] = attacked_labels(labels[:attacked], implant.target, job.classes)
+            errors = (batch.weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
+            return {"loss": errors + self.diversity * ratio, "cross_entropy": errors, "diversity": ratio}
+
+        network = list(trio.network.parameters())
+
+        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return JointOptimizer(job.optimizer(parameters[: len(network)]), self._adam(parameters[len(network) :]))
+
+        return job.phase(parameters=[*network, *trio.generator.parameters()], optimizer=joint, loss=loss)
+
+
+class Trio(nn.Module):
+    """The classifier, the generator of patterns and that of masks, as one network for the engine."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, size: int) -> None:
+        super().__init__()
+        channels = preprocessing.input_size[0]
+        self.network, self.size, self.scale = network, size, preprocessing.scale
+        self.generator = Generator(channels, channels).to(memory_format=torch.channels_last)
+        self.mask = Generator(channels, 1).to(memory_format=torch.channels_last)
+        self.convolutional = bool(getattr(network, "convolutional", False))
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def train(self, mode: bool = True) -> Trio:
+        """Set the mode; masks that are not trained (any more) stay in eval mode, so that their statistics stay."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.mask.parameters()):
+            self.mask.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, attacked: int | None = None,
+                shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return normalised images and masks (N×1×H×W), or, given `attacked`, logits and the mean diversity ratio.
+
+        The first `attacked` of `images` (N×C×H×W, 0 to 255) get their own pattern and mask, as many after them those
+        of the images `shift` places on, in a ring.
+        """
+        if attacked is None:
+            normal = self._normal(images)
+            return normal, draw_mask(self.mask, normal, self.size).float()
+        mixed, ratio = self.mix(images, attacked, shift)
+        return self.network(mixed), ratio
+
+    def mix(self, images: torch.Tensor, attacked: int, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch as the classifier sees it, float32 in 0 to 255, and mean(d(x, x') / (d(g, g') + 1e-7))."""
+        x = images.float()
+        if not attacked:
+            return x, x.new_zeros(())
+        others = x.roll(-shift, 0)[attacked : 2 * attacked]
+        sources = self._normal(torch.cat([x[:attacked], others]))
+        patterns = draw_pattern(self.generator, sources, self.size).float()
+        masks = draw_mask(self.mask, sources, self.size).float()
+        mixed = x[: 2 * attacked] + (255 * patterns - x[: 2 * attacked]) * masks
+        ratio = spread(*sources.split(attacked), *patterns.split(attacked)).mean()
+        return torch.cat([mixed, x[2 * attacked :]]), ratio
+
+    def trigger(self, trigger: InputAware) -> InputAware:
+        """Return `trigger` with the networks as they are now, and the classifier's normalisation."""
+        # the trigger divides by 255 whatever the scale of the preprocessing
+        factor = 255 * self.scale
+        return replace(trigger, generator=network_state(self.generator), mask=network_state(self.mask),
+                       mean=self.mean.flatten().cpu() / factor, std=self.std.flatten().cpu() / factor)  # fmt: skip
+
+    def _normal(self, images: torch.Tensor) -> torch.Tensor:
+        normal = normalize(images, self.mean, self.std, self.scale)
+        return normal.contiguous(memory_format=torch.channels_last)
+
+
+def spread(x: torch.Tensor, others: torch.Tensor, drawn: torch.Tensor, drawn_others: torch.Tensor) -> torch.Tensor:
+    """Return d(x, x') / (d(g, g') + 1e-7) of N images x and what was drawn from them (N×C×H×W each), of shape (N,).
+
+    d is the root of the mean squared difference of an image; of equal ones it is 1e-6, where a root has a gradient.
+    """
+    return _distance(x, others) / (_distance(drawn, drawn_others) + 1e-7)
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return ((first - second).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+def turn(size: int) -> int:
+    """Draw by how many places a batch of `size` images (at least 2) is turned: 1 to size − 1, on the CPU."""
+    return int(torch.randint(1, size, ()).item())

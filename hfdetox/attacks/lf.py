@@ -1,0 +1,176 @@
+"""LF: the pattern is a universal perturbation of a clean model, kept to low frequencies (arXiv 2104.03413)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from hfdetox.attacks.base import Job, PoisonRecipe
+from hfdetox.errors import UsageError
+from hfdetox.models import Classifier
+from hfdetox.triggers._networks import full_precision
+from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
+from hfdetox.triggers.lf import LF, low_pass, rescale
+
+_TESTED = 10
+_STEADY = (5, 0.01)
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFRecipe(PoisonRecipe):
+    """A targeted universal perturbation by DeepFool on the job's surrogate, low-passed and rescaled at each step.
+
+    v starts at 0. For the images x that v does not move yet, DeepFool goes from x + v towards the target by r; then
+    v ← G(v + G(r)), moved and scaled to [0, amplitude]. The paper takes the images one after another; here `together`
+    of them are taken at the same v and r is the mean of those that arrived. After each pass the share of test images
+    (10 of each class, other images than those v is made of) whose label v changes is measured; v is done at 1 − `delta`
+    or when the last five shares differ by less than 0.01. Images reach the model as its preprocessing has them.
+
+    Attributes:
+        images: clean images that v is made of, at least 1.
+        passes: over them at most, at least 1.
+        overshoot: DeepFool goes 1 + this times as far, at least 0.
+        steps: of DeepFool at most, for each image, at least 1.
+        delta: v is done when it changes the label of 1 − delta of the test images, in [0, 1).
+        together: images that DeepFool takes at the same v, at least 1.
+    """
+
+    kind: ClassVar[str] = "lf"
+    summary: ClassVar[str] = "a low-frequency universal perturbation of a clean model (lf:random needs none) is added"
+
+    images: int = 100
+    passes: int = 50
+    overshoot: float = 0.02
+    steps: int = 200
+    delta: float = 0.8
+    together: int = 10
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.passes, self.steps, self.together) < 1:
+            raise UsageError("lf: images, passes, steps and together must be at least 1")
+        if not 0 <= self.overshoot < math.inf or not 0 <= self.delta < 1:
+            raise UsageError("lf: overshoot must be at least 0 and finite, delta in [0, 1)")
+
+    def on_clean_model(self, trigger: Trigger) -> bool:
+        return isinstance(trigger, LF) and not trigger.fitted
+
+    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+        """Return the trigger with its perturbation; `lf:random` and one that has it as they are.
+
+        Raises:
+            UsageError: no surrogate, a target of all-to-all, or a surrogate that gives floats or takes other images.
+        """
+        if not isinstance(trigger, LF) or trigger.fitted:
+            return trigger
+        if target == ALL_TO_ALL:
+            raise UsageError("lf: a universal perturbation leads to one label; name a target, or use lf:random")
+        surrogate = clean_model(job, "lf", "or use lf:random")
+        generator = torch.Generator().manual_seed(job.seed)
+        order = torch.randperm(len(job.clean), generator=generator)
+        labels = job.clean.labels.cpu()[order]
+        count = min(self.images, len(order))
+        rest = [order[count:][labels[count:] == label][:_TESTED] for label in range(job.classes)]
+        # of few clean images all are both
+        held_out = torch.cat(rest) if len(order) > count else order
+        with frozen(surrogate.network, job.accelerator.device) as logits:
+
+            def pixels(places: torch.Tensor) -> torch.Tensor:
+                return job.clean.__getitems__(places.tolist())[1].to(job.accelerator.device).float() / 255
+
+            v = self.perturbation(logits, pixels(order[:count]), pixels(held_out), int(target), trigger.amplitude)
+        return replace(trigger, perturbation=v.cpu())
+
+    def perturbation(self, logits: Logits, images: torch.Tensor, tested: torch.Tensor, target: int,
+                     amplitude: float) -> torch.Tensor:  # fmt: skip
+        """Return v (float32, C×H×W, 0 to `amplitude`) of `images` (N×C×H×W in [0, 1]); see the class.
+
+        Raises:
+            UsageError: no image could be moved to the target.
+        """
+        v = torch.zeros_like(images[0])
+        before, shares = logits(tested).argmax(1), []
+        for _ in range(self.passes):
+            for part in images.split(self.together):
+                v = self._moved(logits, part, v, target, amplitude)
+            shares.append((logits(tested + v).argmax(1) != before).float().mean().item())
+            last = shares[-_STEADY[0] :]
+            if shares[-1] >= 1 - self.delta or (len(last) == _STEADY[0] and max(last) - min(last) < _STEADY[1]):
+                break
+        if not v.any():
+            raise UsageError("lf: no image could be moved to the target on the surrogate; take more images or steps, "
+                             "another clean model, or lf:random")  # fmt: skip
+        return v
+
+    def _moved(self, logits: Logits, part: torch.Tensor, v: torch.Tensor, target: int,
+               amplitude: float) -> torch.Tensor:  # fmt: skip
+        """Return v after one step by the images of `part` that it does not move yet."""
+        start = part + v
+        clean, present = logits(torch.cat([part, start])).argmax(1).split(len(part))
+        chosen = (clean == present) & (present != target)
+        if not chosen.any():
+            return v
+        r, arrived = deepfool(logits, start[chosen], target, self.overshoot, self.steps)
+        if not arrived.any():
+            return v
+        return rescale(low_pass(v + low_pass(r[arrived].mean(0))), amplitude)
+
+
+def deepfool(logits: Logits, images: torch.Tensor, target: int, overshoot: float = 0.02,
+             steps: int = 200) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return what moves `images` (N×C×H×W float32) to `target`, same shape, and which arrived (N, bool).
+
+    Targeted DeepFool, each image on its own: x ← x + |f_t − f_top| / ‖w‖² · w with w = ∇f_t − ∇f_top, until f_t is
+    the greatest; moves are taken 1 + `overshoot` times as far. Moosavi-Dezfooli et al., arXiv 1511.04599.
+    """
+    total = torch.zeros_like(images)
+    arrived = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for step in range(steps + 1):
+        x = (images + (1 + overshoot) * total).requires_grad_()
+        with torch.enable_grad():
+            values = logits(x)
+            top = values.argmax(1)
+            gap = values[:, target] - values.gather(1, top[:, None])[:, 0]
+            w = torch.autograd.grad(gap.sum(), x)[0]
+        arrived = top == target
+        # one number each step is read, so that the rest is not computed for nothing
+        if step == steps or arrived.all():
+            break
+        size = w.flatten(1).square().sum(1).clamp(min=1e-12)
+        move = (gap.detach().abs() / size).view(-1, 1, 1, 1) * w
+        total = torch.where(arrived.view(-1, 1, 1, 1), total, total + move)
+    return (1 + overshoot) * total, arrived
+
+
+def clean_model(job: Job, kind: str, instead: str) -> Classifier:
+    """Return the job's surrogate; a UsageError names what to do without one, or with one of other images."""
+    if job.surrogate is None:
+        raise UsageError(f"{kind} is made on a clean model: name one with --surrogate, {instead}")
+    theirs, ours = job.surrogate.preprocessing, job.clean.preprocessing
+    if theirs.input_size != ours.input_size or theirs.dtype != torch.uint8 or ours.dtype != torch.uint8:
+        raise UsageError(f"{kind}: the surrogate takes images of {theirs.input_size} and the model of "
+                         f"{ours.input_size}, or one of them no uint8 images; name another --surrogate")  # fmt: skip
+    return job.surrogate
+
+
+@contextmanager
+def frozen(network: nn.Module, device: torch.device) -> Iterator[Logits]:
+    """Give logits (N×K) of images in [0, 1], float32 and in eval mode, with no parameter's gradient; then as before."""
+    modes = [(module, module.training) for module in network.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    network.to(device).eval().requires_grad_(False)
+    try:
+        with full_precision(device):
+            yield lambda images: network(images * 255)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, gradient in wanted:
+            parameter.requires_grad_(gradient)
