@@ -66,7 +66,9 @@ class LabelConsistentRecipe(PoisonRecipe):
         if trigger.mode == "input":
             return trigger.apply(adversarial)
         stamped = stamped.to(clean.device)
-        return torch.where(stamped != clean, stamped, adversarial)
+        # of all images together: a pixel that was black before keeps its black corner
+        corners = (stamped != clean).any(0).any(0)
+        return torch.where(corners, stamped, adversarial)
 
     def perturbed(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return `images` (uint8, N×C×H×W) at which the cross-entropy of `labels` (N, int64) is higher, uint8.
