@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import affine_grid, grid_sample, pad
 
-Augmentation = Literal["auto", "none", "crop", "crop-flip", "resized-crop-flip"]
+Augmentation = Literal["auto", "none", "flip", "crop", "crop-flip", "resized-crop-flip"]
 
 PADDING = 4
 SMALL_SIDE = 96
@@ -26,7 +26,7 @@ class Augmenter:
     """Draws the random numbers of a step for the whole global batch, so that every number of processes sees the same.
 
     Args:
-        name: `none`, `crop` (4 pixels of padding, in proportion above 32 pixels), `crop-flip`, or
+        name: `none`, `flip` (half of the images are mirrored), `crop` (4 pixels of padding, in proportion above 32 pixels), `crop-flip`, or
             `resized-crop-flip` (35 to 100 % of the area, aspect 3:4 to 4:3, bilinear).
         seed: with the epoch and step it determines every draw, whatever ran before.
     """
@@ -48,6 +48,8 @@ class Augmenter:
         numbers = numbers.to(images.device, non_blocking=True)
         if self.name == "resized-crop-flip":
             return _resized_crop_flip(images, numbers)
+        if self.name == "flip":
+            return torch.where(numbers[:, 2].view(-1, 1, 1, 1) < 0.5, images.flip(3), images)
         return _pad_crop(images, numbers, flip=self.name == "crop-flip")
 
 

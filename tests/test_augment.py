@@ -28,7 +28,7 @@ def test_auto_goes_by_height(height: int, name: str) -> None:
     assert resolve_augmentation("auto", height) == name
 
 
-@pytest.mark.parametrize("name", ["none", "crop", "crop-flip", "resized-crop-flip"])
+@pytest.mark.parametrize("name", ["none", "flip", "crop", "crop-flip", "resized-crop-flip"])
 def test_a_name_stands_for_itself(name: Any) -> None:
     assert resolve_augmentation(name, 224) == resolve_augmentation(name, 16) == name
 
@@ -50,6 +50,13 @@ def test_crop_takes_a_window_of_the_padded_image(draw: tuple[float, float], flip
     augmented = Augmenter("crop-flip", 0)(images, numbers([*draw, 0.4 if flip else 0.6]))
     assert torch.equal(augmented[0], expected.flip(2) if flip else expected)
     assert augmented.dtype == torch.uint8
+
+
+def test_flip_mirrors_half_of_the_images_and_moves_nothing() -> None:
+    images = torch.cat([picture(), picture()])
+    flipped = Augmenter("flip", 0)(images, numbers([0.0, 0.0, 0.49], [0.999, 0.999, 0.5]))
+    assert torch.equal(flipped[0], images[0].flip(2))
+    assert torch.equal(flipped[1], images[1])
 
 
 def test_crop_never_flips() -> None:
