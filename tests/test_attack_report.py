@@ -41,7 +41,7 @@ def test_an_unknown_field_is_refused(place: tuple[str, ...], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("text", "said"), [("{", "is not a hfdetox report"), ('{"schema_version": 7}', "version 7")])
 def test_what_is_no_report_is_refused(text: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no attack_report.json"):
+    with pytest.raises(UsageError, match=r"has no attack_report\.json"):
         AttackReport.load(tmp_path)
     (tmp_path / "attack_report.json").write_text(text)
     with pytest.raises(UsageError, match=said):

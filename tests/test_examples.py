@@ -144,6 +144,19 @@ def test_python_api_cleans_a_model_of_the_hub_and_pushes_it(
     )
 
 
+def test_implant_backdoor_writes_a_model_that_says_what_it_is(
+    example: Callable[[str], ModuleType], in_toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example("implant_backdoor").main(["--epochs", "1"])
+    printed = capsys.readouterr().out
+    report = json.loads((in_toy / "backdoored" / "attack_report.json").read_text())
+    success = report["after"]["triggers"]["badnets"]["attack_success_rate"]
+    assert f"({success['successes']}/{success['samples']})" in printed
+    assert "the attack took" in printed or "did not take" in printed
+    assert "This model is deliberately backdoored" in (in_toy / "backdoored" / "README.md").read_text()
+    assert "clean it: hfdetox toy/backdoored --dataset toy/digits" in printed
+
+
 def test_own_module_is_cleaned_with_a_dataset_object(
     example: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
