@@ -132,20 +132,22 @@ def deepfool(logits: Logits, images: torch.Tensor, target: int, overshoot: float
     """
     total = torch.zeros_like(images)
     arrived = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    left = torch.arange(len(images), device=images.device)
     for step in range(steps + 1):
-        x = (images + (1 + overshoot) * total).requires_grad_()
+        x = (images[left] + (1 + overshoot) * total[left]).requires_grad_()
         with torch.enable_grad():
             values = logits(x)
             top = values.argmax(1)
             gap = values[:, target] - values.gather(1, top[:, None])[:, 0]
             w = torch.autograd.grad(gap.sum(), x)[0]
-        arrived = top == target
-        # one number each step is read, so that the rest is not computed for nothing
-        if step == steps or arrived.all():
+        here = top == target
+        arrived[left[here]] = True
+        # a few images take many steps: the others are not computed for nothing
+        left, w, gap = left[~here], w[~here], gap.detach()[~here]
+        if step == steps or not len(left):
             break
         size = w.flatten(1).square().sum(1).clamp(min=1e-12)
-        move = (gap.detach().abs() / size).view(-1, 1, 1, 1) * w
-        total = torch.where(arrived.view(-1, 1, 1, 1), total, total + move)
+        total[left] += (gap.abs() / size).view(-1, 1, 1, 1) * w
     return (1 + overshoot) * total, arrived
 
 
