@@ -42,6 +42,7 @@ class TrainingSettings:
         weight_decay: None takes 0.0005 (SGD) or 0.05 (AdamW).
         augmentation: as for defences; see `Augmenter`.
         schedule: `cosine`, stepped once an epoch, or `constant`.
+        max_grad_norm: clips the gradient's norm over all trained parameters; None does not clip.
     """
 
     epochs: int = 10
@@ -52,12 +53,15 @@ class TrainingSettings:
     weight_decay: float | None = None
     augmentation: Augmentation = "crop-flip"
     schedule: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
             raise UsageError("attack: epochs must be at least 1 and batch_size at least 2")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UsageError("attack: learning_rate must be positive and finite")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UsageError("attack: max_grad_norm must be above 0")
         if not 0 <= self.momentum < 1 or (self.weight_decay is not None and not 0 <= self.weight_decay < math.inf):
             raise UsageError("attack: momentum must be in [0, 1) and weight_decay at least 0")
 
@@ -117,6 +121,7 @@ class Job:
             "name": "train", "parameters": list(self.classifier.network.parameters()), "optimizer": self.optimizer,
             "loss": cross_entropy_loss, "epochs": settings.epochs, "batch_size": settings.batch_size,
             "augmentation": settings.augmentation, "schedule": settings.schedule, "sharpness": self.sharpness,
+            "max_grad_norm": settings.max_grad_norm,
         }  # fmt: skip
         return Phase(**{**values, **changes})
 
