@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,25 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+class Subset:
+    """Some images of a source, at `places` (int64, in 0 to N - 1), as a source of their own."""
+
+    def __init__(self, source: ImageSource, places: torch.Tensor) -> None:
+        self.source, self.places = source, places
+        self.images = None if source.images is None else source.images[places.to(source.images.device)]
+        self.labels = source.labels[places.to(source.labels.device)]
+        self.positions = source.positions[places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.images is None:
+            return self.source.__getitems__(self.places[torch.as_tensor(items)].tolist())
+        here = torch.as_tensor(items, device=self.images.device)
+        return self.positions[here.cpu()], self.images[here], self.labels[here]
 
 
 @dataclass(frozen=True)
@@ -89,8 +108,9 @@ class StepPlan:
                 yield self.mine(order[begin:end], part).tolist()
 
 
-def source_loader(source: ImageSource, batches: StepPlan | int, device: torch.device) -> DataLoader[Any]:
-    """Return a loader of (positions, images, labels): a plan's parts for training, or batches of that size in order.
+def source_loader(source: ImageSource, batches: StepPlan | Sequence[list[int]] | int,
+                  device: torch.device) -> DataLoader[Any]:  # fmt: skip
+    """Return a loader of (positions, images, labels): a plan's parts, given places, or batches of a size in order.
 
     A cached source is indexed in this process; one that decodes on demand gets worker processes.
     """

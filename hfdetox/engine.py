@@ -1,13 +1,13 @@
-"""The only training loop of the project: phases of optimisation over cached images, in an Accelerate loop."""
+"""The only loop of the project over batches: phases and passes over cached images, with Accelerate."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,58 +17,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from hfdetox.augment import Augmentation, Augmenter, resolve_augmentation
-from hfdetox.batches import Batch, ImageSource, StepPlan, source_loader
+from hfdetox.augment import Augmenter, resolve_augmentation
+from hfdetox.batches import Batch, ImageSource, StepPlan, Subset, source_loader
 from hfdetox.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.errors import RunError
+from hfdetox.phases import Part, Pass, Phase
 from hfdetox.progress import progress_bar
 from hfdetox.sharpness import SharpnessAware, frozen_statistics
 
 REFRESH_SECONDS = 1.0
-
-
-class Stateful(Protocol):
-    """A method's own tensors, kept in every checkpoint."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
-
-
-@dataclass(kw_only=True)
-class Phase:
-    """What the engine runs: which parameters are trained, by what loss, and what happens around the steps.
-
-    Attributes:
-        parameters: what is trained; every other parameter of the network is frozen while the phase runs.
-        optimizer: makes the optimiser of `parameters`.
-        loss: maps (network, batch) to 0-d tensors; `loss` is minimised, the others go into the history.
-        batch_size: images of an optimiser step over all processes and accumulated parts.
-        schedule: of the learning rate, stepped once an epoch.
-        poison: changes a part's images and labels (this process's own) before they are augmented.
-        sharpness: take the gradients at weights perturbed by it; BatchNorm's statistics are those of the first pass.
-        start: runs before the first step (not when resumed), seeded alike on every process.
-        after_step: runs after every optimiser step that was not skipped.
-        stop: given an epoch's record, whether to end the phase there.
-        state: what a checkpoint keeps besides the network and the optimiser.
-    """
-
-    name: str
-    parameters: list[nn.Parameter]
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    loss: Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
-    epochs: int
-    batch_size: int
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float | None = None
-    augmentation: Augmentation = "auto"
-    schedule: Literal["cosine", "constant"] = "cosine"
-    poison: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
-    sharpness: SharpnessAware | None = None
-    start: Callable[[], None] | None = None
-    after_step: Callable[[], None] | None = None
-    stop: Callable[[Mapping[str, Any]], bool] | None = None
-    state: Stateful | None = None
+# share of the images on which methods choose thresholds, and which they do not fit on
+HELD_OUT = 0.2
 
 
 @dataclass
@@ -111,8 +70,8 @@ class Engine:
         self.checkpoints = checkpoints
         self.progress = progress
 
-    def run(self, network: nn.Module, phases: Sequence[Phase]) -> TrainingRecord:
-        """Train `network` in place through `phases` and leave it in eval mode, its `requires_grad` as they were.
+    def run(self, network: nn.Module, phases: Sequence[Phase | Pass]) -> TrainingRecord:
+        """Take `network` through `phases` in place and leave it in eval mode, its `requires_grad` as they were.
 
         Raises:
             RunError: a loss that is not finite (with phase, epoch and step), or a checkpoint that cannot be written.
@@ -136,15 +95,21 @@ class Engine:
                 _sync_batchnorm(network, self.accelerator),
             ):
                 for index in range(first, len(phases)):
-                    self._run_phase(network, index, phases[index], record, checkpoint if index == first else None)
+                    phase, resumed = phases[index], checkpoint if index == first else None
+                    if isinstance(phase, Pass):
+                        self._run_pass(network, index, phase, record, resumed)
+                    else:
+                        self._run_phase(network, index, phase, record, resumed)
         finally:
             network.eval()
         return record
 
     def _run_phase(self, network: nn.Module, index: int, phase: Phase, record: TrainingRecord,
                    checkpoint: Checkpoint | None) -> None:  # fmt: skip
-        accelerator = self.accelerator
-        with _only_trained(network, phase.parameters):
+        accelerator, trained = self.accelerator, phase.network or network
+        trained.to(accelerator.device)
+        source = self._source(phase.part)
+        with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
             if checkpoint is None:
                 torch.manual_seed(self._key(index, 0))
                 if phase.start is not None:
@@ -155,11 +120,11 @@ class Engine:
             first = _restore(checkpoint, network, optimizer, phase, accelerator) if checkpoint is not None else 0
             if first >= phase.epochs:
                 return
-            prepared = accelerator.prepare_model(network)
+            prepared = accelerator.prepare_model(trained)
             plan = StepPlan(
-                len(self.source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0)
+                len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0)
             )
-            loader = source_loader(self.source, plan, self.accelerator.device)
+            loader = source_loader(source, plan, self.accelerator.device)
             bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", accelerator, shown=self.progress,
                                done=first * plan.steps, keep=True)  # fmt: skip
             try:
@@ -168,7 +133,7 @@ class Engine:
                     plan.epoch = epoch
                     entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
                     record.history.append(entry)
-                    _equalise_buffers(network, accelerator)
+                    _equalise_buffers(trained, accelerator)
                     accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
                     stop = phase.stop is not None and phase.stop(entry)
                     self._save(network, optimizer, phase, index, epoch + 1 if not stop else phase.epochs, record)
@@ -176,7 +141,48 @@ class Engine:
                         break
             finally:
                 bar.close()
-                _unprepare(network, prepared, accelerator)
+                _unprepare(trained, prepared, accelerator)
+                trained.eval()
+
+    @torch.no_grad()
+    def _run_pass(self, network: nn.Module, index: int, phase: Pass, record: TrainingRecord,
+                  checkpoint: Checkpoint | None) -> None:  # fmt: skip
+        """Run a pass, unless the checkpoint is of its end."""
+        accelerator = self.accelerator
+        if checkpoint is not None:
+            network.load_state_dict(checkpoint.part("network"))
+            if phase.state is not None:
+                phase.state.load_state_dict(checkpoint.part("phase"))
+            return
+        torch.manual_seed(self._key(index, 0))
+        if phase.start is not None:
+            phase.start()
+        source, begin = self._source(phase.part), time.perf_counter()
+        size, rank, processes = phase.batch_size, accelerator.process_index, accelerator.num_processes
+        rows = [list(range(len(source))[at : at + size][rank::processes]) for at in range(0, len(source), size)]
+        network.train(phase.train_mode)
+        loader = source_loader(source, [part for part in rows if part], accelerator.device)
+        bar = progress_bar(phase.name, len(rows), "batch", accelerator, shown=self.progress, keep=True)
+        with bar, torch.set_grad_enabled(phase.gradients), _only_trained(network, []):
+            for _, images, labels in loader:
+                images = images.to(accelerator.device, non_blocking=True)
+                labels = labels.to(accelerator.device, non_blocking=True)
+                weights = torch.full((len(labels),), processes / len(source), device=accelerator.device)
+                phase.visit(network, Batch(images, labels, weights))
+                bar.update()
+        network.eval()
+        found = dict((phase.finish(accelerator) if phase.finish is not None else None) or {})
+        record.seconds += time.perf_counter() - begin
+        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": time.perf_counter() - begin})
+        self._save(network, None, phase, index, 1, record)
+
+    def _source(self, part: Part) -> ImageSource:
+        """Return the images of a part; the held-out fifth is drawn by the run's seed."""
+        if part == "all":
+            return self.source
+        order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(self.seed))
+        held = max(1, round(HELD_OUT * len(order)))
+        return Subset(self.source, (order[:held] if part == "held-out" else order[held:]).sort().values)
 
     def _run_epoch(
         self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, plan: StepPlan, loader: DataLoader[Any],
@@ -186,7 +192,8 @@ class Engine:
         rate = 0.5 * (1 + math.cos(math.pi * plan.epoch / phase.epochs)) if phase.schedule == "cosine" else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
-        height = self.source.images.shape[-2] if self.source.images is not None else None
+        cache = self.source.images
+        height = cache.shape[-2] if cache is not None else None
         augmenter = None
         model.train()
         begin = refreshed = time.perf_counter()
@@ -219,7 +226,7 @@ class Engine:
             bar.update()
             now = time.perf_counter()
             if not bar.disable and now - refreshed > REFRESH_SECONDS:
-                speed = (step + 1) * len(self.source) / plan.steps / (now - begin)
+                speed = (step + 1) * plan.count / plan.steps / (now - begin)
                 # reading a value makes the device finish; once a second costs nothing
                 shown = {k: f"{v.item():.3f}" for k, v in terms[-1].items() if k in ("clean_loss", "loss", "distance")}
                 bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
@@ -227,7 +234,7 @@ class Engine:
         means = self._means(terms, phase, plan.epoch, parts)
         seconds = time.perf_counter() - begin
         record.steps += plan.steps
-        record.images += len(self.source)
+        record.images += plan.count
         record.seconds += seconds
         return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": seconds}  # fmt: skip
@@ -264,11 +271,11 @@ class Engine:
             )
         return dict(zip(names, table.double().mean(0).tolist(), strict=True))
 
-    def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, index: int, epoch: int,
-              record: TrainingRecord) -> None:  # fmt: skip
+    def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer | None, phase: Phase | Pass, index: int,
+              epoch: int, record: TrainingRecord) -> None:  # fmt: skip
         if self.checkpoints is None or not self.accelerator.is_main_process:
             return
-        moments, plain = optimizer_tensors(optimizer)
+        moments, plain = optimizer_tensors(optimizer) if optimizer is not None else ({}, {})
         tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
         tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
         tensors |= {f"phase.{k}": v for k, v in (phase.state.state_dict() if phase.state else {}).items()}

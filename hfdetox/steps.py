@@ -115,7 +115,7 @@ def train(
         accelerator.init_trackers("hfdetox", config={k: str(v) for k, v in method.settings().items()})
     checkpoints = run.checkpoints if run is not None else None
     engine = Engine(accelerator, source, seed=options.seed, checkpoints=checkpoints, progress=progress)
-    record = engine.run(classifier.network, method.phases(classifier.model))
+    record = engine.run(classifier.network, method.phases(classifier.network))
     if log_with is not None:
         accelerator.end_training()
     return record

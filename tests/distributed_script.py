@@ -18,8 +18,9 @@ from hfdetox.batches import Batch
 from hfdetox.checkpoints import CheckpointStore
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.metrics import measure, predict
+from hfdetox.phases import Phase
 from hfdetox.triggers import BadNets
 from tests.test_metrics import views
 from tests.tiny_training import Scaled, ToyImages, convnet, quick_garbage, toy_pixels
@@ -49,7 +50,7 @@ def vit() -> Scaled:
 
 def curve(network: Scaled, config: D3Config, accelerator: Accelerator) -> list[float]:
     """Train and return the loss of every step over all processes and parts."""
-    (phase,) = config.phases(network.model)
+    (phase,) = config.phases(network)
     losses: list[torch.Tensor] = []
     loss: Callable[[nn.Module, Batch], dict[str, torch.Tensor]] = phase.loss
 
@@ -75,7 +76,7 @@ def resumed(folder: Path, accelerator: Accelerator) -> bool:
     """Tell whether a run killed after two of its epochs goes on to the weights of an uninterrupted one."""
     whole, killed, again = vit(), vit(), vit()
     images = ToyImages(61, SIDE)
-    Engine(accelerator, images).run(whole, CONFIG.phases(whole.model))
+    Engine(accelerator, images).run(whole, CONFIG.phases(whole))
 
     def stopping(phase: Phase) -> Phase:
         project, steps = phase.after_step, iter(range(100))
@@ -91,10 +92,10 @@ def resumed(folder: Path, accelerator: Accelerator) -> bool:
 
     try:
         engine = Engine(accelerator, images, checkpoints=CheckpointStore(folder))
-        engine.run(killed, [stopping(*CONFIG.phases(killed.model))])
+        engine.run(killed, [stopping(*CONFIG.phases(killed))])
     except KeyboardInterrupt:
         accelerator.wait_for_everyone()
-    Engine(accelerator, images, checkpoints=CheckpointStore(folder)).run(again, CONFIG.phases(again.model))
+    Engine(accelerator, images, checkpoints=CheckpointStore(folder)).run(again, CONFIG.phases(again))
     return all(torch.equal(again.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
 
 

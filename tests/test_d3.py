@@ -16,9 +16,10 @@ from torch.nn.functional import cross_entropy
 from hfdetox.batches import Batch
 from hfdetox.defenses.d3 import D3, D3Config, project_to_sphere, start_weight
 from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
 from hfdetox.layers import LayerPatternError
+from hfdetox.phases import Phase
 from tests.tiny_training import (
     NormedNet,
     Scaled,
@@ -106,7 +107,7 @@ def recorded(phase: Phase) -> tuple[list[list[Batch]], list[torch.Tensor]]:
 
 def run_d3(network: Scaled, config: D3Config, accelerator: Accelerator, images: ToyImages) -> tuple[Any, Any, Any]:
     """Run the engine on the defence's phase; return the record, the batches and the random states at the start."""
-    (phase,) = config.phases(network.model)
+    (phase,) = config.phases(network)
     batches, states = recorded(phase)
     record = Engine(accelerator, images, seed=3).run(network, [phase])
     return record, batches, states
@@ -342,7 +343,7 @@ def test_weights_stay_on_the_sphere_through_a_run(accelerator: Accelerator) -> N
     network = mlp()
     radius = norm_of(network.model[4])
     norms: list[float] = []
-    (phase,) = SMALL.phases(network.model)
+    (phase,) = SMALL.phases(network)
     project = phase.after_step
     assert project is not None
 
@@ -378,7 +379,7 @@ def test_only_layers_of_zeros_is_an_error() -> None:
 
 def test_a_pattern_without_a_layer_lists_what_there_is() -> None:
     with pytest.raises(LayerPatternError, match=r"'blocks\.\*'.*0, 2, 4|'blocks\.\*'.*\*"):
-        D3Config(layers=("blocks.*",)).phases(mlp().model)
+        D3Config(layers=("blocks.*",)).phases(mlp())
 
 
 def test_convolutions_can_be_selected(accelerator: Accelerator) -> None:
@@ -409,7 +410,7 @@ def test_freeze_norm_does_nothing_without_such_a_norm(accelerator: Accelerator) 
     results = []
     for freeze in (True, False):
         network = convnet()
-        assert len(replace(SMALL, freeze_norm=freeze).phases(network.model)[0].parameters) == 6
+        assert len(replace(SMALL, freeze_norm=freeze).phases(network)[0].parameters) == 6
         run_d3(network, replace(SMALL, freeze_norm=freeze), accelerator, ToyImages())
         results.append(weights_of(network))
     assert equal_weights(*results)

@@ -16,20 +16,19 @@ from hfdetox.errors import UsageError
 NEW_DEFENSE = """
 from dataclasses import dataclass
 from typing import ClassVar
-from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.base import TuningConfig
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(DefenseConfig):
+class TuneConfig(TuningConfig):
     name: ClassVar[str] = "tune"
     summary: ClassVar[str] = "plain fine-tuning"
     paper: ClassVar[str] = "none"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "1"
     card_text: ClassVar[str] = "Fine-tuned on {images}."
     presets: ClassVar = {"plain": {}}
 
-    def selected_layers(self, model):
-        return []
-
-    def phases(self, model):
+    def phases(self, network):
         return []
 """
 
@@ -39,7 +38,7 @@ def test_a_new_defence_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(defenses, "__path__", [*defenses.__path__, str(tmp_path)])
     found = defenses._discover()
     monkeypatch.delitem(sys.modules, "hfdetox.defenses.tune")
-    assert set(found) == {"d3", "tune"}
+    assert set(found) == {*defenses.DEFENSES, "tune"}
     monkeypatch.setattr(defenses, "DEFENSES", found)
     config, preset = parse_defense("tune", {"epochs": "3"})
     assert (config.name, preset, config.epochs) == ("tune", "plain", 3)

@@ -18,8 +18,9 @@ from hfdetox.batches import Batch
 from hfdetox.checkpoints import CheckpointStore
 from hfdetox.defenses.d3 import D3, D3Config
 from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.errors import RunError, UsageError
+from hfdetox.phases import Phase
 from tests.tiny_training import Scaled, ToyImages, _quick_garbage, accelerator, convnet, equal_weights, mlp, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]

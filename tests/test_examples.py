@@ -242,7 +242,7 @@ def test_trainer_with_two_accumulation_steps_equals_the_engine(
     processor = tiny_models.TRANSFORMERS["vit"][1]()
     classifier = load_classifier(tiny_vit(), processor=processor)
     recorder = Recorder(24, len(tiny_models.NAMES))
-    Engine(Accelerator(cpu=True), recorder, seed=0).run(classifier.network, config.phases(classifier.model))
+    Engine(Accelerator(cpu=True), recorder, seed=0).run(classifier.network, config.phases(classifier.network))
     assert [len(batch) for batch in recorder.asked] == [4] * 18
 
     model = tiny_vit()
@@ -331,5 +331,5 @@ def test_engine_steps_after_a_trainer_that_was_stopped_amid_its_accumulation(
 
     classifier = load_classifier(tiny_vit(), processor=tiny_models.TRANSFORMERS["vit"][1]())
     before = classifier.model.vit.embeddings.cls_token.detach().clone()
-    Engine(Accelerator(cpu=True), recorder).run(classifier.network, CONFIG.phases(classifier.model))
+    Engine(Accelerator(cpu=True), recorder).run(classifier.network, CONFIG.phases(classifier.network))
     assert not torch.equal(classifier.model.vit.embeddings.cls_token, before)

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.errors import RunError
 from hfdetox.metrics import Outcome, TriggerView, defense_effectiveness_rating, measure, predict, rate, ratings
+from hfdetox.phases import Phase
 from hfdetox.pixels import Pixels
 from hfdetox.report import Measurement
 from hfdetox.triggers import BadNets, Blended

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.batches import Batch
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.optimizers import JointOptimizer
+from hfdetox.phases import Phase
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, mlp, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.batches import Batch
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.phases import Phase
 from hfdetox.sharpness import SharpnessAware, parse_adaptive
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, convnet, equal_weights, mlp, weights_of
 

@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.augment import Augmentation
 from hfdetox.batches import Batch, ImageSource
-from hfdetox.engine import Engine, Phase
+from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
 from hfdetox.models import Classifier
+from hfdetox.phases import Phase
 from hfdetox.pixels import Pixels
 from hfdetox.sharpness import SharpnessAware
 from hfdetox.triggers.base import Target, Trigger

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy, relu
 from hfdetox.attacks._mixed import check_input_mode, share
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
 from hfdetox.batches import Batch
-from hfdetox.engine import Phase
 from hfdetox.errors import UsageError
 from hfdetox.optimizers import JointOptimizer
+from hfdetox.phases import Phase
 from hfdetox.preprocessing import Preprocessing, normalize
 from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state

@@ -34,6 +34,8 @@ class DefenseEntry:
     name: str
     summary: str
     paper: str
+    data: str
+    cost: str
     presets: dict[str, dict[str, Any]]
     parameters: dict[str, Any]
 
@@ -42,7 +44,7 @@ def available() -> dict[str, DefenseEntry]:
     """Return every defence by name."""
     return {
         name: DefenseEntry(
-            name, config.summary, config.paper,
+            name, config.summary, config.paper, config.data, config.cost,
             {preset: {k.rstrip("_"): v for k, v in values.items()} for preset, values in config.presets.items()},
             {f.name.rstrip("_"): f.default for f in fields(config)},
         )

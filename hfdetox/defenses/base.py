@@ -13,40 +13,77 @@ import torch
 from torch import nn
 
 from hfdetox.augment import Augmentation
-from hfdetox.engine import Phase
 from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseConfig(ABC):
-    """The settings every fine-tuning defence shares; a defence adds its own and builds its phases.
+    """What a defence is to the rest of the program: named settings that turn a network into phases.
 
     A defence is a module of this package with a subclass that has a `name`, a one-line `summary`, its `paper`, its
-    `presets` (the first is the default), and `card_text`: what a model card says was done, Markdown with `{images}`
-    for the number of clean images («2,500 trusted images»).
+    `presets` (the first is the default), `data` (what it needs besides the model, such as "clean images with labels"),
+    `cost` (relative to plain fine-tuning with as many epochs), and `card_text`: what a model card says was done,
+    Markdown with `{images}` for the number of clean images («2,500 trusted images»).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    data: ClassVar[str]
+    cost: ClassVar[str]
+    card_text: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    def __post_init__(self) -> None:
+        """Check the words; raises UsageError that names the setting and what it may be."""
+        for key, hint in typing.get_type_hints(type(self)).items():
+            known = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+            if known and getattr(self, key) not in known:
+                raise UsageError(f"{self.name}: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
+
+    def selected_layers(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules of `model` that the defence treats apart from the rest."""
+        return []
+
+    @abstractmethod
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        """Return what the engine runs, in order; the network is not changed yet.
+
+        Raises:
+            UsageError: the method cannot be used on this network (no BatchNorm, no Linear head, …).
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting by the name `--set` knows it under, as plain JSON types."""
+        values = {f.name.rstrip("_"): getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(DefenseConfig):
+    """The settings that every defence with a training shares.
 
     Attributes:
         epochs: passes over the clean images, at least 1.
         batch_size: images an optimiser step sees, over all processes and accumulation steps together.
         learning_rate: of SGD, before the cosine schedule that is stepped once an epoch.
         momentum: of SGD, in [0, 1).
+        weight_decay: of SGD, at least 0.
         gradient_accumulation_steps: parts a batch is split into to save memory; the result is that of the whole batch
             (but for BatchNorm, whose statistics are those of a part).
         max_grad_norm: clips the gradient's norm over all trained parameters; None does not clip.
         augmentation: `auto` (`crop-flip` up to 96 pixels of height, else `resized-crop-flip`), `crop`, `crop-flip`,
-            `flip`, `resized-crop-flip` or `none`. Leave flips out where a mirrored image has another label (digits, signs).
+            `flip`, `resized-crop-flip` or `none`. Leave flips out where a mirrored image has another label (digits,
+            signs).
     """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str]
-    card_text: ClassVar[str]
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     epochs: int = 100
     batch_size: int = 256
     learning_rate: float = 0.01
     momentum: float = 0.9
+    weight_decay: float = 0.0
     gradient_accumulation_steps: int = 1
     max_grad_norm: float | None = None
     augmentation: Augmentation = "auto"
@@ -58,33 +95,28 @@ class DefenseConfig(ABC):
                 raise UsageError(f"{self.name}: {name} must be at least {lowest}, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.momentum < 1:
             raise UsageError(f"{self.name}: learning_rate must be positive and finite, and momentum in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"{self.name}: weight_decay must be at least 0 and finite")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UsageError(f"{self.name}: max_grad_norm must be positive, or left out for no clipping")
-        for key, hint in typing.get_type_hints(type(self)).items():
-            known = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-            if known and getattr(self, key) not in known:
-                raise UsageError(f"{self.name}: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
-
-    @abstractmethod
-    def selected_layers(self, model: nn.Module) -> list[str]:
-        """Return the names of the modules of `model` that the defence treats apart from the rest."""
-
-    @abstractmethod
-    def phases(self, model: nn.Module) -> list[Phase]:
-        """Return what the engine runs, in order; `model` is the library's own module and is not changed yet."""
+        super().__post_init__()
 
     def sgd(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimiser the settings name: SGD with momentum and no weight decay."""
-        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
+        """Return the optimiser the settings name: SGD with momentum."""
+        return torch.optim.SGD(
+            parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
 
     def phase(self, **parts: Any) -> Phase:
         """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own."""
-        return Phase(
-            epochs=self.epochs, batch_size=self.batch_size, max_grad_norm=self.max_grad_norm,
-            augmentation=self.augmentation, gradient_accumulation_steps=self.gradient_accumulation_steps, **parts,
-        )  # fmt: skip
+        shared: dict[str, Any] = {
+            "epochs": self.epochs, "batch_size": self.batch_size, "max_grad_norm": self.max_grad_norm,
+            "augmentation": self.augmentation, "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "optimizer": self.sgd,
+        }  # fmt: skip
+        return Phase(**{**shared, **parts})
 
-    def settings(self) -> dict[str, Any]:
-        """Return every setting by the name `--set` knows it under, as plain JSON types."""
-        values = {f.name.rstrip("_"): getattr(self, f.name) for f in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return what a fine-tuning trains: the parameters that require gradients as the model came."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -20,16 +20,18 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.defenses.base import DefenseConfig
-from hfdetox.engine import Batch, Phase
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.layers import match_layers, norms_before_head
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
 
 Initialization = Literal["near", "middle", "far", "noise", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class D3Config(DefenseConfig):
+class D3Config(TuningConfig):
     """Settings of D3; the defaults are the paper's (preset `paper`).
 
     Attributes:
@@ -48,6 +50,8 @@ class D3Config(DefenseConfig):
         "keep the clean loss under a threshold while pushing selected weights far from the old ones"
     )
     paper: ClassVar[str] = "arXiv 2411.09585 (ICCV 2025)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "1"
     card_text: ClassVar[str] = (
         "D3, distance-driven detoxification ([arXiv 2411.09585](https://arxiv.org/abs/2411.09585)), fine-tuned the "
         "model on {images} while pushing the weights of the selected layers away from where the author left them, on "
@@ -70,17 +74,16 @@ class D3Config(DefenseConfig):
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, self.layers)
 
-    def phases(self, model: nn.Module) -> list[Phase]:
-        d3 = D3(model, self)
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        d3 = D3(network.model, self)
 
-        def loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            return d3.terms(network(batch.images), batch.labels, batch.weights)
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            return d3.terms(model(batch.images), batch.labels, batch.weights)
 
-        trained = [
-            p for p in model.parameters() if p.requires_grad and not any(p is scale for scale in d3.frozen_scales)
-        ]
-        return [self.phase(name="d3", parameters=trained, optimizer=self.sgd, loss=loss, start=d3.initialize,
-                           after_step=d3.project, state=d3)]  # fmt: skip
+        frozen = {id(scale) for scale in d3.frozen_scales}
+        trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
+        return [self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
+                           state=d3)]  # fmt: skip
 
 
 class D3:

@@ -130,7 +130,7 @@ def ours(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, config: 
     before, one_evaluation = _timed(prepared)
     begin = time.perf_counter()
     pixels = decoded(clean, classifier, accelerator, "decode", progress=False)
-    record = Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.model))
+    record = Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.network))
     training = time.perf_counter() - begin
     after, _ = _timed(prepared)
     return {
@@ -171,7 +171,7 @@ def engine_only(classifier: Classifier, clean: ImageSet, config: D3Config) -> fl
     accelerator = make_accelerator()
     pixels = decoded(clean, classifier, accelerator, "decode", progress=False)
     return (
-        Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.model)).images_per_second
+        Engine(accelerator, pixels, seed=0).run(classifier.network, config.phases(classifier.network)).images_per_second
     )
 
 
