@@ -427,7 +427,7 @@ def test_parameters_that_the_caller_froze_stay_frozen(accelerator: Accelerator) 
 # --- settings ---
 
 CHANGED = {
-    "epochs": 2, "batch_size": 12, "learning_rate": 0.02, "momentum": 0.5, "gradient_accumulation_steps": 2,
+    "epochs": 2, "batch_size": 12, "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.1, "gradient_accumulation_steps": 2,
     "max_grad_norm": 0.01, "augmentation": "crop", "lambda_": 0.5, "epsilon": 0.9, "layers": ("features",),
     "initialization": "far", "freeze_norm": False,
 }  # fmt: skip
