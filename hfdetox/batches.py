@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -51,10 +51,15 @@ class Subset:
         return self.positions[here.cpu()], self.images[here], self.labels[here]
 
 
+def _unnumbered() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Batch:
     """This process's part of a step: augmented images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N, float32).
 
+    `positions` (N, int64, on the CPU) are the images' own numbers in their source, empty in a batch made by hand.
     The weights make Σ w_i l_i, averaged over processes and accumulated parts, the mean of l over the whole batch,
     however unevenly the batch was split.
     """
@@ -62,6 +67,7 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    positions: torch.Tensor = field(default_factory=_unnumbered)
 
 
 class StepPlan:
@@ -69,9 +75,11 @@ class StepPlan:
 
     A step of `batch_size` images is dealt in turn to its parts (processes × accumulated parts), so that they differ by
     one image at most. A last step too small for two images a part (BatchNorm needs two) joins the one before it.
+    With `steps`, an epoch ends after so many, and the images of each epoch are drawn anew.
     """
 
-    def __init__(self, count: int, batch_size: int, accumulated: int, accelerator: Accelerator, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, accumulated: int, accelerator: Accelerator, seed: int,
+                 steps: int | None = None) -> None:  # fmt: skip
         self.accumulated = accumulated
         self.processes, self.rank = accelerator.num_processes, accelerator.process_index
         self.parts = self.accumulated * self.processes
@@ -81,8 +89,8 @@ class StepPlan:
         starts = list(range(0, count, batch_size))
         if len(starts) > 1 and count - starts[-1] < 2 * self.parts:
             starts.pop()
-        self.bounds = list(zip(starts, [*starts[1:], count], strict=True))
-        self.count, self.seed, self.epoch = count, seed, 0
+        self.bounds = list(zip(starts, [*starts[1:], count], strict=True))[:steps]
+        self.total, self.count, self.seed, self.epoch = count, self.bounds[-1][1], seed, 0
 
     @property
     def steps(self) -> int:
@@ -102,7 +110,7 @@ class StepPlan:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + 7919 * (self.epoch + 1))
-        order = torch.randperm(self.count, generator=generator)
+        order = torch.randperm(self.total, generator=generator)
         for begin, end in self.bounds:
             for part in range(self.accumulated):
                 yield self.mine(order[begin:end], part).tolist()

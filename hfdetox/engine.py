@@ -111,6 +111,8 @@ class Engine:
         source = self._source(phase.part)
         with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
             if checkpoint is None:
+                # before the seed: what a pass draws must not move what the method draws
+                self._watch(trained, phase)
                 torch.manual_seed(self._key(index, 0))
                 if phase.start is not None:
                     phase.start()
@@ -122,8 +124,9 @@ class Engine:
                 return
             prepared = accelerator.prepare_model(trained)
             plan = StepPlan(
-                len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0)
-            )
+                len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0),
+                phase.steps,
+            )  # fmt: skip
             loader = source_loader(source, plan, self.accelerator.device)
             bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", accelerator, shown=self.progress,
                                done=first * plan.steps, keep=True)  # fmt: skip
@@ -132,8 +135,9 @@ class Engine:
                     torch.manual_seed(self._key(index, epoch + 1) + accelerator.process_index)
                     plan.epoch = epoch
                     entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
-                    record.history.append(entry)
                     _equalise_buffers(trained, accelerator)
+                    entry |= self._watch(trained, phase)
+                    record.history.append(entry)
                     accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
                     stop = phase.stop is not None and phase.stop(entry)
                     self._save(network, optimizer, phase, index, epoch + 1 if not stop else phase.epochs, record)
@@ -148,7 +152,6 @@ class Engine:
     def _run_pass(self, network: nn.Module, index: int, phase: Pass, record: TrainingRecord,
                   checkpoint: Checkpoint | None) -> None:  # fmt: skip
         """Run a pass, unless the checkpoint is of its end."""
-        accelerator = self.accelerator
         if checkpoint is not None:
             network.load_state_dict(checkpoint.part("network"))
             if phase.state is not None:
@@ -157,24 +160,38 @@ class Engine:
         torch.manual_seed(self._key(index, 0))
         if phase.start is not None:
             phase.start()
-        source, begin = self._source(phase.part), time.perf_counter()
+        begin = time.perf_counter()
+        with _only_trained(network, []):
+            found = self._look(network, phase, shown=self.progress)
+        record.seconds += time.perf_counter() - begin
+        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": time.perf_counter() - begin})
+        self._save(network, None, phase, index, 1, record)
+
+    def _watch(self, network: nn.Module, phase: Phase) -> dict[str, float]:
+        """Run the passes of a phase that watch its network, without gradients; returns what they found."""
+        found: dict[str, float] = {}
+        with torch.no_grad():
+            for look in phase.watch() if phase.watch is not None else ():
+                found |= self._look(network, look, shown=False)
+        return found
+
+    def _look(self, network: nn.Module, phase: Pass, *, shown: bool) -> dict[str, float]:
+        """Show the images of a pass to its `visit`, and return what `finish` says."""
+        accelerator, source = self.accelerator, self._source(phase.part)
         size, rank, processes = phase.batch_size, accelerator.process_index, accelerator.num_processes
         rows = [list(range(len(source))[at : at + size][rank::processes]) for at in range(0, len(source), size)]
         network.train(phase.train_mode)
         loader = source_loader(source, [part for part in rows if part], accelerator.device)
-        bar = progress_bar(phase.name, len(rows), "batch", accelerator, shown=self.progress, keep=True)
-        with bar, torch.set_grad_enabled(phase.gradients), _only_trained(network, []):
-            for _, images, labels in loader:
+        bar = progress_bar(phase.name, len(rows), "batch", accelerator, shown=shown, keep=True)
+        with bar, torch.set_grad_enabled(phase.gradients):
+            for positions, images, labels in loader:
                 images = images.to(accelerator.device, non_blocking=True)
                 labels = labels.to(accelerator.device, non_blocking=True)
                 weights = torch.full((len(labels),), processes / len(source), device=accelerator.device)
-                phase.visit(network, Batch(images, labels, weights))
+                phase.visit(network, Batch(images, labels, weights, positions))
                 bar.update()
         network.eval()
-        found = dict((phase.finish(accelerator) if phase.finish is not None else None) or {})
-        record.seconds += time.perf_counter() - begin
-        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": time.perf_counter() - begin})
-        self._save(network, None, phase, index, 1, record)
+        return dict((phase.finish(accelerator) if phase.finish is not None else None) or {})
 
     def _source(self, part: Part) -> ImageSource:
         """Return the images of a part; the held-out fifth is drawn by the run's seed."""
@@ -199,12 +216,12 @@ class Engine:
         begin = refreshed = time.perf_counter()
         terms: list[dict[str, torch.Tensor]] = []
         held: list[Batch] = []
-        for number, (_, images, labels) in enumerate(loader):
+        for number, (positions, images, labels) in enumerate(loader):
             step, part = divmod(number, parts)
             if augmenter is None:
                 name = resolve_augmentation(phase.augmentation, height or images.shape[-2])
                 augmenter = Augmenter(name, self.seed)
-            batch = self._batch(images, labels, phase, augmenter, plan, index, step, part)
+            batch = self._batch(positions, images, labels, phase, augmenter, plan, index, step, part)
             last = part == parts - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 values = phase.loss(model, batch)
@@ -247,8 +264,8 @@ class Engine:
                     self.accelerator.backward(phase.loss(model, batch)["loss"] / len(batches))
             self.accelerator.backward(phase.loss(model, batches[-1])["loss"] / len(batches))
 
-    def _batch(self, images: torch.Tensor, labels: torch.Tensor, phase: Phase, augmenter: Augmenter, plan: StepPlan,
-               index: int, step: int, part: int) -> Batch:  # fmt: skip
+    def _batch(self, positions: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, phase: Phase,
+               augmenter: Augmenter, plan: StepPlan, index: int, step: int, part: int) -> Batch:  # fmt: skip
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if phase.poison is not None:
@@ -257,7 +274,7 @@ class Engine:
             numbers = augmenter.draw(index, plan.epoch, step, plan.size(step))
             images = augmenter(images, plan.mine(numbers, part))
         weight = plan.parts / plan.size(step)
-        return Batch(images, labels, torch.full((len(labels),), weight, device=device))
+        return Batch(images, labels, torch.full((len(labels),), weight, device=device), positions)
 
     def _means(self, terms: list[dict[str, torch.Tensor]], phase: Phase, epoch: int, parts: int) -> dict[str, float]:
         names = list(terms[0])
