@@ -29,7 +29,7 @@ _PLANNED = frozenset(
     {"dataset", "defense", "settings", "triggers", "samples", "eval_samples", "revision", "dataset_revision", "output"}
     | {"push_to", "private", "create_pr", "overwrite", "device", "precision"}
 )
-_SHORT_SETTINGS = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size"}
+_SHORT_SETTINGS = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size", "reweight": "reweight"}
 _PREFIXES = ("hf_hub:", "hf-hub:", "timm-arch:")
 
 
@@ -145,6 +145,14 @@ class DetoxOptions(DataOptions):
     epochs: Annotated[int | None, on_defense("--epochs", min=1, help="Short for --set epochs=N.")] = None
     lr: Annotated[float | None, on_defense("--lr", help="Short for --set learning_rate=X.")] = None
     batch_size: Annotated[int | None, on_defense("--batch-size", min=1, help="Short for --set batch_size=N.")] = None
+    reweight: Annotated[
+        str | None,
+        on_defense(
+            "--reweight",
+            metavar="none|class|wasserstein",
+            help="Short for --set reweight=…: weigh images so that no class's accuracy pays for the defence.",
+        ),
+    ] = None
     precision: Annotated[
         Literal["auto", "no", "fp16", "bf16"], on_run("--precision", help="Mixed precision of the training.")
     ] = "auto"
@@ -233,12 +241,13 @@ def flag_of(name: str) -> str:
 
 def given_settings(options: Any) -> dict[str, str]:
     """Return `--set` and its short forms as one dict of texts; UsageError for a key that is given twice."""
-    short = {key: getattr(options, name) for name, key in _SHORT_SETTINGS.items()}
+    # an attack has no weights to choose
+    short = {key: getattr(options, name, None) for name, key in _SHORT_SETTINGS.items()}
     settings = {key: str(value) for key, value in short.items() if value is not None}
     for key, value in map(parse_setting, options.settings):
         if key in settings:
             raise UsageError(
-                f"the setting {key} is given twice: keep one (--epochs, --lr and --batch-size are --set too)"
+                f"the setting {key} is given twice: keep one (--epochs, --lr, --batch-size and --reweight are --set too)"
             )
         settings[key] = value
     return settings

@@ -429,7 +429,7 @@ def test_parameters_that_the_caller_froze_stay_frozen(accelerator: Accelerator) 
 CHANGED = {
     "epochs": 2, "batch_size": 12, "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.1, "gradient_accumulation_steps": 2,
     "max_grad_norm": 0.01, "augmentation": "crop", "lambda_": 0.5, "epsilon": 0.9, "layers": ("features",),
-    "initialization": "far", "freeze_norm": False,
+    "initialization": "far", "freeze_norm": False, "reweight": "class",
 }  # fmt: skip
 
 

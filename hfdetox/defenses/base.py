@@ -16,6 +16,7 @@ from hfdetox.augment import Augmentation
 from hfdetox.errors import UsageError
 from hfdetox.network import Network
 from hfdetox.phases import Pass, Phase
+from hfdetox.reweighting import Reweight, reweighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,9 @@ class TuningConfig(DefenseConfig):
         augmentation: `auto` (`crop-flip` up to 96 pixels of height, else `resized-crop-flip`), `crop`, `crop-flip`,
             `flip`, `resized-crop-flip` or `none`. Leave flips out where a mirrored image has another label (digits,
             signs).
+        reweight: weights of the images in the loss: `none`, by the accuracy their `class` lost on a held-out fifth of
+            the images (which are then not trained on), or within classes too, by `wasserstein` distance; see
+            `hfdetox.reweighting`.
     """
 
     epochs: int = 100
@@ -87,6 +91,7 @@ class TuningConfig(DefenseConfig):
     gradient_accumulation_steps: int = 1
     max_grad_norm: float | None = None
     augmentation: Augmentation = "auto"
+    reweight: Reweight = "none"
 
     def __post_init__(self) -> None:
         """Check the ranges; raises UsageError that names the setting and what it may be."""
@@ -108,13 +113,16 @@ class TuningConfig(DefenseConfig):
         )
 
     def phase(self, **parts: Any) -> Phase:
-        """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own."""
+        """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own.
+
+        With `reweight`, the batches that its loss gets carry the weights, and its state holds them too.
+        """
         shared: dict[str, Any] = {
             "epochs": self.epochs, "batch_size": self.batch_size, "max_grad_norm": self.max_grad_norm,
             "augmentation": self.augmentation, "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "optimizer": self.sgd,
         }  # fmt: skip
-        return Phase(**{**shared, **parts})
+        return reweighted(Phase(**{**shared, **parts}), self.reweight)
 
 
 def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
