@@ -247,7 +247,7 @@ def given_settings(options: Any) -> dict[str, str]:
     for key, value in map(parse_setting, options.settings):
         if key in settings:
             raise UsageError(
-                f"the setting {key} is given twice: keep one (--epochs, --lr, --batch-size and --reweight are --set too)"
+                f"the setting {key} is given twice: keep one (--epochs, --lr, --batch-size, --reweight are --set too)"
             )
         settings[key] = value
     return settings

@@ -188,22 +188,21 @@ def critic_weights(scores: torch.Tensor, budget: float) -> torch.Tensor:
         scores: D_i (n), finite.
         budget: ρ, above 0.
     """
-    scores = scores.double()
-    centred = scores - scores.mean()
-    spread = centred.abs().max()
-    if spread == 0:
+    # from 0, exactly: the smallest, and those equal to it, keep their weight under any slope
+    scores = scores.double() - scores.double().min()
+    if scores.max() == 0:
         return torch.ones_like(scores)
-    centred = centred / spread
+    scores = scores / scores.max()
     low, high = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for _ in range(_BISECTIONS):
-        if (_simplex(centred, high) - 1).square().mean() >= budget:
+        if (_simplex(scores, high) - 1).square().mean() >= budget:
             break
         high = 2 * high
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        too_much = (_simplex(centred, middle) - 1).square().mean() > budget
+        too_much = (_simplex(scores, middle) - 1).square().mean() > budget
         low, high = (low, middle) if too_much else (middle, high)
-    return _simplex(centred, low)
+    return _simplex(scores, low)
 
 
 def _simplex(scores: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
