@@ -23,6 +23,7 @@ class Network(nn.Module):
         """Wrap `model`, which stays the same object."""
         super().__init__()
         self.model = model
+        self.input_size = preprocessing.input_size
         self.scale = preprocessing.scale
         self.normalizes = preprocessing.dtype == torch.uint8
         self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(-1, 1, 1), persistent=False)

@@ -1,0 +1,90 @@
+"""What the methods that search for perturbations share: units, −log(1 − p), modes, Adam, tensors for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import TuningConfig
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+
+# grey levels of 1 in the pixel space [0, 1] of the papers
+PIXEL = 255.0
+# a wrapper's network is the engine's own, whose tensors the checkpoint has already
+_NETWORK = "network."
+
+
+def require_pixels(network: Network, name: str) -> None:
+    """Raise UsageError when the network takes images that a callable has normalised, whose range nobody knows."""
+    if not network.normalizes:
+        raise UsageError(f"{name}: it perturbs pixels, and the preprocessing of this model gives images in a range of "
+                         "its own; pass an image processor, or take another defense")  # fmt: skip
+
+
+def module_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the terms of a method that is one module: the whole step is one call, as several processes need."""
+    return model(batch.images, batch.labels, batch.weights)
+
+
+def weighted_error(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return Σ w_i ce_i (0-d, float32) for logits (N×K), labels (N, int64) and weights (N)."""
+    return (weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
+
+
+def surprise_without(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return −log(1 − p_label) of logits (N×K) and labels (N, int64), shape (N,); finite even where p rounds to 1."""
+    logits = logits.float()
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.logsumexp(1) - others.logsumexp(1)
+
+
+def likeliest_other(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the most likely class but `labels` (N, int64) by logits (N×K)."""
+    return logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
+
+
+def adam(config: TuningConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return Adam with the settings; `momentum` is its β₁, and weight decay is added to the gradient."""
+    return torch.optim.Adam(
+        parameters, lr=config.learning_rate, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
+    )
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold the network in eval mode; on leaving, every module is in its mode again."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class OwnState:
+    """The tensors of a module that holds the engine's network as `network`, and others of its method, for checkpoints.
+
+    Only the others are kept; they are taken over in place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the method's tensors by name."""
+        tensors = self.module.state_dict().items()
+        return {name: tensor for name, tensor in tensors if not name.startswith(_NETWORK)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over those of a stopped run; raises UsageError when they are of another model or other settings."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
+            raise UsageError("the saved state of the defense is of another model or of other settings than this run's")
+        self.module.load_state_dict(dict(state), strict=False)

@@ -1,0 +1,253 @@
+"""NPD, the neural polarizer (Zhu et al., NeurIPS 2023, arXiv 2306.16697).
+
+One linear map g of the channels, put into the frozen network f, is trained to let clean features pass and to stop those
+of a trigger:
+
+    min over g of  ce(f_g(x), y) + λ_c · ce(f_g(x+δ), argmax f_g(x))
+                   − λ_u · log(1 − p_{y'}(x+δ)) − λ_t · log(1 − p_t(x+δ))
+
+where δ, in an ℓ2 ball, leads x to t, the likeliest class other than y, and y' is the likeliest other than y at x+δ.
+
+The polarizer stands directly before one Conv2d or Linear, which is linear too: layer(g(x)) is the same layer with the
+weight W·G (of a convolution Σ_m W[o, m] G[m, c] at each position of the kernel). So the trained polarizer is folded
+into that layer exactly, and the result is the library's own model; f_g is computed with the folded weight throughout.
+
+The authors' polarizer has a BatchNorm behind its 1×1 convolution. It is left out here: its shift would come before the
+zero padding of the convolution that follows, where no weight and no bias of that convolution can put it (the border
+would be wrong), and with the statistics fixed, as theirs are after the warm-up, its scale adds nothing to G. Likewise
+the polarizer of a transformer stands before a Linear within the last block, not on the residual stream before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from hfdetox.batches import Batch
+from hfdetox.defenses._perturbed import (
+    PIXEL,
+    OwnState,
+    likeliest_other,
+    module_terms,
+    require_pixels,
+    surprise_without,
+    weighted_error,
+)
+from hfdetox.defenses.base import TuningConfig
+from hfdetox.errors import UsageError
+from hfdetox.layers import head_layers, match_layers
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+__all__ = ["NPDConfig", "Polarized"]
+
+# modules with more layers than this are whole networks or stages, not blocks
+_BLOCK = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPDConfig(TuningConfig):
+    """Settings of NPD; the defaults are those of BackdoorBench on CIFAR-10.
+
+    The authors draw the same number of clean images of each class; here they are taken as they come.
+
+    Attributes:
+        learning_rate: of SGD, after the warm-up; `epochs` are those after it, too.
+        layer: the Conv2d (of one group) or Linear that the polarizer is put before; `auto` is the first one of the last
+            block (`layer4.1.conv1` of a ResNet-18, `blocks.11.mlp.fc1` of a ViT-B).
+        warmup: epochs at `warmup_rate` on the clean loss alone, before; at least 0.
+        warmup_rate: learning rate of those.
+        radius: of the ℓ2 ball of δ, in pixels of [0, 1]; None is 3 at 32 pixels of height and in proportion else.
+        step: of one signed gradient step, in pixels of [0, 1].
+        steps: gradient steps, at least 1.
+        stop: share of a batch at its targets from which no further step is made, in (0, 1].
+        consistency: λ_c, at least 0 (as the others).
+        untargeted: λ_u.
+        targeted: λ_t.
+    """
+
+    name: ClassVar[str] = "npd"
+    summary: ClassVar[str] = "train one linear map of the channels inside the frozen model, then fold it in"
+    paper: ClassVar[str] = "arXiv 2306.16697 (NeurIPS 2023)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "2 to 3"
+    card_text: ClassVar[str] = (
+        "NPD, the neural polarizer ([arXiv 2306.16697](https://arxiv.org/abs/2306.16697)), trained a linear map of the "
+        "channels before one layer on {images} and adversarially perturbed copies of them, and folded it into that "
+        "layer; every other weight is the author's."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+
+    epochs: int = 50
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    layer: str = "auto"
+    warmup: int = 5
+    warmup_rate: float = 1e-4
+    radius: float | None = None
+    step: float = 0.1
+    steps: int = 2
+    stop: float = 0.6
+    consistency: float = 0.4
+    untargeted: float = 0.4
+    targeted: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup < 0 or self.steps < 1 or not 0 < self.stop <= 1:
+            raise UsageError("npd: warmup must be at least 0, steps at least 1 and stop in (0, 1]")
+        radius = 1.0 if self.radius is None else self.radius
+        if not all(0 < value < math.inf for value in (radius, self.step, self.warmup_rate)):
+            raise UsageError("npd: radius, step and warmup_rate must be positive and finite")
+        if not all(0 <= value < math.inf for value in (self.consistency, self.untargeted, self.targeted)):
+            raise UsageError("npd: consistency, untargeted and targeted must be at least 0 and finite")
+
+    def selected_layers(self, model: nn.Module) -> list[str]:
+        return [polarized_layer(model, self.layer)]
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        require_pixels(network, self.name)
+        polarized = Polarized(network, self)
+        shared: dict[str, Any] = {"network": polarized, "parameters": [polarized.polarizer],
+                                  "state": OwnState(polarized), "after_step": polarized.fold}  # fmt: skip
+
+        def slow(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(
+                parameters, lr=self.warmup_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+
+        def warm_up(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            return model(batch.images, batch.labels, batch.weights, perturbed=False)
+
+        main = self.phase(name="npd", loss=module_terms, **shared)
+        if not self.warmup:
+            return [main]
+        first = replace(self, reweight="none").phase(name="npd-warmup", loss=warm_up, **{**shared, "optimizer": slow, "epochs": self.warmup,
+                                                               "schedule": "constant"})  # fmt: skip
+        return [first, main]
+
+    def project(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return the point of each image's ball nearest to `delta` (N×C×H×W, pixels of [0, 1])."""
+        radius = 3 * delta.shape[-2] / 32 if self.radius is None else self.radius
+        size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return delta * (radius / size.clamp(min=radius))
+
+
+class Polarized(nn.Module):
+    """The frozen network, in eval mode, with the polarizer G (C×C, the identity at first) before one layer."""
+
+    original: torch.Tensor
+
+    def __init__(self, network: Network, config: NPDConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.weight = f"model.{polarized_layer(network.model, config.layer)}.weight"
+        weight = network.get_parameter(self.weight).detach()
+        self.register_buffer("original", weight.clone())
+        self.polarizer = nn.Parameter(torch.eye(weight.shape[1], dtype=weight.dtype))
+
+    def train(self, mode: bool = True) -> Polarized:
+        """Stay in eval mode: the network is frozen, its statistics too."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write the layer's weight, with the polarizer as it is now in it, into the network."""
+        self.network.get_parameter(self.weight).copy_(folded(self.original, self.polarizer))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None, weights: torch.Tensor | None = None,
+                perturbed: bool = True) -> torch.Tensor | dict[str, torch.Tensor]:  # fmt: skip
+        """Return the terms, or the clean loss alone, of images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N).
+
+        Of images alone the logits.
+        """
+        if labels is None or weights is None:
+            return self.network(images)
+        x = images.float()
+        weight = folded(self.original, self.polarizer)
+        if not perturbed:
+            loss = weighted_error(self._logits(x, weight), labels, weights)
+            return {"loss": loss, "clean_loss": loss}
+        delta, targets = self.perturbation(x, labels, weight.detach())
+        clean, moved = self._logits(torch.cat([x, x + PIXEL * delta]), weight).float().chunk(2)
+        return self.terms(clean, moved, labels, targets, weights)
+
+    def terms(self, clean: torch.Tensor, moved: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor,
+              weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Return the loss and its terms (0-d) of logits at x and x+δ (N×K), y and t (N, int64) and weights (N)."""
+        config = self.config
+        clean_loss = weighted_error(clean, labels, weights)
+        consistency = weighted_error(moved, clean.detach().argmax(1), weights)
+        untargeted = (weights * surprise_without(moved, likeliest_other(moved, labels))).sum()
+        targeted = (weights * surprise_without(moved, targets)).sum()
+        loss = clean_loss + config.consistency * consistency
+        loss = loss + config.untargeted * untargeted + config.targeted * targeted
+        return {"loss": loss, "clean_loss": clean_loss, "consistency": consistency, "untargeted": untargeted,
+                "targeted": targeted}  # fmt: skip
+
+    def perturbation(self, x: torch.Tensor, labels: torch.Tensor,
+                     weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return δ (the shape of x, pixels of [0, 1]; x+δ stays in it) and the targets t of images x (0 to 255)."""
+        delta, pixels = torch.zeros_like(x), x / PIXEL
+        going = torch.ones((), dtype=torch.bool, device=x.device)
+        targets = labels
+        for step in range(self.config.steps):
+            point = delta.detach().requires_grad_()
+            logits = self._logits(x + PIXEL * point, weight).float()
+            if step == 0:
+                targets = likeliest_other(logits, labels)
+            # on the device: reading it would make every step wait
+            going = going & ((logits.argmax(1) == targets).float().mean() < self.config.stop)
+            # a sum: only the sign counts, and a mean's gradients could vanish in fp16
+            gradient = torch.autograd.grad(cross_entropy(logits, targets, reduction="sum"), point)[0]
+            stepped = self.config.project(delta - self.config.step * gradient.sign())
+            delta = torch.where(going, (pixels + stepped).clamp(0, 1) - pixels, delta)
+        return delta, targets
+
+    def _logits(self, images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional_call(self.network, {self.weight: weight}, (images,))
+
+
+def folded(weight: torch.Tensor, polarizer: torch.Tensor) -> torch.Tensor:
+    """Return W·G for the weight of a Linear (O×C) or of a Conv2d of one group (O×C×k×k), and G (C×C)."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.einsum("om...,mc->oc...", weight, polarizer)
+
+
+def polarized_layer(model: nn.Module, layer: str) -> str:
+    """Return the name of the layer that the polarizer stands before.
+
+    Raises:
+        UsageError: no layer, or several, or one that mixes its channels in groups.
+    """
+    heads = set(head_layers(model))
+    if layer != "auto":
+        names = match_layers(model, (layer,))
+        if len(names) != 1 or not _mixes_all(model.get_submodule(names[0])):
+            raise UsageError(f"npd: layer must be one Linear or Conv2d of one group, and {layer!r} selects "
+                             f"{', '.join(names)}")  # fmt: skip
+        return names[0]
+    names = [name for name, module in model.named_modules() if _mixes_all(module) and name not in heads]
+    if not names:
+        raise UsageError(f"npd: {type(model).__name__} has no Linear or Conv2d of one group before its head to put the "
+                         "polarizer before; take another defense")  # fmt: skip
+    parent = names[-1]
+    while parent:
+        parent = parent.rpartition(".")[0]
+        inside = [name for name in names if not parent or name.startswith(f"{parent}.")]
+        if len(inside) > 1:
+            return inside[0] if len(inside) <= _BLOCK else inside[-2]
+    return names[-1]
+
+
+def _mixes_all(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return False
+    return isinstance(module, nn.Conv2d | nn.Linear) and isinstance(module.weight, nn.Parameter)

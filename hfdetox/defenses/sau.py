@@ -1,0 +1,232 @@
+"""SAU, shared adversarial unlearning (Wei et al., NeurIPS 2023, arXiv 2307.10562).
+
+A perturbation that leads the trained f_θ and the frozen original f₀ to the same wrong class stands for the trigger, and
+f_θ unlearns it. Per batch, with p = softmax f_θ, p₀ = softmax f₀ and JS the Jensen-Shannon divergence:
+
+    δ = argmin over ‖δ‖ ≤ ρ of  λ₄ · Σ_{not shared} JS(p(x+δ), p₀(x+δ))
+                                − λ₃ · ½ Σ [1{f_θ not fooled} ce(f_θ(x+δ), y) + 1{f₀ not fooled} ce(f₀(x+δ), y)]
+
+    min over θ of  λ₁ · ce(f_θ(x), y)  +  λ₂ · mean_i 1{f₀ fooled} (−log(1 − p_j(x+δ)))  +  λ_at · ce(f_θ(x+δ), y)
+
+A model is fooled where its answer to x+δ is not its answer to x; a perturbation is shared where both are, by the same
+class; j is the class f₀ is fooled to (and not y). The roles of the four λ are a reconstruction: the paper's values
+(1, 1, 0.01, 1) match the weights of the authors' code term by term, which has λ_at = 0 besides.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.augment import Augmentation
+from hfdetox.defenses._perturbed import (
+    PIXEL,
+    OwnState,
+    adam,
+    evaluating,
+    module_terms,
+    require_pixels,
+    surprise_without,
+    weighted_error,
+)
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+__all__ = ["SAUConfig", "SharedPair"]
+
+# classes less likely than this are not unlearnt any further
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAUConfig(TuningConfig):
+    """Settings of SAU; the defaults are the paper's on CIFAR-10 (100 epochs, 20 on Tiny ImageNet).
+
+    A λ of 0 leaves its term out: the paper's ablations. The preset `adversarial-training` is what SAU is compared
+    with there: perturbations that are not asked to be shared, and ce(f_θ(x+δ), y).
+
+    Attributes:
+        learning_rate: of Adam, before the cosine schedule; 1e-5 for a ViT.
+        momentum: Adam's β₁.
+        weight_decay: added to Adam's gradient.
+        augmentation: none, as in the authors' code.
+        lambda_1: weight of the clean loss, at least 0 (as the others).
+        lambda_2: weight of the shared loss: unlearn the class f₀ is fooled to.
+        lambda_3: weight, in the search for δ, of the loss of those not yet fooled.
+        lambda_4: weight, in the search for δ, of the divergence of those not yet shared.
+        lambda_at: weight of the cross-entropy of perturbed images with their true labels (adversarial training).
+        norm: of the ball: `linf` or `l2`.
+        radius: ρ of the ball, in pixels of [0, 1]; x+δ is not clipped to [0, 1].
+        step: of one signed gradient step, in pixels of [0, 1].
+        steps: gradient steps, at least 1.
+        start: δ before the first step: ρ everywhere (`max`), −ρ (`min`), 0 (`zero`) or uniform in [0, 1) (`random`),
+            put into the ball.
+        fix_statistics: keep BatchNorm at its running statistics; higher accuracy and higher ASR, say the authors.
+    """
+
+    name: ClassVar[str] = "sau"
+    summary: ClassVar[str] = "unlearn the adversarial perturbations that fool the model and its old self alike"
+    paper: ClassVar[str] = "arXiv 2307.10562 (NeurIPS 2023)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "10 to 13, and two models in memory"
+    card_text: ClassVar[str] = (
+        "SAU, shared adversarial unlearning ([arXiv 2307.10562](https://arxiv.org/abs/2307.10562)), fine-tuned the "
+        "model on {images} and on perturbed copies of them, so that perturbations that led the model and its state "
+        "before to the same wrong class do so no more."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "adversarial-training": {"lambda_2": 0.0, "lambda_3": 1.0, "lambda_4": 0.0, "lambda_at": 1.0},
+    }
+
+    learning_rate: float = 1e-4
+    augmentation: Augmentation = "none"
+    lambda_1: float = 1.0
+    lambda_2: float = 1.0
+    lambda_3: float = 0.01
+    lambda_4: float = 1.0
+    lambda_at: float = 0.0
+    norm: Literal["linf", "l2"] = "linf"
+    radius: float = 0.2
+    step: float = 0.2
+    steps: int = 5
+    start: Literal["max", "min", "zero", "random"] = "max"
+    fix_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = (self.lambda_1, self.lambda_2, self.lambda_3, self.lambda_4, self.lambda_at)
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise UsageError(f"sau: lambda_1 to lambda_4 and lambda_at must be at least 0 and finite, got {weights}")
+        if self.lambda_3 + self.lambda_4 == 0 or self.lambda_1 + self.lambda_2 + self.lambda_at == 0:
+            raise UsageError("sau: lambda_3 and lambda_4 cannot both be 0, nor lambda_1, lambda_2 and lambda_at all")
+        if not 0 < self.radius < math.inf or not 0 < self.step < math.inf or self.steps < 1:
+            raise UsageError("sau: radius and step must be positive and finite, and steps at least 1")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        require_pixels(network, self.name)
+        pair = SharedPair(network, self)
+        return [self.phase(name="sau", network=pair, parameters=trained_parameters(network), loss=module_terms,
+                           optimizer=partial(adam, self), state=OwnState(pair))]  # fmt: skip
+
+    def first_perturbation(self, images: torch.Tensor) -> torch.Tensor:
+        """Return δ before the first step, the shape of `images` (N×C×H×W float32)."""
+        if self.start == "random":
+            return self.project(torch.rand_like(images))
+        value = {"max": self.radius, "min": -self.radius, "zero": 0.0}[self.start]
+        return self.project(torch.full_like(images, value))
+
+    def project(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return the point of each image's ball nearest to `delta` (N×C×H×W, pixels of [0, 1])."""
+        if self.norm == "linf":
+            return delta.clamp(-self.radius, self.radius)
+        size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        return delta * (self.radius / size.clamp(min=self.radius))
+
+    def search_loss(self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, before: torch.Tensor,
+                    before_reference: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Return what δ minimises, summed over the images: 0-d.
+
+        A perturbation that is shared has no gradient any more, so that its sign steps are over: early stopping.
+
+        Args:
+            logits, reference: of f_θ and f₀ at x+δ (N×K, float32).
+            labels: y; `before` and `before_reference` the answers of f_θ and f₀ to x (N, int64 all).
+        """
+        now, now_reference = logits.argmax(1), reference.argmax(1)
+        fooled, fooled_reference = now != before, now_reference != before_reference
+        shared = fooled & fooled_reference & (now == now_reference)
+        errors = ~fooled * cross_entropy(logits, labels, reduction="none")
+        errors = errors + ~fooled_reference * cross_entropy(reference, labels, reduction="none")
+        # a sum: only the sign counts, and a mean's gradients could vanish in fp16
+        return (self.lambda_4 * ~shared * jensen_shannon(logits, reference) - self.lambda_3 * errors / 2).sum()
+
+    def unlearning_terms(
+        self, clean: torch.Tensor, perturbed: torch.Tensor, reference_clean: torch.Tensor,
+        reference_perturbed: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Return the outer loss and its terms (0-d) of logits of f_θ and f₀ at x and x+δ (N×K, float32).
+
+        `shared_rate` is the share of images that fool both models to the same class.
+        """
+        wrong = reference_perturbed.argmax(1)
+        fooled = (wrong != labels) & (wrong != reference_clean.argmax(1))
+        surprise = surprise_without(perturbed, wrong).clamp(min=-math.log1p(-_FLOOR))
+        shared_loss = (weights * fooled * surprise).sum()
+        clean_loss, adversarial_loss = (weighted_error(logits, labels, weights) for logits in (clean, perturbed))
+        loss = self.lambda_1 * clean_loss + self.lambda_2 * shared_loss + self.lambda_at * adversarial_loss
+        shared = fooled & (perturbed.argmax(1) == wrong)
+        return {"loss": loss, "clean_loss": clean_loss, "shared_loss": shared_loss,
+                "adversarial_loss": adversarial_loss, "shared_rate": (weights * shared).sum()}  # fmt: skip
+
+
+class SharedPair(nn.Module):
+    """f_θ, which is `network` itself, and f₀, a frozen copy of it in eval mode; its forward is one step's loss."""
+
+    def __init__(self, network: Network, config: SAUConfig) -> None:
+        super().__init__()
+        self.config = config
+        # before f_θ: who asks for the last layer of this module means that of f_θ
+        self.reference = copy.deepcopy(network).requires_grad_(False).eval()
+        self.network = network
+        if network.convolutional:
+            self.reference.to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> SharedPair:
+        """Set the mode of f_θ alone."""
+        super().train(mode)
+        self.reference.eval()
+        if self.config.fix_statistics:
+            for module in self.network.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None,
+                weights: torch.Tensor | None = None) -> torch.Tensor | dict[str, torch.Tensor]:  # fmt: skip
+        """Return the terms of images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N); or the logits of images."""
+        if labels is None or weights is None:
+            return self.network(images)
+        x = images.float()
+        # both halves in one call: BatchNorm sees them together
+        both = torch.cat([x, x + PIXEL * self.perturbation(x, labels)])
+        with torch.no_grad():
+            reference = self.reference(both).float().chunk(2)
+        logits = self.network(both).float().chunk(2)
+        return self.config.unlearning_terms(*logits, *reference, labels, weights)
+
+    def perturbation(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return δ (N×C×H×W, pixels of [0, 1]) of images x (float32, 0 to 255); both models are in eval mode."""
+        config = self.config
+        delta = config.first_perturbation(x)
+        with evaluating(self.network):
+            with torch.no_grad():
+                before, before_reference = self.network(x).argmax(1), self.reference(x).argmax(1)
+            for _ in range(config.steps):
+                delta.requires_grad_()
+                moved = x + PIXEL * delta
+                loss = config.search_loss(self.network(moved).float(), self.reference(moved).float(), labels, before,
+                                          before_reference)  # fmt: skip
+                gradient = torch.autograd.grad(loss, delta)[0]
+                delta = config.project(delta.detach() - config.step * gradient.sign())
+        # weights that autocast cast without gradients must not serve the trained forward
+        torch.clear_autocast_cache()
+        return delta
+
+
+def jensen_shannon(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return ½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, of the softmaxes p and q of two N×K logits: (N,), nats."""
+    p, q = log_softmax(logits, 1), log_softmax(others, 1)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(1) / 2
