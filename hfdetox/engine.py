@@ -112,7 +112,7 @@ class Engine:
         with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
             if checkpoint is None:
                 # before the seed: what a pass draws must not move what the method draws
-                self._watch(trained, phase)
+                self._watch(network, phase)
                 torch.manual_seed(self._key(index, 0))
                 if phase.start is not None:
                     phase.start()
@@ -136,7 +136,7 @@ class Engine:
                     plan.epoch = epoch
                     entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
                     _equalise_buffers(trained, accelerator)
-                    entry |= self._watch(trained, phase)
+                    entry |= self._watch(network, phase)
                     record.history.append(entry)
                     accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
                     stop = phase.stop is not None and phase.stop(entry)

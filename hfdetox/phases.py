@@ -46,8 +46,8 @@ class Phase:
         stop: given an epoch's record, whether to end the phase there.
         state: what a checkpoint keeps besides the network and the optimiser.
         steps: optimiser steps of an epoch, of images drawn anew each time; None sees every image once.
-        watch: gives the passes that look at the trained network before `start` (not when resumed) and after each epoch;
-            what they find goes into the epoch's entry of the history.
+        watch: gives the passes that look at the engine's network before `start` (not when resumed) and after each
+            epoch; what they find goes into the epoch's entry of the history.
     """
 
     name: str
