@@ -46,8 +46,8 @@ def reweighted(phase: Phase, how: Reweight) -> Phase:
     """Return a phase like `phase` with weights of its images by `how`; the same phase for `none`.
 
     A phase on a network of its own (a teacher, masks, a search for triggers) does not change the classifier and stays
-    as it is. A phase on all images gives up the held-out fifth of them, on which the classes' accuracies are measured. Its state
-    holds the weights too, and the terms of its history are the weighted ones.
+    as it is. Another on all images gives up the held-out fifth of them, on which the classes' accuracies are measured.
+    Its state holds the weights too, and the terms of its history are the weighted ones.
     """
     if how == "none" or phase.network is not None:
         return phase

@@ -1,0 +1,351 @@
+"""IMS, invertible masking using selection (NeurIPS 2025, arXiv 2509.15497).
+
+Two networks are cut from the frozen one f₀: f_m shall keep what clean images need and f_i what a backdoor needs. Each
+unit has a mask a and a selection s, both in [0, 1] and 1 at first; with S(a) = σ(k (a − ½)) the unit's output is
+multiplied by
+
+    a' = S(a) + s (1 − S(a))  in f_m        ā' = S(1 − a) + s (1 − S(1 − a))  in f_i
+
+so that s = 1 leaves the unit to both, and s = 0 gives it to exactly one. For probabilities p, q with o = ⟨p, q⟩,
+agree = −mean log(o + 10⁻⁸) and disagree = −mean log(1 − o + 10⁻⁸). Perturbations δ stand for the unknown trigger:
+
+    stage 1      min over a, s of  agree(f_m(x), f₀(x)) + disagree(f_i(x), f₀(x)) + λ₁ mean(1 − s)
+    stages 2, 3  inner: δ ← argmin  agree(f_i(x + δ), f₀(x + δ)) + disagree(f₀(x + δ), f₀(x))
+                 outer: that of stage 1
+                        + agree(f_m(x + δ), f₀(x)) + agree(f_i(x + δ), f₀(x + δ)) + disagree(f_i(x + δ), f₀(x))
+
+each round on one batch, stage 2 with λ₁ = 0; a stage ends when its loss has not fallen by 2 % for 25 rounds. No labels
+are used. The result is f_m, its masks multiplied into the weights.
+
+Units are the output channels of the convolutions. Of networks without BatchNorm (ViT, ConvNeXt) they are hidden units
+of MLPs and attention heads, which is hfdetox's own choice: the paper's ViTs (preliminary, it says) have their masks on
+the output of whole blocks, residual included, and those cannot be folded into an ordinary model; they are left out.
+
+Further from the authors' code: δ is found by the sum over a batch's images and not their mean (AdamW is blind to that
+factor), and 1 − o is computed as Σ p_c (1 − q_c), which rounding cannot make negative. As there, x + δ is not clipped
+to the range of pixels, and AdamW's decay pulls a and s down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.batches import Batch
+from hfdetox.defenses._perturbed import PIXEL, OwnState, require_pixels
+from hfdetox.defenses.base import DefenseConfig
+from hfdetox.errors import UsageError
+from hfdetox.layers import head_layers
+from hfdetox.masks import unit_layers
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+# a total has to be better by so much for patience to start anew
+_BETTER = 0.98
+_TINY = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class IMSConfig(DefenseConfig):
+    """Settings of IMS; the defaults are those of the authors' code.
+
+    Attributes:
+        units: `conv` (output channels), `hidden` (units of MLPs and attention heads), or `auto`: `conv` with BatchNorm,
+            else `hidden` where there are such units.
+        selection: off is an ablation: every unit belongs to one side (s = 0).
+        inverse: off is an ablation: no f_i, and δ only changes the original's mind.
+        steepness: k, positive.
+        sparsity: λ₁ of stages 1 and 3, at least 0; none is 10 for `conv` and 0 for `hidden`, as for the paper's ViTs.
+        initial_rounds: of stage 1, at most; 0 leaves it out.
+        free_rounds: of stage 2, at most; 0 leaves it out.
+        sparse_rounds: of stage 3, at most; 0 leaves it out. Without stages 2 and 3 there is no perturbation.
+        patience: a stage ends after so many rounds without a total 2 % better.
+        batch_size: images of a round, drawn anew for each; all of them where there are fewer.
+        learning_rate: of AdamW on a and s.
+        weight_decay: of that AdamW.
+        inner_steps: AdamW steps on δ.
+        inner_rate: of that AdamW, for δ in pixels of 0 to 1.
+    """
+
+    name: ClassVar[str] = "ims"
+    summary: ClassVar[str] = "cut away the units that only an inverted mask needs, by trained masks and selections"
+    paper: ClassVar[str] = "arXiv 2509.15497 (NeurIPS 2025)"
+    data: ClassVar[str] = "clean images (labels are not used)"
+    cost: ClassVar[str] = "up to 500 batches, of which 400 at 30 times a batch of fine-tuning"
+    card_text: ClassVar[str] = (
+        "IMS, invertible masking using selection ([arXiv 2509.15497](https://arxiv.org/abs/2509.15497)), learnt on "
+        "{images} which units of the network clean images need, against perturbations that stand for a trigger, and "
+        "scaled the weights of the others down."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "no-selection": {"selection": False},
+        "no-inverse": {"inverse": False},
+        "no-perturbation": {"free_rounds": 0, "sparse_rounds": 0},
+    }
+
+    units: Literal["auto", "conv", "hidden"] = "auto"
+    selection: bool = True
+    inverse: bool = True
+    steepness: float = 20.0
+    sparsity: float | None = None
+    initial_rounds: int = 100
+    free_rounds: int = 200
+    sparse_rounds: int = 200
+    patience: int = 25
+    batch_size: int = 256
+    learning_rate: float = 0.02
+    weight_decay: float = 0.01
+    inner_steps: int = 20
+    inner_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the ranges; raises UsageError that names the setting and what it may be."""
+        super().__post_init__()
+        rounds = (self.initial_rounds, self.free_rounds, self.sparse_rounds)
+        if min(rounds) < 0 or not any(rounds):
+            raise UsageError("ims: the rounds of the three stages must be at least 0, and not all of them 0")
+        if self.batch_size < 2 or min(self.patience, self.inner_steps) < 1:
+            raise UsageError("ims: batch_size must be at least 2, patience and inner_steps at least 1")
+        if not all(0 < value < math.inf for value in (self.steepness, self.learning_rate, self.inner_rate)):
+            raise UsageError("ims: steepness, learning_rate and inner_rate must be positive and finite")
+        if not all(0 <= value < math.inf for value in (self.weight_decay, self.sparsity or 0.0)):
+            raise UsageError("ims: weight_decay and sparsity must be at least 0 and finite")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        require_pixels(network, self.name)
+        ims = IMS(network, self)
+        state = OwnState(ims)
+        weight = ims.sparsity
+        stages = [
+            ims.stage("ims-initial", self.initial_rounds, perturbed=False, sparsity=weight),
+            ims.stage("ims-free", self.free_rounds, perturbed=True, sparsity=0.0),
+            ims.stage("ims-sparse", self.sparse_rounds, perturbed=True, sparsity=weight),
+        ]
+        for stage in stages:
+            stage.state = state
+        fold = Pass(name="ims-fold", start=ims.begin_fold, visit=ims.compare, finish=ims.fold, state=state)
+        return [*(stage for stage in stages if stage.epochs), fold]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A layer whose units are masked, by the names of its parameters in the network.
+
+    Attributes:
+        weight: its rows are multiplied (`bias` with them), or its columns where `width` is above 0.
+        bias: None for layers without, and where columns are multiplied.
+        units: how many masks there are.
+        width: columns of one unit; 0 says that units are rows.
+    """
+
+    weight: str
+    bias: str | None
+    units: int
+    width: int = 0
+
+    def multiplied(self, network: nn.Module, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the layer's parameters under masks (`units`), by name."""
+        weight = network.get_parameter(self.weight)
+        trailing = [1] * (weight.ndim - 2)
+        if self.width:
+            return {self.weight: weight * values.repeat_interleave(self.width).view(1, -1, *trailing)}
+        found = {self.weight: weight * values.view(-1, 1, *trailing)}
+        return found if self.bias is None else {**found, self.bias: network.get_parameter(self.bias) * values}
+
+
+class IMS(nn.Module):
+    """The frozen network, in eval mode, with the masks a and selections s of all units in flat tensors.
+
+    Raises:
+        UsageError: the network has no units of the kind that is asked for.
+    """
+
+    best: torch.Tensor
+    waited: torch.Tensor
+
+    def __init__(self, network: nn.Module, config: IMSConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.layers = masked_layers(network, config.units)
+        rows = not any(layer.width for layer in self.layers)
+        self.sparsity = config.sparsity if config.sparsity is not None else 10.0 if rows else 0.0
+        self.sizes = [layer.units for layer in self.layers]
+        self.mask = nn.Parameter(torch.ones(sum(self.sizes)))
+        self.selection = nn.Parameter(torch.full((sum(self.sizes),), float(config.selection)))
+        self.register_buffer("best", torch.tensor(math.inf))
+        self.register_buffer("waited", torch.tensor(0))
+        self._seen = torch.zeros(2)
+
+    def train(self, mode: bool = True) -> IMS:
+        """Stay in eval mode: the network is frozen."""
+        return super().train(False)
+
+    def stage(self, name: str, rounds: int, *, perturbed: bool, sparsity: float) -> Phase:
+        """Return a stage as a phase whose epochs are rounds of one batch, with an optimiser of its own."""
+        config = self.config
+
+        def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            # one call of the whole step, as several processes need
+            return model(batch.images, batch.weights, perturbed, sparsity)
+
+        return Phase(
+            name=name, network=self, parameters=[self.mask, *([self.selection] if config.selection else [])],
+            optimizer=adamw, loss=loss, epochs=rounds, steps=1, batch_size=config.batch_size, augmentation="none",
+            schedule="constant", start=self.begin_stage, after_step=self.project, stop=self.stalled,
+        )  # fmt: skip
+
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a' and ā' of all units, flat."""
+        steepness = self.config.steepness
+        return soft_mask(self.mask, self.selection, steepness), soft_mask(1 - self.mask, self.selection, steepness)
+
+    def forward(self, images: torch.Tensor, weights: torch.Tensor, perturbed: bool,
+                sparsity: float) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Return the terms of a round on images (N×C×H×W, 0 to 255) of weights (N, sum 1): `loss` and its parts."""
+        x, (kept, inverse) = images.float(), self.masks()
+        with torch.no_grad():
+            own = self.probabilities(x)
+        terms = {"agreement": (weights * agree(self.probabilities(x, kept), own)).sum()}
+        if self.config.inverse:
+            terms["opposition"] = (weights * disagree(self.probabilities(x, inverse), own)).sum()
+        if perturbed:
+            moved = x + PIXEL * self.perturbation(x, own)
+            terms["recovery"] = (weights * agree(self.probabilities(moved, kept), own)).sum()
+            if self.config.inverse:
+                with torch.no_grad():
+                    astray = self.probabilities(moved)
+                led = self.probabilities(moved, inverse)
+                terms["complicity"] = (weights * (agree(led, astray) + disagree(led, own))).sum()
+        if sparsity:
+            terms["sparsity"] = sparsity * (1 - self.selection).mean()
+        loss = torch.stack(list(terms.values())).sum()
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    def perturbation(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return δ (like `x`, in pixels of 0 to 1) that changes f₀'s answers from `own` (N×K) and takes f_i along."""
+        inverse = self.masks()[1].detach()
+        delta = torch.zeros_like(x).requires_grad_()
+        optimizer = torch.optim.AdamW([delta], lr=self.config.inner_rate)
+        for _ in range(self.config.inner_steps):
+            moved = x + PIXEL * delta
+            astray = self.probabilities(moved)
+            aims = disagree(astray, own)
+            if self.config.inverse:
+                aims = aims + agree(self.probabilities(moved, inverse), astray)
+            (delta.grad,) = torch.autograd.grad(aims.sum(), [delta])
+            optimizer.step()
+            with torch.no_grad():
+                delta.clamp_(-1, 1)
+        return delta.detach()
+
+    def probabilities(self, images: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the softmax (N×K, float32) of the network's logits, under masks (flat) if given."""
+        logits = self.network(images) if values is None else functional_call(
+            self.network, self._multiplied(values), (images,))  # fmt: skip
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.float().softmax(1)
+
+    def _multiplied(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = zip(self.layers, values.split(self.sizes), strict=True)
+        return {name: t for layer, part in parts for name, t in layer.multiplied(self.network, part).items()}
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put a and s back into [0, 1], in place."""
+        self.mask.clamp_(0, 1)
+        self.selection.clamp_(0, 1)
+
+    def begin_stage(self) -> None:
+        """Forget the best total."""
+        self.best.fill_(math.inf)
+        self.waited.zero_()
+
+    def stalled(self, entry: Mapping[str, Any]) -> bool:
+        """Take a round's total and tell whether the stage is over."""
+        better = float(entry["loss"]) < _BETTER * float(self.best)
+        if better:
+            self.best.fill_(float(entry["loss"]))
+        self.waited.fill_(0 if better else int(self.waited) + 1)
+        return int(self.waited) >= self.config.patience
+
+    def begin_fold(self) -> None:
+        """Forget what was counted."""
+        self._seen = torch.zeros(2)
+
+    def compare(self, network: nn.Module, batch: Batch) -> None:
+        """Count the images, and those that f_m and f₀ call alike."""
+        self.to(batch.images.device)
+        x = batch.images.float()
+        same = self.probabilities(x).argmax(1) == self.probabilities(x, self.masks()[0]).argmax(1)
+        self._seen = self._seen.to(x.device) + torch.stack([same.sum(), same.new_tensor(len(x), dtype=torch.int64)])
+
+    @torch.no_grad()
+    def fold(self, accelerator: Accelerator) -> dict[str, float]:
+        """Multiply a' into the weights; return the share of `kept` (a' ≥ ½) and `shared` (s ≥ ½) units, and of images
+        whose answer stays (`unchanged_answers`)."""
+        kept = self.masks()[0]
+        for name, tensor in self._multiplied(kept).items():
+            self.network.get_parameter(name).copy_(tensor)
+        same, images = accelerator.reduce(self._seen.to(accelerator.device), reduction="sum").tolist()
+        shared = (self.selection >= 0.5).float().mean()
+        return {"units": float(len(kept)), "kept": float((kept >= 0.5).float().mean()), "shared": float(shared),
+                "unchanged_answers": same / images}  # fmt: skip
+
+
+def soft_mask(mask: torch.Tensor, selection: torch.Tensor, steepness: float) -> torch.Tensor:
+    """Return S(a) + s (1 − S(a)) with S(a) = σ(k (a − ½)); of 1 − a it is the inverse mask."""
+    hard = torch.sigmoid(steepness * (mask - 0.5))
+    return hard + selection * (1 - hard)
+
+
+def agree(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return −log(⟨p, q⟩ + 10⁻⁸) of probabilities (N×K), shape (N,)."""
+    return -((p * q).sum(1) + _TINY).log()
+
+
+def disagree(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return −log(1 − ⟨p, q⟩ + 10⁻⁸) of probabilities (N×K), shape (N,)."""
+    return -((p * (1 - q)).sum(1) + _TINY).log()
+
+
+def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) -> list[Masked]:
+    """Return the layers whose units are masked; raises UsageError when there are none."""
+    hidden = [Masked(layer.weight, None, layer.units, layer.width) for layer in unit_layers(network)]
+    channels = _convolutions(network)
+    normed = any(isinstance(module, _BatchNorm) for module in network.modules())
+    if units == "auto":
+        found = channels if normed or not hidden else hidden
+    else:
+        found = channels if units == "conv" else hidden
+    if not found:
+        kinds = {"conv": "convolutions", "hidden": "MLPs or attention heads", "auto": "convolutions, MLPs or heads"}
+        raise UsageError(
+            f"ims: {type(getattr(network, 'model', network)).__name__} has no {kinds[units]} whose masks could be "
+            "folded into its weights; use another defense, or units=auto"
+        )
+    return found
+
+
+def _convolutions(network: nn.Module) -> list[Masked]:
+    """Return the convolutions but the head's that use their weights as they are (a standardised one undoes a mask)."""
+    heads = set(head_layers(network))
+    found = []
+    for name, module in network.named_modules():
+        plain = isinstance(module, nn.Conv2d) and "Std" not in type(module).__name__
+        # a parametrised weight is no parameter of its module
+        if plain and name not in heads and isinstance(module._parameters.get("weight"), nn.Parameter):
+            bias = f"{name}.bias" if module.bias is not None else None
+            found.append(Masked(f"{name}.weight", bias, module.get_parameter("weight").shape[0]))
+    return found
