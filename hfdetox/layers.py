@@ -84,7 +84,7 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     inner.eval()
     try:
         with torch.no_grad():
-            images = _probe_input(inner, input_size)
+            images = probe_input(inner, input_size)
             if images is None:
                 return []
             groups = _last_norms(inner, heads, images)
@@ -156,14 +156,14 @@ def _is_affine_norm(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in type(module).__name__.lower()
 
 
-def _probe_input(model: nn.Module, input_size: tuple[int, int, int] | None) -> torch.Tensor | None:
+def probe_input(model: nn.Module, input_size: tuple[int, int, int] | None) -> torch.Tensor | None:
     """Return two images of noise in a size that the model takes, or None when none of the usual sizes fits."""
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     for size in _candidate_sizes(model, input_size):
         images = torch.randn(2, *size, generator=generator).to(parameter.device, parameter.dtype)
         try:
-            _logits(model, images)
+            library_logits(model, images)
         except (RuntimeError, ValueError, AssertionError, IndexError):
             continue  # a wrong size shows in as many ways as there are models
         return images
@@ -189,7 +189,8 @@ def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Ite
         yield channels, side, side
 
 
-def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def library_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits that a library's own model gives for images it takes as they are (normalised already)."""
     keyword = getattr(model, "main_input_name", None) == "pixel_values"
     return logits_of(model(pixel_values=images) if keyword else model(images))
 
@@ -200,7 +201,7 @@ def _last_norms(model: nn.Module, heads: Sequence[nn.Module], images: torch.Tens
     names = {module: name for name, module in model.named_modules() if _is_affine_norm(module)}
     handles = [m.register_forward_pre_hook(lambda module, _: order.append(module)) for m in (*names, *heads)]
     try:
-        _logits(model, images)
+        library_logits(model, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -218,11 +219,11 @@ def _flips_cancel(model: nn.Module, heads: Sequence[nn.Module], norm: str, image
     """Tell whether flipping the norm's signs undoes flipping those of the head's weights (its biases stay)."""
     head_weights = [head.get_parameter("weight") for head in heads]
     norm_parameters = list(model.get_submodule(norm).parameters(recurse=False))
-    before = _logits(model, images)
+    before = library_logits(model, images)
     with _flipped(head_weights):
-        only_head = _logits(model, images)
+        only_head = library_logits(model, images)
         with _flipped(norm_parameters):
-            both = _logits(model, images)
+            both = library_logits(model, images)
     moved = (only_head - before).abs().max()
     return bool(moved > 0 and (both - before).abs().max() < 1e-3 * moved)
 
