@@ -1,0 +1,109 @@
+"""BN re-estimation: BatchNorm's statistics are measured anew on clean images; nothing is trained.
+
+A control arm of hfdetox's own. Every method that trains in train mode on the clean images moves the statistics too,
+and that alone lowers the success of some attacks; this shows by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import DefenseConfig
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class BNConfig(DefenseConfig):
+    """Settings of the re-estimation.
+
+    Attributes:
+        batch_size: images whose statistics are taken together, over all processes, at least 2. The new mean and
+            variance are the averages of the batches' (the variance within batches), weighted by their images.
+    """
+
+    name: ClassVar[str] = "bn"
+    summary: ClassVar[str] = "control: measure BatchNorm's statistics anew on clean images, train nothing"
+    paper: ClassVar[str] = "none: a control arm"
+    data: ClassVar[str] = "clean images"
+    cost: ClassVar[str] = "one forward pass in all"
+    card_text: ClassVar[str] = (
+        "The statistics of the model's BatchNorm layers were measured anew on {images}; no weight was trained. This is "
+        "a control, not a method of a paper."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"control": {}}
+
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise UsageError(f"bn: batch_size must be at least 2, got {self.batch_size}")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        if not _layers(network):
+            raise UsageError(
+                f"bn: {type(network.model).__name__} has no BatchNorm with running statistics, so there is nothing to "
+                "measure anew; use another defense, such as ft"
+            )
+        statistics = _Statistics(network)
+        return [Pass(name="bn", start=statistics.start, visit=statistics.visit, finish=statistics.finish,
+                     batch_size=self.batch_size)]  # fmt: skip
+
+
+class _Statistics:
+    """Running averages over the batches of a pass: the k-th of n_k images enters with weight n_k / Σ_{j≤k} n_j."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.seen = 0
+
+    def start(self) -> None:
+        self.seen = 0
+
+    def visit(self, network: nn.Module, batch: Batch) -> None:
+        # one image has no variance after a global pooling
+        if len(batch.labels) < 2:
+            return
+        self.seen += len(batch.labels)
+        # the first batch enters with weight 1: nothing of the old statistics is left
+        with _measuring(_layers(network), len(batch.labels) / self.seen):
+            network(batch.images)
+
+    def finish(self, accelerator: Accelerator) -> dict[str, float]:
+        total = float(accelerator.reduce(torch.tensor(float(self.seen), device=accelerator.device), reduction="sum"))
+        if not total:
+            raise UsageError("bn: a batch has less than two images; use more --samples or fewer processes")
+        # the engine may have put other layers into the network than it had when the phases were made
+        for layer in _layers(self.network):
+            for buffer in (layer.running_mean, layer.running_var):
+                if buffer is not None:
+                    buffer.copy_(accelerator.reduce(buffer * (self.seen / total), reduction="sum"))
+        return {"images": total}
+
+
+def _layers(network: nn.Module) -> list[_BatchNorm]:
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def _measuring(layers: list[_BatchNorm], momentum: float) -> Iterator[None]:
+    """Let these layers use and average batch statistics; the rest of the network (dropout) stays in eval mode."""
+    before = [(layer, layer.training, layer.momentum) for layer in layers]
+    for layer in layers:
+        layer.training, layer.momentum = True, momentum
+    try:
+        yield
+    finally:
+        for layer, training, old in before:
+            layer.training, layer.momentum = training, old

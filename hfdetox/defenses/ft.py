@@ -1,0 +1,97 @@
+"""FT, plain fine-tuning on clean images, and the same after the head is drawn anew.
+
+    min over θ of  mean_i ce(f_θ(x_i), y_i)
+
+FT ends near θ⁰, where the backdoor's loss is low too: it fails against backdoors that clean images do not disturb. The
+second arm is a control of hfdetox's own: it starts where D3 starts and lacks D3's push, so that the difference between
+the two is the push's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.d3 import start_weight
+from hfdetox.layers import HEAD, match_layers
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTConfig(TuningConfig):
+    """Settings of FT; preset `d3-settings` has no weight decay, as D3, for a comparison at equal settings."""
+
+    name: ClassVar[str] = "ft"
+    summary: ClassVar[str] = "fine-tune on clean images and nothing else"
+    paper: ClassVar[str] = "baseline (BackdoorBench, arXiv 2206.12654)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "1"
+    card_text: ClassVar[str] = "Fine-tuning (FT) trained all of the model's weights on {images}, and did nothing else."
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "d3-settings": {"weight_decay": 0.0}}
+
+    weight_decay: float = 5e-4
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        return [self.phase(name=self.name, parameters=trained_parameters(network), loss=clean_terms,
+                           start=self._start(network))]  # fmt: skip
+
+    def _start(self, network: Network) -> Callable[[], None] | None:
+        """Return what happens to the network before the first step."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomHeadConfig(FTConfig):
+    """Settings of the control arm: the head's weights start as D3's do (uniform, of the old norm; biases stay)."""
+
+    name: ClassVar[str] = "ft-random-head"
+    summary: ClassVar[str] = "control: draw the head's weights anew as D3 does, then fine-tune on clean images"
+    paper: ClassVar[str] = "none: a control arm for D3 (arXiv 2411.09585)"
+    card_text: ClassVar[str] = (
+        "The weights of the model's classifier head were drawn anew, and fine-tuning trained all weights on {images}. "
+        "This is a control for D3, not a method of a paper."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"control": {}, "d3-settings": {"weight_decay": 0.0}}
+
+    def selected_layers(self, model: nn.Module) -> list[str]:
+        return match_layers(model, (HEAD,))
+
+    def _start(self, network: Network) -> Callable[[], None]:
+        names = self.selected_layers(network.model)
+
+        @torch.no_grad()
+        def draw_head() -> None:
+            for name in names:
+                weight = network.model.get_submodule(name).get_parameter("weight")
+                weight.copy_(start_weight(weight.detach().float().clone(), "random"))
+
+        return draw_head
+
+
+def clean_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the loss of FT, the cross-entropy of a batch, as `loss` and `clean_loss`."""
+    loss = cross_entropy_of(model(batch.images), batch)
+    return {"loss": loss, "clean_loss": loss.detach()}
+
+
+def cross_entropy_of(logits: torch.Tensor, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
+    """Return Σ_i w_i ce(z_i, q_i), 0-d float32, for logits N×K and the batch's labels and weights w.
+
+    The target q is 1 − s on the label and s / (K − 1) on every other class, with s = `smoothing` in [0, 1). (PyTorch's
+    own smoothing puts s / K on every class, the label too.)
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logs = log_softmax(logits.float(), dim=1)
+        right = logs.gather(1, batch.labels[:, None]).squeeze(1)
+        errors = -right
+        if smoothing:
+            errors = -(1 - smoothing) * right - smoothing / (logits.shape[1] - 1) * (logs.sum(1) - right)
+        return (batch.weights * errors).sum()
