@@ -1,0 +1,70 @@
+"""FT-SAM, fine-tuning with sharpness-aware minimisation (Zhu et al., ICCV 2023, arXiv 2304.11823).
+
+    min over w of  max over ‖T⁻¹ e‖₂ ≤ ρ of  L(w + e),    T = diag |w|
+
+One step: g = ∇L(w), e = ρ · T² g / ‖T g‖₂, and SGD on w with the gradient ∇L(w + e), for which BatchNorm's running
+statistics stay those of the first pass. Neurons of a backdoor tend to have large weights, and T perturbs just these.
+T covers every trained parameter, those of norms and biases too. The authors' benchmark steps its cosine every batch;
+here it is stepped every epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.ft import cross_entropy_of
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+from hfdetox.sharpness import SharpnessAware
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTSAMConfig(TuningConfig):
+    """Settings of FT-SAM; the defaults are the paper's for CIFAR-10 (preset `cifar`).
+
+    Attributes:
+        rho: radius ρ of the perturbation, above 0: 2, or 8 for GTSRB and Tiny ImageNet (preset `gtsrb-tiny`), where the
+            benchmark trains GTSRB for 50 epochs; start with 0.5 to 2 for a ViT.
+        label_smoothing: share of the target that goes to the other classes, in equal parts; in [0, 1).
+    """
+
+    name: ClassVar[str] = "ft-sam"
+    summary: ClassVar[str] = "fine-tune with the gradient taken where a perturbation of the weights hurts most"
+    paper: ClassVar[str] = "arXiv 2304.11823 (ICCV 2023)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "2"
+    card_text: ClassVar[str] = (
+        "FT-SAM ([arXiv 2304.11823](https://arxiv.org/abs/2304.11823)) fine-tuned the model on {images} with "
+        "sharpness-aware minimisation, which perturbs large weights most."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "cifar": {}, "gtsrb-tiny": {"rho": 8.0, "label_smoothing": 0.0},
+    }  # fmt: skip
+
+    weight_decay: float = 5e-4
+    rho: float = 2.0
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rho < math.inf or not 0 <= self.label_smoothing < 1:
+            found = f"{self.rho} and {self.label_smoothing}"
+            raise UsageError(f"ft-sam: rho must be positive and finite, and label_smoothing in [0, 1), got {found}")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        return [self.phase(name="ft-sam", parameters=trained_parameters(network), loss=self._loss,
+                           sharpness=SharpnessAware(rho=self.rho, adaptive=True))]  # fmt: skip
+
+    def _loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        logits = model(batch.images)
+        loss = cross_entropy_of(logits, batch, self.label_smoothing)
+        return {"loss": loss, "clean_loss": cross_entropy_of(logits.detach(), batch)}
