@@ -1,0 +1,126 @@
+"""NAD, neural attention distillation (Li et al., ICLR 2021, arXiv 2101.05930).
+
+A copy of the model is fine-tuned on the clean images: the teacher. The model itself, the student, then minimises
+
+    mean_i ce(f(x_i), y_i)  +  Σ_j β_j · mean_i MSE(A(F_j(x_i)), A(F_j^T(x_i))),    A(F) = Σ_c |F_c|^p / ‖Σ_c |F_c|^p‖₂
+
+with F_j the features of the last three stages (blocks of a ViT, without class and register tokens), A a map over
+positions. The teacher runs in eval mode and in float32, whatever the student's precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.ft import clean_terms, cross_entropy_of
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+from hfdetox.stages import captured, last_stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class NADConfig(TuningConfig):
+    """Settings of NAD; the defaults are the paper's.
+
+    Attributes:
+        epochs: of the student; its learning rate stays what it is (the benchmark's schedule within ten epochs).
+        teacher_epochs: of the teacher, on the cosine schedule, at least 1.
+        beta1: weight of the third but last stage's maps, at least 0. A network of fewer stages lacks it first.
+        beta2: weight of the last but one stage's maps, at least 0.
+        beta3: weight of the last stage's maps, at least 0.
+        power: p of the attention map, above 0.
+    """
+
+    name: ClassVar[str] = "nad"
+    summary: ClassVar[str] = "fine-tune towards the attention maps of a fine-tuned copy"
+    paper: ClassVar[str] = "arXiv 2101.05930 (ICLR 2021)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "1.3, after a teacher of as many epochs"
+    card_text: ClassVar[str] = (
+        "NAD, neural attention distillation ([arXiv 2101.05930](https://arxiv.org/abs/2101.05930)), fine-tuned a copy "
+        "of the model on {images} and then the model itself, on the same images, towards the copy's attention maps."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+
+    epochs: int = 10
+    weight_decay: float = 5e-4
+    teacher_epochs: int = 10
+    beta1: float = 500.0
+    beta2: float = 1000.0
+    beta3: float = 1000.0
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_epochs < 1:
+            raise UsageError(f"nad: teacher_epochs must be at least 1, got {self.teacher_epochs}")
+        if (
+            not all(0 <= beta < math.inf for beta in (self.beta1, self.beta2, self.beta3))
+            or not 0 < self.power < math.inf
+        ):
+            raise UsageError("nad: beta1, beta2 and beta3 must be at least 0, power above 0, all finite")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        nad = NAD(network, self)
+        teach = self.phase(name="nad-teacher", network=nad.teacher, parameters=trained_parameters(nad.teacher),
+                           loss=clean_terms, epochs=self.teacher_epochs, state=nad)  # fmt: skip
+        distil = self.phase(name="nad", parameters=trained_parameters(network), loss=nad.terms, schedule="constant",
+                            state=nad)  # fmt: skip
+        return [teach, distil]
+
+
+class NAD:
+    """Student and teacher with the stages whose maps are compared.
+
+    Raises:
+        UsageError: the network has no stages with feature maps.
+    """
+
+    def __init__(self, network: Network, config: NADConfig) -> None:
+        self.network, self.power = network, config.power
+        betas = (config.beta1, config.beta2, config.beta3)
+        self.stages = last_stages(network.model, len(betas), getattr(network, "input_size", None))
+        self.betas = betas[-len(self.stages) :]
+        self.teacher = copy.deepcopy(network).eval()
+
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return `loss` and its parts `clean_loss` and `attention` (the weighted sum over stages)."""
+        names = [stage.name for stage in self.stages]
+        with captured(self.network.model, names) as ours:
+            clean = cross_entropy_of(model(batch.images), batch)
+        # a resumed run has not trained the teacher here, so nothing has moved it to the device yet
+        if next(self.teacher.parameters()).device != batch.images.device:
+            self.teacher.to(batch.images.device)
+        with torch.no_grad(), captured(self.teacher.model, names) as theirs:
+            self.teacher(batch.images)
+        parts = []
+        for stage, beta in zip(self.stages, self.betas, strict=True):
+            maps = [attention_map(stage.features(outputs[stage.name]), self.power) for outputs in (ours, theirs)]
+            parts.append(beta * (batch.weights * (maps[0] - maps[1]).square().mean(1)).sum())
+        attention = torch.stack(parts).sum()
+        return {"loss": clean + attention, "clean_loss": clean.detach(), "attention": attention.detach()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the teacher's parameters and buffers."""
+        return dict(self.teacher.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Make the teacher that of a stopped run."""
+        self.teacher.load_state_dict(state)
+
+
+def attention_map(features: torch.Tensor, power: float) -> torch.Tensor:
+    """Return A(F), N×P of norm 1 over the positions P, of features N×P×C; float32."""
+    with torch.autocast(features.device.type, enabled=False):
+        return normalize(features.float().abs().pow(power).sum(2), dim=1)
