@@ -1,0 +1,177 @@
+"""CLP, channel Lipschitzness based pruning (Zheng et al., ECCV 2022, arXiv 2208.03111). It needs no images.
+
+A channel that a trigger can drive far is one with a large Lipschitz constant. For a convolution W whose output goes
+into BatchNorm, channel c is bounded by the spectral norm
+
+    σ_c = ‖ (γ_c / √(var_c + ϵ)) · W_c ‖₂,   W_c reshaped to C_in × k²
+
+and the channels with σ_c > mean + u · std over their layer are set to zero (γ_c = β_c = 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.batches import Batch
+from hfdetox.dataflow import direct_sources
+from hfdetox.defenses.base import DefenseConfig
+from hfdetox.errors import UsageError
+from hfdetox.masks import mlp_layers
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLPConfig(DefenseConfig):
+    """Settings of CLP; the default is the paper's.
+
+    Attributes:
+        u: how many standard deviations above its layer's mean a channel's bound may lie, at least 0; 3 for CIFAR-10, 5
+            for Tiny ImageNet. A layer of n channels has none beyond (n − 1) / √n deviations, whatever its weights.
+    """
+
+    name: ClassVar[str] = "clp"
+    summary: ClassVar[str] = "prune the channels with outstanding Lipschitz bounds; needs no images"
+    paper: ClassVar[str] = "arXiv 2208.03111 (ECCV 2022)"
+    data: ClassVar[str] = "none"
+    cost: ClassVar[str] = "0"
+    card_text: ClassVar[str] = (
+        "CLP, channel Lipschitzness based pruning ([arXiv 2208.03111](https://arxiv.org/abs/2208.03111)), set the "
+        "channels to zero whose Lipschitz bounds stand out from their layer's. It looks at weights only; {images} were "
+        "given to the run."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "tiny-imagenet": {"u": 5.0}}
+
+    u: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.u < float("inf"):
+            raise UsageError(f"clp: u must be at least 0 and finite, got {self.u}")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        clp = CLP(network.model, self.u)
+        # the engine's passes go over images: this one takes no notice of the few of the smallest part
+        return [Pass(name="clp", start=clp.prune, visit=_ignore, finish=clp.found, part="held-out")]
+
+
+class CLP:
+    """The channels of a model with the bounds that CLP judges them by.
+
+    Pairs are found by following tensors through the model: a BatchNorm that gets a convolution's output itself. One
+    that reads a residual sum (pre-activation networks) has no convolution of its own and is left alone.
+
+    Without such pairs, the hidden units of MLPs are judged: σ_j = ‖γ ⊙ w_j‖₂ · ‖u_j‖₂ for row w_j of the first layer,
+    column u_j of the second and the scale γ of the norm that feeds the first (1 where none does directly); pruned are
+    the columns. That is this project's reading for ViT, Swin and ConvNeXt, of which the paper does not speak.
+
+    Args:
+        model: the library's module.
+        u: the outlier threshold.
+
+    Raises:
+        UsageError: the model has neither.
+    """
+
+    def __init__(self, model: nn.Module, u: float) -> None:
+        self.model, self.u = model, u
+        self.pairs = conv_norm_pairs(model)
+        self.mlps = [] if self.pairs else mlp_layers(model)
+        if not self.pairs and not self.mlps:
+            raise UsageError(
+                f"clp: no convolution of {type(model).__name__} that could be run is followed by BatchNorm directly, "
+                "and it has no MLP whose two layers can be found; use another defense"
+            )
+        self.feeding = norms_of_mlps(model, self.mlps) if self.mlps else {}
+        self.pruned = self.channels = 0
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Set the outstanding channels to zero, in place; every other parameter keeps its bits."""
+        self.pruned = self.channels = 0
+        for conv, norm in self.pairs:
+            bounds = conv_bounds(self.model.get_submodule(conv), self.model.get_submodule(norm))
+            chosen = self._chosen(bounds)
+            for parameter in self.model.get_submodule(norm).parameters(recurse=False):
+                parameter[chosen] = 0
+        for first, second in self.mlps:
+            scale = self.model.get_parameter(f"{self.feeding[first]}.weight") if first in self.feeding else None
+            columns = self.model.get_parameter(f"{second}.weight")
+            chosen = self._chosen(unit_bounds(self.model.get_parameter(f"{first}.weight"), columns, scale))
+            columns[:, chosen] = 0
+
+    def found(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return how many of how many `channels` were `pruned`, for the history."""
+        return {"pruned": self.pruned, "channels": self.channels}
+
+    def _chosen(self, bounds: torch.Tensor) -> torch.Tensor:
+        chosen = outstanding(bounds, self.u)
+        self.pruned += int(chosen.sum())
+        self.channels += len(bounds)
+        return chosen
+
+
+def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Return the names (convolution, norm) of each affine BatchNorm with statistics and the Conv2d it follows."""
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.affine and module.running_var is not None
+    }
+    if not convs or not norms:
+        return []
+    sources = direct_sources(model, convs, norms) or {}
+    return [(sources[norm], norm) for norm in norms if norm in sources]
+
+
+def norms_of_mlps(model: nn.Module, mlps: list[tuple[str, str]]) -> dict[str, str]:
+    """Return, by the name of an MLP's first layer, the LayerNorm whose output it gets; layers without are left out."""
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+    firsts = {first: model.get_submodule(first) for first, _ in mlps}
+    sources = direct_sources(model, norms, firsts) or {}
+    widths = {first: layer.get_parameter("weight").shape[1] for first, layer in firsts.items()}
+    return {
+        first: norm
+        for first, norm in sources.items()
+        if tuple(norms[norm].get_parameter("weight").shape) == (widths[first],)
+    }
+
+
+def conv_bounds(conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+    """Return σ (one a channel, float32) of a convolution (C × C_in × k × k) under the BatchNorm that follows it.
+
+    The ϵ is BatchNorm's own, as in what it computes: without it a dead channel has no finite bound.
+    """
+    kernel, scale = conv.get_parameter("weight").float(), norm.get_parameter("weight").float()
+    deviation = (norm.get_buffer("running_var").float() + float(norm.eps)).sqrt()  # type: ignore[arg-type]
+    matrices = kernel.flatten(2) * (scale / deviation).reshape(-1, 1, 1)
+    return torch.linalg.matrix_norm(matrices, ord=2)
+
+
+def unit_bounds(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Return σ (one a unit, float32) of an MLP's weights `rows` (units × in) and `columns` (out × units)."""
+    inward = rows.float().flatten(1) if scale is None else rows.float().flatten(1) * scale.float()
+    return torch.linalg.vector_norm(inward, dim=1) * torch.linalg.vector_norm(columns.float().flatten(1), dim=0)
+
+
+def outstanding(bounds: torch.Tensor, u: float) -> torch.Tensor:
+    """Return where bounds exceed mean + u · std of all of them (bool); a single channel never stands out."""
+    if len(bounds) < 2:
+        return torch.zeros_like(bounds, dtype=torch.bool)
+    return bounds > bounds.mean() + u * bounds.std()
+
+
+def _ignore(network: nn.Module, batch: Batch) -> None:
+    """Look at nothing."""

@@ -1,0 +1,134 @@
+"""RNP, reconstructive neuron pruning (Li et al., ICML 2023, arXiv 2305.14876).
+
+A copy of the network unlearns the clean images by gradient ascent on their loss; then only masks on its channels are
+trained to recover them:
+
+    unlearn:  max over θ of L(θ);        recover:  min over m in [0,1]^n of  α · L(m γ', β'; θ')
+
+Channels that the clean images do not call back belong to the backdoor: those with m_c ≤ τ are pruned from the network
+as it came (γ_c = 0, β_c stays).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hfdetox.batches import Batch
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.errors import UsageError
+from hfdetox.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, check_budget, mean_loss
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(50))
+_UNLEARNT = "unlearnt."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNPConfig(TuningConfig):
+    """Settings of RNP; the defaults are the paper's but for how τ is chosen.
+
+    `epochs` bounds the unlearning and is the length of the recovery; `learning_rate` is that of the masks, which have
+    no weight decay and no gradient limit (`weight_decay` and `max_grad_norm` are the unlearning's). Both rates are
+    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then.
+
+    Attributes:
+        unlearning_rate: learning rate of the ascent, positive; 0.01 in the paper, and found too large by others
+            (preset `gentle`: 0.001).
+        stop_accuracy: the ascent ends after the first epoch whose training accuracy is at most this.
+        alpha: weight α of the loss in the recovery, positive.
+        budget: accuracy on the held-out fifth of the images that pruning may cost; τ is the highest of 0, 0.02, …, 0.98
+            up to which it costs no more. (The paper's tables choose τ with the attack's success in view.)
+    """
+
+    name: ClassVar[str] = "rnp"
+    summary: ClassVar[str] = "unlearn clean images, then prune the channels that recovering them does not need"
+    paper: ClassVar[str] = "arXiv 2305.14876 (ICML 2023)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "1"
+    card_text: ClassVar[str] = (
+        "RNP, reconstructive neuron pruning ([arXiv 2305.14876](https://arxiv.org/abs/2305.14876)), made a copy of the "
+        "model unlearn {images}, trained masks on its channels to recover them, and set the channels of the model to "
+        "zero that the recovery did not need."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "gentle": {"unlearning_rate": 0.001}}
+
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 0.2
+    weight_decay: float = 5e-4
+    max_grad_norm: float | None = 20.0
+    unlearning_rate: float = 0.01
+    stop_accuracy: float = 0.2
+    alpha: float = 0.2
+    budget: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.unlearning_rate < math.inf or not 0 < self.alpha < math.inf:
+            raise UsageError("rnp: unlearning_rate and alpha must be positive and finite")
+        if not 0 <= self.stop_accuracy < 1:
+            raise UsageError(f"rnp: stop_accuracy must be at least 0 and below 1, got {self.stop_accuracy}")
+        check_budget(self.name, self.budget)
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        rnp = RNP(network, self)
+        ascent, descent = replace(self, learning_rate=self.unlearning_rate), replace(self, weight_decay=0.0)
+        unlearn = ascent.phase(name="rnp-unlearn", network=rnp.unlearnt, parameters=trained_parameters(rnp.unlearnt),
+                               loss=rnp.unlearning_loss, stop=rnp.has_unlearnt, schedule="constant", part="fit",
+                               state=rnp)  # fmt: skip
+        recover = descent.phase(name="rnp-recover", network=rnp.masked, parameters=[rnp.masked.mask],
+                                loss=rnp.recovery_loss, after_step=rnp.masked.project, max_grad_norm=None,
+                                schedule="constant", part="fit", state=rnp)  # fmt: skip
+        search = ThresholdSearch(network, rnp.masks, lambda: rnp.masked.mask, THRESHOLDS, self.budget)
+        return [unlearn, recover, search.as_pass("rnp-prune", rnp)]
+
+
+class RNP:
+    """A copy of a network that unlearns, and masks on the copy's channels.
+
+    Args:
+        network: is not changed.
+        config: the settings.
+    """
+
+    def __init__(self, network: nn.Module, config: RNPConfig) -> None:
+        self.config = config
+        self.masks = ChannelMasks(network, config.name)
+        self.unlearnt = copy.deepcopy(network)
+        self.masked = MaskedNetwork(self.unlearnt, self.masks)
+
+    def unlearning_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return `loss` = −ce, with `clean_loss` = ce and the batch's `accuracy`."""
+        logits = model(batch.images)
+        clean = mean_loss(logits, batch)
+        right = (batch.weights * (logits.argmax(1) == batch.labels)).sum()
+        return {"loss": -clean, "clean_loss": clean, "accuracy": right}
+
+    def has_unlearnt(self, entry: Mapping[str, Any]) -> bool:
+        """Tell whether the copy has lost enough accuracy, given an epoch's record."""
+        return bool(entry["accuracy"] <= self.config.stop_accuracy)
+
+    def recovery_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return `loss` = α · ce of the masked copy, with `clean_loss` = ce."""
+        (logits,) = model(batch.images, None)
+        clean = mean_loss(logits, batch)
+        return {"loss": self.config.alpha * clean, "clean_loss": clean}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the masks and the unlearnt copy's tensors."""
+        copied = {_UNLEARNT + name: tensor for name, tensor in self.unlearnt.state_dict().items()}
+        return {"mask": self.masked.mask.detach(), **copied}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over the masks and the unlearnt copy of a stopped run."""
+        self.masked.load_mask(state)
+        names = [name for name in state if name.startswith(_UNLEARNT)]
+        self.unlearnt.load_state_dict({name.removeprefix(_UNLEARNT): state[name] for name in names})
