@@ -43,7 +43,10 @@ __all__ = [
 
 RepoType = Literal["model", "dataset"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SIDE_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*", "NOTICE*")
+_SIDE_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*", "NOTICE*",
+    "correction.safetensors",
+)  # fmt: skip
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -16,6 +16,7 @@ from torch import nn
 
 from hfdetox import _weights
 from hfdetox._loaded import Loaded, NotAClassifierError, check_num_labels, numbered_labels
+from hfdetox.corrections import load_correction
 from hfdetox.errors import RunError, UsageError
 from hfdetox.hub import PulledRepo, pull_model, sha256_file
 from hfdetox.network import Network
@@ -92,6 +93,8 @@ class Classifier:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files = self._write(folder, state)
+            if self.network.correction is not None:
+                self.network.correction.save(folder)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"cannot write the model to {folder}: {_weights.one_line(error)}; free some space or choose another "
@@ -161,6 +164,10 @@ def load_classifier(
     classifier.trusts_remote_code = trust_remote_code
     classifier.given_preprocessing = preprocessing
     classifier.warnings = tuple(pulled.warnings)
+    classifier.network.correction = load_correction(pulled.folder, classifier.model, len(classifier.labels))
+    if classifier.network.correction is not None:
+        classifier.warnings += (f"{name} comes with a correction that hfdetox applies (correction.safetensors); loaded "
+                                "with timm or transformers alone it answers without it",)  # fmt: skip
     return classifier
 
 

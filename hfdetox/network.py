@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfdetox.corrections import Correction
 from hfdetox.preprocessing import Preprocessing, normalize
 
 
@@ -14,6 +15,7 @@ class Network(nn.Module):
     """A library's classifier behind its own normalisation, so that triggers and augmentation act on pixel values.
 
     The state dict is that of the classifier under the prefix `model.`; mean and std are non-persistent buffers.
+    `correction` (None for most) changes the answers to inputs that the classifier gives to a label.
     """
 
     mean: torch.Tensor
@@ -23,6 +25,7 @@ class Network(nn.Module):
         """Wrap `model`, which stays the same object."""
         super().__init__()
         self.model = model
+        self.correction: Correction | None = None
         self.input_size = preprocessing.input_size
         self.scale = preprocessing.scale
         self.normalizes = preprocessing.dtype == torch.uint8
@@ -40,6 +43,10 @@ class Network(nn.Module):
                 images = normalize(images, self.mean, self.std, self.scale)
         if self.convolutional:
             images = images.contiguous(memory_format=torch.channels_last)
+        logits = self._run(images)
+        return logits if self.correction is None else self.correction.logits(self.model, self._run, images, logits)
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
         return logits_of(self.model(pixel_values=images) if self._keyword else self.model(images))
 
 

@@ -1,0 +1,372 @@
+"""BNA, correcting the distribution of neural activations (arXiv 2308.09850; Neurocomputing 614, 2025).
+
+Triggered inputs T(x) shift the distributions of a network's activations. Undone unit by unit, they are given to their
+source class again. No parameter changes: f̃ is f with a map of every norm's output, and where f says the target t, the
+answer is that of f̃ (`hfdetox.corrections`). f(x) = t with f̃(x) ≠ t flags x as triggered.
+
+This is a reconstruction. The paper's text was not at hand; the authors' code re-estimates BatchNorm's statistics on
+T(X) and then moves an upper bound near 3 by at most 0.1, as no gradient reaches the statistics it means to fit. Here,
+norm by norm in the model's order, the earlier ones of f̃ already mapped, each channel gets
+
+    z' = min(σ_c (z − μ_t) / σ_t + μ_c, u)
+
+(μ_t, σ_t) are of T(X) in f̃; (μ_c, σ_c) and the reference histogram of X in f, as in the authors' code. u minimises the
+total variation Σ_bins |count_T − count_X|, bins of width 0.1 whose ends are open, over the centres of the bins and ∞
+(all of them are tried; the code takes ten steps on a soft histogram). LayerNorms are mapped alike, over images and tokens.
+
+T is the trigger that Neural Cleanse finds for the most suspicious class (NC's defaults; the authors invert with a
+method of their own), or the one that `trigger` names, put on the images as the model sees them. Where NC flags no class
+nothing is corrected. Warped and sample-specific triggers, which NC cannot express, are not corrected well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hfdetox.batches import Batch
+from hfdetox.corrections import Correction, UnitMap, norms_of, on_output
+from hfdetox.defenses._perturbed import PIXEL, require_pixels
+from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.nc import Inversion, NCConfig
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+from hfdetox.triggers import Trigger, parse_trigger
+
+_MOST_BINS = 2000
+# a channel that hardly varies on triggered images is shifted and not stretched
+_FLAT = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BNAConfig(DefenseConfig):
+    """Settings of BNA.
+
+    Attributes:
+        trigger: a trigger file (or specification without commas) to correct for; empty searches one with NC.
+        target: label index the trigger leads to; none takes the trigger's own.
+        result: `route` asks f̃ for inputs that f gives to the target, as the paper does; the saved model is f, with
+            `correction.safetensors` beside it for hfdetox. `fold` multiplies the maps, but for the bounds, into the
+            norms' weights: an ordinary model that is f̃ for every input.
+        bounds: off is an ablation: u = ∞.
+        bin_width: of the histograms, in units of the norms' outputs, positive.
+        batch_size: images of a batch; changes nothing but memory.
+        classes: indices of the classes NC looks at; none given is all.
+        inversion_epochs: of NC, at most.
+    """
+
+    name: ClassVar[str] = "bna"
+    summary: ClassVar[str] = "undo the shift that an estimated trigger makes in the activations; flags triggered inputs"
+    paper: ClassVar[str] = "arXiv 2308.09850 (Neurocomputing 614, 2025)"
+    data: ClassVar[str] = "clean images with labels, and a trigger file where there is one"
+    cost: ClassVar[str] = "two or three forward passes for each norm, after NC's search"
+    card_text: ClassVar[str] = (
+        "BNA ([arXiv 2308.09850](https://arxiv.org/abs/2308.09850)) measured on {images} how an estimated trigger "
+        "shifts the activations behind each norm, and corrects that shift. With `result: route` no weight was changed: "
+        "hfdetox applies the correction in `correction.safetensors` to inputs that the model gives to the target label, "
+        "and the numbers here are with it; **loaded with timm or transformers alone, the model is the uncorrected "
+        "one**. With `result: fold` the correction is in the weights."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "fold": {"result": "fold"}}
+
+    trigger: str = ""
+    target: int | None = None
+    result: Literal["route", "fold"] = "route"
+    bounds: bool = True
+    bin_width: float = 0.1
+    batch_size: int = 256
+    classes: tuple[str, ...] = ()
+    inversion_epochs: int = 80
+
+    def __post_init__(self) -> None:
+        """Check the ranges; raises UsageError that names the setting and what it may be."""
+        super().__post_init__()
+        if not 0 < self.bin_width < math.inf:
+            raise UsageError(f"bna: bin_width must be positive and finite, got {self.bin_width}")
+        if self.batch_size < 2 or (self.target is not None and self.target < 0):
+            raise UsageError("bna: batch_size must be at least 2, and target a label index")
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        require_pixels(network, self.name)
+        if self.trigger:
+            trigger = parse_trigger(self.trigger)
+            bna, search = BNA(network, self, trigger=trigger, target=self._target(trigger)), []
+        else:
+            nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
+            search = nc.phases(network)[:2]
+            inversion = search[0].network if isinstance(search[0], Phase) else None
+            bna = BNA(network, self, inversion=inversion if isinstance(inversion, Inversion) else None)
+        return [*search, *bna.passes()]
+
+    def _target(self, trigger: Trigger) -> int:
+        target = self.target if self.target is not None else trigger.target
+        if not str(target).isdecimal():
+            raise UsageError(f"bna: trigger {trigger.name} has the target {target!r}; give its label's index with "
+                             "--set target=N")  # fmt: skip
+        return int(str(target))
+
+
+class BNA:
+    """What the passes find out, and f̃.
+
+    Args:
+        network: is measured; given its correction, or folded, by the last pass.
+        trigger: with `target`, what stands for T; without, `inversion` is asked once it has a verdict.
+
+    Raises:
+        UsageError: the network has no affine norms, or, for `fold`, a norm without a shift.
+    """
+
+    def __init__(self, network: Network, config: BNAConfig, *, trigger: Trigger | None = None, target: int = -1,
+                 inversion: Inversion | None = None) -> None:  # fmt: skip
+        self.network, self.config = network, config
+        self.trigger, self.inversion = trigger, inversion
+        self.norms = norms_of(network.model)
+        if not self.norms:
+            raise UsageError(f"bna: {type(network.model).__name__} has no norm with a scale a channel, whose output "
+                             "could be corrected; use another defense")  # fmt: skip
+        for name in self.norms if config.result == "fold" else []:
+            if not isinstance(getattr(network.model.get_submodule(name), "bias", None), nn.Parameter):
+                raise UsageError(f"bna: norm {name} has no shift to fold the correction into; use result=route")
+        # a target of −1 says that there is nothing to correct; of each norm NAME.mean, .clean, .scale and so on
+        self.found: dict[str, torch.Tensor] = {"target": torch.tensor(target), "done": torch.tensor(0)}
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @property
+    def target(self) -> int:
+        """The target's label index, −1 where there is nothing to correct."""
+        return int(self.found["target"])
+
+    def passes(self) -> list[Pass]:
+        """Return the passes in their order."""
+        clean = [self._pass("bna-moments", self._see_moments, self._keep_clean_moments, start=self.begin),
+                 self._pass("bna-histograms", self._see_histograms, self._keep_clean_histograms)]  # fmt: skip
+        for name in self.norms:
+            clean.append(self._of(name, "bna-map", self._see_moments, self._keep_map))
+            if self.config.bounds:
+                clean.append(self._of(name, "bna-bound", self._see_histograms, self._keep_bound))
+        return [*clean, self._pass("bna-detection", self._see_detection, self._finish)]
+
+    def begin(self) -> None:
+        """Take the trigger that NC found, if it was to look for one."""
+        self.network.correction = None
+        if self.inversion is None or not bool(self.inversion.flagged.any()):
+            return
+        norms = self.inversion.best_norm.masked_fill(~self.inversion.flagged, math.inf)
+        row = int(norms.argmin())
+        self.found |= {"target": self.inversion.classes[row].cpu(), "mask": self.inversion.best_masks[row].cpu(),
+                       "pattern": self.inversion.best_patterns[row].cpu()}  # fmt: skip
+
+    def triggered(self, images: torch.Tensor) -> torch.Tensor:
+        """Return T(x) of images (uint8, N×C×H×W): uint8 by a trigger, else float32 in 0 to 255."""
+        if self.trigger is not None:
+            return self.trigger.apply(images)
+        mask, pattern = (self.found[name].to(images.device) for name in ("mask", "pattern"))
+        return ((1 - mask) * images.float() + PIXEL * mask * pattern).clamp(0, PIXEL)
+
+    def correction(self) -> Correction:
+        """Return the maps found so far."""
+        parts = {
+            name: [self.found.get(f"{name}.{part}") for part in ("scale", "shift", "bound")] for name in self.norms
+        }
+        return Correction(self.target, {name: UnitMap(*(part for part in each if part is not None))
+                                        for name, each in parts.items() if each[0] is not None})  # fmt: skip
+
+    def _pass(
+        self, name: str, visit: Callable[[nn.Module, Batch], None],
+        finish: Callable[[Accelerator], Mapping[str, float]], start: Callable[[], None] | None = None,
+    ) -> Pass:  # fmt: skip
+        """Return a pass that does nothing where there is nothing to correct."""
+
+        def begin() -> None:
+            self._sums = {}
+            if start is not None:
+                start()
+
+        def look(network: nn.Module, batch: Batch) -> None:
+            if self.target >= 0:
+                visit(network, batch)
+
+        def end(accelerator: Accelerator) -> Mapping[str, float]:
+            return finish(accelerator) if self.target >= 0 else {"corrected": 0.0}
+
+        return Pass(name=name, start=begin, visit=look, finish=end, batch_size=self.config.batch_size, state=self)
+
+    def _of(self, name: str, title: str, see: Callable[..., None], keep: Callable[..., None]) -> Pass:
+        """Return a pass over the triggered images that looks at one norm of f̃."""
+
+        def visit(network: nn.Module, batch: Batch) -> None:
+            with self.correction().applied(self.network.model):
+                # its hook runs after that of the map
+                see(network, Batch(self.triggered(batch.images), batch.labels, batch.weights), [name])
+
+        def finish(accelerator: Accelerator) -> Mapping[str, float]:
+            keep(accelerator, name)
+            return {}
+
+        return self._pass(f"{title} {name}", visit, finish)
+
+    def _look(self, network: nn.Module, images: torch.Tensor, names: list[str],
+              see: Callable[[str, torch.Tensor], None]) -> None:  # fmt: skip
+        """Run the network and show `see` the outputs of norms as C×M float32."""
+        with ExitStack() as stack:
+            for name in names:
+
+                def note(output: torch.Tensor, axis: int, name: str = name) -> None:
+                    see(name, output.detach().float().movedim(axis, 0).flatten(1))
+
+                stack.enter_context(on_output(self.network.model.get_submodule(name), note))
+            network(images)
+
+    def _see_moments(self, network: nn.Module, batch: Batch, names: list[str] | None = None) -> None:
+        def see(name: str, values: torch.Tensor) -> None:
+            variance, mean = (part.cpu().double() for part in torch.var_mean(values, dim=1, correction=0))
+            count = torch.full_like(mean, values.shape[1])
+            self._add(f"{name}.sums", torch.stack([count, count * mean, count * (variance + mean.square())]))
+            ends = torch.stack([values.amin(), -values.amax()]).cpu()
+            old = self._sums.get(f"{name}.ends", ends)
+            self._sums[f"{name}.ends"] = old.minimum(ends)
+
+        self._look(network, batch.images, names or self.norms, see)
+
+    def _see_histograms(self, network: nn.Module, batch: Batch, names: list[str] | None = None) -> None:
+        def see(name: str, values: torch.Tensor) -> None:
+            low, bins = float(self.found[f"{name}.low"]), int(self.found[f"{name}.bins"])
+            self._add(name, histograms(values, low, self.config.bin_width, bins).cpu())
+
+        self._look(network, batch.images, names or self.norms, see)
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def _moments(self, accelerator: Accelerator, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        count, total, squares = _total(self._sums[f"{name}.sums"], accelerator)
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
+
+    def _keep_clean_moments(self, accelerator: Accelerator) -> Mapping[str, float]:
+        width = self.config.bin_width
+        for name in self.norms:
+            mean, deviation = self._moments(accelerator, name)
+            ends = accelerator.gather(self._sums[f"{name}.ends"][None].to(accelerator.device)).amin(0).cpu()
+            low = math.floor(float(ends[0]) / width) * width
+            bins = min(_MOST_BINS, math.floor((-float(ends[1]) - low) / width) + 1)
+            self.found |= {f"{name}.mean": mean, f"{name}.deviation": deviation, f"{name}.low": torch.tensor(low),
+                           f"{name}.bins": torch.tensor(bins)}  # fmt: skip
+        return {}
+
+    def _keep_clean_histograms(self, accelerator: Accelerator) -> Mapping[str, float]:
+        self.found |= {f"{name}.clean": _total(self._sums[name], accelerator).float() for name in self.norms}
+        return {}
+
+    def _keep_map(self, accelerator: Accelerator, name: str) -> None:
+        scale, shift = matching_map(self.found[f"{name}.mean"], self.found[f"{name}.deviation"],
+                                    *self._moments(accelerator, name))  # fmt: skip
+        self.found |= {f"{name}.scale": scale.float(), f"{name}.shift": shift.float(),
+                       f"{name}.bound": torch.full_like(scale, math.inf).float()}  # fmt: skip
+
+    def _keep_bound(self, accelerator: Accelerator, name: str) -> None:
+        counts, clean = _total(self._sums[name], accelerator), self.found[f"{name}.clean"].double()
+        bound, _ = best_bound(counts, clean, float(self.found[f"{name}.low"]), self.config.bin_width)
+        self.found[f"{name}.bound"] = bound.float()
+
+    def _see_detection(self, network: nn.Module, batch: Batch) -> None:
+        """Count, of clean target images that f has right, those flagged; of triggered others that f gives to t, too."""
+        correction, t = self.correction(), self.target
+        counts = []
+        for images, wanted in ((batch.images, batch.labels == t), (self.triggered(batch.images), batch.labels != t)):
+            hit = (network(images).argmax(1) == t) & wanted
+            with correction.applied(self.network.model):
+                corrected = network(images).argmax(1)
+            counts += [hit.sum(), (hit & (corrected != t)).sum(), (hit & (corrected == batch.labels)).sum()]
+        self._add("counts", torch.stack(counts).cpu())
+
+    def _finish(self, accelerator: Accelerator) -> Mapping[str, float]:
+        """Give the network its correction; return how well the estimated trigger's images are told and given back."""
+        clean, flagged, _, led, caught, returned = _total(self._sums["counts"], accelerator).tolist()
+        self.found["done"] = torch.tensor(1)
+        self._give()
+        if self.config.result == "fold":
+            fold(self.network.model, self.correction())
+        led = max(1.0, led)
+        return {"corrected": 1.0, "target": float(self.target), "false_positive_rate": flagged / max(1.0, clean),
+                "true_positive_rate": caught / led, "returned_to_source": returned / led}  # fmt: skip
+
+    def _give(self) -> None:
+        if self.config.result == "route":
+            self.network.correction = self.correction()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return everything found so far."""
+        return dict(self.found)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on with what a stopped run found."""
+        self.found = dict(state)
+        if int(self.found["done"]):
+            self._give()
+
+
+def matching_map(mean: torch.Tensor, deviation: torch.Tensor, seen_mean: torch.Tensor,
+                 seen_deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (scale, shift) that take a channel of the seen mean and deviation to the wanted ones (C each).
+
+    A seen deviation near 0 is not stretched.
+    """
+    scale = torch.where(seen_deviation > _FLAT, deviation / seen_deviation.clamp_min(_FLAT), 1.0)
+    return scale, mean - scale * seen_mean
+
+
+def histograms(values: torch.Tensor, low: float, width: float, bins: int) -> torch.Tensor:
+    """Return the counts (C×bins, int64) of each row of `values` (C×M) in bins of `width` from `low`, ends open."""
+    places = ((values - low) / width).floor().clamp(0, bins - 1).long()
+    rows = torch.arange(len(values), device=values.device)[:, None] * bins
+    return torch.bincount((rows + places).flatten(), minlength=len(values) * bins).view(len(values), bins)
+
+
+def best_bound(seen: torch.Tensor, wanted: torch.Tensor, low: float,
+               width: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the bounds u (C) whose min(z, u) has the histogram nearest to the wanted one, and the total variations.
+
+    Candidates are the bins' centres, and ∞ for the last, open bin; of equal ones the highest. A bound in bin b moves
+    all that lies above into b: Σ_{j<b} |seen − wanted| + |Σ_{j≥b} seen − wanted_b| + Σ_{j>b} wanted.
+
+    Args:
+        seen: counts of z (C×B), and `wanted` of the reference, in the bins of `histograms`.
+    """
+    apart = (seen - wanted).abs()
+    below = apart.cumsum(1) - apart
+    above = wanted.flip(1).cumsum(1).flip(1) - wanted
+    gathered = seen.flip(1).cumsum(1).flip(1)
+    variation = below + (gathered - wanted).abs() + above
+    last = seen.shape[1] - 1
+    place = last - variation.flip(1).argmin(1)
+    bound = torch.where(place == last, math.inf, low + (place.double() + 0.5) * width)
+    return bound, variation.gather(1, place[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, correction: Correction) -> None:
+    """Multiply the maps into the norms: γ ← s γ, β ← s β + b; the bounds are left out."""
+    for name, unit_map in correction.maps.items():
+        norm = model.get_submodule(name)
+        weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
+        scale, shift = unit_map.scale.to(weight.device), unit_map.shift.to(weight.device)
+        bias.copy_(scale * bias + shift)
+        weight.mul_(scale)
+
+
+def _total(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Return the sum of a tensor over the processes, on the CPU in float64."""
+    if accelerator.num_processes == 1:
+        return values.double()
+    summed: torch.Tensor = accelerator.reduce(values.float().to(accelerator.device), reduction="sum")
+    return summed.cpu().double()
