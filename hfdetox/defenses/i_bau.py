@@ -83,8 +83,8 @@ class IBAUConfig(TuningConfig):
             raise UsageError("i-bau: perturbation_rate must be positive and finite, share in (0, 1], terms at least 1")
 
         if self.reweight != "none":
-            raise UsageError("i-bau: reweight changes weights from epoch to epoch of a phase, and each round of i-BAU is "
-                             "a phase of its own; leave it out")  # fmt: skip
+            raise UsageError("i-bau: reweight works from epoch to epoch of a phase, and each round of i-BAU is a phase "
+                             "of its own; leave it out")  # fmt: skip
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         universal = Universal(network, self)

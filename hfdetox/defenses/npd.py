@@ -129,8 +129,8 @@ class NPDConfig(TuningConfig):
         main = self.phase(name="npd", loss=module_terms, **shared)
         if not self.warmup:
             return [main]
-        first = replace(self, reweight="none").phase(name="npd-warmup", loss=warm_up, **{**shared, "optimizer": slow, "epochs": self.warmup,
-                                                               "schedule": "constant"})  # fmt: skip
+        slowly = {**shared, "optimizer": slow, "epochs": self.warmup, "schedule": "constant"}
+        first = replace(self, reweight="none").phase(name="npd-warmup", loss=warm_up, **slowly)
         return [first, main]
 
     def project(self, delta: torch.Tensor) -> torch.Tensor:

@@ -195,7 +195,7 @@ class SharedPair(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None,
                 weights: torch.Tensor | None = None) -> torch.Tensor | dict[str, torch.Tensor]:  # fmt: skip
-        """Return the terms of images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N); or the logits of images."""
+        """Return the terms of images (N×C×H×W, 0 to 255), labels (N, int64), weights (N); or the logits of images."""
         if labels is None or weights is None:
             return self.network(images)
         x = images.float()

@@ -1,0 +1,301 @@
+"""NC, Neural Cleanse (Wang et al., IEEE S&P 2019): look for the smallest trigger of every class, unlearn the odd ones.
+
+For each class c a mask m (1×H×W) and a pattern q (C×H×W), both tanh(·)/2 + ½ of free variables that start at 1:
+
+    min over m, q of  mean_i ce(f((1 − m) x_i + m q), c) + κ_c ‖m‖₁
+
+with a κ_c of its own that follows the success of the class. A class whose smallest successful mask is an outlier below
+the others' (|‖m_c‖₁ − median| / (1.4826 · MAD) > 2) is flagged: it takes little to get there from everywhere. The model
+is then fine-tuned on clean images and on images with the flagged classes' (m, q), all with true labels. Where no class
+is flagged the model is returned as it came, and the history says `unchanged`: 1.
+
+All classes are optimised together, each batch being stamped for every class that still goes on (`classes` says which
+there are). Here the images to stamp are drawn anew for each batch, a class that never succeeds counts as one whose mask
+is the whole image, and κ is scaled by (32/H)², so that it means the same at other sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hfdetox.batches import Batch
+from hfdetox.defenses._perturbed import PIXEL, OwnState, module_terms, require_pixels
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.ft import clean_terms
+from hfdetox.errors import UsageError
+from hfdetox.layers import head_layers
+from hfdetox.network import Network
+from hfdetox.phases import Pass, Phase
+
+__all__ = ["Inversion", "NCConfig"]
+
+# stamped images in one forward, for the memory's sake
+_TOGETHER = 1024
+_CHANGE_AFTER = 5
+_RAISE, _LOWER = 2.0, 2.0**-1.5
+# a mask has to shrink by a hundredth for patience to start anew
+_SHRUNK = 0.99
+# standard deviations in a median absolute deviation of normal numbers
+_MAD = 1.4826
+
+
+@dataclass(frozen=True, kw_only=True)
+class NCConfig(TuningConfig):
+    """Settings of NC; the defaults are those of BackdoorBench. `epochs` and the optimiser's are of the fine-tuning.
+
+    Attributes:
+        classes: indices of the classes to look at, at least three (`--set classes=0,3,7`); none given is all of them.
+        inversion_epochs: passes over the images in search of triggers, at most.
+        inversion_rate: learning rate of their Adam (betas 0.5 and 0.9).
+        kappa: κ at first, positive; doubled after 5 epochs at `success`, divided by 2^1.5 after 5 below.
+        success: share of images that a trigger must lead to its class, in (0, 1].
+        patience: a class is done after so many epochs without a mask smaller by 1 %, counted from its first success.
+        anomaly: index above which a class is flagged, positive.
+        share: share of the images that are stamped when one class is flagged, in (0, 1); of n, n · share to 1 − share.
+    """
+
+    name: ClassVar[str] = "nc"
+    summary: ClassVar[str] = "search a small trigger for every class and unlearn those that are oddly small"
+    paper: ClassVar[str] = "Neural Cleanse (IEEE S&P 2019)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "up to 0.8 for each class, and 1 where a class is flagged"
+    card_text: ClassVar[str] = (
+        "NC, Neural Cleanse (IEEE S&P 2019), searched a small trigger for each class on {images}. Where one class's "
+        "was far smaller than the others', the model was fine-tuned on those images, some of them with that trigger "
+        "and their true labels; else it is as it was."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+
+    weight_decay: float = 5e-4
+    classes: tuple[str, ...] = ()
+    inversion_epochs: int = 80
+    inversion_rate: float = 0.1
+    kappa: float = 1e-3
+    success: float = 0.98
+    patience: int = 25
+    anomaly: float = 2.0
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.inversion_epochs, self.patience) < 1:
+            raise UsageError("nc: inversion_epochs and patience must be at least 1")
+        if not all(0 < value < math.inf for value in (self.inversion_rate, self.kappa, self.anomaly)):
+            raise UsageError("nc: inversion_rate, kappa and anomaly must be positive and finite")
+        if not 0 < self.success <= 1 or not 0 < self.share < 1:
+            raise UsageError("nc: success must be in (0, 1] and share in (0, 1)")
+        if not all(text.isdecimal() for text in self.classes) or len(set(self.classes)) != len(self.classes):
+            raise UsageError(f"nc: classes must be different indices, as in 0,3,7, got {','.join(self.classes)!r}")
+
+    def chosen_classes(self, model: nn.Module) -> list[int]:
+        """Return the indices of the classes to look at; raises UsageError when there are too few, or no such."""
+        head = model.get_submodule(head_layers(model)[-1])
+        count = head.out_features if isinstance(head, nn.Linear) else head.get_parameter("weight").shape[0]
+        chosen = [int(text) for text in self.classes] or list(range(count))
+        if max(chosen) >= count:
+            raise UsageError(f"nc: this model has the classes 0 to {count - 1}, and classes names {max(chosen)}")
+        if len(chosen) < 3:
+            raise UsageError(f"nc: an outlier among {len(chosen)} classes means nothing; three are the least")
+        return chosen
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        require_pixels(network, self.name)
+        inversion = Inversion(network, self)
+        state = OwnState(inversion)
+
+        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(parameters, lr=self.inversion_rate, betas=(0.5, 0.9))
+
+        search = replace(self, reweight="none").phase(
+            name="nc-inversion", network=inversion, parameters=[inversion.masks, inversion.patterns], loss=module_terms,
+            epochs=self.inversion_epochs, optimizer=adam, schedule="constant", augmentation="none", max_grad_norm=None,
+            stop=inversion.end_epoch, state=state,
+        )  # fmt: skip
+        verdict = Pass(name="nc-verdict", batch_size=self.batch_size, visit=inversion.visit, finish=inversion.judge,
+                       start=inversion.begin_verdict, state=state)  # fmt: skip
+        tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network), loss=clean_terms,
+                            poison=inversion.stamp_some, state=state)  # fmt: skip
+
+        def begin_tuning() -> None:
+            # known only now: a phase without epochs does nothing
+            if not inversion.flagged.any():
+                tuning.epochs = 0
+
+        tuning.start = begin_tuning
+        return [search, verdict, tuning]
+
+
+class Inversion(nn.Module):
+    """The frozen network, in eval mode, and a mask and a pattern for each class: rows of K×1×H×W and K×C×H×W.
+
+    Buffers, one value a class: `kappa`, `above` and `below` (epochs in a row at and below success), `stale` (epochs
+    without a smaller mask), `best_norm`, `best_masks`, `best_patterns` (in [0, 1]), `hits`, `flagged`.
+    """
+
+    classes: torch.Tensor
+    kappa: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+    stale: torch.Tensor
+    best_norm: torch.Tensor
+    best_masks: torch.Tensor
+    best_patterns: torch.Tensor
+    hits: torch.Tensor
+    flagged: torch.Tensor
+
+    def __init__(self, network: Network, config: NCConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        chosen, (channels, height, width) = config.chosen_classes(network.model), network.input_size
+        count, self.whole = len(chosen), float(height * width)
+        self.masks = nn.Parameter(torch.ones(count, 1, height, width))
+        self.patterns = nn.Parameter(torch.ones(count, channels, height, width))
+        zeros = torch.zeros(count, dtype=torch.int64)
+        buffers = {
+            "classes": torch.tensor(chosen), "kappa": torch.full((count,), config.kappa * 32**2 / self.whole),
+            "above": zeros, "below": zeros.clone(), "stale": zeros.clone(), "hits": torch.zeros(count),
+            "best_norm": torch.full((count,), self.whole), "best_masks": torch.ones(count, 1, height, width),
+            "best_patterns": torch.zeros(count, channels, height, width), "flagged": torch.zeros(count).bool(),
+        }  # fmt: skip
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        # what the host must know of the device's numbers, read when they have changed
+        self._active: tuple[torch.Tensor, list[int]] | None = None
+        self._flagged: torch.Tensor | None = None
+
+    def train(self, mode: bool = True) -> Inversion:
+        """Stay in eval mode: the network is frozen."""
+        return super().train(False)
+
+    def active(self) -> tuple[torch.Tensor, list[int]]:
+        """Return rows (int64) and indices of the classes that still go on; read from the device once an epoch."""
+        if self._active is None:
+            rows = (self.stale < self.config.patience).nonzero().flatten()
+            self._active = (rows, self.classes[rows].tolist())
+        return self._active
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the loss, summed over the active classes, and the success of each (`success_3` of class 3).
+
+        Each group of classes has its gradients taken at once, so that the memory is that of one group; they are those
+        of the loss that is returned.
+        """
+        x, (rows, classes) = images.float(), self.active()
+        total = weights.new_zeros(())
+        slopes = torch.zeros_like(self.masks), torch.zeros_like(self.patterns)
+        rates = []
+        for group in rows.split(max(1, _TOGETHER // len(x))):
+            losses, success = self._group(x, weights, group)
+            # gradients of a mean could vanish in fp16
+            found = torch.autograd.grad(losses.sum() * len(x), (self.masks, self.patterns))
+            for slope, part in zip(slopes, found, strict=True):
+                slope.add_(part / len(x))
+            total = total + losses.detach().sum()
+            rates.append(success)
+        tilt = (self.masks * slopes[0]).sum() + (self.patterns * slopes[1]).sum()
+        named = zip(classes, torch.cat(rates), strict=True)
+        return {"loss": total + tilt - tilt.detach(), **{f"success_{name}": rate for name, rate in named}}
+
+    def _group(self, x: torch.Tensor, weights: torch.Tensor,
+               rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return the losses of some classes and their success (k each)."""
+        masks, patterns = bounded(self.masks[rows]), bounded(self.patterns[rows])
+        logits = self.network(stamped(x, masks, patterns)).float()
+        wanted = self.classes[rows].repeat_interleave(len(x))
+        errors = cross_entropy(logits, wanted, reduction="none").view(len(rows), -1)
+        hits = (logits.detach().argmax(1) == wanted).view(len(rows), -1)
+        losses = (weights * errors).sum(1) + self.kappa[rows] * masks.sum((1, 2, 3))
+        return losses, (weights * hits).sum(1)
+
+    @torch.no_grad()
+    def end_epoch(self, entry: Mapping[str, Any]) -> bool:
+        """Keep the smallest masks, change κ by the epoch's success rates, and tell whether all classes are done."""
+        rows, classes = self.active()
+        rates = torch.tensor([entry[f"success_{name}"] for name in classes], device=rows.device)
+        masks, good = bounded(self.masks[rows]), rates >= self.config.success
+        norms, best = masks.sum((1, 2, 3)), self.best_norm[rows]
+        better, shrunk = good & (norms < best), good & (norms < _SHRUNK * best)
+        kept = better.view(-1, 1, 1, 1)
+        self.best_norm[rows] = torch.where(better, norms, best)
+        self.best_masks[rows] = torch.where(kept, masks, self.best_masks[rows])
+        self.best_patterns[rows] = torch.where(kept, bounded(self.patterns[rows]), self.best_patterns[rows])
+        waiting = ~shrunk & (self.best_norm[rows] < self.whole)
+        self.stale[rows] = torch.where(waiting, self.stale[rows] + 1, 0)
+        self._change_kappa(rows, good)
+        self._active = None
+        return not self.active()[1]
+
+    def _change_kappa(self, rows: torch.Tensor, good: torch.Tensor) -> None:
+        above = torch.where(good, self.above[rows] + 1, 0)
+        below = torch.where(good, 0, self.below[rows] + 1)
+        higher, lower = above >= _CHANGE_AFTER, below >= _CHANGE_AFTER
+        self.kappa[rows] *= torch.where(higher, _RAISE, torch.where(lower, _LOWER, 1.0))
+        self.above[rows], self.below[rows] = torch.where(higher, 0, above), torch.where(lower, 0, below)
+
+    def begin_verdict(self) -> None:
+        """Forget what was counted."""
+        self.hits.zero_()
+
+    def visit(self, network: nn.Module, batch: Batch) -> None:
+        """Count the images of a batch that the kept triggers lead to their classes."""
+        x = batch.images.float()
+        self.to(x.device)
+        for rows in torch.arange(len(self.classes), device=x.device).split(max(1, _TOGETHER // len(x))):
+            predicted = network(stamped(x, self.best_masks[rows], self.best_patterns[rows])).argmax(1)
+            hits = predicted.view(len(rows), -1) == self.classes[rows, None]
+            self.hits[rows] += (batch.weights * hits).sum(1)
+
+    def judge(self, accelerator: Accelerator) -> dict[str, float]:
+        """Flag the outliers; return how many, whether the model stays `unchanged`, and the numbers of each class."""
+        index = anomaly_index(self.best_norm)
+        small = self.best_norm < self.best_norm.quantile(0.5)
+        self.flagged.copy_((index > self.config.anomaly) & small)
+        self._flagged = None
+        found = int(self.flagged.sum())
+        columns = {"mask_norm": self.best_norm, "anomaly_index": index,
+                   "success": accelerator.reduce(self.hits, reduction="mean")}  # fmt: skip
+        each = {f"{column}_{name}": value for column, values in columns.items()
+                for name, value in zip(self.classes.tolist(), values.tolist(), strict=True)}  # fmt: skip
+        return {"flagged": float(found), "unchanged": float(not found), **each}
+
+    def stamp_some(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (N×C×H×W, float32, 0 to 255), some with a flagged class's trigger, and the labels they had."""
+        if self._flagged is None:
+            self._flagged = self.to(images.device).flagged.nonzero().flatten()
+        rows = self._flagged
+        odds = len(rows) * self.config.share
+        chosen = torch.rand(len(images)) < odds / (odds + 1 - self.config.share)
+        which = rows[torch.randint(len(rows), (len(images),)).to(rows.device)]
+        masks, patterns = self.best_masks[which], self.best_patterns[which]
+        x = images.float()
+        stamp = chosen.to(images.device).view(-1, 1, 1, 1) * masks
+        return x + stamp * (PIXEL * patterns - x), labels
+
+
+def bounded(free: torch.Tensor) -> torch.Tensor:
+    """Return tanh(·)/2 + ½, in [0, 1]."""
+    return free.tanh() / 2 + 0.5
+
+
+def stamped(x: torch.Tensor, masks: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """Return (1 − m) x + m q for each of k triggers and N images (0 to 255): k·N×C×H×W, trigger by trigger.
+
+    `masks` (k×1×H×W) and `patterns` (k×C×H×W) are in [0, 1].
+    """
+    masks, patterns = masks[:, None], patterns[:, None]
+    return ((1 - masks) * x + PIXEL * masks * patterns).flatten(0, 1)
+
+
+def anomaly_index(norms: torch.Tensor) -> torch.Tensor:
+    """Return |n_c − median| / (1.4826 · MAD) of the norms (K), the median of an even number being the mean of two."""
+    away = (norms - norms.quantile(0.5)).abs()
+    # where half of the norms are equal their index is 0, not 0/0, and that of the others finite
+    return away / (_MAD * away.quantile(0.5)).clamp(min=1e-6)
