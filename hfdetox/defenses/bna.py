@@ -12,7 +12,8 @@ norm by norm in the model's order, the earlier ones of f̃ already mapped, each 
 
 (μ_t, σ_t) are of T(X) in f̃; (μ_c, σ_c) and the reference histogram of X in f, as in the authors' code. u minimises the
 total variation Σ_bins |count_T − count_X|, bins of width 0.1 whose ends are open, over the centres of the bins and ∞
-(all of them are tried; the code takes ten steps on a soft histogram). LayerNorms are mapped alike, over images and tokens.
+(all of them are tried; the code takes ten steps on a soft histogram). LayerNorms are mapped alike, over images and
+tokens.
 
 T is the trigger that Neural Cleanse finds for the most suspicious class (NC's defaults; the authors invert with a
 method of their own), or the one that `trigger` names, put on the images as the model sees them. Where NC flags no class
@@ -71,7 +72,7 @@ class BNAConfig(DefenseConfig):
     card_text: ClassVar[str] = (
         "BNA ([arXiv 2308.09850](https://arxiv.org/abs/2308.09850)) measured on {images} how an estimated trigger "
         "shifts the activations behind each norm, and corrects that shift. With `result: route` no weight was changed: "
-        "hfdetox applies the correction in `correction.safetensors` to inputs that the model gives to the target label, "
+        "hfdetox applies the correction in `correction.safetensors` to inputs that the model gives to the target, "
         "and the numbers here are with it; **loaded with timm or transformers alone, the model is the uncorrected "
         "one**. With `result: fold` the correction is in the weights."
     )
@@ -98,13 +99,14 @@ class BNAConfig(DefenseConfig):
         require_pixels(network, self.name)
         if self.trigger:
             trigger = parse_trigger(self.trigger)
-            bna, search = BNA(network, self, trigger=trigger, target=self._target(trigger)), []
-        else:
-            nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
-            search = nc.phases(network)[:2]
-            inversion = search[0].network if isinstance(search[0], Phase) else None
-            bna = BNA(network, self, inversion=inversion if isinstance(inversion, Inversion) else None)
-        return [*search, *bna.passes()]
+            return [*BNA(network, self, trigger=trigger, target=self._target(trigger)).passes()]
+        nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
+        # all but the unlearning, which would train the weights
+        search = nc.phases(network)[:2]
+        inversion = next(phase.network for phase in search if isinstance(phase, Phase))
+        if not isinstance(inversion, Inversion):
+            raise TypeError("Neural Cleanse's first phase must train its Inversion")
+        return [*search, *BNA(network, self, inversion=inversion).passes()]
 
     def _target(self, trigger: Trigger) -> int:
         target = self.target if self.target is not None else trigger.target

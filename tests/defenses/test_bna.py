@@ -1,0 +1,296 @@
+"""BNA: histograms, the map of a unit and its bound by hand; f̃ undoes a shift; the correction beside a saved model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hfdetox.corrections import FILE_NAME, Correction, UnitMap, channel_axis, load_correction, norms_of, on_output
+from hfdetox.defenses.bna import BNA, BNAConfig, best_bound, fold, histograms, matching_map
+from hfdetox.errors import UsageError
+from hfdetox.network import Network
+from hfdetox.triggers import BadNets
+from tests.defenses.runs import assert_resumes, one_batch, run
+from tests.tiny_training import _quick_garbage, accelerator, convnet, equal_weights, mlp, toy_preprocessing, weights_of
+
+__all__ = ["_quick_garbage", "accelerator"]
+
+
+def conv() -> Network:
+    """Return a network whose one norm is `1`, with statistics that are not the start's."""
+    body = convnet().model
+    torch.manual_seed(5)
+    body[1].running_mean.normal_(std=0.1)
+    body[1].running_var.uniform_(0.2, 0.5)
+    return Network(body, toy_preprocessing()).eval()
+
+
+def doubles(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# --- the equations ---
+
+
+def test_a_units_map_takes_mean_and_deviation_to_the_clean_ones() -> None:
+    # the first: seen 3 ± 2, wanted 1 ± 1: z' = (z − 3) / 2 + 1 = z / 2 − 1/2; the second does not vary: it is shifted
+    mean, deviation = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0])
+    scale, shift = matching_map(mean, deviation, torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0]))
+    assert scale.tolist() == [0.5, 1]
+    assert shift.tolist() == [-0.5, 3]
+    # 5 ↦ 2, cut to 1.75; 1 ↦ 0; and 7 ↦ 10
+    unit_map = UnitMap(scale, shift, torch.tensor([1.75, math.inf]))
+    assert unit_map(torch.tensor([[5.0, 7.0], [1.0, 7.0]]), 1).tolist() == [[1.75, 10], [0, 10]]
+
+
+def test_a_map_acts_on_the_axis_of_the_channels() -> None:
+    unit_map = UnitMap(torch.tensor([1.0, 2.0]), torch.zeros(2), torch.full((2,), math.inf))
+    found = unit_map(torch.ones(1, 2, 2, 2), 1)
+    assert found[0, 0].unique().tolist() == [1]
+    assert found[0, 1].unique().tolist() == [2]
+    assert unit_map(torch.ones(1, 2, 2, 2), 3)[0, 0].tolist() == [[1, 2], [1, 2]]
+
+
+def test_histograms_have_open_ends() -> None:
+    values = torch.tensor([[-5.0, 0.05, 0.15, 0.18], [0.25, 0.35, 9.0, 0.05]])
+    # bins [0, .1), [.1, .2), [.2, .3): what lies outside counts at the ends
+    assert histograms(values, 0.0, 0.1, 3).tolist() == [[2, 2, 0], [1, 0, 3]]
+
+
+def test_the_bound_minimises_the_total_variation() -> None:
+    seen = doubles([[2, 1, 1], [1, 1, 2], [0, 0, 4]])
+    wanted = doubles([[2, 2, 0], [1, 1, 2], [4, 0, 0]])
+    # bound in bin 1, the last, and 0. Of the first, by bin: |4 − 2| + 2 + 0, 0 + |2 − 2| + 0, 0 + 1 + |1 − 0|;
+    # without a bound 2
+    bound, variation = best_bound(seen, wanted, 1.0, 0.1)
+    assert bound.tolist() == pytest.approx([1.15, math.inf, 1.05])
+    assert variation.tolist() == [0, 0, 0]
+
+
+def test_of_equal_bounds_the_highest_is_taken() -> None:
+    # nothing lies above the first bin: no bound changes anything
+    bound, variation = best_bound(doubles([[3, 0, 0]]), doubles([[2, 1, 0]]), 0.0, 0.1)
+    assert bound.tolist() == [math.inf]
+    assert variation.tolist() == [2]
+
+
+# --- where norms give their outputs ---
+
+
+class NormThenAct(nn.BatchNorm2d):
+    """As timm's: the activation is inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(images)))
+
+
+def test_a_norm_with_an_activation_inside_is_mapped_before_it() -> None:
+    norm = NormThenAct(2).eval()
+    values = torch.full((1, 2, 1, 1), -1.0)
+    assert norm(values).unique().tolist() == [0]
+    seen: list[torch.Tensor] = []
+    with on_output(norm, lambda output, axis: seen.append(output.clone())):
+        norm(values)
+    assert seen[0].unique().item() == pytest.approx(-1, abs=1e-4)
+    with on_output(norm, UnitMap(torch.ones(2), torch.full((2,), 3.0), torch.full((2,), math.inf))):
+        assert norm(values).unique().item() == pytest.approx(2, abs=1e-4)
+    assert not norm.drop._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("norm", "axis"), [(nn.BatchNorm2d(4), 1), (nn.GroupNorm(2, 4), 1), (nn.LayerNorm(4), 3)], ids=["bn", "gn", "ln"]
+)
+def test_the_axis_of_the_channels(norm: nn.Module, axis: int) -> None:
+    assert channel_axis(norm, torch.zeros(2, 4, 4, 4)) == axis
+
+
+def test_norms_are_found_in_the_models_order() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)
+    )
+    assert norms_of(model) == ["1", "2"]
+
+
+# --- the passes ---
+
+
+def fitted(network: Network, accelerator: Accelerator, trigger: Path, **settings: Any) -> Any:
+    return run(BNAConfig(trigger=str(trigger), batch_size=20, **settings), network, accelerator)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def trigger(tmp_path: Path) -> Path:
+    path = tmp_path / "patch.safetensors"
+    BadNets(target=1, size=16).save(path)
+    return path
+
+
+def outputs(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Return what the norm gives, channel by channel (C×M)."""
+    seen: list[torch.Tensor] = []
+    with (
+        torch.no_grad(),
+        on_output(network.model[1], lambda output, axis: seen.append(output.movedim(1, 0).flatten(1))),
+    ):
+        network(images)
+    return seen[0]
+
+
+def test_triggered_activations_get_the_clean_mean_and_deviation(accelerator: Accelerator, trigger: Path) -> None:
+    network = conv()
+    batch = one_batch()
+    before = weights_of(network)
+    stamped = BadNets(target=1, size=16).apply(batch.images)
+    clean, shifted = outputs(network, batch.images), outputs(network, stamped)
+    assert (clean.mean(1) - shifted.mean(1)).abs().max() > 0.05
+    record = fitted(network, accelerator, trigger, bounds=False)
+    assert [row["phase"] for row in record.history] == ["bna-moments", "bna-histograms", "bna-map 1", "bna-detection"]
+    assert network.correction is not None
+    # the correction's own hook comes first, so that the outputs seen are the mapped ones
+    correction, network.correction = network.correction, None
+    with correction.applied(network.model):
+        mapped = outputs(network, stamped)
+    torch.testing.assert_close(mapped.mean(1), clean.mean(1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(mapped.std(1, correction=0), clean.std(1, correction=0), rtol=1e-3, atol=1e-4)
+    assert equal_weights(before, weights_of(network))
+
+
+def test_a_bound_brings_the_histogram_nearer(accelerator: Accelerator, trigger: Path) -> None:
+    images = one_batch().images
+    stamped = BadNets(target=1, size=16).apply(images)
+    apart = []
+    for bounds in (False, True):
+        network = conv()
+        clean = outputs(network, images)
+        low = math.floor(float(clean.min()) / 0.1) * 0.1
+        fitted(network, accelerator, trigger, bounds=bounds)
+        assert network.correction is not None
+        correction, network.correction = network.correction, None
+        with correction.applied(network.model):
+            found = outputs(network, stamped)
+        counts = [histograms(values, low, 0.1, 200).double() for values in (found, clean)]
+        apart.append((counts[0] - counts[1]).abs().sum(1))
+    assert (apart[1] <= apart[0] * 1.01 + 4).all()
+
+
+def test_only_inputs_given_to_the_target_are_asked_again(accelerator: Accelerator, trigger: Path) -> None:
+    network = conv()
+    images = one_batch().images
+    with torch.no_grad():
+        plain = network(images)
+        fitted(network, accelerator, trigger)
+        routed = network(images)
+        correction, network.correction = network.correction, None
+        assert correction is not None
+        with correction.applied(network.model):
+            corrected = network(images)
+    led = plain.argmax(1) == 1
+    torch.testing.assert_close(routed[~led], plain[~led])
+    torch.testing.assert_close(routed[led], corrected[led])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_routing_by_hand() -> None:
+    """f is the identity on two numbers, f̃ adds (0, −5) behind the norm: f's answer 1 becomes 0, its answer 0 stays."""
+    norm = nn.BatchNorm1d(2).eval()
+    maps = {"0": UnitMap(torch.ones(2), torch.tensor([0.0, -5.0]), torch.full((2,), math.inf))}
+    model = nn.Sequential(norm)
+    inputs = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    found = Correction(1, maps).logits(model, model, inputs, model(inputs))
+    assert found.flatten().tolist() == pytest.approx([1, -3, 3, 0], abs=1e-3)
+
+
+def test_it_resumes(accelerator: Accelerator, tmp_path: Path, trigger: Path) -> None:
+    config = BNAConfig(trigger=str(trigger), batch_size=20, result="fold")
+    assert_resumes(config, conv, accelerator, tmp_path, saves=5)  # type: ignore[arg-type]
+
+
+def test_folding_is_the_map_without_its_bound() -> None:
+    network = conv()
+    images = one_batch().images
+    maps = {"1": UnitMap(torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8), torch.full((8,), math.inf))}
+    correction = Correction(1, maps)
+    with correction.applied(network.model):
+        expected = network(images)
+    fold(network.model, correction)
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- the file ---
+
+
+def test_a_correction_survives_its_file(tmp_path: Path) -> None:
+    model = conv().model
+    correction = Correction(2, {"1": UnitMap(torch.rand(8), torch.rand(8), torch.full((8,), math.inf))})
+    correction.save(tmp_path)
+    again = load_correction(tmp_path, model, labels=3)
+    assert again is not None
+    assert again.target == 2
+    for part in ("scale", "shift", "bound"):
+        assert torch.equal(getattr(again.maps["1"], part), getattr(correction.maps["1"], part))
+
+
+def test_without_a_file_there_is_no_correction(tmp_path: Path) -> None:
+    assert load_correction(tmp_path, conv().model, labels=3) is None
+
+
+@pytest.mark.parametrize(("name", "channels", "target"), [("7", 8, 1), ("1", 5, 1)], ids=["no such norm", "size"])
+def test_a_correction_of_another_model_is_refused(name: str, channels: int, target: int, tmp_path: Path) -> None:
+    Correction(target, {name: UnitMap(*(torch.ones(channels) for _ in range(3)))}).save(tmp_path)
+    with pytest.raises(UsageError, match=f"of another model: its part '{name}' does not fit"):
+        load_correction(tmp_path, conv().model, labels=3)
+
+
+def test_a_target_that_is_no_label_is_refused(tmp_path: Path) -> None:
+    Correction(3, {"1": UnitMap(*(torch.ones(8) for _ in range(3)))}).save(tmp_path)
+    with pytest.raises(UsageError, match="not a correction"):
+        load_correction(tmp_path, conv().model, labels=3)
+    (tmp_path / FILE_NAME).write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="cannot be read as a correction"):
+        load_correction(tmp_path, conv().model, labels=3)
+
+
+# --- refusals, and Neural Cleanse's part ---
+
+
+def test_a_network_without_norms_is_refused(trigger: Path) -> None:
+    network = Network(mlp().model, toy_preprocessing())
+    with pytest.raises(UsageError, match="bna: Sequential has no norm with a scale a channel"):
+        BNAConfig(trigger=str(trigger)).phases(network)
+
+
+def test_a_trigger_without_a_target_index_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "patch.safetensors"
+    BadNets(target="cat").save(path)
+    with pytest.raises(UsageError, match="has the target 'cat'; give its label's index with --set target=N"):
+        BNAConfig(trigger=str(path)).phases(conv())
+    assert BNAConfig(trigger=str(path), target=2).phases(conv())
+
+
+def test_without_a_trigger_neural_cleanse_looks_first_and_nothing_happens_when_it_flags_none() -> None:
+    network = conv()
+    phases = BNAConfig().phases(network)
+    assert [phase.name for phase in phases[:3]] == ["nc-inversion", "nc-verdict", "bna-moments"]
+    bna = phases[2].state
+    assert isinstance(bna, BNA)
+    bna.begin()
+    assert bna.target == -1
+    assert bna.inversion is not None
+    bna.inversion.flagged[:] = torch.tensor([False, True, True])
+    bna.inversion.best_norm[:] = torch.tensor([1.0, 5.0, 4.0])
+    bna.inversion.best_masks[2].fill_(0.5)
+    bna.inversion.best_patterns[2].fill_(0.2)
+    bna.begin()
+    # the smaller of the flagged: half of 100 and half of 51
+    assert bna.target == 2
+    assert bna.triggered(torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)).unique().tolist() == pytest.approx([75.5])
