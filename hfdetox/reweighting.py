@@ -93,6 +93,7 @@ class Reweighting:
             held, trained = _Seen(asked=True), _Seen(asked=by_image)
             on_held = Pass(name="accuracy of the classes", part="held-out", visit=held.visit,
                            finish=lambda accelerator: self._see_classes(held, accelerator, first=first))  # fmt: skip
+            see: Callable[[_Seen, Accelerator], Mapping[str, float] | None]
             see = self._see_first if first else self._see_images
             on_trained = Pass(name="weights of the images", part=part, visit=trained.visit,
                               finish=lambda accelerator: see(trained, accelerator))  # fmt: skip
