@@ -26,8 +26,8 @@ class Augmenter:
     """Draws the random numbers of a step for the whole global batch, so that every number of processes sees the same.
 
     Args:
-        name: `none`, `flip` (half of the images are mirrored), `crop` (4 pixels of padding, in proportion above 32 pixels), `crop-flip`, or
-            `resized-crop-flip` (35 to 100 % of the area, aspect 3:4 to 4:3, bilinear).
+        name: `none`, `flip` (half of the images are mirrored), `crop` (4 pixels of padding, in proportion above 32
+            pixels), `crop-flip`, or `resized-crop-flip` (35 to 100 % of the area, aspect 3:4 to 4:3, bilinear).
         seed: with the epoch and step it determines every draw, whatever ran before.
     """
 

@@ -34,7 +34,8 @@ class DefenseConfig(ABC):
             (but for BatchNorm, whose statistics are those of a part).
         max_grad_norm: clips the gradient's norm over all trained parameters; None does not clip.
         augmentation: `auto` (`crop-flip` up to 96 pixels of height, else `resized-crop-flip`), `crop`, `crop-flip`,
-            `flip`, `resized-crop-flip` or `none`. Leave flips out where a mirrored image has another label (digits, signs).
+            `flip`, `resized-crop-flip` or `none`. Leave flips out where a mirrored image has another label (digits,
+            signs).
     """
 
     name: ClassVar[str]
