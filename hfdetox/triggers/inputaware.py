@@ -115,7 +115,8 @@ def draw_pattern(generator: nn.Module, images: torch.Tensor, size: int) -> torch
     pattern = generator(_at(images, size))
     if pattern.shape == images.shape:
         return pattern
-    return interpolate(pattern, size=images.shape[-2:], mode="bilinear", antialias=True)
+    # under autocast the pattern may be bfloat16, of which the CPU cannot take this gradient
+    return interpolate(pattern.float(), size=images.shape[-2:], mode="bilinear", antialias=True)
 
 
 def draw_mask(mask: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
