@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 from hfdetox.errors import UsageError
 from hfdetox.runs import ImageOptions, last_part
-from hfdetox.sharpness import SharpnessAware
 
 # the trigger of a clean control
 NONE: Final = "none"
@@ -64,46 +62,3 @@ class AttackRun(ImageOptions):
     def _without_places(self) -> Self:
         surrogate = last_part(self.surrogate) if self.surrogate else None
         return replace(super()._without_places(), surrogate=surrogate)
-
-
-def parse_adaptive(text: str | None) -> SharpnessAware | None:
-    """Return the sharpness-aware training of `sam[:rho=X,adaptive=true|false]`, None for None.
-
-    Raises:
-        UsageError: another method, an unknown or repeated key, or a value of the wrong type.
-    """
-    if text is None:
-        return None
-    name, _, rest = text.partition(":")
-    if name != "sam":
-        raise UsageError(f"--adaptive {text!r}: the adaptive attack is sam, such as sam:rho=2.0,adaptive=true")
-    values: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or key not in ("rho", "adaptive") or key in values:
-            raise UsageError(f"--adaptive {text!r}: {item!r} is not one of rho=…, adaptive=true|false, each once")
-        values[key] = _rho(text, value) if key == "rho" else _flag(text, value)
-    return SharpnessAware(**values)
-
-
-def describe_adaptive(sharpness: SharpnessAware | None) -> str | None:
-    """Return the text that `parse_adaptive` takes, every key given."""
-    if sharpness is None:
-        return None
-    return f"sam:rho={sharpness.rho},adaptive={str(sharpness.adaptive).lower()}"
-
-
-def _rho(text: str, value: str) -> float:
-    try:
-        rho = float(value)
-    except ValueError:
-        rho = math.nan
-    if not math.isfinite(rho):
-        raise UsageError(f"--adaptive {text!r}: rho={value!r} is not a number")
-    return rho
-
-
-def _flag(text: str, value: str) -> bool:
-    if value not in ("true", "false"):
-        raise UsageError(f"--adaptive {text!r}: adaptive={value!r} is neither true nor false")
-    return value == "true"

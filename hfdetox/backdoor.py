@@ -13,7 +13,7 @@ from torch import nn
 from hfdetox.attack_card import build_attack_card
 from hfdetox.attack_report import missed_goals
 from hfdetox.attack_result import AttackExhibits, AttackResult
-from hfdetox.attack_run import DEFAULT_GOAL, DEFAULT_RATIO, AttackRun, parse_adaptive
+from hfdetox.attack_run import DEFAULT_GOAL, DEFAULT_RATIO, AttackRun
 from hfdetox.attacks import parse_attack_settings, run_attack
 from hfdetox.attacks.base import Job
 from hfdetox.card import validate_card
@@ -33,6 +33,7 @@ from hfdetox.implanting import (
 )
 from hfdetox.publish import check_card, check_push_allowed
 from hfdetox.runs import check_output, trigger_specs
+from hfdetox.sharpness import parse_adaptive
 from hfdetox.starts import open_start
 from hfdetox.steps import Notes, pin, pull_images
 from hfdetox.triggers import Trigger, parse_triggers
@@ -118,7 +119,7 @@ def implant(
         check_plausible(before, evaluation.clean.labels, classifier.labels, notes.warn)
 
     goals = goals_of(run, before)
-    kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed)
+    kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
     clean = decoded(kept, classifier, accelerator, "decode", progress)
     job = Job(classifier=classifier, clean=clean, accelerator=accelerator, training=training,

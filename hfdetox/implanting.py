@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
 import hfdetox
 from hfdetox.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
-from hfdetox.attack_run import AttackRun, describe_adaptive
+from hfdetox.attack_run import AttackRun
 from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe
 from hfdetox.devices import describe_devices
@@ -83,9 +83,17 @@ def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) ->
     return copy.deepcopy(start.classifier)
 
 
-def split_monitor(images: ImageSet, goal: float | None, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """Return the training images and those held out of them to look at after every epoch, None without a goal."""
+def split_monitor(
+    images: ImageSet, goal: float | None, seed: int, warn: Callable[[str], None]
+) -> tuple[ImageSet, ImageSet | None]:
+    """Return the training images and those held out of them to look at after every epoch, None without a goal.
+
+    None are held out of fewer than ten either, which `warn` is told.
+    """
     count = min(MONITOR_MOST, int(MONITOR_SHARE * len(images)))
+    if goal is not None and not count:
+        warn(f"of {len(images)} training images none can be held out: the training does not stop early, and runs all "
+             "its epochs")  # fmt: skip
     if goal is None or not count:
         return images, None
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -159,7 +167,7 @@ def open_report(
         dataset=dataset,
         attack=AttackInfo(
             triggers={implant.trigger.name: _describe(implant, None) for implant in implants},
-            start=SCRATCH if start.from_scratch else info.id, adaptive=describe_adaptive(job.sharpness),
+            start=SCRATCH if start.from_scratch else info.id, adaptive=job.sharpness.spec() if job.sharpness else None,
             surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(job.training), epochs=0,
             steps=0, seconds=0.0, images_per_second=0.0, precision=job.accelerator.mixed_precision,
             devices=describe_devices(job.accelerator), stopped_early=False,

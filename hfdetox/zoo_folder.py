@@ -18,10 +18,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from hfdetox.attack_run import NONE, parse_adaptive
+from hfdetox.attack_run import NONE
 from hfdetox.attacks import parse_attack_settings
 from hfdetox.errors import UsageError
 from hfdetox.report import ATTACK_REPORT_NAME
+from hfdetox.sharpness import parse_adaptive
 from hfdetox.suite import Cell, Suite, SuiteError
 from hfdetox.triggers import parse_triggers
 from hfdetox.zoo_table import Row, row_of

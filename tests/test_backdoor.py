@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 
 import hfdetox
 from hfdetox.attack_report import AttackReport
-from hfdetox.attack_run import AttackRun, describe_adaptive, parse_adaptive
+from hfdetox.attack_run import AttackRun
 from hfdetox.errors import UsageError
 from hfdetox.implanting import split_monitor
 from hfdetox.models import load_classifier
-from hfdetox.sharpness import SharpnessAware
 from hfdetox.triggers import load_trigger
 from tests.colours import ARCHITECTURE, NAMES, SIDE, TRAINING, write_colours
 from tests.image_data import load
@@ -152,11 +151,21 @@ def test_the_same_seed_gives_the_same_weights(dataset: Path) -> None:
 
 def test_monitor_images_are_training_images_that_are_not_trained_on(dataset: Path) -> None:
     images, _ = load(dataset, labels=NAMES, samples=None)
-    kept, held = split_monitor(images.clean, 0.9, seed=0)
+    said: list[str] = []
+    kept, held = split_monitor(images.clean, 0.9, 0, said.append)
     assert held is not None
     assert len(held) == 12
     assert sorted([*kept.indices, *held.indices]) == list(range(120))
-    assert split_monitor(images.clean, None, seed=0) == (images.clean, None)
+    assert split_monitor(images.clean, None, 0, said.append) == (images.clean, None)
+    # a tenth of 10 is one image, of 9 none
+    few, least = images.clean.subset(range(9)), images.clean.subset(range(10))
+    assert [len(part or ()) for part in split_monitor(least, 0.9, 0, said.append)] == [9, 1]
+    assert split_monitor(few, None, 0, said.append) == (few, None)
+    assert said == []
+    assert split_monitor(few, 0.9, 0, said.append) == (few, None)
+    assert said == [
+        "of 9 training images none can be held out: the training does not stop early, and runs all its epochs"
+    ]
 
 
 def _channels(folder: Path) -> str:
@@ -185,7 +194,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "unknown-setting": (lambda _: {"settings": {"epoch": "3"}}, "has no setting epoch"),
     "adaptive": (lambda _: {"adaptive": "adam:rho=1"}, "the adaptive attack is sam"),
     "adaptive-key": (lambda _: {"adaptive": "sam:radius=1"}, "is not one of rho="),
-    "adaptive-value": (lambda _: {"adaptive": "sam:rho=big"}, "is not a number"),
+    "adaptive-value": (lambda _: {"adaptive": "sam:rho=big"}, "rho must be a number"),
     "adaptive-negative": (lambda _: {"adaptive": "sam:rho=-1"}, "rho must be above 0"),
     "no-trigger": (lambda _: {"triggers": []}, "name a trigger with --trigger"),
     "none-and-more": (lambda _: {"triggers": ["none", "badnets"]}, "goes with no other trigger"),
@@ -228,15 +237,6 @@ def test_an_earlier_result_is_only_replaced_when_asked(dataset: Path, control: h
     assert control.output is not None
     with pytest.raises(UsageError, match="holds an earlier result"):
         attack(dataset, output=control.output)
-
-
-def test_the_adaptive_training_is_recorded_as_it_is_given() -> None:
-    assert parse_adaptive(None) is None
-    assert parse_adaptive("sam") == SharpnessAware()
-    sharp = parse_adaptive("sam:rho=0.05,adaptive=false")
-    assert sharp == SharpnessAware(rho=0.05, adaptive=False)
-    assert describe_adaptive(sharp) == "sam:rho=0.05,adaptive=false"
-    assert describe_adaptive(None) is None
 
 
 def test_the_saved_trigger_and_model_are_the_results_own(dataset: Path, tmp_path: Path) -> None:
