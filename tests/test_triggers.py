@@ -86,7 +86,17 @@ def trigger_file(folder: Path, header: object, tensors: dict[str, torch.Tensor] 
             {"image": torch.zeros(4, 4).byte()},
             r"uint8 picture C×h×w, got torch.uint8 of shape \(4, 4\)",
         ),
+        ({"kind": "badnets"}, {"image": torch.zeros(3, 0, 0).byte()}, r"got torch.uint8 of shape \(3, 0, 0\)"),
         ({"kind": "badnets", "size": 0}, {}, "size must be at least 1"),
+        ({"kind": "badnets", "size": 10**400}, {}, r"trigger badnets: size must be less than 2\*\*63"),
+        ({"kind": "badnets", "target": -(10**400)}, {}, r"trigger badnets: target must be less than 2\*\*63, and not"),
+        ({"kind": "sig", "frequency": 10**400}, {}, r"trigger sig: frequency must be less than 2\*\*63"),
+        ({"kind": "ssba"}, {"encoder.out.bias": torch.zeros(())}, "ssba: encoder does not fit its parameters"),
+        (
+            {"kind": "inputaware"},
+            {"generator.layers.0.weight": torch.zeros(0, 10**16, 3, 3), "mask.x": torch.zeros(0)},
+            "inputaware: generator does not fit its parameters",
+        ),
         ({"kind": "badnets", "pattern": "dots"}, {}, "pattern cannot be 'dots'"),
         ({"kind": "bpp", "dither": "true"}, {}, "dither cannot be 'true' for a bpp trigger"),
         ({"kind": "sig", "image": 1}, {}, "unknown fields image for a sig trigger"),
@@ -98,6 +108,14 @@ def test_a_wrong_trigger_file_is_one_line(
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_trigger(trigger_file(tmp_path, header, tensors))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"kind": "badnets", "size": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_one_line(text: str, tmp_path: Path) -> None:
+    save_file({}, tmp_path / "t.safetensors", metadata={"trigger": text})
+    with pytest.raises(UsageError, match=r"t\.safetensors cannot be read as a trigger file") as caught:
+        load_trigger(tmp_path / "t.safetensors")
     assert "\n" not in str(caught.value)
 
 

@@ -126,7 +126,8 @@ def load_trigger(path: Path) -> Trigger:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("trigger", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    # ValueError is JSON that is none, or a number of thousands of digits; RecursionError lists within lists
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
     if not isinstance(header, dict) or str(header.get("kind")) not in KINDS:
         raise UsageError(

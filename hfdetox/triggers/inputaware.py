@@ -103,7 +103,7 @@ class InputAware(Trigger):
     def _networks(self) -> tuple[Generator, Generator]:
         states = (self.generator or {}, self.mask or {})
         first = states[0].get("layers.0.weight")
-        channels = 3 if first is None or first.ndim != 4 else first.shape[1]
+        channels = 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
         return (
             load_network(lambda: Generator(channels, channels), states[0], "inputaware: generator"),
             load_network(lambda: Generator(channels, 1), states[1], "inputaware: mask"),

@@ -70,7 +70,7 @@ class SSBA(Trigger):
     def _network(self) -> Encoder:
         state = self.encoder or {}
         bias = state.get("out.bias")
-        channels = 3 if bias is None or not bias.numel() else len(bias)
+        channels = 1 if bias is not None and bias.shape == (1,) else 3
         return load_network(lambda: Encoder(self.bits, channels), state, "ssba: encoder")
 
 
