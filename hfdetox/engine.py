@@ -26,6 +26,8 @@ from hfdetox.sharpness import SharpnessAware, frozen_statistics
 
 REFRESH_SECONDS = 1.0
 
+Poison = Callable[[torch.Tensor, torch.Tensor, range], tuple[torch.Tensor, torch.Tensor]]
+
 
 class Stateful(Protocol):
     """A method's own tensors, kept in every checkpoint."""
@@ -45,7 +47,8 @@ class Phase:
         loss: maps (network, batch) to 0-d tensors; `loss` is minimised, the others go into the history.
         batch_size: images of an optimiser step over all processes and accumulated parts.
         schedule: of the learning rate, stepped once an epoch.
-        poison: changes a part's images and labels (this process's own) before they are augmented.
+        poison: changes a part's images and labels (this process's own) before they are augmented; it is also given
+            which images of the whole step they are, as `Batch.rows`.
         sharpness: take the gradients at weights perturbed by it; BatchNorm's statistics are those of the first pass.
         start: runs before the first step (not when resumed), seeded alike on every process.
         after_step: runs after every optimiser step that was not skipped.
@@ -63,7 +66,7 @@ class Phase:
     max_grad_norm: float | None = None
     augmentation: Augmentation = "auto"
     schedule: Literal["cosine", "constant"] = "cosine"
-    poison: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    poison: Poison | None = None
     sharpness: SharpnessAware | None = None
     start: Callable[[], None] | None = None
     after_step: Callable[[], None] | None = None
@@ -244,13 +247,14 @@ class Engine:
                index: int, step: int, part: int) -> Batch:  # fmt: skip
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        rows = plan.rows(step, part)
         if phase.poison is not None:
-            images, labels = phase.poison(images, labels)
+            images, labels = phase.poison(images, labels, rows)
         if augmenter.name != "none":
             numbers = augmenter.draw(index, plan.epoch, step, plan.size(step))
             images = augmenter(images, plan.mine(numbers, part))
         weight = plan.parts / plan.size(step)
-        return Batch(images, labels, torch.full((len(labels),), weight, device=device))
+        return Batch(images, labels, torch.full((len(labels),), weight, device=device), rows)
 
     def _means(self, terms: list[dict[str, torch.Tensor]], phase: Phase, epoch: int, parts: int) -> dict[str, float]:
         names = list(terms[0])

@@ -147,7 +147,7 @@ def test_accumulated_parts_equal_the_whole_batch(accelerator: Accelerator) -> No
 def test_the_poisoned_batch_is_the_same_in_both_passes(accelerator: Accelerator) -> None:
     seen: list[torch.Tensor] = []
 
-    def poison(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randint_like(images, 256), labels
 
     def loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

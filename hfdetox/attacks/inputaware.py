@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks._mixed import check_input_mode, share, taken
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
 from hfdetox.batches import Batch
 from hfdetox.engine import Phase
@@ -33,7 +33,7 @@ _MILESTONES = (0.4, 0.8)
 class InputAwareRecipe(ControlRecipe):
     """First the masks alone are trained, then the classifier with the generator of patterns (arXiv 2010.08138).
 
-    Of every batch, floor(ratio · B) images get their own pattern and mask, after augmentation, and the attacker's
+    Of every step of B images, floor(ratio · B) get their own pattern and mask, after augmentation, and the attacker's
     label; as many get those of other images and keep their label (`cross`); the rest are clean. The paper draws the
     other images from a second loader; here they are those of the same batch, moved on by a random number of places:
     the same distribution. All images of a batch that get a pattern go through the generator together.
@@ -121,9 +121,8 @@ class InputAwareRecipe(ControlRecipe):
 
     def _train_phase(self, trio: Trio, implant: Implant, job: Job) -> Phase:
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            size = len(batch.images)
-            attacked = min(share(implant.ratio, size), size // 2)
-            logits, ratio = model(batch.images, attacked, turn(size))
+            attacked, shift = batch.once("mix", lambda: draw_mix(implant.ratio, batch))
+            logits, ratio = model(batch.images, attacked, shift)
             labels = batch.labels.clone()
             labels[:attacked] = attacked_labels(labels[:attacked], implant.target, job.classes)
             errors = (batch.weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
@@ -209,6 +208,13 @@ def spread(x: torch.Tensor, others: torch.Tensor, drawn: torch.Tensor, drawn_oth
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return ((first - second).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+def draw_mix(ratio: float, batch: Batch) -> tuple[int, int]:
+    """Draw how many images of a part of a step get their own pattern, and by how many places others' are moved on."""
+    size = len(batch.images)
+    rows = batch.rows or range(size)
+    return min(taken(rows, share(ratio, rows.stop)), size // 2), turn(size)
 
 
 def turn(size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks import Implant, TrainingSettings, parse_attack_settings, recipe_for, run_attack
-from hfdetox.attacks._mixed import share
+from hfdetox.attacks._mixed import share, taken
 from hfdetox.attacks.base import ControlRecipe
 from hfdetox.attacks.blind import BlindRecipe, Switch
 from hfdetox.attacks.bpp import BppRecipe
@@ -45,7 +46,7 @@ def batch_of(count: int = 128, label: int = 1) -> tuple[torch.Tensor, torch.Tens
 def mixed(backdoor: Implant, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the batch as the recipe changes it, for a model of three classes."""
     assert isinstance(backdoor.recipe, WaNetRecipe | BppRecipe)
-    return backdoor.recipe.mixed(backdoor, images, labels, 3)
+    return backdoor.recipe.mixed(backdoor, images, labels, 3, range(len(labels)))
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
@@ -125,6 +126,29 @@ def test_a_share_is_a_floor_or_one_image_by_chance() -> None:
     assert share(0.0, 128) == 0
 
 
+@pytest.mark.parametrize(("kind", "others"), [("wanet", 24), ("bpp", 12)])
+def test_eight_processes_share_what_one_would_take(kind: str, others: int) -> None:
+    """Of 128 images each sees 16 and ⌊0.1 · 16⌋ is 1, but ⌊0.1 · 128⌋ is 12: four of them take two."""
+    images, labels = batch_of()
+    backdoor = implant(kind)
+    assert isinstance(backdoor.recipe, WaNetRecipe | BppRecipe)
+    attacked, touched = [], 0
+    for process in range(8):
+        part = images[process::8]
+        after, names = backdoor.recipe.mixed(backdoor, part, labels[process::8], 3, range(128)[process::8])
+        attacked.append(int((names == 0).sum()))
+        touched += len(changed(part, after))
+    assert attacked == [2, 2, 2, 2, 1, 1, 1, 1]
+    assert touched == 12 + others
+
+
+def test_an_uneven_step_is_shared_out_too() -> None:
+    # rows 0 3 6 9, 1 4 7 and 2 5 8 of 10; the first 5 are 0 to 4
+    assert [taken(range(10)[process::3], 5) for process in range(3)] == [2, 2, 1]
+    assert [taken(range(10)[process::3], 99) for process in range(3)] == [4, 3, 3]
+    assert taken(range(10)[2::3], 0) == 0
+
+
 def test_a_batch_without_an_attacked_image_is_clean() -> None:
     images, labels = batch_of(4)
     torch.manual_seed(0)
@@ -138,11 +162,23 @@ def test_the_switch_is_the_mean_of_the_last_losses_and_stays_on() -> None:
     states = []
     for loss in (2.0, 1.5, 0.5, 0.8, 9.0):
         states.append(float(switch.seen(torch.tensor(loss))))
-        # the second pass of a sharpness-aware step does not count
-        assert float(switch.seen(torch.tensor(0.0))) == states[-1]
-        switch.next_step()
     # means 2, 1.75, 4 / 3, 2.8 / 3, then 10.3 / 3
     assert states == [0, 0, 0, 1, 1]
+
+
+def test_a_second_pass_over_a_batch_does_not_count_for_the_switch(accelerator: Accelerator) -> None:
+    """Also where the step after the passes is left out, as fp16 does with one that overflows: no step is told of."""
+    backdoor, switch = implant("blind"), Switch(1.0, 3, CPU)
+    assert isinstance(backdoor.recipe, BlindRecipe)
+    loss = backdoor.recipe.loss(backdoor, toy_job(accelerator, side=32), switch)
+    images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    for _ in range(2):
+        batch = Batch(images, labels, torch.full((2,), 0.5))
+        for _ in range(2):
+            loss(Bright(), batch)
+    # black images have three equal logits
+    assert switch.steps == 2
+    assert switch.losses.tolist() == pytest.approx([math.log(3), math.log(3), 0])
 
 
 class Bright(nn.Module):
