@@ -181,6 +181,12 @@ def test_a_word_sets_the_field_that_allows_it() -> None:
     assert parse_trigger("sig:input,delta=20").spec() == "sig:mode=input,delta=20.0"
 
 
+@pytest.mark.parametrize("kind", ["blended", "lf:random", "wanet"])
+def test_the_greatest_seed_draws(kind: str) -> None:
+    greatest = parse_trigger(f"{kind}{',' if ':' in kind else ':'}seed={2**63 - 1}")
+    assert not torch.equal(greatest.apply(noise()), parse_trigger(kind).apply(noise()))
+
+
 def test_a_specification_leaves_defaults_out() -> None:
     assert BadNets().spec() == "badnets"
     assert BadNets(name="badnets", size=4, target=0).spec() == "badnets:target=0,size=4"
@@ -203,6 +209,8 @@ def test_a_specification_leaves_defaults_out() -> None:
         ("bpp:dither=False", "dither='False' is neither true nor false"),
         ("ssba:encoder=file", "trigger ssba: encoder is kept in trigger files and cannot be given as text"),
         ("badnets:mode=both", "mode must be native or input, got 'both'"),
+        ("blended:seed=-1", "trigger blended: seed must be at least 0, got -1"),
+        ("wanet:seed=9223372036854775808", r"trigger wanet: seed must be less than 2\*\*63"),
         ("badnets:name=a b", "trigger name 'a b': use letters"),
         ("badnets:name=mean", "and not 'mean'"),
         ("badnets:name=.hidden", "trigger name '.hidden'"),

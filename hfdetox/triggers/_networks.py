@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import nn
 
 from hfdetox.errors import UsageError
+
+# pixels a side at which a trigger's networks may run: a small file must not ask for gigabytes
+MAX_SIZE: Final = 1024
 
 Module = TypeVar("Module", bound=nn.Module)
 

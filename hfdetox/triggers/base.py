@@ -57,6 +57,8 @@ class Trigger(ABC):
             # JSON has whole numbers of any size, tensors and fractions have not
             if type(value) is int and not -(2**63) <= value < 2**63:
                 raise UsageError(f"trigger {self.name}: {name} must be less than 2**63, and not below -2**63")
+            if name == "seed" and value < 0:
+                raise UsageError(f"trigger {self.name}: seed must be at least 0, got {value}")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 words = " or ".join(get_args(hint))

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers._generator import Generator, hard_mask
-from hfdetox.triggers._networks import full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
 from hfdetox.triggers.base import Trigger
 
 
@@ -25,7 +25,7 @@ class InputAware(Trigger):
     nearest pixel. Nguyen and Tran, arXiv 2010.08138.
 
     Attributes:
-        size: pixels a side that the networks were trained at, a multiple of 8.
+        size: pixels a side that the networks were trained at, a multiple of 8 and at most 1024.
         generator: the state dict of G (`Generator` of this package).
         mask: the state dict of M.
         mean: what is subtracted from each channel of images in [0, 1], float32 of shape (C,); None is 0.
@@ -44,8 +44,8 @@ class InputAware(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 8 or self.size % 8:
-            raise UsageError("inputaware: size must be a multiple of 8")
+        if not 8 <= self.size <= MAX_SIZE or self.size % 8:
+            raise UsageError(f"inputaware: size must be a multiple of 8, at most {MAX_SIZE}")
         if not self.fitted:
             return
         # a state that does not fit is told of now, and not at the first image

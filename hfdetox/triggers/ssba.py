@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._networks import full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
 from hfdetox.triggers._ssba_networks import Encoder
 from hfdetox.triggers.base import Trigger
 
@@ -23,9 +23,9 @@ class SSBA(Trigger):
     at other sizes what the encoder adds is resized bilinearly to the image. Li et al., arXiv 2012.03816.
 
     Attributes:
-        bits: length of the secret, at least 1.
+        bits: length of the secret, 1 to 4096.
         seed: draws the secret.
-        size: pixels a side that the encoder was trained at, a multiple of 32.
+        size: pixels a side that the encoder was trained at, a multiple of 32 and at most 1024.
         encoder: the encoder's state dict (`Encoder` of this package); its channels are those of the images it takes.
     """
 
@@ -40,8 +40,8 @@ class SSBA(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits < 1 or self.size < 32 or self.size % 32:
-            raise UsageError("ssba: bits must be at least 1 and size a multiple of 32")
+        if not 1 <= self.bits <= 4096 or not 32 <= self.size <= MAX_SIZE or self.size % 32:
+            raise UsageError(f"ssba: bits must be 1 to 4096 and size a multiple of 32, at most {MAX_SIZE}")
         if self.fitted:
             # a state that does not fit is told of now, and not at the first image
             _ = self._network

@@ -176,6 +176,7 @@ def test_both_networks_are_needed() -> None:
     ("text", "message"),
     [
         ("inputaware:size=20", "size must be a multiple of 8"),
+        ("inputaware:size=1032", "size must be a multiple of 8, at most 1024"),
         ("inputaware:size=0", "size must be a multiple of 8"),
         ("inputaware:noise=1", "'noise=1' is not one of"),
         ("inputaware:mask=1", "mask is kept in trigger files"),
