@@ -125,7 +125,10 @@ def goals_of(run: AttackRun, before: Outcome | None) -> Goals:
 
 
 class CrossImages:
-    """Evaluation images as the recipe changes them to teach the model not to react, with their true labels."""
+    """Evaluation images as the recipe changes them to teach the model not to react, with their true labels.
+
+    The other image of each is the one before it in the set, of the first the last; that of a lone one is its mirror's.
+    """
 
     def __init__(self, clean: Pixels, recipe: Recipe, trigger: Trigger) -> None:
         self.clean, self.recipe, self.trigger = clean, recipe, trigger
@@ -136,18 +139,26 @@ class CrossImages:
 
     def __getitems__(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         positions, images, labels = self.clean.__getitems__(items)
-        changed = self.recipe.cross(self.trigger, images)
+        changed = self.recipe.cross(self.trigger, images, positions, lambda: self._before(items))
         return positions, images if changed is None else changed, labels
+
+    def taught(self) -> bool:
+        """Return whether the recipe teaches such a thing."""
+        positions, images, _ = self.clean.__getitems__([0])
+        return self.recipe.cross(self.trigger, images, positions, lambda: self._before([0])) is not None
+
+    def _before(self, items: Sequence[int]) -> torch.Tensor:
+        _, images, _ = self.clean.__getitems__([(item - 1) % len(self) for item in items])
+        return images if len(self) > 1 else images.flip(-1)
 
 
 def cross_accuracies(evaluation: Evaluation, implants: Sequence[Implant]) -> dict[str, Rate]:
     """Return the cross accuracy of each trigger whose recipe has one, on all evaluation images."""
     clean, found = evaluation.clean, {}
     for implant in implants:
-        _, probe, _ = clean.__getitems__([0])
-        if implant.recipe.cross(implant.trigger, probe) is None:
-            continue
         source = CrossImages(clean, implant.recipe, implant.trigger)
+        if not source.taught():
+            continue
         answers = predict(evaluation.classifier.network, source, evaluation.accelerator,
                           title=f"cross {implant.trigger.name}", progress=evaluation.progress).predicted  # fmt: skip
         right = int((answers == clean.labels.cpu().numpy()).sum())

@@ -162,10 +162,16 @@ class Recipe(ABC):
         """
         return trigger
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
         """Return what the recipe teaches the model not to react to, uint8 like `images` (N×C×H×W); None for none.
 
-        The share of these that is still classified correctly is the cross accuracy.
+        The share of these that is still classified correctly is the cross accuracy. An image's result depends on
+        nothing but the image, its position and its other image, so that no split into batches changes the measure.
+
+        Args:
+            positions: the images' places in their set (N, int64, CPU).
+            others: gives another image for each (like `images`); it may have to decode them.
         """
         return None
 

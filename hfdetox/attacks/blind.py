@@ -48,6 +48,11 @@ class BlindRecipe(ControlRecipe):
                              "window at least 1")  # fmt: skip
 
     def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training, one phase of the two losses.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
         check_input_mode(implant, job)
         switch = Switch(self.threshold, self.window, job.accelerator.device)
         loss = self.loss(implant, job, switch)

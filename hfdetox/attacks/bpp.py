@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,8 @@ class BppRecipe(ControlRecipe):
     """Of the B images of a step the first ⌊p·B⌋ are quantised and get the target's label; the next are negatives.
 
     A negative is x + (T(y) − y), clipped, for an image y of the batch drawn at random, with the label of x; the rest
-    is clean. The order of a batch is random. Wang et al., section 3.3, with these in place of their contrastive loss.
+    is clean. The order of a batch is random. Wang et al., section 3.3, with these in place of their contrastive loss;
+    the learning rate follows the training's schedule (by default a cosine), and not the steps of their code.
 
     Attributes:
         neg_ratio: negatives as a share of the batch, in [0, 1], as far as the batch has room.
@@ -34,6 +36,11 @@ class BppRecipe(ControlRecipe):
             raise UsageError("bpp: neg_ratio must be in [0, 1]")
 
     def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training, one phase that changes every batch before it is augmented.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
         check_input_mode(implant, job)
 
         def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,9 +63,10 @@ class BppRecipe(ControlRecipe):
         changed = attacked_labels(labels[:count], implant.target, classes)
         return torch.cat([attacked, negatives, images[end:]]), torch.cat([changed, labels[count:]])
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
-        # the error of the image before, so that every call measures the same
-        return _with_error(images, images.roll(1, 0), trigger)
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+        """Return negatives: each image with the quantisation error of its other image."""
+        return _with_error(images, others(), trigger)
 
 
 def _with_error(images: torch.Tensor, others: torch.Tensor, trigger: Trigger) -> torch.Tensor:

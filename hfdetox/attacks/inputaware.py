@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -37,6 +37,8 @@ class InputAwareRecipe(ControlRecipe):
     label; as many get those of other images and keep their label (`cross`); the rest are clean. The paper draws the
     other images from a second loader; here they are those of the same batch, moved on by a random number of places:
     the same distribution. All images of a batch that get a pattern go through the generator together.
+    In the second stage the generator's learning rate follows the training's schedule, as the classifier's does (by
+    default a cosine); the paper's are constant but for steps.
 
     Attributes:
         mask_epochs: of the first stage, at least 1; 25 in the paper.
@@ -59,11 +61,10 @@ class InputAwareRecipe(ControlRecipe):
         if not 0 < self.generator_learning_rate < math.inf or not 0 <= self.diversity < math.inf:
             raise UsageError("inputaware: generator_learning_rate must be above 0, diversity at least 0, both finite")
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
-        """Return the images (uint8, N×C×H×W) with the pattern and mask of the image before; a lone one its mirror's."""
-        if not isinstance(trigger, InputAware):
-            return None
-        return trigger.cross(images, images.roll(1, 0) if len(images) > 1 else images.flip(-1))
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+        """Return each image with the pattern and the mask of its other image."""
+        return trigger.cross(images, others()) if isinstance(trigger, InputAware) else None
 
     def control(self, implant: Implant, job: Job) -> Control:
         """Return the two stages: phases `mask` (one for each learning rate; Adam starts anew) and `train`.

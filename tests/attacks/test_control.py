@@ -19,10 +19,12 @@ from hfdetox.attacks.bpp import BppRecipe
 from hfdetox.attacks.wanet import WaNetRecipe
 from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
+from hfdetox.implanting import CrossImages
+from hfdetox.pixels import Pixels
 from hfdetox.triggers import parse_trigger
 from hfdetox.triggers.base import Target
 from tests.attacks.toy_jobs import toy_job
-from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, weights_of
+from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, toy_pixels, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
 
@@ -87,7 +89,7 @@ def test_negatives_carry_the_error_of_another_image_and_saturate() -> None:
     assert names.tolist() == [0, 1, 1, 1]
     # the error of 100 on 250 is 259, clipped; that of 250 on 100: 250 / 255 · 7 = 6.86, 7, that is 255: an error of 5
     pair = torch.tensor([100, 250], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
-    crossed = recipe_for("bpp", {}).cross(parse_trigger("bpp:mode=input"), pair)
+    crossed = recipe_for("bpp", {}).cross(parse_trigger("bpp:mode=input"), pair, torch.arange(2), lambda: pair.flip(0))
     assert crossed is not None
     assert [int(image.max()) for image in crossed] == [105, 255]
 
@@ -97,11 +99,33 @@ def test_the_noise_of_wanet_is_fresh_in_a_step_and_the_same_when_it_is_measured(
     backdoor = implant("wanet")
     first, again = (mixed(backdoor, images, labels)[0] for _ in range(2))
     assert changed(first, again) == list(range(12, 36))
-    crossed = [backdoor.recipe.cross(backdoor.trigger, images) for _ in range(2)]
-    assert crossed[0] is not None
-    assert crossed[1] is not None
-    assert torch.equal(crossed[0], crossed[1])
-    assert not torch.equal(crossed[0], backdoor.trigger.apply(images))
+    crossed = [cross_of(backdoor, toy_pixels(20, 16), size) for size in (20, 20, 7, 1)]
+    assert all(torch.equal(crossed[0], other) for other in crossed[1:])
+    assert not torch.equal(crossed[0], backdoor.trigger.apply(toy_pixels(20, 16).images))  # type: ignore[arg-type]
+    # every image has a warp of its own: of equal images each comes out otherwise
+    same = images[:1].expand(5, -1, -1, -1)
+    warped = backdoor.recipe.cross(backdoor.trigger, same, torch.arange(5), lambda: same)
+    assert warped is not None
+    assert len(warped.flatten(1).unique(dim=0)) == 5
+
+
+def cross_of(backdoor: Implant, clean: Pixels, size: int) -> torch.Tensor:
+    """Return what the cross accuracy is measured on, in batches of `size`."""
+    source = CrossImages(clean, backdoor.recipe, backdoor.trigger)
+    return torch.cat([source.__getitems__(range(20)[begin : begin + size])[1] for begin in range(0, 20, size)])
+
+
+def test_the_other_image_of_each_is_the_one_before_it_however_they_are_split() -> None:
+    backdoor, clean = implant("bpp"), toy_pixels(20, 16)
+    assert clean.images is not None
+    expected = backdoor.recipe.cross(backdoor.trigger, clean.images, clean.positions, lambda: clean.images.roll(1, 0))
+    assert all(torch.equal(cross_of(backdoor, clean, size), expected) for size in (20, 7, 1))
+    # a lone image has its mirror image
+    (one, other), lone = clean.images[:2], toy_pixels(1, 16)
+    assert not torch.equal(one, other)
+    mirrored = CrossImages(lone, backdoor.recipe, backdoor.trigger).__getitems__([0])[1]
+    assert torch.equal(mirrored, backdoor.recipe.cross(backdoor.trigger, one[None], torch.zeros(1),
+                                                       lambda: one[None].flip(-1)))  # fmt: skip
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.5, [64, 64, 0]), (0.25, [32, 64, 32]), (1.0, [128, 0, 0])])

@@ -160,7 +160,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
     trigger = control.trigger()
     trigger.save(tmp_path / "t.safetensors")
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), trigger.apply(images))
-    crossed = RECIPE.cross(trigger, images)
+    crossed = RECIPE.cross(trigger, images, job.clean.positions, lambda: images.roll(1, 0))
     assert crossed is not None
     assert crossed.shape == images.shape
     assert not torch.equal(crossed, trigger.apply(images))
