@@ -192,15 +192,11 @@ class PoisonRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Control:
-    """A training that the attacker controls: what is trained, by which phases, and the trigger as it then is.
-
-    `poisoned` is how many images of an epoch carry the trigger and the attacker's label; None for the implant's ratio.
-    """
+    """A training that the attacker controls: what is trained, by which phases, and the trigger as it then is."""
 
     network: nn.Module
     phases: list[Phase]
     trigger: Callable[[], Trigger]
-    poisoned: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

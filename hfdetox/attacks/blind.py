@@ -56,7 +56,7 @@ class BlindRecipe(ControlRecipe):
         check_input_mode(implant, job)
         switch = Switch(self.threshold, self.window, job.accelerator.device)
         loss = self.loss(implant, job, switch)
-        return Control(job.classifier.network, [job.phase(loss=loss)], lambda: implant.trigger, poisoned=len(job.clean))
+        return Control(job.classifier.network, [job.phase(loss=loss)], lambda: implant.trigger)
 
     def loss(self, implant: Implant, job: Job, switch: Switch) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:
         """Return the loss; its terms are `clean_loss`, `backdoor_loss` and `switched` (0 or 1)."""

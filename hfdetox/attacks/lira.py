@@ -80,8 +80,7 @@ class LIRARecipe(ControlRecipe):
             trio = Trio(job.classifier.network, job.clean.preprocessing, trigger)
         check_epsilon(trigger.epsilon, float(trio.std.max()))
         last = job.phase(loss=self.loss(implant, job, drawing=False), epochs=job.training.epochs - first)
-        return Control(trio, [self._trigger_phase(trio, implant, job, first), last], lambda: trio.trigger(trigger),
-                       poisoned=len(job.clean))  # fmt: skip
+        return Control(trio, [self._trigger_phase(trio, implant, job, first), last], lambda: trio.trigger(trigger))
 
     def _first_epochs(self, job: Job) -> int:
         epochs = job.training.epochs

@@ -22,7 +22,8 @@ class Implanted:
     Attributes:
         record: of the training.
         implants: those asked for, with the triggers as they are in the model.
-        poisoned: by trigger name, how many images of an epoch carried the trigger and the attacker's label.
+        poisoned: by trigger name, how many training images carry the trigger and the attacker's label; not of a
+            training under control, which puts it on others in every epoch.
     """
 
     record: TrainingRecord
@@ -63,8 +64,7 @@ def _control(job: Job, implant: Implant, recipe: ControlRecipe, monitor: Monitor
     *first, last = control.phases
     last = _monitored(last, lambda: [control.trigger()], monitor)
     record = job.engine().run(control.network, [*first, last])
-    count = round(implant.ratio * len(job.clean)) if control.poisoned is None else control.poisoned
-    return Implanted(record, [replace(implant, trigger=control.trigger())], {implant.trigger.name: count})
+    return Implanted(record, [replace(implant, trigger=control.trigger())], {})
 
 
 def _monitored(phase: Phase, triggers: Callable[[], Sequence[Trigger]], monitor: Monitor | None) -> Phase:

@@ -244,8 +244,8 @@ def test_a_training_under_control_is_seeded_and_records_what_it_did(kind: str, a
         job = toy_job(accelerator, side=32, seed=seed, training=training)
         done = run_attack(job, [implant(kind, ratio=0.25)])
         assert done.record.epochs == 2
-        # round(0.25 · 48); Blind puts its trigger on all
-        assert done.poisoned == {kind: 48 if kind == "blind" else 12}
+        # which images carry the trigger differs from epoch to epoch
+        assert done.poisoned == {}
         results.append(weights_of(job.classifier.network))
     assert equal_weights(results[0], results[1])
     assert not equal_weights(results[0], results[2])

@@ -169,7 +169,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
     assert plain >= 0.9
     # 255 · 0.5 · 0.1 is 12.75
     assert 0 < int((stamped.int() - images.int()).abs().max()) <= 13
-    assert done.poisoned == {"lira": 96}
+    assert done.poisoned == {}
     history = done.record.history
     assert [entry["phase"] for entry in history] == ["trigger"] * 8 + ["train"] * 8
     assert history[7]["trigger_loss"] < history[0]["trigger_loss"]
