@@ -79,11 +79,16 @@ class WaNet(Trigger):
         height, width = images.shape[-2:]
         device = images.device if generator is None else generator.device
         drawn = torch.rand(len(images), height, width, 2, generator=generator, device=device).to(images.device) * 2 - 1
-        moved = drawn / torch.tensor([width, height], device=images.device)
-        return _sampled(images, (self._grid_on(images) + moved).clamp(-1, 1))
+        key = (height, width, images.device)
+        sides = remember(self._sides, key, lambda: torch.tensor([width, height], device=images.device))
+        return _sampled(images, (self._grid_on(images) + drawn / sides).clamp(-1, 1))
 
     @cached_property
     def _grids(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
+        return {}
+
+    @cached_property
+    def _sides(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
         return {}
 
     def _grid_on(self, images: torch.Tensor) -> torch.Tensor:
