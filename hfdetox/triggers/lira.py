@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -13,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers._autoencoder import Autoencoder
-from hfdetox.triggers._networks import full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
 from hfdetox.triggers.base import Trigger
 
 
@@ -27,8 +26,8 @@ class LIRA(Trigger):
     Doan et al., ICCV 2021.
 
     Attributes:
-        epsilon: the greatest change of a normalised value, above 0.
-        size: pixels a side that the autoencoder was trained at, a multiple of 16.
+        epsilon: the greatest change of a normalised value, above 0 and at most 1000.
+        size: pixels a side that the autoencoder was trained at, a multiple of 16 and at most 1024.
         autoencoder: the state dict of A (`Autoencoder` of this package).
         mean: what is subtracted from each channel of images in [0, 1], float32 of shape (C,); None is 0.
         std: what each channel is divided by after that; None is 1.
@@ -46,8 +45,9 @@ class LIRA(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 16 or self.size % 16 or not 0 < self.epsilon < math.inf:
-            raise UsageError("lira: size must be a multiple of 16, and epsilon above 0 and finite")
+        if not 16 <= self.size <= MAX_SIZE or self.size % 16 or not 0 < self.epsilon <= 1000:
+            raise UsageError(f"lira: size must be a multiple of 16, at most {MAX_SIZE}, and epsilon above 0 and "
+                             "at most 1000")  # fmt: skip
         if not self.fitted:
             return
         # a state that does not fit is told of now, and not at the first image
@@ -78,7 +78,7 @@ class LIRA(Trigger):
     def _network(self) -> Autoencoder:
         state = self.autoencoder or {}
         first = state.get("layers.0.weight")
-        channels = 3 if first is None or first.ndim != 4 else first.shape[1]
+        channels = 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
         return load_network(lambda: Autoencoder(channels), state, "lira: autoencoder")
 
 

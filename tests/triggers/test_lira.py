@@ -104,6 +104,8 @@ def test_the_file_keeps_the_statistics_and_the_normalisation(tmp_path: Path) -> 
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(UsageError, match=r"lira: autoencoder .*: layers.0.weight is nothing"):
         LIRA(autoencoder={"other": torch.zeros(1)})
+    with pytest.raises(UsageError, match=r"layers.0.weight is \(0, 10000000000000000, 4, 4\) where \(16, 3, 4, 4\)"):
+        LIRA(autoencoder={"layers.0.weight": torch.zeros(0, 10**16, 4, 4)})
     with pytest.raises(UsageError, match=r"lira: mean must be of shape \(3,\), got \(1,\)"):
         LIRA(autoencoder=STATE, mean=torch.zeros(1))
     with pytest.raises(UsageError, match="std must be above 0"):
@@ -117,6 +119,8 @@ def test_what_does_not_fit_is_named() -> None:
     [
         ("lira:size=24", "size must be a multiple of 16"),
         ("lira:size=0", "size must be a multiple of 16"),
+        ("lira:size=1040", "size must be a multiple of 16, at most 1024"),
+        ("lira:epsilon=1001", "epsilon above 0 and at most 1000"),
         ("lira:epsilon=0", "epsilon above 0"),
         ("lira:epsilon=inf", "epsilon above 0"),
         ("lira:autoencoder=1", "autoencoder is kept in trigger files"),
