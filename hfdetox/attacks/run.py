@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hfdetox.attacks._processes import trigger_of_main
 from hfdetox.attacks.base import ControlRecipe, Implant, Job
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.engine import Phase, TrainingRecord
@@ -47,8 +48,9 @@ def run_attack(job: Job, implants: Sequence[Implant], *, monitor: Monitor | None
     if controlled and len(implants) > 1:
         raise UsageError(f"{controlled[0]} controls the training itself and cannot share it with another trigger; "
                          "attack with it alone")  # fmt: skip
-    ready = [replace(implant, trigger=implant.recipe.make(implant.trigger, implant.target, job))
-             for implant in implants]  # fmt: skip
+    made = [implant.recipe.make(implant.trigger, implant.target, job) for implant in implants]
+    ready = [replace(implant, trigger=trigger_of_main(trigger, job.accelerator))
+             for implant, trigger in zip(implants, made, strict=True)]  # fmt: skip
     for implant in ready:
         if isinstance(implant.recipe, ControlRecipe):
             return _control(job, implant, implant.recipe, monitor)
