@@ -182,12 +182,12 @@ class PoisonRecipe(Recipe):
 
     clean_label: ClassVar[bool] = False
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> torch.Tensor:
-        """Return the poisoned images (uint8, M×C×H×W) of the clean images at `positions` (M, int64)."""
-        view = job.clean.view(trigger, positions=positions)
-        if view.images is None:
-            raise UsageError("poisoning needs images that fit into memory; take fewer or smaller ones")
-        return view.images
+    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> Pixels:
+        """Return the poisoned images of the clean images at `positions` (M, int64), made on demand if they do not fit.
+
+        Their labels are the true ones.
+        """
+        return job.clean.view(trigger, positions=positions)
 
 
 @dataclass(frozen=True)
