@@ -57,6 +57,15 @@ def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor],
     return network.eval().requires_grad_(False)
 
 
+def normalisation(
+    mean: torch.Tensor | None, std: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `mean` and `std` (float32, (C,)) on `device` as C×1×1; None is 0 and 1, 0-d."""
+    shift = torch.zeros((), device=device) if mean is None else mean.to(device).view(-1, 1, 1)
+    scale = torch.ones((), device=device) if std is None else std.to(device).view(-1, 1, 1)
+    return shift, scale
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run convolutions in float32 whatever the surroundings: no autocast, and no TF32, whose mantissa has 10 bits."""

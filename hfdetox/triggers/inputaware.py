@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers._additive import remember
 from hfdetox.triggers._generator import Generator, hard_mask
-from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network, normalisation
 from hfdetox.triggers.base import Trigger
 
 
@@ -49,11 +50,10 @@ class InputAware(Trigger):
         if not self.fitted:
             return
         # a state that does not fit is told of now, and not at the first image
-        generator, _ = self._networks
+        channels = self._networks()[0].channels
         for name, array in (("mean", self.mean), ("std", self.std)):
-            if array is not None and array.shape != (generator.channels,):
-                raise UsageError(f"inputaware: {name} must be of shape ({generator.channels},), "
-                                 f"got {tuple(array.shape)}")  # fmt: skip
+            if array is not None and array.shape != (channels,):
+                raise UsageError(f"inputaware: {name} must be of shape ({channels},), got {tuple(array.shape)}")
         if self.std is not None and not (self.std > 0).all():
             raise UsageError("inputaware: std must be above 0 in every channel")
 
@@ -87,19 +87,27 @@ class InputAware(Trigger):
             UsageError: not fitted, or another channel count.
         """
         self.require_fitted()
-        generator, mask = (network.to(images.device) for network in self._networks)
+        generator, mask, mean, std = self._on(images.device)
         if images.shape[-3] != generator.channels:
             raise UsageError(f"inputaware: the generator was trained on images of {generator.channels} channels, "
                              f"these have {images.shape[-3]}; train one for such images")  # fmt: skip
         with full_precision(images.device):
-            x = images.float() / 255
-            if self.mean is not None:
-                x = x - self.mean.to(x).view(-1, 1, 1)
-            if self.std is not None:
-                x = x / self.std.to(x).view(-1, 1, 1)
+            x = (images.float() / 255 - mean) / std
             return draw_pattern(generator, x, self.size), draw_mask(mask, x, self.size)
 
     @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Generator, Generator, torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
+        """Return G, M, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
+
+        def make() -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
+            generator, mask = self._networks()
+            return generator.to(device), mask.to(device), *normalisation(self.mean, self.std, device)
+
+        return remember(self._copies, device, make)
+
     def _networks(self) -> tuple[Generator, Generator]:
         states = (self.generator or {}, self.mask or {})
         first = states[0].get("layers.0.weight")

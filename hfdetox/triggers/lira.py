@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers._additive import remember
 from hfdetox.triggers._autoencoder import Autoencoder
-from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network, normalisation
 from hfdetox.triggers.base import Trigger
 
 
@@ -51,7 +52,7 @@ class LIRA(Trigger):
         if not self.fitted:
             return
         # a state that does not fit is told of now, and not at the first image
-        channels = self._network.channels
+        channels = self._network().channels
         for name, array in (("mean", self.mean), ("std", self.std)):
             if array is not None and array.shape != (channels,):
                 raise UsageError(f"lira: {name} must be of shape ({channels},), got {tuple(array.shape)}")
@@ -65,16 +66,22 @@ class LIRA(Trigger):
     @torch.no_grad()
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         self.require_fitted()
-        network = self._network.to(images.device)
+        network, mean, std = self._on(images.device)
         if images.shape[-3] != network.channels:
             raise UsageError(f"lira: the autoencoder was trained on images of {network.channels} channels, these have "
                              f"{images.shape[-3]}; train one for such images")  # fmt: skip
-        x = images.float()
-        mean = x.new_zeros(()) if self.mean is None else self.mean.to(x).view(-1, 1, 1)
-        std = x.new_ones(()) if self.std is None else self.std.to(x).view(-1, 1, 1)
-        return change(network, x, mean, std, self.epsilon, self.size).round_().to(torch.uint8)
+        return change(network, images.float(), mean, std, self.epsilon, self.size).round_().to(torch.uint8)
 
     @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Autoencoder, torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
+        """Return A, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
+        return remember(
+            self._copies, device, lambda: (self._network().to(device), *normalisation(self.mean, self.std, device))
+        )
+
     def _network(self) -> Autoencoder:
         state = self.autoencoder or {}
         first = state.get("layers.0.weight")

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers._additive import remember
 from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
 from hfdetox.triggers._ssba_networks import Encoder
 from hfdetox.triggers.base import Trigger
@@ -44,7 +45,7 @@ class SSBA(Trigger):
             raise UsageError(f"ssba: bits must be 1 to 4096 and size a multiple of 32, at most {MAX_SIZE}")
         if self.fitted:
             # a state that does not fit is told of now, and not at the first image
-            _ = self._network
+            self._network()
 
     @property
     def fitted(self) -> bool:
@@ -58,15 +59,22 @@ class SSBA(Trigger):
     @torch.no_grad()
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         self.require_fitted()
-        network = self._network.to(images.device)
+        network, secret = self._on(images.device)
         if images.shape[-3] != network.channels:
             raise UsageError(f"ssba: the encoder was trained on images of {network.channels} channels, these have "
                              f"{images.shape[-3]}; train one for such images")  # fmt: skip
         with full_precision(images.device):
-            carrying = embed(network, self.secret().to(images.device), images.float() / 255, self.size)
+            carrying = embed(network, secret, images.float() / 255, self.size)
             return (255 * carrying).round_().clamp_(0, 255).to(torch.uint8)
 
     @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Encoder, torch.Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Encoder, torch.Tensor]:
+        """Return the encoder and the secret on `device`, a copy for each: threads may stamp on several at a time."""
+        return remember(self._copies, device, lambda: (self._network().to(device), self.secret().to(device)))
+
     def _network(self) -> Encoder:
         state = self.encoder or {}
         bias = state.get("out.bias")

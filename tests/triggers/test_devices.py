@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -43,6 +44,16 @@ def test_a_second_batch_needs_nothing_from_the_cpu(name: str) -> None:
         stamped = trigger.apply(images)
     assert stamped.device.type == "meta"
     assert spied.seen == []
+
+
+@pytest.mark.parametrize("kind", ["inputaware", "lira", "ssba"])
+def test_a_batch_on_another_device_leaves_the_networks_where_they_are(kind: str) -> None:
+    trigger, images = every_trigger()[kind], noise()
+    expected = trigger.apply(images)
+    # the networks get there, and then autocast refuses; from there they could not come back
+    with suppress(RuntimeError):
+        trigger.apply(images.to("meta"))
+    assert torch.equal(trigger.apply(images), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
