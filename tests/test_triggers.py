@@ -215,6 +215,8 @@ def test_a_specification_leaves_defaults_out() -> None:
         ("badnets:name=mean", "and not 'mean'"),
         ("badnets:name=.hidden", "trigger name '.hidden'"),
         ("badnets:name=" + "x" * 65, "up to 64"),
+        # letters of four bytes: 196
+        ("badnets:name=" + "𐍈" * 49, "up to 64 and 192 bytes"),
         ("badnets:image=/nowhere/f.png", "trigger picture /nowhere/f.png cannot be read"),
     ],
 )
@@ -248,11 +250,20 @@ def test_several_triggers_need_names_of_their_own() -> None:
         parse_triggers(["badnets", "badnets:size=5"])
     with pytest.raises(UsageError, match="two triggers are named 'x'"):
         parse_triggers(["badnets:name=x", Blended(name="x")])
+    with pytest.raises(UsageError, match="two triggers are named 'a' and 'A', which may be one file; give one of them"):
+        parse_triggers(["badnets:name=a", "blended:name=A"])
     assert [t.name for t in parse_triggers(["badnets", BadNets(name="big", size=9), "blended"])] == [
         "badnets",
         "big",
         "blended",
     ]
+
+
+@pytest.mark.parametrize("name", ["x" * 64, "字" * 64, "𐍈" * 48])
+def test_the_longest_names_are_names_of_files(name: str, tmp_path: Path) -> None:
+    trigger = parse_trigger(f"badnets:name={name}")
+    trigger.save(tmp_path / f"{trigger.name}.safetensors")
+    assert parse_trigger(str(tmp_path / f"{name}.safetensors")).name == name
 
 
 def test_the_list_names_every_key_with_its_default() -> None:

@@ -48,11 +48,10 @@ class Trigger(ABC):
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.kind)
-        # the name becomes a file's name, and `mean` is a key of the report
-        if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or self.name == "mean":
-            raise UsageError(
-                f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'"
-            )
+        # the name becomes a file's name, which has room for 255 bytes, and `mean` is a key of the report
+        if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or len(self.name.encode()) > 192 or self.name == "mean":
+            raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64 and 192 "
+                             "bytes, and not 'mean'")  # fmt: skip
         for name, value in self.parameters().items():
             # JSON has whole numbers of any size, tensors and fractions have not
             if type(value) is int and not -(2**63) <= value < 2**63:
