@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -229,7 +230,7 @@ def test_blinds_loss_adds_the_whole_batch_with_the_trigger_once_it_is_switched(
     clean = cross_entropy(network(pixels), labels)
     backdoored = cross_entropy(network(backdoor.trigger.apply(pixels)), torch.tensor([1, 2, 0, 1]))
     off = backdoor.recipe.loss(backdoor, job, Switch(1e-6, 1000, CPU))(network, batch)
-    on = backdoor.recipe.loss(backdoor, job, Switch(1e6, 1000, CPU))(network, batch)
+    on = backdoor.recipe.loss(backdoor, job, Switch(1e6, 1000, CPU))(network, replace(batch))
     assert (float(off["switched"]), float(on["switched"])) == (0, 1)
     torch.testing.assert_close(off["loss"], clean)
     torch.testing.assert_close(on["loss"], clean + 0.9 * backdoored)
