@@ -234,19 +234,20 @@ def test_the_command_of_a_cell(tmp_path):
     assert "--dataset-revision" not in Zoo(zoo.suite, replace(zoo.place, dataset="org/other")).command(clean)
 
 
-def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path):
+@pytest.mark.parametrize("kind", ["lc", "lf", "trojannn"])
+def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path, kind):
     grid = f"models: {{{MODEL}, trained: org/model}}\ngrids: [{{models: [%s], triggers: [%s], seeds: [3]}}]"
-    zoo = zoo_of(grid % ("tiny", "lf, 'lf:random', none"), tmp_path)
+    zoo = zoo_of(grid % ("tiny", f"{kind}, 'lf:random', none"), tmp_path)
     assert {name: zoo.surrogate(cell) for name, cell in zoo.cells.items()} == {
-        "tiny-clean-s3": None, "tiny-lf-0.1-s3": "tiny-clean-s3", "tiny-lf_random-0.1-s3": None,
+        "tiny-clean-s3": None, f"tiny-{kind}-0.1-s3": "tiny-clean-s3", "tiny-lf_random-0.1-s3": None,
     }  # fmt: skip
     with pytest.raises(
-        SuiteError, match=r"cell tiny-lf-0\.1-s3 is made on a clean model: add the trigger none for model"
+        SuiteError, match=rf"cell tiny-{kind}-0\.1-s3 is made on a clean model: add the trigger none for model"
     ):
-        zoo_of(grid % ("tiny", "lf"), tmp_path)
+        zoo_of(grid % ("tiny", kind), tmp_path)
     # a trained model is clean before the attack
-    assert zoo_of(grid % ("trained", "lf"), tmp_path).surrogate(zoo_of(grid % ("trained", "lf"), tmp_path).cells[
-        "trained-lf-0.1-s3"]) is None  # fmt: skip
+    alone = zoo_of(grid % ("trained", kind), tmp_path)
+    assert alone.surrogate(alone.cells[f"trained-{kind}-0.1-s3"]) is None
 
 
 def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
