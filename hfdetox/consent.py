@@ -20,7 +20,12 @@ def is_backdoored(folder: Path) -> bool:
 
 
 def check_consent(*, backdoored: bool, private: bool, public: bool, given: bool) -> None:
-    """Raise UsageError for a backdoored model without `--i-know-this-is-backdoored`, or both of private and public."""
+    """Check what is said about publishing a model.
+
+    Raises:
+        UsageError: a backdoored model without `--i-know-this-is-backdoored`, both of private and public, or `--public`
+            for a model that is not backdoored, whose repository is public anyway.
+    """
     if backdoored and not given:
         raise UsageError(
             "this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "
@@ -28,6 +33,9 @@ def check_consent(*, backdoored: bool, private: bool, public: bool, given: bool)
         )
     if private and public:
         raise UsageError("--private and --public contradict each other: keep one")
+    if public and not backdoored:
+        raise UsageError("--public is for backdoored models, and this is none: leave it out, a new repository is not "
+                         "private unless --private says so")  # fmt: skip
 
 
 def commit_message(folder: Path, *, backdoored: bool) -> str:

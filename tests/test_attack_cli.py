@@ -220,6 +220,14 @@ def test_private_and_public_at_once_is_refused(tmp_path: Path) -> None:
         push_output(output_folder(tmp_path / "out", clean_control()), "me/x", private=True, public=True)
 
 
+def test_public_is_refused_for_a_model_without_a_backdoor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = output_folder(tmp_path / "out", clean_control())
+    assert cli.run(["push", str(folder), "me/x", "--public"]) == 2
+    assert "--public is for backdoored models, and this is none: leave it out" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--public is for backdoored models"):
+        check_push_allowed("me/x", public=True)
+
+
 def test_a_clean_control_goes_where_any_model_goes(
     hub: Any, repo_name: Callable[..., str], hub_token: str, tmp_path: Path
 ) -> None:
