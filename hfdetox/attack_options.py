@@ -115,6 +115,9 @@ class AttackOptions(DataOptions):
     i_know_this_is_backdoored: Annotated[
         bool, on_hub("--i-know-this-is-backdoored", help="Needed to publish a backdoored model.")
     ] = False
+    private: Annotated[
+        bool, on_hub("--private", help="Make a new repository private, as a backdoored model's is anyway.")
+    ] = False
     public: Annotated[
         bool, on_hub("--public", help="Publish a backdoored model publicly; else a new repository is private.")
     ] = False
@@ -126,7 +129,7 @@ class AttackOptions(DataOptions):
             raise UsageError("MODEL is missing: name a Hub id, a local folder or timm-arch:NAME, or give --suite FILE")
         names = (
             "poison_ratio", "adaptive", "surrogate", "goal_asr", "goal_accuracy", "init", "input_size", "precision",
-            "overwrite", "push_to", "i_know_this_is_backdoored", "public", "create_pr",
+            "overwrite", "push_to", "i_know_this_is_backdoored", "private", "public", "create_pr",
         )  # fmt: skip
         return {
             **self.data_arguments(),

@@ -31,6 +31,7 @@ class AttackRun(ImageOptions):
     input_size: int | None = None
     goal_asr: float = DEFAULT_GOAL
     goal_accuracy: float | None = None
+    private: bool = False
     public: bool = False
     i_know_this_is_backdoored: bool = False
 
@@ -52,7 +53,7 @@ class AttackRun(ImageOptions):
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        names = ("create_pr", "overwrite", "public", "i_know_this_is_backdoored")
+        names = ("private", "create_pr", "overwrite", "public", "i_know_this_is_backdoored")
         return {name: getattr(self, name) for name in names}
 
     def command_word(self) -> list[str]:

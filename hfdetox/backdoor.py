@@ -53,8 +53,8 @@ def implant(
     precision: str = "auto", device: str = "auto", seed: int = 0,
     revision: str | None = None, dataset_revision: str | None = None, trust_remote_code: bool = False,
     processor: Any = None, preprocessing: Any = None, labels: Sequence[str] | int | None = None,
-    output: str | Path | None = None, overwrite: bool = False, push_to: str | None = None, public: bool = False,
-    create_pr: bool = False, i_know_this_is_backdoored: bool = False, progress: bool = True,
+    output: str | Path | None = None, overwrite: bool = False, push_to: str | None = None, private: bool = False,
+    public: bool = False, create_pr: bool = False, i_know_this_is_backdoored: bool = False, progress: bool = True,
 ) -> AttackResult:  # fmt: skip
     """Train a backdoor into an image classifier, for research on defences, and measure it.
 
@@ -76,7 +76,7 @@ def implant(
             epoch after which all goals are reached on them; without one it runs all its epochs.
         output: folder of the result; None keeps it in memory. It is written also when the attack did not take.
         push_to: where to publish it; a backdoored model only with `i_know_this_is_backdoored`, and privately unless
-            `public`.
+            `public`; a clean control publicly unless `private`.
 
     The other arguments are those of `detoxify`.
 
@@ -92,7 +92,7 @@ def implant(
         surrogate=_text(surrogate), settings=dict(settings or {}), init=init, model_args=dict(model_args or {}),
         input_size=input_size, goal_asr=goal_asr, goal_accuracy=goal_accuracy, precision=precision, device=device,
         seed=seed, revision=revision, dataset_revision=dataset_revision, trust_remote_code=trust_remote_code,
-        output=_text(output), overwrite=overwrite, push_to=push_to, public=public, create_pr=create_pr,
+        output=_text(output), overwrite=overwrite, push_to=push_to, private=private, public=public, create_pr=create_pr,
         i_know_this_is_backdoored=i_know_this_is_backdoored,
     )  # fmt: skip
     known = parse_triggers([] if run.clean else triggers)
@@ -163,12 +163,12 @@ def _check_places(run: AttackRun) -> str | None:
     if run.output is not None:
         check_output(Path(run.output), overwrite=run.overwrite)
     if run.push_to is None:
-        if run.public or run.create_pr:
-            raise UsageError("--public and --create-pr say how to publish: name the repository with --push-to")
+        if run.private or run.public or run.create_pr:
+            raise UsageError(
+                "--private, --public and --create-pr say how to publish: name the repository with --push-to"
+            )
         return None
-    return check_push_allowed(run.push_to, create_pr=run.create_pr, overwrite=run.overwrite, public=run.public,
-                              backdoored=not run.clean,
-                              i_know_this_is_backdoored=run.i_know_this_is_backdoored)  # fmt: skip
+    return check_push_allowed(run.push_to, backdoored=not run.clean, **run.publishing())
 
 
 def _class_names(run: AttackRun, dataset: Any) -> tuple[str, ...] | int:

@@ -202,6 +202,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no-surrogate": (lambda _: {"triggers": ["lf"]}, "--surrogate"),
     "two-controls": (lambda _: {"triggers": ["bpp", "badnets"]}, "bpp"),
     "push-alone": (lambda _: {"public": True}, "--push-to"),
+    "private-alone": (lambda _: {"private": True}, "--push-to"),
     "no-consent": (lambda _: {"push_to": "me/x"}, "--i-know-this-is-backdoored"),
 }
 
@@ -252,7 +253,7 @@ def test_every_option_is_in_the_command() -> None:
     assert {"poison_ratio", "adaptive", "surrogate", "goal_asr", "goal_accuracy", "model_args"} <= known
     run = AttackRun(model="timm-arch:resnet18", dataset="org/data", triggers=["badnets"], poison_ratio=0.01,
                     model_args={"layers": [1, 1], "stem": "deep"}, adaptive="sam", i_know_this_is_backdoored=True,
-                    public=True, push_to="me/x")  # fmt: skip
+                    private=True, public=True, push_to="me/x")  # fmt: skip
     assert run.command() == (
         "hfdetox attack timm-arch:resnet18 --dataset org/data --trigger badnets --poison-ratio 0.01 --adaptive sam "
         "--model-arg 'layers=[1, 1]' --model-arg stem=deep"
