@@ -156,6 +156,7 @@ def test_model_arguments_are_numbers_truth_values_lists_and_texts() -> None:
         (["a={b: 1}"], "give a number"),
         (["a="], "give a number"),
         (["a=[1"], "neither JSON nor YAML"),
+        (["a=&all [1, *all]"], "give a number"),
     ],
 )
 def test_model_arguments_of_another_form_are_refused(texts: list[str], said: str) -> None:
