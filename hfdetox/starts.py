@@ -98,6 +98,9 @@ def _architecture(
             f"--model-arg {wrong[0]} cannot be given: the classes come from the dataset, the image size from "
             "--input-size, and the weights are drawn"
         )
+    channels = model_args.get("in_chans", 3)
+    if type(channels) is not int or channels not in (1, 3):
+        raise UsageError(f"--model-arg in_chans={channels}: images have 3 channels (RGB) or 1 (grey)")
     if input_size is not None and input_size < 1:
         raise UsageError(f"--input-size {input_size}: give the images' height and width, such as 32")
     count = names if isinstance(names, int) else len(names)
