@@ -113,7 +113,9 @@ class Builder:
             finally:
                 # who presses Ctrl-C twice does not want to wait
                 for process in processes:
-                    process.kill()
+                    if process.poll() is None:
+                        # its workers as well, which hold the log's lock too
+                        os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
 
 
@@ -121,14 +123,17 @@ class Builder:
 def interruption() -> Iterator[Callable[[], bool]]:
     """Give a function that says whether Ctrl-C or a termination has come; nothing is torn apart in the middle by it.
 
-    An exception out of a process's start would leave that process behind. Threads other than the main one cannot
-    catch signals and are told of none.
+    An exception out of a process's start would leave that process behind. A terminal that is closed counts too, unless
+    nohup has it ignored: its signal does not reach the cells, which have sessions of their own. Threads other than the
+    main one cannot catch signals and are told of none.
     """
     come: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     earlier = {number: signal.signal(number, lambda got, frame: come.append(got)) for number in numbers}
     try:
         yield lambda: bool(come)

@@ -164,7 +164,10 @@ class Zoo:
         return log
 
     def start(self, cell: Cell, log: IO[bytes]) -> Running:
-        """Start the process of a cell whose `log` has been claimed."""
+        """Start the process of a cell whose `log` has been claimed.
+
+        It has a session of its own, so that Ctrl-C comes to it once, from the run that started it.
+        """
         words = [*self.command(cell), "--output", str(self.place.output / cell.name)]
         if (surrogate := self.surrogate(cell)) is not None:
             words += ["--surrogate", str(self.place.output / surrogate)]
@@ -176,7 +179,8 @@ class Zoo:
         log.flush()
         threads = {} if self.place.threads is None else {"OMP_NUM_THREADS": str(self.place.threads)}
         process = subprocess.Popen([sys.executable, "-m", "hfdetox", *words], env={**threads, **os.environ},
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   start_new_session=True)  # fmt: skip
         return Running(process, log)
 
     def ended(self, cell: Cell, running: Running) -> Row:

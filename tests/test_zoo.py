@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -156,6 +157,21 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+def test_a_cell_is_out_of_reach_of_the_terminal_s_ctrl_c(tmp_path):
+    zoo = zoo_of(SUITE, tmp_path)
+    (tmp_path / "zoo").mkdir()
+    cell = zoo.cells[ATTACKED]
+    running = zoo.start(cell, zoo.claim(cell))
+    try:
+        assert os.getpgid(running.process.pid) == os.getsid(running.process.pid) == running.process.pid
+        assert zoo.claim(cell) is None
+    finally:
+        running.process.kill()
+        running.process.wait()
+    running.log.close()
+    zoo.claim(cell).close()
 
 
 def test_a_cell_is_run_by_one_run_at_a_time_and_a_dead_run_holds_nothing(tmp_path):
