@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hfdetox.errors import UsageError
 from hfdetox.suite import SuiteError
 from hfdetox.suite_file import load_suite
+from hfdetox.triggers import parse_trigger
 from hfdetox.zoo import run_suite
 from hfdetox.zoo_folder import Place, Zoo
 from hfdetox.zoo_table import SuiteOutcome, row_of
@@ -201,6 +204,62 @@ def test_a_changed_cell_is_not_replaced(copied, pictures, tmp_path):
     with pytest.raises(UsageError, match=f"{CLEAN} is a finished model that another suite"):
         run_suite(write(tmp_path, SUITE), output=zoo, dataset=str(pictures))
     assert times(zoo) == before
+
+
+def finish(zoo, cell, weights="a" * 64):
+    """Write a cell by hand, as its process leaves it."""
+    report = {
+        "took": True, "output": {"weights_sha256": weights},
+        "attack": {"epochs": 1, "seconds": 1.0, "images_per_second": 1.0, "triggers": {}},
+        "after": {"accuracy": {"value": 1.0}, "triggers": {}},
+    }  # fmt: skip
+    folder = zoo.place.output / cell
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "attack_report.json").write_text(json.dumps(report))
+    (zoo.place.output / f"{cell}.json").write_text(json.dumps(zoo.recorded(zoo.cells[cell])))
+
+
+def test_a_cell_of_another_trigger_file_or_picture_is_not_kept(tmp_path):
+    place, picture = tmp_path / "spot.safetensors", tmp_path / "spot.png"
+    parse_trigger("badnets:size=3").save(place)
+    Image.new("RGB", (2, 2)).save(picture)
+    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: ['{place}', 'badnets:image={picture}']}}]"
+    zoo = zoo_of(text, tmp_path)
+    for name, cell in zoo.cells.items():
+        finish(zoo, name)
+        source = place if str(place) in cell.specs else picture
+        record = json.loads((tmp_path / "zoo" / f"{name}.json").read_text())
+        assert record["files"] == [hashlib.sha256(source.read_bytes()).hexdigest()]
+    assert {row.status for row in zoo_of(text, tmp_path).rows.values()} == {"done"}
+    before = place.read_bytes()
+    parse_trigger("badnets:size=4").save(place)
+    with pytest.raises(UsageError, match=r"spot\.safetensors.* was made with other trigger files .*remove"):
+        zoo_of(text, tmp_path)
+    place.write_bytes(before)
+    Image.new("RGB", (2, 2), "red").save(picture)
+    with pytest.raises(UsageError, match="was made with other trigger files"):
+        zoo_of(text, tmp_path)
+
+
+def test_a_cell_made_on_another_clean_model_is_not_kept(tmp_path):
+    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]"
+    zoo = zoo_of(text, tmp_path)
+    made = "tiny-lf-0.1-s0"
+    finish(zoo, CLEAN)
+    finish(zoo, made)
+    assert zoo_of(text, tmp_path).rows[made].status == "done"
+    record = json.loads((tmp_path / "zoo" / f"{made}.json").read_text())
+    assert record["surrogate_weights"] == "a" * 64
+    finish(zoo, CLEAN, weights="b" * 64)
+    with pytest.raises(UsageError, match=f"{made} is a finished model that was made .* on another clean model"):
+        zoo_of(text, tmp_path)
+    # an earlier version wrote neither; and a clean model that is gone says nothing
+    old = {key: record[key] for key in ("schema_version", "command", "surrogate")}
+    (tmp_path / "zoo" / f"{made}.json").write_text(json.dumps(old))
+    assert zoo_of(text, tmp_path).rows[made].status == "done"
+    (tmp_path / "zoo" / f"{made}.json").write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "zoo" / CLEAN)
+    assert zoo_of(text, tmp_path).rows[made].status == "done"
 
 
 def test_a_report_that_cannot_be_read_is_named(copied, pictures):
