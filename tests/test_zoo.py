@@ -361,6 +361,33 @@ def test_a_run_that_cannot_be(tmp_path, monkeypatch):
     assert not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "zoo.json", "tiny-clean-s0.log"])
+def test_a_folder_of_others_is_left_as_it_is(tmp_path, name):
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    (zoo / name).write_text('{"cells": []}')
+    with pytest.raises(UsageError, match=r"zoo.*; choose another"):
+        run_suite(write(tmp_path, SUITE), output=zoo, dataset="org/pictures")
+    assert {path.name: path.read_text() for path in zoo.iterdir()} == {name: '{"cells": []}'}
+
+
+def test_a_second_suite_keeps_the_rows_of_the_first(tmp_path):
+    clean, failed, attacked = load_suite(write(tmp_path, SUITE)).cells()
+    (tmp_path / "zoo").mkdir()
+    SuiteOutcome(tmp_path / "zoo", [row_of(clean), row_of(failed, "failed", reason="no room")]).write()
+    second = SuiteOutcome(tmp_path / "zoo", [row_of(clean, "failed", reason="too dark"), row_of(attacked)])
+    second.write()
+    written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
+    assert [(cell["name"], cell["reason"]) for cell in written["cells"]] == [
+        (CLEAN, "too dark"), (FAILED, "no room"), (ATTACKED, None),
+    ]  # fmt: skip
+    table = (tmp_path / "zoo" / "zoo.md").read_text()
+    assert "2 failed, 1 not run" in table
+    assert "no room" in table
+    # what is said of a run is about its own suite
+    assert second.summary() == "1 failed, 1 not run"
+
+
 def test_rows_in_words(tmp_path):
     cells = load_suite(write(tmp_path, SUITE)).cells()
     attacked = cells[2]
