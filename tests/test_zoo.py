@@ -20,7 +20,7 @@ from hfdetox.errors import UsageError
 from hfdetox.suite import SuiteError
 from hfdetox.suite_file import load_suite
 from hfdetox.triggers import parse_trigger
-from hfdetox.zoo import run_suite
+from hfdetox.zoo import Builder, run_suite
 from hfdetox.zoo_folder import Place, Zoo
 from hfdetox.zoo_table import SuiteOutcome, row_of
 from tests import image_data
@@ -34,6 +34,8 @@ grids:
   - {{models: [tiny], triggers: [corner], targets: [cow]}}
   - {{models: [tiny], triggers: [corner, none], ratios: [0.2]}}
 """
+# a part of it
+FIRST = f"training: {{epochs: 1, batch_size: 16}}\nmodels: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [none]}}]"
 CLEAN, ATTACKED, FAILED = "tiny-clean-s0", "tiny-corner-0.2-s0", "tiny-corner-to-cow-0.1-s0"
 
 
@@ -45,10 +47,22 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, pictures):
-    """A suite file, the zoo that was built of it two cells at a time, and the outcome."""
+    """A suite file, the zoo that was built of it, and the outcome.
+
+    A part was there before the run over the whole suite, which built the other cells two at a time.
+    """
     folder = tmp_path_factory.mktemp("built")
+    zoo = folder / "zoo"
+    first = run_suite(write(folder, FIRST), output=zoo, dataset=str(pictures))
+    assert (statuses(first), first.exit_status) == ({CLEAN: "done"}, 0)
+    before = times(zoo)
+    # as a killed run leaves a cell: a log and a record, no folder
+    for ending in ("log", "json"):
+        (zoo / f"{ATTACKED}.{ending}").write_text("{}")
     file = write(folder, SUITE)
-    return file, folder / "zoo", run_suite(file, output=folder / "zoo", dataset=str(pictures), jobs=2)
+    outcome = run_suite(file, output=zoo, dataset=str(pictures), jobs=2)
+    assert before == {CLEAN: times(zoo)[CLEAN]}, "what is there is kept"
+    return file, zoo, outcome
 
 
 @pytest.fixture
@@ -76,7 +90,7 @@ def status_of(zoo):
 
 
 def times(zoo):
-    return {path.name: path.stat().st_mtime_ns for path in zoo.glob("*/attack_report.json")}
+    return {path.parent.name: path.stat().st_mtime_ns for path in zoo.glob("*/attack_report.json")}
 
 
 def zoo_of(text, tmp_path, dataset="org/pictures"):
@@ -119,16 +133,10 @@ def test_the_table_says_what_the_reports_say(built):
     assert any(line.startswith(f"- failed: {FAILED}: ".replace("_", r"\_")) for line in lines)
 
 
-def test_what_is_there_is_kept_and_what_is_not_is_built(copied, pictures):
-    file, zoo = copied
-    shutil.rmtree(zoo / ATTACKED)
-    # as a killed run leaves it: a log and a record, no folder
-    assert (zoo / f"{ATTACKED}.log").is_file()
-    before = (zoo / CLEAN / "attack_report.json").stat().st_mtime_ns
-    outcome = run_suite(file, output=zoo, dataset=str(pictures))
-    assert statuses(outcome) == {CLEAN: "done", FAILED: "failed", ATTACKED: status_of(zoo)}
-    assert (zoo / CLEAN / "attack_report.json").stat().st_mtime_ns == before
-    assert (zoo / ATTACKED / "model.safetensors").is_file()
+def test_a_cell_that_failed_is_run_again(built, pictures):
+    file, zoo, _ = built
+    again = Zoo(load_suite(file), Place(output=zoo, dataset=str(pictures)))
+    assert [cell.name for cell in Builder(again, 1, progress=False).waiting] == [FAILED]
 
 
 def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_env):
@@ -326,10 +334,12 @@ def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path, kind):
 
 
 def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
-    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]"
-    outcome = run_suite(write(tmp_path, text), output=tmp_path / "zoo", dataset=str(tmp_path / "nothing"))
-    assert statuses(outcome) == {CLEAN: "failed", "tiny-lf-0.1-s0": "failed"}
-    assert outcome.rows[1].reason == f"its clean model {CLEAN} failed"
+    zoo = zoo_of(f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]", tmp_path)
+    (tmp_path / "zoo").mkdir()
+    zoo.rows[CLEAN] = row_of(zoo.cells[CLEAN], "failed", reason="no room")
+    Builder(zoo, 1, progress=False).run()
+    row = zoo.rows["tiny-lf-0.1-s0"]
+    assert (row.status, row.reason) == ("failed", f"its clean model {CLEAN} failed")
     assert not (tmp_path / "zoo" / "tiny-lf-0.1-s0.log").exists()
 
 
