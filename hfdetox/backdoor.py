@@ -24,6 +24,7 @@ from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
 from hfdetox.implanting import (
     Monitor,
     aim,
+    check_start,
     close_report,
     cross_accuracies,
     find_surrogate,
@@ -107,6 +108,7 @@ def implant(
                            model_args=run.model_args, input_size=run.input_size, seed=run.seed, revision=run.revision,
                            trust_remote_code=run.trust_remote_code, processor=processor, preprocessing=preprocessing,
                            labels=labels)  # fmt: skip
+        check_start(run, start, notes)
         classifier = start.classifier
         images = pull_images(run, dataset, classifier, notes)
         implants = aim(run, known, recipes, classifier, images.clean, notes)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import hfdetox
+from hfdetox.attack_card import DELIBERATE
 from hfdetox.attack_report import AttackReport
+from hfdetox.card import CARD_NAME
+from hfdetox.card_data import split_card
 from hfdetox.errors import UsageError
-from hfdetox.report import ATTACK_REPORT_NAME
+from hfdetox.report import ATTACK_REPORT_NAME, REPORT_NAME
 
 
 def is_backdoored(folder: Path) -> bool:
@@ -17,6 +20,25 @@ def is_backdoored(folder: Path) -> bool:
         UsageError: its attack report cannot be read.
     """
     return (folder / ATTACK_REPORT_NAME).exists() and AttackReport.load(folder).backdoored
+
+
+def comes_backdoored(folder: Path | None) -> bool:
+    """Return whether a model's own files, where it has any, say that it is deliberately backdoored.
+
+    An attack's report says it, or, of a model of the Hub, the card's tag; what hfdetox has cleaned is not.
+
+    Raises:
+        UsageError: its attack report cannot be read.
+    """
+    if folder is None:
+        return False
+    if (folder / ATTACK_REPORT_NAME).exists():
+        return is_backdoored(folder)
+    card = folder / CARD_NAME
+    if (folder / REPORT_NAME).exists() or not card.is_file():
+        return False
+    tags = split_card(card.read_text(encoding="utf-8", errors="replace"))[0].get("tags")
+    return isinstance(tags, list) and DELIBERATE in tags
 
 
 def check_consent(*, backdoored: bool, private: bool, public: bool, given: bool) -> None:

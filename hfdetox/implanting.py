@@ -13,6 +13,7 @@ from hfdetox.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, Impl
 from hfdetox.attack_run import AttackRun
 from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe
+from hfdetox.consent import comes_backdoored
 from hfdetox.devices import describe_devices
 from hfdetox.environment import describe_environment
 from hfdetox.errors import UsageError
@@ -60,19 +61,33 @@ def aim(
     return implants
 
 
+def check_start(run: AttackRun, start: Start, notes: Notes) -> None:
+    """Refuse to make a clean control of a backdoored model; of another attack on one, say what it starts from."""
+    if not start.backdoored:
+        return
+    name = start.classifier.info.id
+    if run.clean:
+        raise UsageError(f"{name} is deliberately backdoored: training it on does not make a clean control; start from "
+                         "a clean model, or from fresh weights (--init random)")  # fmt: skip
+    notes.warn(f"{name} is deliberately backdoored already: the result has its backdoors too")
+
+
 def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) -> Classifier | None:
     """Return the clean model that triggers are made on, None where no trigger needs one.
 
     A model that was trained before serves as its own, as it is before the training.
 
     Raises:
-        UsageError: one is needed and there is none, or its labels are not the model's.
+        UsageError: one is needed and there is none, it is backdoored, or its labels are not the model's.
     """
     needed = [implant.trigger.name for implant in implants if implant.recipe.on_clean_model(implant.trigger)]
     if not needed:
         return None
     if run.surrogate is not None:
         surrogate = load_classifier(run.surrogate, trust_remote_code=run.trust_remote_code)
+        if comes_backdoored(surrogate.folder):
+            raise UsageError(f"--surrogate {run.surrogate} is deliberately backdoored: trigger {needed[0]} is made on "
+                             "a clean model, name one")  # fmt: skip
         if [name.casefold() for name in surrogate.labels] != [name.casefold() for name in start.classifier.labels]:
             raise UsageError(f"--surrogate {run.surrogate} has other labels than the model: "
                              "name a clean model of the same classes in the same order")  # fmt: skip
@@ -80,6 +95,9 @@ def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) ->
     if start.from_scratch:
         raise UsageError(f"trigger {needed[0]} is made on a clean model: name one of the same labels with --surrogate, "
                          "or start from a trained model")  # fmt: skip
+    if start.backdoored:
+        raise UsageError(f"trigger {needed[0]} is made on a clean model, and {start.classifier.info.id} is "
+                         "deliberately backdoored: name a clean one of the same labels with --surrogate")  # fmt: skip
     return copy.deepcopy(start.classifier)
 
 
@@ -181,7 +199,7 @@ def open_report(
             start=SCRATCH if start.from_scratch else info.id, adaptive=job.sharpness.spec() if job.sharpness else None,
             surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(job.training), epochs=0,
             steps=0, seconds=0.0, images_per_second=0.0, precision=job.accelerator.mixed_precision,
-            devices=describe_devices(job.accelerator), stopped_early=False,
+            devices=describe_devices(job.accelerator), stopped_early=False, start_backdoored=start.backdoored,
         ),
         before=before.measurement if before is not None else None,
         after=None,

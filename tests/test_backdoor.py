@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from hfdetox.errors import UsageError
 from hfdetox.implanting import split_monitor
 from hfdetox.models import load_classifier
 from hfdetox.triggers import load_trigger
+from tests.attacked import attack_report
 from tests.colours import ARCHITECTURE, NAMES, SIDE, TRAINING, write_colours
 from tests.image_data import load
 
@@ -89,6 +91,7 @@ def test_a_clean_control_is_trained_the_same_way(control: hfdetox.AttackResult) 
     report = control.report
     assert report.attack.triggers == {}
     assert not report.backdoored
+    assert not report.attack.start_backdoored
     assert (report.attack.epochs, report.attack.steps) == (4, 32)  # 120 images are 8 steps of 16
     assert report.after is not None
     assert report.after.accuracy.value > 0.9
@@ -232,6 +235,32 @@ def test_a_surrogate_of_other_labels_is_refused(dataset: Path, tmp_path: Path) -
 
     with pytest.raises(UsageError, match="has other labels than the model"):
         attack(dataset, triggers=["lf"], surrogate=timm_folder(tmp_path / "m"))
+
+
+@pytest.fixture
+def spoilt(control: hfdetox.AttackResult, tmp_path: Path) -> Path:
+    """A trained model whose report says that it is backdoored."""
+    assert control.output is not None
+    folder = Path(shutil.copytree(control.output, tmp_path / "spoilt"))
+    attack_report().save(folder)
+    return folder
+
+
+def test_a_backdoored_model_is_neither_a_clean_control_nor_a_surrogate(dataset: Path, spoilt: Path) -> None:
+    with pytest.raises(UsageError, match=r"spoilt is deliberately backdoored: .* not make a clean control"):
+        attack(dataset, spoilt, triggers=["none"])
+    with pytest.raises(UsageError, match=r"--surrogate .*spoilt is deliberately backdoored"):
+        attack(dataset, triggers=["lf"], surrogate=spoilt)
+    with pytest.raises(UsageError, match="trigger lf is made on a clean model, and spoilt is deliberately backdoored"):
+        attack(dataset, spoilt, triggers=["lf"])
+
+
+def test_a_backdoor_beside_others_is_recorded(dataset: Path, spoilt: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = attack(dataset, spoilt, goal_asr=0.0, settings={"epochs": "1"}, output=out).report
+    assert report.attack.start_backdoored
+    assert "spoilt is deliberately backdoored already: the result has its backdoors too" in report.warnings
+    assert "started from was deliberately backdoored already" in (out / "README.md").read_text()
 
 
 def test_an_earlier_result_is_only_replaced_when_asked(dataset: Path, control: hfdetox.AttackResult) -> None:

@@ -116,6 +116,19 @@ def test_a_config_alone_on_the_hub_is_enough(hub: Any, repo_name: Any, tmp_path:
     assert opened.classifier.labels == CLASSES
 
 
+def test_the_card_of_a_hub_model_says_that_it_is_backdoored(hub: Any, repo_name: Any, tmp_path: Path) -> None:
+    name = repo_name()
+    folder = timm_folder(tmp_path / "m")
+    hub.create_repo(name)
+    files = {file: (folder / file).read_bytes() for file in ("config.json", "model.safetensors")}
+    hub.commit(name, files | {"README.md": b"---\ntags: [hfdetox]\n---\n"})
+    assert not start(name).backdoored
+    hub.commit(name, {"README.md": b"---\ntags: [hfdetox, deliberately-backdoored]\n---\n"})
+    assert start(name).backdoored
+    # nothing of its weights is taken
+    assert not start(name, init="random").backdoored
+
+
 REFUSED = {
     "unknown": ("timm-arch:resnot18", {}, "no architecture 'resnot18'; close to it: resnet18"),
     "argument": ("timm-arch:resnet18", {"model_args": {"depht": 2}}, "with depht=2 .*unexpected keyword argument"),
