@@ -20,7 +20,7 @@ from hfdetox.errors import UsageError
 from hfdetox.suite import SuiteError
 from hfdetox.suite_file import load_suite
 from hfdetox.triggers import parse_trigger
-from hfdetox.zoo import Builder, run_suite
+from hfdetox.zoo import Builder, interruption, run_suite
 from hfdetox.zoo_folder import Place, Zoo
 from hfdetox.zoo_table import SuiteOutcome, row_of
 from tests import image_data
@@ -161,6 +161,19 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     # its process is gone, and with it the lock
     zoo = Zoo(load_suite(tmp_path / "suite.yaml"), Place(output=tmp_path / "zoo", dataset=str(pictures)))
     zoo.claim(zoo.cells[CLEAN]).close()
+
+
+def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
+    with interruption() as interrupted:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupted()
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 def wait_for(condition, seconds=60):
