@@ -240,7 +240,7 @@ def test_the_suite_of_the_d3_evaluation():
     # the seven attacks and the clean model, two at 1 %, all-to-all, adaptive: 12; ViT and ConvNeXt three each
     assert len(found.cells()) == 12 + 2 * 3
     assert names(found)[:3] == ["resnet-clean-s0", "vit-clean-s0", "convnext-clean-s0"]
-    assert {"resnet-badnets-0.01-s0", "resnet-badnets-all-to-all-0.1-s0", "vit-blended-0.1-s0"} <= set(names(found))
+    assert {"resnet-badnets-0.01-s0", "resnet-blended-all-to-all-0.1-s0", "vit-blended-0.1-s0"} <= set(names(found))
     assert sum(cell.adaptive is not None for cell in found.cells()) == 1
 
 
