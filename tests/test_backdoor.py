@@ -203,6 +203,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "none-and-more": (lambda _: {"triggers": ["none", "badnets"]}, "goes with no other trigger"),
     "goal": (lambda _: {"goal_asr": 90}, "--goal-asr 90"),
     "no-surrogate": (lambda _: {"triggers": ["lf"]}, "--surrogate"),
+    "no-surrogate-lc": (lambda _: {"triggers": ["lc"]}, "--surrogate"),
     "two-controls": (lambda _: {"triggers": ["bpp", "badnets"]}, "bpp"),
     "push-alone": (lambda _: {"public": True}, "--push-to"),
     "private-alone": (lambda _: {"private": True}, "--push-to"),
@@ -228,6 +229,19 @@ def test_bad_input_is_one_line_and_nothing_is_trained_or_written(
 def test_a_model_of_fresh_weights_needs_a_dataset() -> None:
     with pytest.raises(UsageError, match="give --dataset ID"):
         attack(None)
+
+
+@pytest.mark.parametrize(("kind", "quick"), [
+    ("lc", {"steps": "2"}), ("lf", {"passes": "1", "images": "10", "delta": "0.99"}), ("trojannn", {"steps": "3"}),
+])  # fmt: skip
+def test_a_trained_start_is_its_own_clean_model_and_another_can_be_named(
+    kind: str, quick: dict[str, str], dataset: Path, control: hfdetox.AttackResult
+) -> None:
+    settings = {"epochs": "1", **quick}
+    options: dict[str, Any] = {"triggers": [kind], "goal_asr": 0.0, "poison_ratio": 0.1, "settings": settings}
+    assert attack(dataset, control.output, **options).report.attack.surrogate == "clean"
+    named = attack(dataset, surrogate=control.output, **options).report
+    assert (named.attack.start, named.attack.surrogate) == ("scratch", "clean")
 
 
 def test_a_surrogate_of_other_labels_is_refused(dataset: Path, tmp_path: Path) -> None:
