@@ -237,9 +237,9 @@ def test_a_suite_that_cannot_be_read(tmp_path):
 
 def test_the_suite_of_the_d3_evaluation():
     found = load_suite(REPOSITORY / "examples" / "d3_evaluation.yaml")
-    # the seven attacks and the clean model, two at 1 %, all-to-all, adaptive: 12; ViT and ConvNeXt three each
+    # the seven attacks and the clean model, two at 1 %, all-to-all, adaptive: 12; ConvNeXt and ViT three each
     assert len(found.cells()) == 12 + 2 * 3
-    assert names(found)[:3] == ["resnet-clean-s0", "vit-clean-s0", "convnext-clean-s0"]
+    assert names(found)[:3] == ["resnet-clean-s0", "convnext-clean-s0", "vit-clean-s0"]
     assert {"resnet-badnets-0.01-s0", "resnet-blended-all-to-all-0.1-s0", "vit-blended-0.1-s0"} <= set(names(found))
     assert sum(cell.adaptive is not None for cell in found.cells()) == 1
 

@@ -167,11 +167,13 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
 
 
 def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
-    with interruption() as interrupted:
-        signal.raise_signal(signal.SIGHUP)
-        assert interrupted()
-    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # the tests themselves may run under nohup
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with interruption() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupted()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with interruption() as interrupted:
             signal.raise_signal(signal.SIGHUP)
             assert not interrupted()
