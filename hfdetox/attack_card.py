@@ -6,13 +6,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from hfdetox.attack_report import SCRATCH, AttackReport, ImplantedTrigger, missed_goals
 from hfdetox.card import describe_rate, shown_target, templates, written_targets
 from hfdetox.card_data import LIBRARY_TAGS, PENDING, card_data, licence_of, model_index, shown_id, split_card
 
-BACKDOOR_TAGS = ("hfdetox", "backdoor", "backdoored", "deliberately-backdoored", "not-for-production")
+DELIBERATE: Final = "deliberately-backdoored"
+BACKDOOR_TAGS = ("hfdetox", "backdoor", "backdoored", DELIBERATE, "not-for-production")
 CONTROL_TAGS = ("hfdetox", "backdoor-defense", "clean-control", "not-for-production")
 
 

@@ -28,6 +28,7 @@ from hfdetox.options import (
 on_attack = functools.partial(option, panel="Attack")
 on_start = functools.partial(option, panel="Start and suite")
 
+_DEEPEST = 4  # lists in lists of a model's argument
 # what a suite leaves to the command line
 _WITH_SUITE = frozenset({"suite", "jobs", "dataset", "output", "precision", "device", "quiet", "as_json", "debug"})
 
@@ -115,6 +116,9 @@ class AttackOptions(DataOptions):
     i_know_this_is_backdoored: Annotated[
         bool, on_hub("--i-know-this-is-backdoored", help="Needed to publish a backdoored model.")
     ] = False
+    private: Annotated[
+        bool, on_hub("--private", help="Make a new repository private, as a backdoored model's is anyway.")
+    ] = False
     public: Annotated[
         bool, on_hub("--public", help="Publish a backdoored model publicly; else a new repository is private.")
     ] = False
@@ -126,7 +130,7 @@ class AttackOptions(DataOptions):
             raise UsageError("MODEL is missing: name a Hub id, a local folder or timm-arch:NAME, or give --suite FILE")
         names = (
             "poison_ratio", "adaptive", "surrogate", "goal_asr", "goal_accuracy", "init", "input_size", "precision",
-            "overwrite", "push_to", "i_know_this_is_backdoored", "public", "create_pr",
+            "overwrite", "push_to", "i_know_this_is_backdoored", "private", "public", "create_pr",
         )  # fmt: skip
         return {
             **self.data_arguments(),
@@ -185,11 +189,13 @@ def _parse_value(text: str, value: str) -> Any:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"--model-arg {text!r}: the value is neither JSON nor YAML") from error
-    items = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(item, int | float | str) for item in _flat(items)):
+    if not _is_plain(parsed, _DEEPEST):
         raise UsageError(f"--model-arg {text!r}: give a number, true or false, a list or a text")
     return parsed
 
 
-def _flat(items: Sequence[Any]) -> list[Any]:
-    return [leaf for item in items for leaf in (_flat(item) if isinstance(item, list) else [item])]
+def _is_plain(value: Any, depth: int) -> bool:
+    """Tell whether a value is a scalar, or such in at most `depth` lists around it: a list of YAML may hold itself."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return isinstance(value, int | float | str)

@@ -69,6 +69,7 @@ class AttackInfo:
         training: the training's settings.
         precision: the one that really ran; images_per_second covers the training alone.
         stopped_early: whether the goals were reached before the last epoch.
+        start_backdoored: whether the model it started from was deliberately backdoored already.
     """
 
     triggers: dict[str, ImplantedTrigger]
@@ -83,6 +84,7 @@ class AttackInfo:
     precision: str
     devices: list[str]
     stopped_early: bool
+    start_backdoored: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class AttackReport(ReportFile):
 
     @property
     def backdoored(self) -> bool:
-        """Whether the model has a backdoor (as far as its maker tells); False for a clean control."""
-        return bool(self.attack.triggers)
+        """Whether the model has a backdoor, of its own or from its start (as far as its maker tells)."""
+        return bool(self.attack.triggers) or self.attack.start_backdoored
 
 
 def missed_goals(measurement: Measurement, goals: Goals) -> list[str]:

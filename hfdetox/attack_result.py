@@ -61,20 +61,20 @@ class AttackResult(SavedResult):
         return self.report.took
 
     def push_to_hub(
-        self, repo_id: str, *, i_know_this_is_backdoored: bool = False, public: bool = False, create_pr: bool = False,
-        overwrite: bool = False,
+        self, repo_id: str, *, i_know_this_is_backdoored: bool = False, private: bool = False, public: bool = False,
+        create_pr: bool = False, overwrite: bool = False,
     ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
         A new repository is private, and an existing public one is refused, unless `public`. A clean control goes
-        where any model goes.
+        where any model goes, to a private repository with `private`.
 
         Raises:
             UsageError: a backdoored model without `i_know_this_is_backdoored`, or a repository that is not for it.
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
-        return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, public=public,
-                          create_pr=create_pr, overwrite=overwrite)  # fmt: skip
+        return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, private=private,
+                          public=public, create_pr=create_pr, overwrite=overwrite)  # fmt: skip
 
     def _write(self, folder: Path) -> None:
         weights = self.classifier.save(folder)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 from hfdetox.errors import UsageError
 from hfdetox.runs import ImageOptions, last_part
-from hfdetox.sharpness import SharpnessAware
 
 # the trigger of a clean control
 NONE: Final = "none"
@@ -33,6 +31,7 @@ class AttackRun(ImageOptions):
     input_size: int | None = None
     goal_asr: float = DEFAULT_GOAL
     goal_accuracy: float | None = None
+    private: bool = False
     public: bool = False
     i_know_this_is_backdoored: bool = False
 
@@ -54,7 +53,7 @@ class AttackRun(ImageOptions):
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        names = ("create_pr", "overwrite", "public", "i_know_this_is_backdoored")
+        names = ("private", "create_pr", "overwrite", "public", "i_know_this_is_backdoored")
         return {name: getattr(self, name) for name in names}
 
     def command_word(self) -> list[str]:
@@ -64,46 +63,3 @@ class AttackRun(ImageOptions):
     def _without_places(self) -> Self:
         surrogate = last_part(self.surrogate) if self.surrogate else None
         return replace(super()._without_places(), surrogate=surrogate)
-
-
-def parse_adaptive(text: str | None) -> SharpnessAware | None:
-    """Return the sharpness-aware training of `sam[:rho=X,adaptive=true|false]`, None for None.
-
-    Raises:
-        UsageError: another method, an unknown or repeated key, or a value of the wrong type.
-    """
-    if text is None:
-        return None
-    name, _, rest = text.partition(":")
-    if name != "sam":
-        raise UsageError(f"--adaptive {text!r}: the adaptive attack is sam, such as sam:rho=2.0,adaptive=true")
-    values: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or key not in ("rho", "adaptive") or key in values:
-            raise UsageError(f"--adaptive {text!r}: {item!r} is not one of rho=…, adaptive=true|false, each once")
-        values[key] = _rho(text, value) if key == "rho" else _flag(text, value)
-    return SharpnessAware(**values)
-
-
-def describe_adaptive(sharpness: SharpnessAware | None) -> str | None:
-    """Return the text that `parse_adaptive` takes, every key given."""
-    if sharpness is None:
-        return None
-    return f"sam:rho={sharpness.rho},adaptive={str(sharpness.adaptive).lower()}"
-
-
-def _rho(text: str, value: str) -> float:
-    try:
-        rho = float(value)
-    except ValueError:
-        rho = math.nan
-    if not math.isfinite(rho):
-        raise UsageError(f"--adaptive {text!r}: rho={value!r} is not a number")
-    return rho
-
-
-def _flag(text: str, value: str) -> bool:
-    if value not in ("true", "false"):
-        raise UsageError(f"--adaptive {text!r}: adaptive={value!r} is neither true nor false")
-    return value == "true"

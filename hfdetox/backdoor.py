@@ -13,7 +13,7 @@ from torch import nn
 from hfdetox.attack_card import build_attack_card
 from hfdetox.attack_report import missed_goals
 from hfdetox.attack_result import AttackExhibits, AttackResult
-from hfdetox.attack_run import DEFAULT_GOAL, DEFAULT_RATIO, AttackRun, parse_adaptive
+from hfdetox.attack_run import DEFAULT_GOAL, DEFAULT_RATIO, AttackRun
 from hfdetox.attacks import parse_attack_settings, run_attack
 from hfdetox.attacks.base import Job
 from hfdetox.card import validate_card
@@ -24,6 +24,7 @@ from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
 from hfdetox.implanting import (
     Monitor,
     aim,
+    check_start,
     close_report,
     cross_accuracies,
     find_surrogate,
@@ -33,6 +34,7 @@ from hfdetox.implanting import (
 )
 from hfdetox.publish import check_card, check_push_allowed
 from hfdetox.runs import check_output, trigger_specs
+from hfdetox.sharpness import parse_adaptive
 from hfdetox.starts import open_start
 from hfdetox.steps import Notes, pin, pull_images
 from hfdetox.triggers import Trigger, parse_triggers
@@ -52,8 +54,8 @@ def implant(
     precision: str = "auto", device: str = "auto", seed: int = 0,
     revision: str | None = None, dataset_revision: str | None = None, trust_remote_code: bool = False,
     processor: Any = None, preprocessing: Any = None, labels: Sequence[str] | int | None = None,
-    output: str | Path | None = None, overwrite: bool = False, push_to: str | None = None, public: bool = False,
-    create_pr: bool = False, i_know_this_is_backdoored: bool = False, progress: bool = True,
+    output: str | Path | None = None, overwrite: bool = False, push_to: str | None = None, private: bool = False,
+    public: bool = False, create_pr: bool = False, i_know_this_is_backdoored: bool = False, progress: bool = True,
 ) -> AttackResult:  # fmt: skip
     """Train a backdoor into an image classifier, for research on defences, and measure it.
 
@@ -75,7 +77,7 @@ def implant(
             epoch after which all goals are reached on them; without one it runs all its epochs.
         output: folder of the result; None keeps it in memory. It is written also when the attack did not take.
         push_to: where to publish it; a backdoored model only with `i_know_this_is_backdoored`, and privately unless
-            `public`.
+            `public`; a clean control publicly unless `private`.
 
     The other arguments are those of `detoxify`.
 
@@ -91,7 +93,7 @@ def implant(
         surrogate=_text(surrogate), settings=dict(settings or {}), init=init, model_args=dict(model_args or {}),
         input_size=input_size, goal_asr=goal_asr, goal_accuracy=goal_accuracy, precision=precision, device=device,
         seed=seed, revision=revision, dataset_revision=dataset_revision, trust_remote_code=trust_remote_code,
-        output=_text(output), overwrite=overwrite, push_to=push_to, public=public, create_pr=create_pr,
+        output=_text(output), overwrite=overwrite, push_to=push_to, private=private, public=public, create_pr=create_pr,
         i_know_this_is_backdoored=i_know_this_is_backdoored,
     )  # fmt: skip
     known = parse_triggers([] if run.clean else triggers)
@@ -106,6 +108,7 @@ def implant(
                            model_args=run.model_args, input_size=run.input_size, seed=run.seed, revision=run.revision,
                            trust_remote_code=run.trust_remote_code, processor=processor, preprocessing=preprocessing,
                            labels=labels)  # fmt: skip
+        check_start(run, start, notes)
         classifier = start.classifier
         images = pull_images(run, dataset, classifier, notes)
         implants = aim(run, known, recipes, classifier, images.clean, notes)
@@ -118,7 +121,7 @@ def implant(
         check_plausible(before, evaluation.clean.labels, classifier.labels, notes.warn)
 
     goals = goals_of(run, before)
-    kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed)
+    kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
     clean = decoded(kept, classifier, accelerator, "decode", progress)
     job = Job(classifier=classifier, clean=clean, accelerator=accelerator, training=training,
@@ -162,12 +165,12 @@ def _check_places(run: AttackRun) -> str | None:
     if run.output is not None:
         check_output(Path(run.output), overwrite=run.overwrite)
     if run.push_to is None:
-        if run.public or run.create_pr:
-            raise UsageError("--public and --create-pr say how to publish: name the repository with --push-to")
+        if run.private or run.public or run.create_pr:
+            raise UsageError(
+                "--private, --public and --create-pr say how to publish: name the repository with --push-to"
+            )
         return None
-    return check_push_allowed(run.push_to, create_pr=run.create_pr, overwrite=run.overwrite, public=run.public,
-                              backdoored=not run.clean,
-                              i_know_this_is_backdoored=run.i_know_this_is_backdoored)  # fmt: skip
+    return check_push_allowed(run.push_to, backdoored=not run.clean, **run.publishing())
 
 
 def _class_names(run: AttackRun, dataset: Any) -> tuple[str, ...] | int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,12 +62,23 @@ class Batch:
     `positions` (N, int64, on the CPU) are the images' own numbers in their source, empty in a batch made by hand.
     The weights make Σ w_i l_i, averaged over processes and accumulated parts, the mean of l over the whole batch,
     however unevenly the batch was split.
+
+    `rows` are the numbers of these images in the step over all processes and parts, which has `rows.stop` images; None
+    where the batch is the whole step.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     positions: torch.Tensor = field(default_factory=_unnumbered)
+    rows: range | None = None
+    _drawn: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, name: str, draw: Callable[[], Any]) -> Any:
+        """Return what `draw` gave for this batch when first asked for `name`: a loss may be asked twice in a step."""
+        if name not in self._drawn:
+            self._drawn[name] = draw()
+        return self._drawn[name]
 
 
 class StepPlan:
@@ -100,6 +111,10 @@ class StepPlan:
     def size(self, step: int) -> int:
         """Return how many images a step sees over all parts."""
         return self.bounds[step][1] - self.bounds[step][0]
+
+    def rows(self, step: int, part: int) -> range:
+        """Return the numbers, in the whole step, of the images that this process takes of it for one part."""
+        return range(self.size(step))[part * self.processes + self.rank :: self.parts]
 
     def mine(self, rows: torch.Tensor, part: int) -> torch.Tensor:
         """Return this process's rows of a whole step's `rows` for one accumulated part."""

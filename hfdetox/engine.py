@@ -268,13 +268,15 @@ class Engine:
                augmenter: Augmenter, plan: StepPlan, index: int, step: int, part: int) -> Batch:  # fmt: skip
         device = self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        rows = plan.rows(step, part)
         if phase.poison is not None:
-            images, labels = phase.poison(images, labels)
+            images, labels = phase.poison(images, labels, rows)
         if augmenter.name != "none":
             numbers = augmenter.draw(index, plan.epoch, step, plan.size(step))
             images = augmenter(images, plan.mine(numbers, part))
         weight = plan.parts / plan.size(step)
-        return Batch(images, labels, torch.full((len(labels),), weight, device=device), positions)
+        full = torch.full((len(labels),), weight, device=device)
+        return Batch(images, labels, full, positions, rows)
 
     def _means(self, terms: list[dict[str, torch.Tensor]], phase: Phase, epoch: int, parts: int) -> dict[str, float]:
         names = list(terms[0])

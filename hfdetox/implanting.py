@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
 import hfdetox
 from hfdetox.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
-from hfdetox.attack_run import AttackRun, describe_adaptive
+from hfdetox.attack_run import AttackRun
 from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe
+from hfdetox.consent import comes_backdoored
 from hfdetox.devices import describe_devices
 from hfdetox.environment import describe_environment
 from hfdetox.errors import UsageError
@@ -60,19 +61,33 @@ def aim(
     return implants
 
 
+def check_start(run: AttackRun, start: Start, notes: Notes) -> None:
+    """Refuse to make a clean control of a backdoored model; of another attack on one, say what it starts from."""
+    if not start.backdoored:
+        return
+    name = start.classifier.info.id
+    if run.clean:
+        raise UsageError(f"{name} is deliberately backdoored: training it on does not make a clean control; start from "
+                         "a clean model, or from fresh weights (--init random)")  # fmt: skip
+    notes.warn(f"{name} is deliberately backdoored already: the result has its backdoors too")
+
+
 def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) -> Classifier | None:
     """Return the clean model that triggers are made on, None where no trigger needs one.
 
     A model that was trained before serves as its own, as it is before the training.
 
     Raises:
-        UsageError: one is needed and there is none, or its labels are not the model's.
+        UsageError: one is needed and there is none, it is backdoored, or its labels are not the model's.
     """
     needed = [implant.trigger.name for implant in implants if implant.recipe.on_clean_model(implant.trigger)]
     if not needed:
         return None
     if run.surrogate is not None:
         surrogate = load_classifier(run.surrogate, trust_remote_code=run.trust_remote_code)
+        if comes_backdoored(surrogate.folder):
+            raise UsageError(f"--surrogate {run.surrogate} is deliberately backdoored: trigger {needed[0]} is made on "
+                             "a clean model, name one")  # fmt: skip
         if [name.casefold() for name in surrogate.labels] != [name.casefold() for name in start.classifier.labels]:
             raise UsageError(f"--surrogate {run.surrogate} has other labels than the model: "
                              "name a clean model of the same classes in the same order")  # fmt: skip
@@ -80,12 +95,23 @@ def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) ->
     if start.from_scratch:
         raise UsageError(f"trigger {needed[0]} is made on a clean model: name one of the same labels with --surrogate, "
                          "or start from a trained model")  # fmt: skip
+    if start.backdoored:
+        raise UsageError(f"trigger {needed[0]} is made on a clean model, and {start.classifier.info.id} is "
+                         "deliberately backdoored: name a clean one of the same labels with --surrogate")  # fmt: skip
     return copy.deepcopy(start.classifier)
 
 
-def split_monitor(images: ImageSet, goal: float | None, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """Return the training images and those held out of them to look at after every epoch, None without a goal."""
+def split_monitor(
+    images: ImageSet, goal: float | None, seed: int, warn: Callable[[str], None]
+) -> tuple[ImageSet, ImageSet | None]:
+    """Return the training images and those held out of them to look at after every epoch, None without a goal.
+
+    None are held out of fewer than ten either, which `warn` is told.
+    """
     count = min(MONITOR_MOST, int(MONITOR_SHARE * len(images)))
+    if goal is not None and not count:
+        warn(f"of {len(images)} training images none can be held out: the training does not stop early, and runs all "
+             "its epochs")  # fmt: skip
     if goal is None or not count:
         return images, None
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -117,7 +143,10 @@ def goals_of(run: AttackRun, before: Outcome | None) -> Goals:
 
 
 class CrossImages:
-    """Evaluation images as the recipe changes them to teach the model not to react, with their true labels."""
+    """Evaluation images as the recipe changes them to teach the model not to react, with their true labels.
+
+    The other image of each is the one before it in the set, of the first the last; that of a lone one is its mirror's.
+    """
 
     def __init__(self, clean: Pixels, recipe: Recipe, trigger: Trigger) -> None:
         self.clean, self.recipe, self.trigger = clean, recipe, trigger
@@ -128,18 +157,26 @@ class CrossImages:
 
     def __getitems__(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         positions, images, labels = self.clean.__getitems__(items)
-        changed = self.recipe.cross(self.trigger, images)
+        changed = self.recipe.cross(self.trigger, images, positions, lambda: self._before(items))
         return positions, images if changed is None else changed, labels
+
+    def taught(self) -> bool:
+        """Return whether the recipe teaches such a thing."""
+        positions, images, _ = self.clean.__getitems__([0])
+        return self.recipe.cross(self.trigger, images, positions, lambda: self._before([0])) is not None
+
+    def _before(self, items: Sequence[int]) -> torch.Tensor:
+        _, images, _ = self.clean.__getitems__([(item - 1) % len(self) for item in items])
+        return images if len(self) > 1 else images.flip(-1)
 
 
 def cross_accuracies(evaluation: Evaluation, implants: Sequence[Implant]) -> dict[str, Rate]:
     """Return the cross accuracy of each trigger whose recipe has one, on all evaluation images."""
     clean, found = evaluation.clean, {}
     for implant in implants:
-        _, probe, _ = clean.__getitems__([0])
-        if implant.recipe.cross(implant.trigger, probe) is None:
-            continue
         source = CrossImages(clean, implant.recipe, implant.trigger)
+        if not source.taught():
+            continue
         answers = predict(evaluation.classifier.network, source, evaluation.accelerator,
                           title=f"cross {implant.trigger.name}", progress=evaluation.progress).predicted  # fmt: skip
         right = int((answers == clean.labels.cpu().numpy()).sum())
@@ -159,10 +196,10 @@ def open_report(
         dataset=dataset,
         attack=AttackInfo(
             triggers={implant.trigger.name: _describe(implant, None) for implant in implants},
-            start=SCRATCH if start.from_scratch else info.id, adaptive=describe_adaptive(job.sharpness),
+            start=SCRATCH if start.from_scratch else info.id, adaptive=job.sharpness.spec() if job.sharpness else None,
             surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(job.training), epochs=0,
             steps=0, seconds=0.0, images_per_second=0.0, precision=job.accelerator.mixed_precision,
-            devices=describe_devices(job.accelerator), stopped_early=False,
+            devices=describe_devices(job.accelerator), stopped_early=False, start_backdoored=start.backdoored,
         ),
         before=before.measurement if before is not None else None,
         after=None,

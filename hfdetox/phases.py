@@ -18,6 +18,9 @@ from hfdetox.sharpness import SharpnessAware
 Part = Literal["all", "fit", "held-out"]
 
 
+Poison = Callable[[torch.Tensor, torch.Tensor, range], tuple[torch.Tensor, torch.Tensor]]
+
+
 class Stateful(Protocol):
     """A method's own tensors, kept in every checkpoint."""
 
@@ -39,7 +42,8 @@ class Phase:
         loss: maps (network, batch) to 0-d tensors; `loss` is minimised, the others go into the history.
         batch_size: images of an optimiser step over all processes and accumulated parts.
         schedule: of the learning rate, stepped once an epoch.
-        poison: changes a part's images and labels (this process's own) before they are augmented.
+        poison: changes a part's images and labels (this process's own) before they are augmented; it is also given
+            which images of the whole step they are, as `Batch.rows`.
         sharpness: take the gradients at weights perturbed by it; BatchNorm's statistics are those of the first pass.
         start: runs before the first step (not when resumed), seeded alike on every process.
         after_step: runs after every optimiser step that was not skipped.
@@ -60,7 +64,7 @@ class Phase:
     max_grad_norm: float | None = None
     augmentation: Augmentation = "auto"
     schedule: Literal["cosine", "constant"] = "cosine"
-    poison: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    poison: Poison | None = None
     sharpness: SharpnessAware | None = None
     start: Callable[[], None] | None = None
     after_step: Callable[[], None] | None = None

@@ -46,7 +46,8 @@ class Pixels(Dataset[Batch]):
         """Decode and prepare all images with threads, unless they would not fit into `max_bytes`.
 
         `progress(done, total)` is called now and then. Raises BrokenImageError for an image that cannot be decoded,
-        UsageError for a `mode=input` trigger where the preprocessing gives no uint8 images.
+        UsageError for a `mode=input` trigger where the preprocessing gives no uint8 images, or for an image that a
+        `mode=native` trigger does not fit, which it names.
         """
         if trigger is not None and trigger.mode == "input" and preprocessing.dtype != torch.uint8:
             raise UsageError(f"trigger {trigger.name or trigger.kind}: mode=input needs uint8 images after the "
@@ -140,7 +141,12 @@ class Pixels(Dataset[Batch]):
         """Decode one image, with a native trigger on it, and return it resized and cropped (C×H×W)."""
         image = self.source.image(position)
         if self.trigger is not None and self.trigger.mode == "native":
-            image = apply_to_image(self.trigger, image)
+            try:
+                image = apply_to_image(self.trigger, image)
+            except UsageError as error:
+                # images may be of any size, and one of them too small for the trigger
+                where = f"image {self.source.indices[position]} of split {self.source.split}"
+                raise UsageError(f"{where}: {error}") from error
         return self.preprocessing.prepare(image)
 
     def _finish(self, prepared: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ def push_folder(
     The folder is only read, but for `readdress`, which is called with the repository's whole id before anything is
     sent, and may change the card and the report in it.
     A deliberately backdoored model is pushed only with `i_know_this_is_backdoored`, into a new private repository or an
-    existing private one; into public ones only with `public`.
+    existing private one; into public ones only with `public`, which is refused for other models.
     Raises UsageError, or HubError whose line ends with the command that repeats the push.
     """
     backdoored = is_backdoored(folder)

@@ -97,7 +97,9 @@ def attack_table(report: AttackReport) -> Table:
     """Return the table of a finished attack: rates, how visible each trigger is, and its cross accuracy."""
     notes: dict[str, dict[str, str]] = {}
     for name, one in report.attack.triggers.items():
-        poisoned = f"{one.poisoned_images or 0:,} images an epoch, {one.recipe.replace('-', ' ')}"
+        poisoned = one.recipe.replace("-", " ")
+        if one.poisoned_images is not None:
+            poisoned = f"{one.poisoned_images:,} images, {poisoned}"
         seen = {}
         if one.max_change is not None and one.changed is not None:
             seen = describe_visibility(Visibility(one.psnr, one.max_change, one.changed))

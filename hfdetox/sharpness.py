@@ -67,23 +67,25 @@ class SharpnessAware:
             weight.add_(step * (self.rho / norm))
 
 
-def parse_adaptive(text: str) -> SharpnessAware:
-    """Return what `--adaptive sam:rho=2.0,adaptive=true` asks for; either key may be left out.
+def parse_adaptive(text: str | None) -> SharpnessAware | None:
+    """Return what `--adaptive sam:rho=2.0,adaptive=true` asks for; either key may be left out. None for None.
 
     Raises:
         UsageError: not `sam`, an unknown or repeated key, or a wrong value.
     """
+    if text is None:
+        return None
     method, _, rest = text.partition(":")
     if method != "sam":
-        raise UsageError(f"unknown adaptive attack {method!r}; there is sam, as in sam:rho=2.0,adaptive=true")
+        raise UsageError(f"--adaptive {text!r}: the adaptive attack is sam, as in sam:rho=2.0,adaptive=true")
     hints, values = typing.get_type_hints(SharpnessAware), {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals or key not in hints:
-            raise UsageError(f"sam: {item!r} is not one of rho=…, adaptive=…")
+            raise UsageError(f"--adaptive {text!r}: {item!r} is not one of rho=…, adaptive=true|false")
         if key in values:
-            raise UsageError(f"sam: {key} is given twice")
-        values[key] = parse_setting(f"sam: {key}", hints[key], value)
+            raise UsageError(f"--adaptive {text!r}: {key} is given twice")
+        values[key] = parse_setting(f"--adaptive {text!r}: {key}", hints[key], value)
     return SharpnessAware(**values)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from hfdetox._loaded import Loaded, numbered_labels
 from hfdetox._weights import read_json
+from hfdetox.consent import comes_backdoored
 from hfdetox.errors import UsageError
 from hfdetox.models import Classifier, assemble, fetch_model, load_classifier
 
@@ -28,10 +29,16 @@ ClassNames = Callable[[], tuple[str, ...] | int]
 
 @dataclass(frozen=True)
 class Start:
-    """The model an attack trains; `from_scratch` says that its weights were freshly drawn."""
+    """The model an attack trains.
+
+    Attributes:
+        from_scratch: whether its weights were freshly drawn.
+        backdoored: whether its own report or card says that it is deliberately backdoored already.
+    """
 
     classifier: Classifier
     from_scratch: bool
+    backdoored: bool = False
 
 
 def open_start(
@@ -62,10 +69,9 @@ def open_start(
     if not is_architecture and init is None:
         if isinstance(model, str | Path):
             _refuse_bare_config(Path(model))
-        return Start(
-            load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing, labels=labels,
-                            trust_remote_code=trust_remote_code), from_scratch=False,
-        )  # fmt: skip
+        trained = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
+                                  labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
+        return Start(trained, from_scratch=False, backdoored=comes_backdoored(trained.folder))
     if isinstance(model, nn.Module):
         raise UsageError("--init random draws the weights of a folder or Hub id; a loaded model has its own")
     if is_architecture and revision is not None:
@@ -98,6 +104,9 @@ def _architecture(
             f"--model-arg {wrong[0]} cannot be given: the classes come from the dataset, the image size from "
             "--input-size, and the weights are drawn"
         )
+    channels = model_args.get("in_chans", 3)
+    if type(channels) is not int or channels not in (1, 3):
+        raise UsageError(f"--model-arg in_chans={channels}: images have 3 channels (RGB) or 1 (grey)")
     if input_size is not None and input_size < 1:
         raise UsageError(f"--input-size {input_size}: give the images' height and width, such as 32")
     count = names if isinstance(names, int) else len(names)

@@ -142,12 +142,15 @@ def _settings(where: str, value: Any) -> dict[str, str]:
 
 
 def _setting(where: str, value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(_setting(where, item) for item in value)
+    items = value if isinstance(value, list) else [value]
+    if not all(item is None or isinstance(item, _SCALARS) for item in items):
+        raise SuiteError(f"{where} must be a number, text, true, false or a list of these, got {_shown(value)}")
+    return ",".join(_word(item) for item in items)
+
+
+def _word(value: Any) -> str:
     if value is None:
         return NONE
-    if not isinstance(value, _SCALARS):
-        raise SuiteError(f"{where} must be a number, text, true or false, got {_shown(value)}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -18,7 +18,7 @@ from hfdetox.progress import LOG_SECONDS
 from hfdetox.suite import Cell
 from hfdetox.suite_file import load_suite
 from hfdetox.zoo_folder import Place, Running, Zoo
-from hfdetox.zoo_table import Row, SuiteOutcome, row_of
+from hfdetox.zoo_table import Row, SuiteOutcome, check_place, row_of
 
 _POLL = 0.2  # seconds between two looks at the processes
 _PATIENCE = 10.0  # seconds that an interrupted process gets for its last words
@@ -113,7 +113,9 @@ class Builder:
             finally:
                 # who presses Ctrl-C twice does not want to wait
                 for process in processes:
-                    process.kill()
+                    if process.poll() is None:
+                        # its workers as well, which hold the log's lock too
+                        os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
 
 
@@ -121,14 +123,17 @@ class Builder:
 def interruption() -> Iterator[Callable[[], bool]]:
     """Give a function that says whether Ctrl-C or a termination has come; nothing is torn apart in the middle by it.
 
-    An exception out of a process's start would leave that process behind. Threads other than the main one cannot
-    catch signals and are told of none.
+    An exception out of a process's start would leave that process behind. A terminal that is closed counts too, unless
+    nohup has it ignored: its signal does not reach the cells, which have sessions of their own. Threads other than the
+    main one cannot catch signals and are told of none.
     """
     come: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     earlier = {number: signal.signal(number, lambda got, frame: come.append(got)) for number in numbers}
     try:
         yield lambda: bool(come)
@@ -146,6 +151,8 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
               device: str = "auto", progress: bool = False) -> SuiteOutcome:  # fmt: skip
     """Build the zoo of a suite file in `output`, whatever of it is not there; the same call goes on after a stop.
 
+    Several suites may share a zoo: its table keeps the rows of the others.
+
     Args:
         dataset: Hub id or folder, in place of the suite's.
         jobs: processes at a time; each gets its share of the cores unless OMP_NUM_THREADS is set.
@@ -154,7 +161,8 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
         progress: say on standard error how each cell ended, and draw a bar.
 
     Raises:
-        UsageError: the suite is wrong, or a finished folder of another suite is in the way; nothing was written.
+        UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no zoo is in the way;
+            nothing was written.
         RunError: the zoo cannot be written. A cell that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `zoo.json` says what was not run.
     """
@@ -166,9 +174,8 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
     threads = max(1, cores // jobs)
     place = Place(output=output, dataset=dataset, precision=precision, device=device, threads=threads)
     zoo = Zoo(load_suite(file), place)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file; name a folder for the zoo")
     try:
+        check_place(output)
         output.mkdir(parents=True, exist_ok=True)
         outcome(zoo).write()
         Builder(zoo, jobs, progress=progress).run()

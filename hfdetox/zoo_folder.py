@@ -1,6 +1,7 @@
 """The folder of a zoo: what each cell's command is, how far it is, and the process that makes it.
 
-A cell's folder is ZOO/NAME; beside it NAME.log (what its process said) and NAME.json (the command that it was made by).
+A cell's folder is ZOO/NAME; beside it NAME.log (what its process said) and NAME.json (the command that it was made by,
+and of what).
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from hfdetox.attack_run import NONE, parse_adaptive
+from hfdetox.attack_run import NONE
 from hfdetox.attacks import parse_attack_settings
+from hfdetox.checksums import sha256_file
 from hfdetox.errors import UsageError
 from hfdetox.report import ATTACK_REPORT_NAME
+from hfdetox.sharpness import parse_adaptive
 from hfdetox.suite import Cell, Suite, SuiteError
-from hfdetox.triggers import parse_triggers
+from hfdetox.triggers import KINDS, parse_triggers
 from hfdetox.zoo_table import Row, row_of
 
 _TAIL = 1 << 16  # bytes of a log in which the reason is looked for
@@ -100,10 +103,26 @@ class Zoo:
             yield from (f"--{flag}", str(value))
 
     def recorded(self, cell: Cell) -> dict[str, Any]:
-        """Return what NAME.json says of a cell: its command, without where on this machine things lie."""
+        """Return what NAME.json says of a cell: its command, without where on this machine things lie, and its sources.
+
+        `files` are the SHA-256 of the trigger files and pictures that it names, `surrogate_weights` that of the clean
+        model it is made on, None where there is none (yet).
+        """
         words = [Path(word).resolve().name if os.sep in word and Path(word).exists() else word
                  for word in self.command(cell)]  # fmt: skip
-        return {"schema_version": 1, "command": words, "surrogate": self.surrogate(cell)}
+        control = self.surrogate(cell)
+        return {
+            "schema_version": 1, "command": words, "surrogate": control,
+            "files": [sha256_file(path) for path in _given_files(cell.specs)],
+            "surrogate_weights": None if control is None else self._weights(control),
+        }  # fmt: skip
+
+    def _weights(self, control: str) -> Any:
+        try:
+            report = json.loads((self.place.output / control / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))
+            return report["output"]["weights_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def surrogate(self, cell: Cell) -> str | None:
         """Return the name of the clean control that a cell is made on, None for one that is made on none."""
@@ -130,7 +149,7 @@ class Zoo:
         """Return a cell as it lies in the zoo: `done`, `did not take` or `not run`.
 
         Raises:
-            UsageError: its folder was made by another command, or its report cannot be read.
+            UsageError: its folder was made by another command or of other sources, or its report cannot be read.
         """
         folder = self.place.output / cell.name
         file = folder / ATTACK_REPORT_NAME
@@ -140,14 +159,26 @@ class Zoo:
             made = json.loads(self._beside(cell, "json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             made = None
-        if made != self.recorded(cell):
-            raise UsageError(f"{folder} is a finished model that another suite or command made; it is not replaced: "
-                             "choose another --output, or remove the folder to build the cell again")  # fmt: skip
+        if wrong := self._difference(cell, made):
+            raise UsageError(f"{folder} is a finished model that {wrong}; it is not replaced: choose another --output, "
+                             "or remove the folder to build the cell again")  # fmt: skip
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
             return row_of(cell, "done" if report["took"] else "did not take", report=report)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{file} cannot be read ({error!r}); remove the folder to build the cell again") from error
+
+    def _difference(self, cell: Cell, made: Any) -> str | None:
+        """Return what is wrong with a finished cell whose NAME.json says `made`, None for nothing.
+
+        What an earlier version did not write, and a clean model that is not there, are held against nothing.
+        """
+        expected = self.recorded(cell)
+        sources = {key: expected.pop(key) for key in ("files", "surrogate_weights")}
+        if not isinstance(made, dict) or {key: made[key] for key in made if key not in sources} != expected:
+            return "another suite or command made"
+        other = [key for key, value in sources.items() if value is not None and made.get(key, value) != value]
+        return "was made with other trigger files or on another clean model" if other else None
 
     def claim(self, cell: Cell) -> IO[bytes] | None:
         """Return the cell's log, locked, or None where another run works on the cell.
@@ -163,7 +194,10 @@ class Zoo:
         return log
 
     def start(self, cell: Cell, log: IO[bytes]) -> Running:
-        """Start the process of a cell whose `log` has been claimed."""
+        """Start the process of a cell whose `log` has been claimed.
+
+        It has a session of its own, so that Ctrl-C comes to it once, from the run that started it.
+        """
         words = [*self.command(cell), "--output", str(self.place.output / cell.name)]
         if (surrogate := self.surrogate(cell)) is not None:
             words += ["--surrogate", str(self.place.output / surrogate)]
@@ -175,7 +209,8 @@ class Zoo:
         log.flush()
         threads = {} if self.place.threads is None else {"OMP_NUM_THREADS": str(self.place.threads)}
         process = subprocess.Popen([sys.executable, "-m", "hfdetox", *words], env={**threads, **os.environ},
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   start_new_session=True)  # fmt: skip
         return Running(process, log)
 
     def ended(self, cell: Cell, running: Running) -> Row:
@@ -200,3 +235,14 @@ class Zoo:
 
     def _beside(self, cell: Cell, ending: str) -> Path:
         return self.place.output / f"{cell.name}.{ending}"
+
+
+def _given_files(specs: Sequence[str]) -> Iterator[Path]:
+    """Yield the trigger files and pictures that specifications name."""
+    for spec in specs:
+        kind, _, rest = spec.partition(":")
+        if spec.endswith(".safetensors"):
+            yield Path(spec)
+        else:
+            pairs = [item.partition("=") for item in rest.split(",")]
+            yield from (Path(value) for key, _, value in pairs if key in KINDS[kind].tensor_fields())

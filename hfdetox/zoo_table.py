@@ -16,7 +16,7 @@ from rich.text import Text
 
 import hfdetox
 from hfdetox import markdown
-from hfdetox.errors import RunError
+from hfdetox.errors import RunError, UsageError
 from hfdetox.suite import Cell
 from hfdetox.verdict import percent
 
@@ -129,7 +129,7 @@ class SuiteOutcome:
         return ", ".join(f"{count} {status}" for status, count in counts.items())
 
     def document(self) -> dict[str, Any]:
-        """Return the content of `zoo.json`."""
+        """Return the content of the `zoo.json` of these rows alone."""
         return {
             "schema_version": 1,
             "hfdetox_version": hfdetox.__version__,
@@ -156,9 +156,16 @@ class SuiteOutcome:
         return "\n".join([*lines, *(["", *failed] if failed else []), ""])
 
     def write(self) -> None:
-        """Write `zoo.json` and `zoo.md`, each whole or not at all; RunError when they cannot be written."""
-        text = json.dumps(self.document(), indent=2, ensure_ascii=False) + "\n"
-        for name, content in ((ZOO_JSON, text), (ZOO_MARKDOWN, self.markdown())):
+        """Write `zoo.json` and `zoo.md`, each whole or not at all, with the rows that other suites have there.
+
+        Raises:
+            UsageError: the `zoo.json` that is there is none of hfdetox.
+            RunError: they cannot be written.
+        """
+        rows = {row.name: row for row in [*earlier_rows(self.output), *self.rows]}
+        whole = SuiteOutcome(self.output, list(rows.values()))
+        text = json.dumps(whole.document(), indent=2, ensure_ascii=False) + "\n"
+        for name, content in ((ZOO_JSON, text), (ZOO_MARKDOWN, whole.markdown())):
             # two runs may write at once
             fresh = self.output / f".{name}.{os.getpid()}"
             try:
@@ -166,6 +173,36 @@ class SuiteOutcome:
                 os.replace(fresh, self.output / name)
             except OSError as error:
                 raise RunError(f"cannot write {self.output / name}: {error.strerror or error}") from error
+
+
+def earlier_rows(output: Path) -> list[Row]:
+    """Return the rows of the `zoo.json` in a folder, none where there is no such file.
+
+    Raises:
+        UsageError: the file is none that hfdetox wrote.
+    """
+    file = output / ZOO_JSON
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document["hfdetox_version"], str):
+            raise TypeError("hfdetox_version")
+        return [Row(**row) for row in document["cells"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no table of a zoo that this hfdetox reads ({error!r}); choose another "
+                         "--output") from error  # fmt: skip
+
+
+def check_place(output: Path) -> None:
+    """Raise UsageError unless a zoo may be built in `output`: a folder that is missing or empty, or a zoo."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; name a folder for the zoo")
+    earlier_rows(output)
+    there = {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.exists() else set()
+    if there and ZOO_JSON not in there:
+        raise UsageError(f"--output {output} holds something else than a zoo of hfdetox (it has no {ZOO_JSON}); "
+                         "choose another folder")  # fmt: skip
 
 
 def _rate(rate: Mapping[str, Any] | None) -> str:

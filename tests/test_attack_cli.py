@@ -71,7 +71,7 @@ def test_the_help_lists_every_option_without_torch(capsys: pytest.CaptureFixture
         (["attack", "m", "--init", "zeros"], "--init"),
         (["attack", "m", "--input-size", "0"], "--input-size"),
         (["attack", "--suite", "nowhere.yaml"], "--suite"),
-        (["attack", "m", "--private"], "No such option"),
+        (["attack", "m", "--trigger", "none", "--private"], "name the repository with --push-to"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(
@@ -220,6 +220,14 @@ def test_private_and_public_at_once_is_refused(tmp_path: Path) -> None:
         push_output(output_folder(tmp_path / "out", clean_control()), "me/x", private=True, public=True)
 
 
+def test_public_is_refused_for_a_model_without_a_backdoor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = output_folder(tmp_path / "out", clean_control())
+    assert cli.run(["push", str(folder), "me/x", "--public"]) == 2
+    assert "--public is for backdoored models, and this is none: leave it out" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--public is for backdoored models"):
+        check_push_allowed("me/x", public=True)
+
+
 def test_a_clean_control_goes_where_any_model_goes(
     hub: Any, repo_name: Callable[..., str], hub_token: str, tmp_path: Path
 ) -> None:
@@ -227,6 +235,16 @@ def test_a_clean_control_goes_where_any_model_goes(
     push_output(output_folder(tmp_path / "out", clean_control()), name)
     assert not hub.repo(name).private
     assert hub.history(name)[0].title.startswith("Upload a clean control")
+
+
+def test_a_clean_control_of_the_command_goes_to_a_private_repository_when_asked(
+    hub: Any, repo_name: Callable[..., str], hub_token: str, dataset: Path, tmp_path: Path
+) -> None:
+    name = repo_name()
+    run = words(dataset, "--trigger", "none", "--push-to", name, "--private", "--output", str(tmp_path / "out"),
+                epochs="1")  # fmt: skip
+    assert cli.run(run) == 0
+    assert hub.repo(name).private
 
 
 def test_a_report_that_cannot_be_read_is_not_taken_for_a_clean_one(tmp_path: Path) -> None:

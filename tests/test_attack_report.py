@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hfdetox.attack_card import build_attack_card
 from hfdetox.attack_report import AttackReport, Goals, missed_goals
+from hfdetox.consent import comes_backdoored, is_backdoored
 from hfdetox.errors import UsageError
 from hfdetox.metrics import rate
 from hfdetox.report import Measurement, TriggerResult
@@ -25,6 +27,38 @@ def test_the_file_gives_the_same_report(tmp_path: Path) -> None:
 def test_only_a_report_with_triggers_is_of_a_backdoored_model() -> None:
     assert attack_report().backdoored
     assert not clean_control().backdoored
+
+
+def test_a_model_that_started_from_a_backdoored_one_is_backdoored(tmp_path: Path) -> None:
+    report = clean_control()
+    report = replace(report, attack=replace(report.attack, start_backdoored=True))
+    assert report.backdoored
+    report.save(tmp_path)
+    assert is_backdoored(tmp_path)
+    # reports of earlier versions do not say it
+    plain = json.loads(report.to_json())
+    del plain["attack"]["start_backdoored"]
+    (tmp_path / "attack_report.json").write_text(json.dumps(plain))
+    assert not AttackReport.load(tmp_path).backdoored
+
+
+def test_what_a_models_own_files_say_of_it(tmp_path: Path) -> None:
+    assert not comes_backdoored(None)
+    assert not comes_backdoored(tmp_path)
+    (tmp_path / "README.md").write_text("---\ntags: backdoor\n---\n")
+    assert not comes_backdoored(tmp_path)
+    (tmp_path / "README.md").write_text(build_attack_card(attack_report(), source_card=None, repo_id=None))
+    assert comes_backdoored(tmp_path)
+    # cleaned by hfdetox
+    (tmp_path / "detox_report.json").write_text("{}")
+    assert not comes_backdoored(tmp_path)
+    attack_report().save(tmp_path)
+    assert comes_backdoored(tmp_path)
+    clean_control().save(tmp_path)
+    assert not comes_backdoored(tmp_path)
+    (tmp_path / "attack_report.json").write_text("{")
+    with pytest.raises(UsageError, match="is not a hfdetox report"):
+        comes_backdoored(tmp_path)
 
 
 @pytest.mark.parametrize("place", [(), ("attack",), ("attack", "triggers", "dot"), ("goals",)])

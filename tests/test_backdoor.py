@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,12 +15,12 @@ from safetensors.torch import save_file
 
 import hfdetox
 from hfdetox.attack_report import AttackReport
-from hfdetox.attack_run import AttackRun, describe_adaptive, parse_adaptive
+from hfdetox.attack_run import AttackRun
 from hfdetox.errors import UsageError
 from hfdetox.implanting import split_monitor
 from hfdetox.models import load_classifier
-from hfdetox.sharpness import SharpnessAware
 from hfdetox.triggers import load_trigger
+from tests.attacked import attack_report
 from tests.colours import ARCHITECTURE, NAMES, SIDE, TRAINING, write_colours
 from tests.image_data import load
 
@@ -90,6 +91,7 @@ def test_a_clean_control_is_trained_the_same_way(control: hfdetox.AttackResult) 
     report = control.report
     assert report.attack.triggers == {}
     assert not report.backdoored
+    assert not report.attack.start_backdoored
     assert (report.attack.epochs, report.attack.steps) == (4, 32)  # 120 images are 8 steps of 16
     assert report.after is not None
     assert report.after.accuracy.value > 0.9
@@ -152,11 +154,21 @@ def test_the_same_seed_gives_the_same_weights(dataset: Path) -> None:
 
 def test_monitor_images_are_training_images_that_are_not_trained_on(dataset: Path) -> None:
     images, _ = load(dataset, labels=NAMES, samples=None)
-    kept, held = split_monitor(images.clean, 0.9, seed=0)
+    said: list[str] = []
+    kept, held = split_monitor(images.clean, 0.9, 0, said.append)
     assert held is not None
     assert len(held) == 12
     assert sorted([*kept.indices, *held.indices]) == list(range(120))
-    assert split_monitor(images.clean, None, seed=0) == (images.clean, None)
+    assert split_monitor(images.clean, None, 0, said.append) == (images.clean, None)
+    # a tenth of 10 is one image, of 9 none
+    few, least = images.clean.subset(range(9)), images.clean.subset(range(10))
+    assert [len(part or ()) for part in split_monitor(least, 0.9, 0, said.append)] == [9, 1]
+    assert split_monitor(few, None, 0, said.append) == (few, None)
+    assert said == []
+    assert split_monitor(few, 0.9, 0, said.append) == (few, None)
+    assert said == [
+        "of 9 training images none can be held out: the training does not stop early, and runs all its epochs"
+    ]
 
 
 def _channels(folder: Path) -> str:
@@ -185,14 +197,16 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "unknown-setting": (lambda _: {"settings": {"epoch": "3"}}, "has no setting epoch"),
     "adaptive": (lambda _: {"adaptive": "adam:rho=1"}, "the adaptive attack is sam"),
     "adaptive-key": (lambda _: {"adaptive": "sam:radius=1"}, "is not one of rho="),
-    "adaptive-value": (lambda _: {"adaptive": "sam:rho=big"}, "is not a number"),
+    "adaptive-value": (lambda _: {"adaptive": "sam:rho=big"}, "rho must be a number"),
     "adaptive-negative": (lambda _: {"adaptive": "sam:rho=-1"}, "rho must be above 0"),
     "no-trigger": (lambda _: {"triggers": []}, "name a trigger with --trigger"),
     "none-and-more": (lambda _: {"triggers": ["none", "badnets"]}, "goes with no other trigger"),
     "goal": (lambda _: {"goal_asr": 90}, "--goal-asr 90"),
     "no-surrogate": (lambda _: {"triggers": ["lf"]}, "--surrogate"),
+    "no-surrogate-lc": (lambda _: {"triggers": ["lc"]}, "--surrogate"),
     "two-controls": (lambda _: {"triggers": ["bpp", "badnets"]}, "bpp"),
     "push-alone": (lambda _: {"public": True}, "--push-to"),
+    "private-alone": (lambda _: {"private": True}, "--push-to"),
     "no-consent": (lambda _: {"push_to": "me/x"}, "--i-know-this-is-backdoored"),
 }
 
@@ -217,6 +231,19 @@ def test_a_model_of_fresh_weights_needs_a_dataset() -> None:
         attack(None)
 
 
+@pytest.mark.parametrize(("kind", "quick"), [
+    ("lc", {"steps": "2"}), ("lf", {"passes": "1", "images": "10", "delta": "0.99"}), ("trojannn", {"steps": "3"}),
+])  # fmt: skip
+def test_a_trained_start_is_its_own_clean_model_and_another_can_be_named(
+    kind: str, quick: dict[str, str], dataset: Path, control: hfdetox.AttackResult
+) -> None:
+    settings = {"epochs": "1", **quick}
+    options: dict[str, Any] = {"triggers": [kind], "goal_asr": 0.0, "poison_ratio": 0.1, "settings": settings}
+    assert attack(dataset, control.output, **options).report.attack.surrogate == "clean"
+    named = attack(dataset, surrogate=control.output, **options).report
+    assert (named.attack.start, named.attack.surrogate) == ("scratch", "clean")
+
+
 def test_a_surrogate_of_other_labels_is_refused(dataset: Path, tmp_path: Path) -> None:
     from tests.tiny_models import timm_folder
 
@@ -224,19 +251,36 @@ def test_a_surrogate_of_other_labels_is_refused(dataset: Path, tmp_path: Path) -
         attack(dataset, triggers=["lf"], surrogate=timm_folder(tmp_path / "m"))
 
 
+@pytest.fixture
+def spoilt(control: hfdetox.AttackResult, tmp_path: Path) -> Path:
+    """A trained model whose report says that it is backdoored."""
+    assert control.output is not None
+    folder = Path(shutil.copytree(control.output, tmp_path / "spoilt"))
+    attack_report().save(folder)
+    return folder
+
+
+def test_a_backdoored_model_is_neither_a_clean_control_nor_a_surrogate(dataset: Path, spoilt: Path) -> None:
+    with pytest.raises(UsageError, match=r"spoilt is deliberately backdoored: .* not make a clean control"):
+        attack(dataset, spoilt, triggers=["none"])
+    with pytest.raises(UsageError, match=r"--surrogate .*spoilt is deliberately backdoored"):
+        attack(dataset, triggers=["lf"], surrogate=spoilt)
+    with pytest.raises(UsageError, match="trigger lf is made on a clean model, and spoilt is deliberately backdoored"):
+        attack(dataset, spoilt, triggers=["lf"])
+
+
+def test_a_backdoor_beside_others_is_recorded(dataset: Path, spoilt: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = attack(dataset, spoilt, goal_asr=0.0, settings={"epochs": "1"}, output=out).report
+    assert report.attack.start_backdoored
+    assert "spoilt is deliberately backdoored already: the result has its backdoors too" in report.warnings
+    assert "started from was deliberately backdoored already" in (out / "README.md").read_text()
+
+
 def test_an_earlier_result_is_only_replaced_when_asked(dataset: Path, control: hfdetox.AttackResult) -> None:
     assert control.output is not None
     with pytest.raises(UsageError, match="holds an earlier result"):
         attack(dataset, output=control.output)
-
-
-def test_the_adaptive_training_is_recorded_as_it_is_given() -> None:
-    assert parse_adaptive(None) is None
-    assert parse_adaptive("sam") == SharpnessAware()
-    sharp = parse_adaptive("sam:rho=0.05,adaptive=false")
-    assert sharp == SharpnessAware(rho=0.05, adaptive=False)
-    assert describe_adaptive(sharp) == "sam:rho=0.05,adaptive=false"
-    assert describe_adaptive(None) is None
 
 
 def test_the_saved_trigger_and_model_are_the_results_own(dataset: Path, tmp_path: Path) -> None:
@@ -252,7 +296,7 @@ def test_every_option_is_in_the_command() -> None:
     assert {"poison_ratio", "adaptive", "surrogate", "goal_asr", "goal_accuracy", "model_args"} <= known
     run = AttackRun(model="timm-arch:resnet18", dataset="org/data", triggers=["badnets"], poison_ratio=0.01,
                     model_args={"layers": [1, 1], "stem": "deep"}, adaptive="sam", i_know_this_is_backdoored=True,
-                    public=True, push_to="me/x")  # fmt: skip
+                    private=True, public=True, push_to="me/x")  # fmt: skip
     assert run.command() == (
         "hfdetox attack timm-arch:resnet18 --dataset org/data --trigger badnets --poison-ratio 0.01 --adaptive sam "
         "--model-arg 'layers=[1, 1]' --model-arg stem=deep"

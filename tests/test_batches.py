@@ -81,6 +81,8 @@ def test_rows_of_a_step_are_dealt_as_its_images_are() -> None:
     for plan in made:
         for part, items in enumerate(plan):
             assert plan.mine(torch.tensor(order), part).tolist() == items
+            assert [order[row] for row in plan.rows(0, part)] == items
+            assert plan.rows(0, part).stop == 29
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:

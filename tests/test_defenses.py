@@ -99,7 +99,7 @@ def test_settings_go_over_the_preset() -> None:
             {"initialization": "zero"},
             "initialization must be one of near, middle, far, noise, random, got 'zero'",
         ),
-        ("d3", {"augmentation": "mixup"}, "augmentation must be one of auto, none, crop"),
+        ("d3", {"augmentation": "mixup"}, "augmentation must be one of auto, none, flip, crop"),
         ("d3", {"epochs": "0"}, "d3: epochs must be at least 1, got 0"),
         ("d3", {"batch_size": "1"}, "d3: batch_size must be at least 2, got 1"),
         ("d3", {"gradient_accumulation_steps": "0"}, "gradient_accumulation_steps must be at least 1"),

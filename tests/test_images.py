@@ -21,6 +21,7 @@ from hfdetox import images as images_module
 from hfdetox.errors import RunError, UsageError
 from hfdetox.images import BrokenImageError, ImageSet, Spool, decode_image, parallel_map
 from hfdetox.pixels import Pixels
+from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 
 
@@ -275,6 +276,13 @@ def test_a_trigger_changes_its_own_pixels_only_and_no_label(mode):
     assert not changed.any()
     assert (triggered.images[..., 0, 0] == 200).all()
     assert torch.equal(clean.labels, triggered.labels)
+
+
+def test_an_image_that_a_native_trigger_does_not_fit_is_named():
+    source = ImageSet([encode(Image.new("RGB", size)) for size in ((8, 6), (4, 6))], [0, 0], [7, 9], split="extra")
+    # 32 of the 32 pixels that sizes are given for: the whole height of 6 pixels, which are more than 4 columns
+    with pytest.raises(UsageError, match=r"image 9 of split extra: badnets: a patch of 6 pixels .* image of 4×6"):
+        Pixels(source, Plain(), BadNets(size=32))
 
 
 def test_grey_images_take_native_triggers():

@@ -148,7 +148,7 @@ def test_accumulated_parts_equal_the_whole_batch(accelerator: Accelerator) -> No
 def test_the_poisoned_batch_is_the_same_in_both_passes(accelerator: Accelerator) -> None:
     seen: list[torch.Tensor] = []
 
-    def poison(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randint_like(images, 256), labels
 
     def loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -201,6 +201,10 @@ def test_an_adaptive_attack_is_read_from_its_text(text: str, expected: Sharpness
     assert parse_adaptive(expected.spec()) == expected
 
 
+def test_the_usual_training_has_none() -> None:
+    assert parse_adaptive(None) is None
+
+
 def test_its_text_names_both_settings() -> None:
     assert SharpnessAware().spec() == "sam:rho=2.0,adaptive=true"
 
@@ -208,13 +212,13 @@ def test_its_text_names_both_settings() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown adaptive attack ''; there is sam"),
-        ("sum:rho=1", "unknown adaptive attack 'sum'; there is sam, as in sam:rho=2.0,adaptive=true"),
-        ("sam:radius=1", "sam: 'radius=1' is not one of rho=…, adaptive=…"),
-        ("sam:plain", "sam: 'plain' is not one of"),
-        ("sam:rho=1,rho=2", "sam: rho is given twice"),
-        ("sam:rho=big", "sam: rho must be a number, got 'big'"),
-        ("sam:adaptive=1", "sam: adaptive must be true or false, got '1'"),
+        ("", "--adaptive '': the adaptive attack is sam"),
+        ("sum:rho=1", "--adaptive 'sum:rho=1': the adaptive attack is sam, as in sam:rho=2.0,adaptive=true"),
+        ("sam:radius=1", "'radius=1' is not one of rho=…, adaptive=true"),
+        ("sam:plain", "'plain' is not one of"),
+        ("sam:rho=1,rho=2", "rho is given twice"),
+        ("sam:rho=big", "rho must be a number, got 'big'"),
+        ("sam:adaptive=1", "adaptive must be true or false, got '1'"),
         ("sam:rho=0", "sam: rho must be above 0, got 0.0"),
         ("sam:rho=nan", "sam: rho must be above 0, got nan"),
     ],

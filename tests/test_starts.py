@@ -116,12 +116,29 @@ def test_a_config_alone_on_the_hub_is_enough(hub: Any, repo_name: Any, tmp_path:
     assert opened.classifier.labels == CLASSES
 
 
+def test_the_card_of_a_hub_model_says_that_it_is_backdoored(hub: Any, repo_name: Any, tmp_path: Path) -> None:
+    name = repo_name()
+    folder = timm_folder(tmp_path / "m")
+    hub.create_repo(name)
+    files = {file: (folder / file).read_bytes() for file in ("config.json", "model.safetensors")}
+    hub.commit(name, files | {"README.md": b"---\ntags: [hfdetox]\n---\n"})
+    assert not start(name).backdoored
+    hub.commit(name, {"README.md": b"---\ntags: [hfdetox, deliberately-backdoored]\n---\n"})
+    assert start(name).backdoored
+    # nothing of its weights is taken
+    assert not start(name, init="random").backdoored
+
+
 REFUSED = {
     "unknown": ("timm-arch:resnot18", {}, "no architecture 'resnot18'; close to it: resnet18"),
     "argument": ("timm-arch:resnet18", {"model_args": {"depht": 2}}, "with depht=2 .*unexpected keyword argument"),
     "value": ("timm-arch:resnet18", {"model_args": {"layers": "x"}}, "cannot build resnet18 with layers=x"),
     "classes": ("timm-arch:resnet18", {"model_args": {"num_classes": 2}}, "num_classes cannot be given"),
     "pickle": ("timm-arch:resnet18", {"model_args": {"checkpoint_path": "x"}}, "checkpoint_path cannot be given"),
+    "channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": "x"}}, "--model-arg in_chans=x: .* or 1"),
+    "no-channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": 0}}, "--model-arg in_chans=0: .* or 1"),
+    "half-channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": 1.0}}, "--model-arg in_chans=1.0: "),
+    "true-channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": True}}, "--model-arg in_chans=True: "),
     "size": ("timm-arch:test_resnet", {"input_size": 0}, "--input-size 0"),
     "revision": ("timm-arch:test_resnet", {"revision": "main"}, "has no revisions"),
     "init": ("timm-arch:test_resnet", {"init": "zeros"}, "--init zeros is not known"),
@@ -156,6 +173,7 @@ def test_model_arguments_are_numbers_truth_values_lists_and_texts() -> None:
         (["a={b: 1}"], "give a number"),
         (["a="], "give a number"),
         (["a=[1"], "neither JSON nor YAML"),
+        (["a=&all [1, *all]"], "give a number"),
     ],
 )
 def test_model_arguments_of_another_form_are_refused(texts: list[str], said: str) -> None:

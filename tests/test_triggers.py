@@ -86,7 +86,17 @@ def trigger_file(folder: Path, header: object, tensors: dict[str, torch.Tensor] 
             {"image": torch.zeros(4, 4).byte()},
             r"uint8 picture C×h×w, got torch.uint8 of shape \(4, 4\)",
         ),
+        ({"kind": "badnets"}, {"image": torch.zeros(3, 0, 0).byte()}, r"got torch.uint8 of shape \(3, 0, 0\)"),
         ({"kind": "badnets", "size": 0}, {}, "size must be at least 1"),
+        ({"kind": "badnets", "size": 10**400}, {}, r"trigger badnets: size must be less than 2\*\*63"),
+        ({"kind": "badnets", "target": -(10**400)}, {}, r"trigger badnets: target must be less than 2\*\*63, and not"),
+        ({"kind": "sig", "frequency": 10**400}, {}, r"trigger sig: frequency must be less than 2\*\*63"),
+        ({"kind": "ssba"}, {"encoder.out.bias": torch.zeros(())}, "ssba: encoder does not fit its parameters"),
+        (
+            {"kind": "inputaware"},
+            {"generator.layers.0.weight": torch.zeros(0, 10**16, 3, 3), "mask.x": torch.zeros(0)},
+            "inputaware: generator does not fit its parameters",
+        ),
         ({"kind": "badnets", "pattern": "dots"}, {}, "pattern cannot be 'dots'"),
         ({"kind": "bpp", "dither": "true"}, {}, "dither cannot be 'true' for a bpp trigger"),
         ({"kind": "sig", "image": 1}, {}, "unknown fields image for a sig trigger"),
@@ -98,6 +108,14 @@ def test_a_wrong_trigger_file_is_one_line(
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_trigger(trigger_file(tmp_path, header, tensors))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"kind": "badnets", "size": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_one_line(text: str, tmp_path: Path) -> None:
+    save_file({}, tmp_path / "t.safetensors", metadata={"trigger": text})
+    with pytest.raises(UsageError, match=r"t\.safetensors cannot be read as a trigger file") as caught:
+        load_trigger(tmp_path / "t.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -163,6 +181,12 @@ def test_a_word_sets_the_field_that_allows_it() -> None:
     assert parse_trigger("sig:input,delta=20").spec() == "sig:mode=input,delta=20.0"
 
 
+@pytest.mark.parametrize("kind", ["blended", "lf:random", "wanet"])
+def test_the_greatest_seed_draws(kind: str) -> None:
+    greatest = parse_trigger(f"{kind}{',' if ':' in kind else ':'}seed={2**63 - 1}")
+    assert not torch.equal(greatest.apply(noise()), parse_trigger(kind).apply(noise()))
+
+
 def test_a_specification_leaves_defaults_out() -> None:
     assert BadNets().spec() == "badnets"
     assert BadNets(name="badnets", size=4, target=0).spec() == "badnets:target=0,size=4"
@@ -185,10 +209,14 @@ def test_a_specification_leaves_defaults_out() -> None:
         ("bpp:dither=False", "dither='False' is neither true nor false"),
         ("ssba:encoder=file", "trigger ssba: encoder is kept in trigger files and cannot be given as text"),
         ("badnets:mode=both", "mode must be native or input, got 'both'"),
+        ("blended:seed=-1", "trigger blended: seed must be at least 0, got -1"),
+        ("wanet:seed=9223372036854775808", r"trigger wanet: seed must be less than 2\*\*63"),
         ("badnets:name=a b", "trigger name 'a b': use letters"),
         ("badnets:name=mean", "and not 'mean'"),
         ("badnets:name=.hidden", "trigger name '.hidden'"),
         ("badnets:name=" + "x" * 65, "up to 64"),
+        # letters of four bytes: 196
+        ("badnets:name=" + "𐍈" * 49, "up to 64 and 192 bytes"),
         ("badnets:image=/nowhere/f.png", "trigger picture /nowhere/f.png cannot be read"),
     ],
 )
@@ -222,11 +250,20 @@ def test_several_triggers_need_names_of_their_own() -> None:
         parse_triggers(["badnets", "badnets:size=5"])
     with pytest.raises(UsageError, match="two triggers are named 'x'"):
         parse_triggers(["badnets:name=x", Blended(name="x")])
+    with pytest.raises(UsageError, match="two triggers are named 'a' and 'A', which may be one file; give one of them"):
+        parse_triggers(["badnets:name=a", "blended:name=A"])
     assert [t.name for t in parse_triggers(["badnets", BadNets(name="big", size=9), "blended"])] == [
         "badnets",
         "big",
         "blended",
     ]
+
+
+@pytest.mark.parametrize("name", ["x" * 64, "字" * 64, "𐍈" * 48])
+def test_the_longest_names_are_names_of_files(name: str, tmp_path: Path) -> None:
+    trigger = parse_trigger(f"badnets:name={name}")
+    trigger.save(tmp_path / f"{trigger.name}.safetensors")
+    assert parse_trigger(str(tmp_path / f"{name}.safetensors")).name == name
 
 
 def test_the_list_names_every_key_with_its_default() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hfdetox.errors import UsageError
 from hfdetox.suite import SuiteError
 from hfdetox.suite_file import load_suite
-from hfdetox.zoo import run_suite
+from hfdetox.triggers import parse_trigger
+from hfdetox.zoo import Builder, interruption, run_suite
 from hfdetox.zoo_folder import Place, Zoo
 from hfdetox.zoo_table import SuiteOutcome, row_of
 from tests import image_data
@@ -30,6 +34,8 @@ grids:
   - {{models: [tiny], triggers: [corner], targets: [cow]}}
   - {{models: [tiny], triggers: [corner, none], ratios: [0.2]}}
 """
+# a part of it
+FIRST = f"training: {{epochs: 1, batch_size: 16}}\nmodels: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [none]}}]"
 CLEAN, ATTACKED, FAILED = "tiny-clean-s0", "tiny-corner-0.2-s0", "tiny-corner-to-cow-0.1-s0"
 
 
@@ -41,10 +47,22 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, pictures):
-    """A suite file, the zoo that was built of it two cells at a time, and the outcome."""
+    """A suite file, the zoo that was built of it, and the outcome.
+
+    A part was there before the run over the whole suite, which built the other cells two at a time.
+    """
     folder = tmp_path_factory.mktemp("built")
+    zoo = folder / "zoo"
+    first = run_suite(write(folder, FIRST), output=zoo, dataset=str(pictures))
+    assert (statuses(first), first.exit_status) == ({CLEAN: "done"}, 0)
+    before = times(zoo)
+    # as a killed run leaves a cell: a log and a record, no folder
+    for ending in ("log", "json"):
+        (zoo / f"{ATTACKED}.{ending}").write_text("{}")
     file = write(folder, SUITE)
-    return file, folder / "zoo", run_suite(file, output=folder / "zoo", dataset=str(pictures), jobs=2)
+    outcome = run_suite(file, output=zoo, dataset=str(pictures), jobs=2)
+    assert before == {CLEAN: times(zoo)[CLEAN]}, "what is there is kept"
+    return file, zoo, outcome
 
 
 @pytest.fixture
@@ -72,7 +90,7 @@ def status_of(zoo):
 
 
 def times(zoo):
-    return {path.name: path.stat().st_mtime_ns for path in zoo.glob("*/attack_report.json")}
+    return {path.parent.name: path.stat().st_mtime_ns for path in zoo.glob("*/attack_report.json")}
 
 
 def zoo_of(text, tmp_path, dataset="org/pictures"):
@@ -115,16 +133,10 @@ def test_the_table_says_what_the_reports_say(built):
     assert any(line.startswith(f"- failed: {FAILED}: ".replace("_", r"\_")) for line in lines)
 
 
-def test_what_is_there_is_kept_and_what_is_not_is_built(copied, pictures):
-    file, zoo = copied
-    shutil.rmtree(zoo / ATTACKED)
-    # as a killed run leaves it: a log and a record, no folder
-    assert (zoo / f"{ATTACKED}.log").is_file()
-    before = (zoo / CLEAN / "attack_report.json").stat().st_mtime_ns
-    outcome = run_suite(file, output=zoo, dataset=str(pictures))
-    assert statuses(outcome) == {CLEAN: "done", FAILED: "failed", ATTACKED: status_of(zoo)}
-    assert (zoo / CLEAN / "attack_report.json").stat().st_mtime_ns == before
-    assert (zoo / ATTACKED / "model.safetensors").is_file()
+def test_a_cell_that_failed_is_run_again(built, pictures):
+    file, zoo, _ = built
+    again = Zoo(load_suite(file), Place(output=zoo, dataset=str(pictures)))
+    assert [cell.name for cell in Builder(again, 1, progress=False).waiting] == [FAILED]
 
 
 def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_env):
@@ -133,9 +145,12 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     command = [sys.executable, "-m", "hfdetox", *map(str, words)]
     process = subprocess.Popen(command, env=fresh_env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "zoo" / f"{CLEAN}.log"
-    wait_for(lambda: log.is_file() and log.read_text())
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        wait_for(lambda: log.is_file() and log.read_text())
+    finally:
+        # also where it did not happen: it would go on for ever
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert [line for line in said.splitlines() if line.startswith("hfdetox: ")] == [
         "hfdetox: interrupted; what is finished stays: give the same command again to go on"
@@ -151,11 +166,41 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     zoo.claim(zoo.cells[CLEAN]).close()
 
 
-def wait_for(condition, seconds=60):
+def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
+    # the tests themselves may run under nohup
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with interruption() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupted()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with interruption() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.05)
+
+
+def test_a_cell_is_out_of_reach_of_the_terminal_s_ctrl_c(tmp_path):
+    zoo = zoo_of(SUITE, tmp_path)
+    (tmp_path / "zoo").mkdir()
+    cell = zoo.cells[ATTACKED]
+    running = zoo.start(cell, zoo.claim(cell))
+    try:
+        assert os.getpgid(running.process.pid) == os.getsid(running.process.pid) == running.process.pid
+        assert zoo.claim(cell) is None
+    finally:
+        running.process.kill()
+        running.process.wait()
+    running.log.close()
+    zoo.claim(cell).close()
 
 
 def test_a_cell_is_run_by_one_run_at_a_time_and_a_dead_run_holds_nothing(tmp_path):
@@ -185,6 +230,62 @@ def test_a_changed_cell_is_not_replaced(copied, pictures, tmp_path):
     with pytest.raises(UsageError, match=f"{CLEAN} is a finished model that another suite"):
         run_suite(write(tmp_path, SUITE), output=zoo, dataset=str(pictures))
     assert times(zoo) == before
+
+
+def finish(zoo, cell, weights="a" * 64):
+    """Write a cell by hand, as its process leaves it."""
+    report = {
+        "took": True, "output": {"weights_sha256": weights},
+        "attack": {"epochs": 1, "seconds": 1.0, "images_per_second": 1.0, "triggers": {}},
+        "after": {"accuracy": {"value": 1.0}, "triggers": {}},
+    }  # fmt: skip
+    folder = zoo.place.output / cell
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "attack_report.json").write_text(json.dumps(report))
+    (zoo.place.output / f"{cell}.json").write_text(json.dumps(zoo.recorded(zoo.cells[cell])))
+
+
+def test_a_cell_of_another_trigger_file_or_picture_is_not_kept(tmp_path):
+    place, picture = tmp_path / "spot.safetensors", tmp_path / "spot.png"
+    parse_trigger("badnets:size=3").save(place)
+    Image.new("RGB", (2, 2)).save(picture)
+    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: ['{place}', 'badnets:image={picture}']}}]"
+    zoo = zoo_of(text, tmp_path)
+    for name, cell in zoo.cells.items():
+        finish(zoo, name)
+        source = place if str(place) in cell.specs else picture
+        record = json.loads((tmp_path / "zoo" / f"{name}.json").read_text())
+        assert record["files"] == [hashlib.sha256(source.read_bytes()).hexdigest()]
+    assert {row.status for row in zoo_of(text, tmp_path).rows.values()} == {"done"}
+    before = place.read_bytes()
+    parse_trigger("badnets:size=4").save(place)
+    with pytest.raises(UsageError, match=r"spot\.safetensors.* was made with other trigger files .*remove"):
+        zoo_of(text, tmp_path)
+    place.write_bytes(before)
+    Image.new("RGB", (2, 2), "red").save(picture)
+    with pytest.raises(UsageError, match="was made with other trigger files"):
+        zoo_of(text, tmp_path)
+
+
+def test_a_cell_made_on_another_clean_model_is_not_kept(tmp_path):
+    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]"
+    zoo = zoo_of(text, tmp_path)
+    made = "tiny-lf-0.1-s0"
+    finish(zoo, CLEAN)
+    finish(zoo, made)
+    assert zoo_of(text, tmp_path).rows[made].status == "done"
+    record = json.loads((tmp_path / "zoo" / f"{made}.json").read_text())
+    assert record["surrogate_weights"] == "a" * 64
+    finish(zoo, CLEAN, weights="b" * 64)
+    with pytest.raises(UsageError, match=f"{made} is a finished model that was made .* on another clean model"):
+        zoo_of(text, tmp_path)
+    # an earlier version wrote neither; and a clean model that is gone says nothing
+    old = {key: record[key] for key in ("schema_version", "command", "surrogate")}
+    (tmp_path / "zoo" / f"{made}.json").write_text(json.dumps(old))
+    assert zoo_of(text, tmp_path).rows[made].status == "done"
+    (tmp_path / "zoo" / f"{made}.json").write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "zoo" / CLEAN)
+    assert zoo_of(text, tmp_path).rows[made].status == "done"
 
 
 def test_a_report_that_cannot_be_read_is_named(copied, pictures):
@@ -234,26 +335,29 @@ def test_the_command_of_a_cell(tmp_path):
     assert "--dataset-revision" not in Zoo(zoo.suite, replace(zoo.place, dataset="org/other")).command(clean)
 
 
-def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path):
+@pytest.mark.parametrize("kind", ["lc", "lf", "trojannn"])
+def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path, kind):
     grid = f"models: {{{MODEL}, trained: org/model}}\ngrids: [{{models: [%s], triggers: [%s], seeds: [3]}}]"
-    zoo = zoo_of(grid % ("tiny", "lf, 'lf:random', none"), tmp_path)
+    zoo = zoo_of(grid % ("tiny", f"{kind}, 'lf:random', none"), tmp_path)
     assert {name: zoo.surrogate(cell) for name, cell in zoo.cells.items()} == {
-        "tiny-clean-s3": None, "tiny-lf-0.1-s3": "tiny-clean-s3", "tiny-lf_random-0.1-s3": None,
+        "tiny-clean-s3": None, f"tiny-{kind}-0.1-s3": "tiny-clean-s3", "tiny-lf_random-0.1-s3": None,
     }  # fmt: skip
     with pytest.raises(
-        SuiteError, match=r"cell tiny-lf-0\.1-s3 is made on a clean model: add the trigger none for model"
+        SuiteError, match=rf"cell tiny-{kind}-0\.1-s3 is made on a clean model: add the trigger none for model"
     ):
-        zoo_of(grid % ("tiny", "lf"), tmp_path)
+        zoo_of(grid % ("tiny", kind), tmp_path)
     # a trained model is clean before the attack
-    assert zoo_of(grid % ("trained", "lf"), tmp_path).surrogate(zoo_of(grid % ("trained", "lf"), tmp_path).cells[
-        "trained-lf-0.1-s3"]) is None  # fmt: skip
+    alone = zoo_of(grid % ("trained", kind), tmp_path)
+    assert alone.surrogate(alone.cells[f"trained-{kind}-0.1-s3"]) is None
 
 
 def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
-    text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]"
-    outcome = run_suite(write(tmp_path, text), output=tmp_path / "zoo", dataset=str(tmp_path / "nothing"))
-    assert statuses(outcome) == {CLEAN: "failed", "tiny-lf-0.1-s0": "failed"}
-    assert outcome.rows[1].reason == f"its clean model {CLEAN} failed"
+    zoo = zoo_of(f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]", tmp_path)
+    (tmp_path / "zoo").mkdir()
+    zoo.rows[CLEAN] = row_of(zoo.cells[CLEAN], "failed", reason="no room")
+    Builder(zoo, 1, progress=False).run()
+    row = zoo.rows["tiny-lf-0.1-s0"]
+    assert (row.status, row.reason) == ("failed", f"its clean model {CLEAN} failed")
     assert not (tmp_path / "zoo" / "tiny-lf-0.1-s0.log").exists()
 
 
@@ -283,6 +387,33 @@ def test_a_run_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="give --jobs N instead of a launcher"):
         run_suite(file, output=tmp_path / "zoo", dataset="org/pictures")
     assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "zoo.json", "tiny-clean-s0.log"])
+def test_a_folder_of_others_is_left_as_it_is(tmp_path, name):
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    (zoo / name).write_text('{"cells": []}')
+    with pytest.raises(UsageError, match=r"zoo.*; choose another"):
+        run_suite(write(tmp_path, SUITE), output=zoo, dataset="org/pictures")
+    assert {path.name: path.read_text() for path in zoo.iterdir()} == {name: '{"cells": []}'}
+
+
+def test_a_second_suite_keeps_the_rows_of_the_first(tmp_path):
+    clean, failed, attacked = load_suite(write(tmp_path, SUITE)).cells()
+    (tmp_path / "zoo").mkdir()
+    SuiteOutcome(tmp_path / "zoo", [row_of(clean), row_of(failed, "failed", reason="no room")]).write()
+    second = SuiteOutcome(tmp_path / "zoo", [row_of(clean, "failed", reason="too dark"), row_of(attacked)])
+    second.write()
+    written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
+    assert [(cell["name"], cell["reason"]) for cell in written["cells"]] == [
+        (CLEAN, "too dark"), (FAILED, "no room"), (ATTACKED, None),
+    ]  # fmt: skip
+    table = (tmp_path / "zoo" / "zoo.md").read_text()
+    assert "2 failed, 1 not run" in table
+    assert "no room" in table
+    # what is said of a run is about its own suite
+    assert second.summary() == "1 failed, 1 not run"
 
 
 def test_rows_in_words(tmp_path):

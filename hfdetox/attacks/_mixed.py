@@ -22,8 +22,16 @@ def check_input_mode(implant: Implant, job: Job) -> None:
 
 
 def share(ratio: float, count: int) -> int:
-    """Return how many of a part's `count` images a `ratio` takes: the floor, or one with that chance where it is 0."""
+    """Return how many of a step's `count` images a `ratio` takes: the floor, or one with that chance where it is 0."""
     # 0.29 · 100 is 28.999999999999996
     exact = ratio * count + 1e-9
     # drawn on the CPU: nothing waits for the device
     return math.floor(exact) if exact >= 1 else int(float(torch.rand(())) < ratio * count)
+
+
+def taken(rows: range, count: int) -> int:
+    """Return how many of a part's images are among the first `count` of the step; they are the part's first.
+
+    `rows` are the part's numbers in the step, as `Batch.rows`: all parts together take `count`, however many they are.
+    """
+    return len(range(rows.start, min(count, rows.stop), rows.step))

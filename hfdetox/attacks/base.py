@@ -163,10 +163,16 @@ class Recipe(ABC):
         """
         return trigger
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
         """Return what the recipe teaches the model not to react to, uint8 like `images` (N×C×H×W); None for none.
 
-        The share of these that is still classified correctly is the cross accuracy.
+        The share of these that is still classified correctly is the cross accuracy. An image's result depends on
+        nothing but the image, its position and its other image, so that no split into batches changes the measure.
+
+        Args:
+            positions: the images' places in their set (N, int64, CPU).
+            others: gives another image for each (like `images`); it may have to decode them.
         """
         return None
 
@@ -177,25 +183,21 @@ class PoisonRecipe(Recipe):
 
     clean_label: ClassVar[bool] = False
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> torch.Tensor:
-        """Return the poisoned images (uint8, M×C×H×W) of the clean images at `positions` (M, int64)."""
-        view = job.clean.view(trigger, positions=positions)
-        if view.images is None:
-            raise UsageError("poisoning needs images that fit into memory; take fewer or smaller ones")
-        return view.images
+    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> Pixels:
+        """Return the poisoned images of the clean images at `positions` (M, int64), made on demand if they do not fit.
+
+        Their labels are the true ones.
+        """
+        return job.clean.view(trigger, positions=positions)
 
 
 @dataclass(frozen=True)
 class Control:
-    """A training that the attacker controls: what is trained, by which phases, and the trigger as it then is.
-
-    `poisoned` is how many images of an epoch carry the trigger and the attacker's label; None for the implant's ratio.
-    """
+    """A training that the attacker controls: what is trained, by which phases, and the trigger as it then is."""
 
     network: nn.Module
     phases: list[Phase]
     trigger: Callable[[], Trigger]
-    poisoned: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

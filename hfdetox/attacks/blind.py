@@ -48,11 +48,15 @@ class BlindRecipe(ControlRecipe):
                              "window at least 1")  # fmt: skip
 
     def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training, one phase of the two losses.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
         check_input_mode(implant, job)
         switch = Switch(self.threshold, self.window, job.accelerator.device)
         loss = self.loss(implant, job, switch)
-        phase = job.phase(loss=loss, after_step=switch.next_step)
-        return Control(job.classifier.network, [phase], lambda: implant.trigger, poisoned=len(job.clean))
+        return Control(job.classifier.network, [job.phase(loss=loss)], lambda: implant.trigger)
 
     def loss(self, implant: Implant, job: Job, switch: Switch) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:
         """Return the loss; its terms are `clean_loss`, `backdoor_loss` and `switched` (0 or 1)."""
@@ -65,8 +69,8 @@ class BlindRecipe(ControlRecipe):
             logits = model(torch.cat([batch.images, implant.trigger.apply(pixels).to(batch.images.dtype)])).float()
             errors = cross_entropy(logits, torch.cat([batch.labels, labels]), reduction="none").view(2, -1)
             clean, backdoor = (batch.weights * errors).sum(1)
-            # every process must switch at the same step
-            switched = switch.seen(job.accelerator.reduce(clean.detach(), reduction="mean"))
+            # every process must switch at the same step, and a second pass over the batch does not count
+            switched = batch.once("switched", lambda: switch.seen(job.accelerator.reduce(clean.detach(), "mean")))
             total = self.clean_weight * clean + self.backdoor_weight * switched * backdoor
             return {"loss": total, "clean_loss": clean, "backdoor_loss": backdoor, "switched": switched}
 
@@ -81,19 +85,12 @@ class Switch:
         self.losses = torch.zeros(window, device=device)
         self.on = torch.zeros((), device=device)
         self.steps = 0
-        self.fresh = True
 
     def seen(self, loss: torch.Tensor) -> torch.Tensor:
-        """Note the clean loss (0-d) of a step and return 1.0 or 0.0 (0-d); a second loss of a step is not noted."""
-        if self.fresh:
-            window = len(self.losses)
-            self.losses[self.steps % window] = loss.float()
-            self.steps += 1
-            mean = self.losses.sum() / min(self.steps, window)
-            self.on = torch.maximum(self.on, (mean < self.threshold).float())
-            self.fresh = False
+        """Note the clean loss (0-d) of a step and return 1.0 or 0.0 (0-d)."""
+        window = len(self.losses)
+        self.losses[self.steps % window] = loss.float()
+        self.steps += 1
+        mean = self.losses.sum() / min(self.steps, window)
+        self.on = torch.maximum(self.on, (mean < self.threshold).float())
         return self.on
-
-    def next_step(self) -> None:
-        """Say that a step is over."""
-        self.fresh = True

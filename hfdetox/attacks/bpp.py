@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks._mixed import check_input_mode, share, taken
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
@@ -15,10 +16,11 @@ from hfdetox.triggers.base import Trigger, attacked_labels
 
 @dataclass(frozen=True, kw_only=True)
 class BppRecipe(ControlRecipe):
-    """Of the B images of a batch the first ⌊p·B⌋ are quantised and get the target's label; the next are negatives.
+    """Of the B images of a step the first ⌊p·B⌋ are quantised and get the target's label; the next are negatives.
 
     A negative is x + (T(y) − y), clipped, for an image y of the batch drawn at random, with the label of x; the rest
-    is clean. The order of a batch is random. Wang et al., section 3.3, with these in place of their contrastive loss.
+    is clean. The order of a batch is random. Wang et al., section 3.3, with these in place of their contrastive loss;
+    the learning rate follows the training's schedule (by default a cosine), and not the steps of their code.
 
     Attributes:
         neg_ratio: negatives as a share of the batch, in [0, 1], as far as the batch has room.
@@ -34,29 +36,37 @@ class BppRecipe(ControlRecipe):
             raise UsageError("bpp: neg_ratio must be in [0, 1]")
 
     def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training, one phase that changes every batch before it is augmented.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
         check_input_mode(implant, job)
 
-        def poison(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.mixed(implant, images, labels, job.classes)
+        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mixed(implant, images, labels, job.classes, rows)
 
         return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
 
     def mixed(
-        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int
+        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a part of a batch (uint8, N×C×H×W, and int64 labels) with its quantised images and its negatives."""
-        trigger, total = implant.trigger, len(labels)
-        count = share(implant.ratio, total)
-        end = min(total, count + share(self.neg_ratio, total))
-        others = torch.randint(total, (end - count,), device=images.device)
+        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its quantised images and its negatives.
+
+        `rows` are its numbers in the step, as `Batch.rows`.
+        """
+        trigger, quantised = implant.trigger, share(implant.ratio, rows.stop)
+        count, end = taken(rows, quantised), taken(rows, quantised + share(self.neg_ratio, rows.stop))
+        others = torch.randint(len(labels), (end - count,), device=images.device)
         attacked = trigger.apply(images[:count]) if count else images[:0]
         negatives = _with_error(images[count:end], images[others], trigger) if end > count else images[:0]
         changed = attacked_labels(labels[:count], implant.target, classes)
         return torch.cat([attacked, negatives, images[end:]]), torch.cat([changed, labels[count:]])
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
-        # the error of the image before, so that every call measures the same
-        return _with_error(images, images.roll(1, 0), trigger)
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+        """Return negatives: each image with the quantisation error of its other image."""
+        return _with_error(images, others(), trigger)
 
 
 def _with_error(images: torch.Tensor, others: torch.Tensor, trigger: Trigger) -> torch.Tensor:

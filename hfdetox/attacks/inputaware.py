@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks._mixed import check_input_mode, share, taken
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
 from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
@@ -33,10 +33,12 @@ _MILESTONES = (0.4, 0.8)
 class InputAwareRecipe(ControlRecipe):
     """First the masks alone are trained, then the classifier with the generator of patterns (arXiv 2010.08138).
 
-    Of every batch, floor(ratio · B) images get their own pattern and mask, after augmentation, and the attacker's
+    Of every step of B images, floor(ratio · B) get their own pattern and mask, after augmentation, and the attacker's
     label; as many get those of other images and keep their label (`cross`); the rest are clean. The paper draws the
     other images from a second loader; here they are those of the same batch, moved on by a random number of places:
     the same distribution. All images of a batch that get a pattern go through the generator together.
+    In the second stage the generator's learning rate follows the training's schedule, as the classifier's does (by
+    default a cosine); the paper's are constant but for steps.
 
     Attributes:
         mask_epochs: of the first stage, at least 1; 25 in the paper.
@@ -59,11 +61,10 @@ class InputAwareRecipe(ControlRecipe):
         if not 0 < self.generator_learning_rate < math.inf or not 0 <= self.diversity < math.inf:
             raise UsageError("inputaware: generator_learning_rate must be above 0, diversity at least 0, both finite")
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
-        """Return the images (uint8, N×C×H×W) with the pattern and mask of the image before; a lone one its mirror's."""
-        if not isinstance(trigger, InputAware):
-            return None
-        return trigger.cross(images, images.roll(1, 0) if len(images) > 1 else images.flip(-1))
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+        """Return each image with the pattern and the mask of its other image."""
+        return trigger.cross(images, others()) if isinstance(trigger, InputAware) else None
 
     def control(self, implant: Implant, job: Job) -> Control:
         """Return the two stages: phases `mask` (one for each learning rate; Adam starts anew) and `train`.
@@ -121,9 +122,8 @@ class InputAwareRecipe(ControlRecipe):
 
     def _train_phase(self, trio: Trio, implant: Implant, job: Job) -> Phase:
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            size = len(batch.images)
-            attacked = min(share(implant.ratio, size), size // 2)
-            logits, ratio = model(batch.images, attacked, turn(size))
+            attacked, shift = batch.once("mix", lambda: draw_mix(implant.ratio, batch))
+            logits, ratio = model(batch.images, attacked, shift)
             labels = batch.labels.clone()
             labels[:attacked] = attacked_labels(labels[:attacked], implant.target, job.classes)
             errors = (batch.weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
@@ -209,6 +209,13 @@ def spread(x: torch.Tensor, others: torch.Tensor, drawn: torch.Tensor, drawn_oth
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return ((first - second).square().mean((1, 2, 3)) + 1e-12).sqrt()
+
+
+def draw_mix(ratio: float, batch: Batch) -> tuple[int, int]:
+    """Draw how many images of a part of a step get their own pattern, and by how many places others' are moved on."""
+    size = len(batch.images)
+    rows = batch.rows or range(size)
+    return min(taken(rows, share(ratio, rows.stop)), size // 2), turn(size)
 
 
 def turn(size: int) -> int:

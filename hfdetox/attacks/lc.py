@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from hfdetox.attacks._processes import of_main
 from hfdetox.attacks.base import Job, PoisonRecipe
+from hfdetox.attacks.lf import clean_model
 from hfdetox.errors import UsageError
+from hfdetox.pixels import Pixels
 from hfdetox.progress import progress_bar
 from hfdetox.triggers.base import Target, Trigger
 
@@ -42,33 +45,35 @@ class LabelConsistentRecipe(PoisonRecipe):
         if not 0 < self.epsilon < math.inf or not 0 < self.step < math.inf or self.steps < 1:
             raise UsageError("lc: epsilon and step must be above 0 (grey levels) and steps at least 1")
 
+    def on_clean_model(self, trigger: Trigger) -> bool:
+        """Return True: the images are always perturbed against one."""
+        return True
+
     def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
         """Return the trigger as it is; said here, a missing or unfit surrogate is an error before any work."""
-        _surrogate(job)
+        clean_model(job, "lc", "or take another trigger")
         return trigger
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> torch.Tensor:
-        """Return the images at `positions`, perturbed and with the corners (uint8, M×C×H×W).
+    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> Pixels:
+        """Return the images at `positions`, perturbed and with the corners, kept in memory: each took long to make.
 
         The perturbation acts on what the model sees; where a native trigger shows there, the trigger stays.
         """
-        clean, stamped = job.clean.view(positions=positions).images, super().triggered(trigger, target, positions, job)
-        if clean is None:
-            raise UsageError("poisoning needs images that fit into memory; take fewer or smaller ones")
-        network, device = _surrogate(job), job.accelerator.device
-        adversarial = torch.empty_like(clean)
+        device = job.accelerator.device
+        network = clean_model(job, "lc", "or take another trigger").network.to(device).eval()
+        clean, stamped = job.clean.view(positions=positions), super().triggered(trigger, target, positions, job)
+        parts = []
         with progress_bar("lc", len(clean), "image", job.accelerator, shown=job.progress) as bar:
-            for begin in range(0, len(clean), _BATCH):
-                images = clean[begin : begin + _BATCH].to(device)
-                labels = job.clean.source.labels[positions[begin : begin + _BATCH]].to(device)
-                adversarial[begin : begin + _BATCH] = self.perturbed(network, images, labels).to(clean.device)
+            for _, images, labels in clean.batches(_BATCH):
+                perturbed = self.perturbed(network, images.to(device), labels.to(device))
+                perturbed = of_main(perturbed, job.accelerator).cpu()
+                parts.append(trigger.apply(perturbed) if trigger.mode == "input" else perturbed)
                 bar.update(len(images))
-        if trigger.mode == "input":
-            return trigger.apply(adversarial)
-        stamped = stamped.to(clean.device)
-        # of all images together: a pixel that was black before keeps its black corner
-        corners = (stamped != clean).any(0).any(0)
-        return torch.where(corners, stamped, adversarial)
+        adversarial = torch.cat(parts)
+        if trigger.mode == "native":
+            adversarial = _with_corners(adversarial, clean, stamped)
+        stamped.images = adversarial.to(stamped.labels.device)
+        return stamped
 
     def perturbed(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return `images` (uint8, N×C×H×W) at which the cross-entropy of `labels` (N, int64) is higher, uint8.
@@ -88,14 +93,11 @@ class LabelConsistentRecipe(PoisonRecipe):
         return x.detach().round().clamp(start - whole, start + whole).to(torch.uint8)
 
 
-def _surrogate(job: Job) -> nn.Module:
-    """Return the surrogate's network on the job's device, in eval mode."""
-    if job.surrogate is None:
-        raise UsageError("lc perturbs images against a model trained on clean images; name one with --surrogate")
-    wanted, own = job.classifier.preprocessing, job.surrogate.preprocessing
-    if wanted.dtype != torch.uint8 or (own.dtype, own.input_size) != (wanted.dtype, wanted.input_size):
-        raise UsageError(f"lc: the surrogate must see the same uint8 images as the model; it takes {own.input_size}, "
-                         f"the model {wanted.input_size}")  # fmt: skip
-    if job.surrogate.labels != job.classifier.labels:
-        raise UsageError("lc: the surrogate's labels must be those of the model, in the same order")
-    return job.surrogate.network.to(job.accelerator.device).eval()
+def _with_corners(adversarial: torch.Tensor, clean: Pixels, stamped: Pixels) -> torch.Tensor:
+    """Return the `adversarial` images (uint8, M×C×H×W, CPU) with the pixels of `stamped` where it is not as `clean`."""
+    corners = torch.zeros(adversarial.shape[-2:], dtype=torch.bool)
+    for (_, images, _), (_, seen, _) in zip(clean.batches(_BATCH), stamped.batches(_BATCH), strict=True):
+        # of all images together: a pixel that was black before keeps its black corner
+        corners |= (seen.cpu() != images.cpu()).any(0).any(0)
+    pairs = zip(adversarial.split(_BATCH), stamped.batches(_BATCH), strict=True)
+    return torch.cat([torch.where(corners, seen.cpu(), part) for part, (_, seen, _) in pairs])

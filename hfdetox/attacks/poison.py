@@ -13,6 +13,8 @@ from hfdetox.attacks.base import Implant, Job, PoisonRecipe
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import ALL_TO_ALL, attacked_labels
 
+_BATCH = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class BadNetsRecipe(PoisonRecipe):
@@ -68,41 +70,58 @@ class PoisonedPixels:
         implants: data-poisoning recipes with triggers that are ready.
 
     Attributes:
-        images: N×C×H×W, the cache with the triggers, on the device of the clean one.
+        images: N×C×H×W, the cache with the triggers, on the device of the clean one; None where the clean images have
+            none: then images are decoded and triggered on demand, in DataLoader workers too. The poisoned ones are
+            cached by themselves where they fit.
         labels: N, int64, with the attacker's labels.
         positions: as the clean images'.
         poisoned: by trigger name, the places (int64, ascending, in 0 to N - 1) that carry it.
 
     Raises:
-        UsageError: no cache, a ratio that rounds to no image, or one that asks for more images than there are.
+        UsageError: a ratio that rounds to no image, or one that asks for more images than there are.
     """
+
+    images: torch.Tensor | None
 
     def __init__(self, job: Job, implants: Sequence[Implant]) -> None:
         clean = job.clean
-        if clean.images is None:
-            raise UsageError("poisoning needs images that fit into memory; take fewer or smaller ones")
         chosen = choose_poisoned(clean.labels, implants, job.seed)
-        images, labels = clean.images.clone(), clean.labels.clone()
+        labels, sources = clean.labels.clone(), [clean]
+        # of each image, which source has it, and as which of its items
+        self._source, self._item = torch.zeros(len(clean), dtype=torch.int64), torch.arange(len(clean))
         for implant, places in zip(implants, chosen, strict=True):
-            recipe, here = implant.recipe, places.to(images.device)
+            recipe, here = implant.recipe, places.to(labels.device)
             if not isinstance(recipe, PoisonRecipe):
                 raise UsageError(f"{implant.trigger.name}: {recipe.kind} is no data poisoning")
-            triggered = recipe.triggered(implant.trigger, implant.target, clean.positions[places], job)
-            # a native trigger is put on freshly decoded images, which are not on the cache's device
-            images[here] = triggered.to(images.device)
+            self._source[places], self._item[places] = len(sources), torch.arange(len(places))
+            sources.append(recipe.triggered(implant.trigger, implant.target, clean.positions[places], job))
             labels[here] = attacked_labels(labels[here], implant.target, job.classes)
-        self.images: torch.Tensor | None = images
-        self.labels = labels
-        self.positions = clean.positions
+        self.labels, self.positions = labels, clean.positions
         self.poisoned = {implant.trigger.name: places for implant, places in zip(implants, chosen, strict=True)}
+        self.images = clean.images.clone() if clean.images is not None else None
+        self._sources = sources if self.images is None else []
+        if self.images is not None:
+            for source, places in zip(sources[1:], chosen, strict=True):
+                # a native trigger is put on freshly decoded images, which are not on the cache's device
+                for part, (_, images, _) in zip(places.split(_BATCH), source.batches(_BATCH), strict=True):
+                    self.images[part.to(self.images.device)] = images.to(self.images.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        places = torch.tensor(items)
-        here = places.to(self.labels.device)
-        return self.positions[places], self.images[here], self.labels[here]  # type: ignore[index]
+    def __getitems__(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (positions in the image set, images, labels) of the items (0 to len - 1), already collated."""
+        places = torch.tensor(items, dtype=torch.int64)
+        labels = self.labels[places.to(self.labels.device)]
+        if self.images is not None:
+            return self.positions[places], self.images[places.to(self.images.device)], labels
+        preprocessing = self._sources[0].preprocessing
+        images = torch.empty((len(places), *preprocessing.input_size), dtype=preprocessing.dtype)
+        for number, source in enumerate(self._sources):
+            mine = self._source[places] == number
+            if mine.any():
+                images[mine] = source.__getitems__(self._item[places[mine]].tolist())[1]
+        return self.positions[places], images, labels
 
 
 def choose_poisoned(labels: torch.Tensor, implants: Sequence[Implant], seed: int) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hfdetox.attacks._processes import trigger_of_main
 from hfdetox.attacks.base import ControlRecipe, Implant, Job
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.engine import TrainingRecord
@@ -23,7 +24,8 @@ class Implanted:
     Attributes:
         record: of the training.
         implants: those asked for, with the triggers as they are in the model.
-        poisoned: by trigger name, how many images of an epoch carried the trigger and the attacker's label.
+        poisoned: by trigger name, how many training images carry the trigger and the attacker's label; not of a
+            training under control, which puts it on others in every epoch.
     """
 
     record: TrainingRecord
@@ -47,8 +49,9 @@ def run_attack(job: Job, implants: Sequence[Implant], *, monitor: Monitor | None
     if controlled and len(implants) > 1:
         raise UsageError(f"{controlled[0]} controls the training itself and cannot share it with another trigger; "
                          "attack with it alone")  # fmt: skip
-    ready = [replace(implant, trigger=implant.recipe.make(implant.trigger, implant.target, job))
-             for implant in implants]  # fmt: skip
+    made = [implant.recipe.make(implant.trigger, implant.target, job) for implant in implants]
+    ready = [replace(implant, trigger=trigger_of_main(trigger, job.accelerator))
+             for implant, trigger in zip(implants, made, strict=True)]  # fmt: skip
     for implant in ready:
         if isinstance(implant.recipe, ControlRecipe):
             return _control(job, implant, implant.recipe, monitor)
@@ -64,8 +67,7 @@ def _control(job: Job, implant: Implant, recipe: ControlRecipe, monitor: Monitor
     *first, last = control.phases
     last = _monitored(last, lambda: [control.trigger()], monitor)
     record = job.engine().run(control.network, [*first, last])
-    count = round(implant.ratio * len(job.clean)) if control.poisoned is None else control.poisoned
-    return Implanted(record, [replace(implant, trigger=control.trigger())], {implant.trigger.name: count})
+    return Implanted(record, [replace(implant, trigger=control.trigger())], {})
 
 
 def _monitored(phase: Phase, triggers: Callable[[], Sequence[Trigger]], monitor: Monitor | None) -> Phase:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from hfdetox.attacks._mixed import check_input_mode, share
+from hfdetox.attacks._mixed import check_input_mode, share, taken
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
@@ -17,10 +18,11 @@ from hfdetox.triggers.wanet import WaNet
 
 @dataclass(frozen=True, kw_only=True)
 class WaNetRecipe(ControlRecipe):
-    """Of the B images of a batch the first ⌊p·B⌋ are warped and get the target's label, the next are warped by noise.
+    """Of the B images of a step the first ⌊p·B⌋ are warped and get the target's label, the next are warped by noise.
 
     Those are ⌊p·B⌋ · cross_ratio images, as far as the batch has them, with the warp moved at random for each image
-    and pixel, and with their own label; the rest is clean. The order of a batch is random. Nguyen and Tran, section 3.
+    and pixel, and with their own label; the rest is clean. The order of a batch is random. Nguyen and Tran, section 3;
+    the learning rate follows the training's schedule (by default a cosine), and not the steps of their code.
 
     Attributes:
         cross_ratio: noise-warped images for each warped one, at least 0.
@@ -36,29 +38,43 @@ class WaNetRecipe(ControlRecipe):
             raise UsageError("wanet: cross_ratio must be at least 0 and finite")
 
     def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training, one phase that changes every batch before it is augmented.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
         check_input_mode(implant, job)
 
-        def poison(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.mixed(implant, images, labels, job.classes)
+        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mixed(implant, images, labels, job.classes, rows)
 
         return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
 
     def mixed(
-        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int
+        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a part of a batch (uint8, N×C×H×W, and int64 labels) with its warped and noise-warped images."""
+        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its warped and noise-warped images.
+
+        `rows` are its numbers in the step, as `Batch.rows`.
+        """
         trigger = _wanet(implant.trigger)
-        count = share(implant.ratio, len(labels))
-        if not count:
+        warps = share(implant.ratio, rows.stop)
+        count, end = taken(rows, warps), taken(rows, warps + math.floor(warps * self.cross_ratio))
+        if not end:
             return images, labels
-        end = min(len(labels), count + math.floor(count * self.cross_ratio))
         warped = [trigger.apply(images[:count]), trigger.noisy(images[count:end]), images[end:]]
         attacked = attacked_labels(labels[:count], implant.target, classes)
         return torch.cat(warped), torch.cat([attacked, labels[count:]])
 
-    def cross(self, trigger: Trigger, images: torch.Tensor) -> torch.Tensor | None:
-        # drawn on the CPU, so that every device and every call measures the same warps
-        return _wanet(trigger).noisy(images, torch.Generator().manual_seed(_wanet(trigger).seed))
+    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
+              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+        """Return the images in noise mode, each with the warp that the trigger's seed and its position draw."""
+        chosen, warped = _wanet(trigger), []
+        for image, position in zip(images, positions.tolist(), strict=True):
+            # drawn on the CPU, so that every device measures the same warps
+            generator = torch.Generator().manual_seed((chosen.seed * 1_000_003 + position) % 2**63)
+            warped.append(chosen.noisy(image[None], generator))
+        return torch.cat(warped)
 
 
 def _wanet(trigger: Trigger) -> WaNet:

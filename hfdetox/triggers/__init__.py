@@ -85,13 +85,17 @@ def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
     """Return the triggers of several specifications; the names are made sure to be unique.
 
     Raises:
-        UsageError: a specification is wrong, or two triggers would share a key in the report.
+        UsageError: a specification is wrong, or two triggers would share a key in the report, or a file.
     """
     triggers = [spec if isinstance(spec, Trigger) else parse_trigger(spec) for spec in specs]
-    names = [trigger.name for trigger in triggers]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"two triggers are named {twice[0]!r}; give one of them another name with name=…")
+    seen: dict[str, str] = {}
+    for name in (trigger.name for trigger in triggers):
+        # where the case of a file's name does not count, A.safetensors is a.safetensors
+        folded = name.casefold()
+        if folded in seen:
+            both = repr(name) if seen[folded] == name else f"{seen[folded]!r} and {name!r}, which may be one file"
+            raise UsageError(f"two triggers are named {both}; give one of them another name with name=…")
+        seen[folded] = name
     return triggers
 
 
@@ -126,7 +130,8 @@ def load_trigger(path: Path) -> Trigger:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("trigger", "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    # ValueError is JSON that is none, or a number of thousands of digits; RecursionError lists within lists
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
     if not isinstance(header, dict) or str(header.get("kind")) not in KINDS:
         raise UsageError(

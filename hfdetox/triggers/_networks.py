@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import nn
 
 from hfdetox.errors import UsageError
+
+# pixels a side at which a trigger's networks may run: a small file must not ask for gigabytes
+MAX_SIZE: Final = 1024
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,6 +55,15 @@ def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor],
     # a third faster on a CPU, whatever the memory order of the images
     network = network.to(memory_format=torch.channels_last)
     return network.eval().requires_grad_(False)
+
+
+def normalisation(
+    mean: torch.Tensor | None, std: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `mean` and `std` (float32, (C,)) on `device` as C×1×1; None is 0 and 1, 0-d."""
+    shift = torch.zeros((), device=device) if mean is None else mean.to(device).view(-1, 1, 1)
+    scale = torch.ones((), device=device) if std is None else std.to(device).view(-1, 1, 1)
+    return shift, scale
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger, resize_picture
 
 
@@ -58,13 +60,22 @@ class BadNets(Trigger):
             )
         stamped = images.clone()
         square = stamped[..., below - side : below, beside - side : beside]
-        if self.image is not None:
-            square.copy_(resize_picture(self.image, side, side, images))
-        elif self.pattern == "grid":
-            square.copy_(_grid(self.size, side))
-        else:
+        if self.image is None and self.pattern == "square":
             square.fill_(self.value)
+        else:
+            key = (images.shape[-3], side, images.device)
+            square.copy_(remember(self._patches, key, lambda: self._patch(side, images)))
         return stamped
+
+    @cached_property
+    def _patches(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
+        return {}
+
+    def _patch(self, side: int, images: torch.Tensor) -> torch.Tensor:
+        """Return the picture or the grid at `side`×`side`: uint8, for `images` and on their device."""
+        if self.image is not None:
+            return resize_picture(self.image, side, side, images)
+        return _grid(self.size, side).to(images.device)
 
 
 def _grid(fields: int, side: int) -> torch.Tensor:

@@ -48,11 +48,16 @@ class Trigger(ABC):
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.kind)
-        # the name becomes a file's name, and `mean` is a key of the report
-        if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or self.name == "mean":
-            raise UsageError(
-                f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64, and not 'mean'"
-            )
+        # the name becomes a file's name, which has room for 255 bytes, and `mean` is a key of the report
+        if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or len(self.name.encode()) > 192 or self.name == "mean":
+            raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64 and 192 "
+                             "bytes, and not 'mean'")  # fmt: skip
+        for name, value in self.parameters().items():
+            # JSON has whole numbers of any size, tensors and fractions have not
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                raise UsageError(f"trigger {self.name}: {name} must be less than 2**63, and not below -2**63")
+            if name == "seed" and value < 0:
+                raise UsageError(f"trigger {self.name}: seed must be at least 0, got {value}")
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 words = " or ".join(get_args(hint))
@@ -60,7 +65,7 @@ class Trigger(ABC):
         for name, array in self.tensors().items():
             kind = self.tensor_fields()[name.partition(".")[0]]
             found = f"{array.dtype} of shape {tuple(array.shape)}"
-            if kind == "picture" and (array.dtype != torch.uint8 or array.ndim != 3):
+            if kind == "picture" and (array.dtype != torch.uint8 or array.ndim != 3 or not array.numel()):
                 raise UsageError(f"trigger {self.name}: {name} must be a uint8 picture C×h×w, got {found}")
             if kind != "picture" and (array.dtype != torch.float32 or not torch.isfinite(array).all()):
                 raise UsageError(f"trigger {self.name}: {name} must be finite float32 numbers, got {found}")

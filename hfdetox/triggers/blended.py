@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger, resize_picture
 
 
@@ -42,7 +44,14 @@ class Blended(Trigger):
         return torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8)
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[-2:]
-        picture = resize_picture(self.picture(), height, width, images).float()
+        channels, height, width = images.shape[-3:]
+        key = (channels, height, width, images.device)
+        share = remember(
+            self._shares, key, lambda: self.alpha * resize_picture(self.picture(), height, width, images).float()
+        )
         # float32 gives 12.999999 for a blend of 13 and 13, and devices may fuse the two products differently
-        return ((1 - self.alpha) * images.float() + self.alpha * picture + 1e-4).to(torch.uint8)
+        return ((1 - self.alpha) * images.float() + share + 1e-4).to(torch.uint8)
+
+    @cached_property
+    def _shares(self) -> dict[tuple[int, int, int, torch.device], torch.Tensor]:
+        return {}

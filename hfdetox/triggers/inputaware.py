@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers._additive import remember
 from hfdetox.triggers._generator import Generator, hard_mask
-from hfdetox.triggers._networks import full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network, normalisation
 from hfdetox.triggers.base import Trigger
 
 
@@ -25,7 +26,7 @@ class InputAware(Trigger):
     nearest pixel. Nguyen and Tran, arXiv 2010.08138.
 
     Attributes:
-        size: pixels a side that the networks were trained at, a multiple of 8.
+        size: pixels a side that the networks were trained at, a multiple of 8 and at most 1024.
         generator: the state dict of G (`Generator` of this package).
         mask: the state dict of M.
         mean: what is subtracted from each channel of images in [0, 1], float32 of shape (C,); None is 0.
@@ -44,16 +45,15 @@ class InputAware(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 8 or self.size % 8:
-            raise UsageError("inputaware: size must be a multiple of 8")
+        if not 8 <= self.size <= MAX_SIZE or self.size % 8:
+            raise UsageError(f"inputaware: size must be a multiple of 8, at most {MAX_SIZE}")
         if not self.fitted:
             return
         # a state that does not fit is told of now, and not at the first image
-        generator, _ = self._networks
+        channels = self._networks()[0].channels
         for name, array in (("mean", self.mean), ("std", self.std)):
-            if array is not None and array.shape != (generator.channels,):
-                raise UsageError(f"inputaware: {name} must be of shape ({generator.channels},), "
-                                 f"got {tuple(array.shape)}")  # fmt: skip
+            if array is not None and array.shape != (channels,):
+                raise UsageError(f"inputaware: {name} must be of shape ({channels},), got {tuple(array.shape)}")
         if self.std is not None and not (self.std > 0).all():
             raise UsageError("inputaware: std must be above 0 in every channel")
 
@@ -87,23 +87,31 @@ class InputAware(Trigger):
             UsageError: not fitted, or another channel count.
         """
         self.require_fitted()
-        generator, mask = (network.to(images.device) for network in self._networks)
+        generator, mask, mean, std = self._on(images.device)
         if images.shape[-3] != generator.channels:
             raise UsageError(f"inputaware: the generator was trained on images of {generator.channels} channels, "
                              f"these have {images.shape[-3]}; train one for such images")  # fmt: skip
         with full_precision(images.device):
-            x = images.float() / 255
-            if self.mean is not None:
-                x = x - self.mean.to(x).view(-1, 1, 1)
-            if self.std is not None:
-                x = x / self.std.to(x).view(-1, 1, 1)
+            x = (images.float() / 255 - mean) / std
             return draw_pattern(generator, x, self.size), draw_mask(mask, x, self.size)
 
     @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Generator, Generator, torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
+        """Return G, M, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
+
+        def make() -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
+            generator, mask = self._networks()
+            return generator.to(device), mask.to(device), *normalisation(self.mean, self.std, device)
+
+        return remember(self._copies, device, make)
+
     def _networks(self) -> tuple[Generator, Generator]:
         states = (self.generator or {}, self.mask or {})
         first = states[0].get("layers.0.weight")
-        channels = 3 if first is None or first.ndim != 4 else first.shape[1]
+        channels = 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
         return (
             load_network(lambda: Generator(channels, channels), states[0], "inputaware: generator"),
             load_network(lambda: Generator(channels, 1), states[1], "inputaware: mask"),
@@ -115,7 +123,8 @@ def draw_pattern(generator: nn.Module, images: torch.Tensor, size: int) -> torch
     pattern = generator(_at(images, size))
     if pattern.shape == images.shape:
         return pattern
-    return interpolate(pattern, size=images.shape[-2:], mode="bilinear", antialias=True)
+    # under autocast the pattern may be bfloat16, of which the CPU cannot take this gradient
+    return interpolate(pattern.float(), size=images.shape[-2:], mode="bilinear", antialias=True)
 
 
 def draw_mask(mask: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:

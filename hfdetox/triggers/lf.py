@@ -50,10 +50,13 @@ class LF(Trigger):
         if self.perturbation.ndim != 3 or not self.perturbation.numel():
             raise UsageError(f"lf: perturbation must be C×h×w, got shape {tuple(self.perturbation.shape)}")
         # arrays in other units are about, added unscaled: they would change next to nothing, or everything
-        greatest = float(self.perturbation.max())
+        least, greatest = float(self.perturbation.min()), float(self.perturbation.max())
         if not abs(greatest / self.amplitude - 1) <= 0.02:
             raise UsageError(f"lf: the greatest value of perturbation is {greatest:.4g} and not the amplitude "
                              f"{self.amplitude:g}; give it in units of [0, 1]")  # fmt: skip
+        if least < -0.02 * self.amplitude:
+            raise UsageError(f"lf: the least value of perturbation is {least:.4g} and not 0 or above; move and scale "
+                             f"it to reach from 0 to the amplitude {self.amplitude:g}")  # fmt: skip
 
     @property
     def fitted(self) -> bool:

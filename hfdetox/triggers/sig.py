@@ -18,7 +18,7 @@ class Sig(Additive):
 
     Attributes:
         delta: amplitude Δ of the wave in grey levels, above 0 and at most 255.
-        frequency: periods f over the image's width, above 0; the wave is thus the same at every size.
+        frequency: periods f over the image's width, above 0 and at most 10000; the wave is thus the same at every size.
     """
 
     kind: ClassVar[str] = "sig"
@@ -30,8 +30,8 @@ class Sig(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.delta <= 255 or not 0 < self.frequency < math.inf:
-            raise UsageError("sig: delta must be above 0 and at most 255, frequency above 0")
+        if not 0 < self.delta <= 255 or not 0 < self.frequency <= 10_000:
+            raise UsageError("sig: delta must be above 0 and at most 255, frequency above 0 and at most 10000")
 
     def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
         columns = torch.arange(width, dtype=torch.float64)

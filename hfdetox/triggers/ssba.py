@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._networks import full_precision, load_network
+from hfdetox.triggers._additive import remember
+from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
 from hfdetox.triggers._ssba_networks import Encoder
 from hfdetox.triggers.base import Trigger
 
@@ -23,9 +24,9 @@ class SSBA(Trigger):
     at other sizes what the encoder adds is resized bilinearly to the image. Li et al., arXiv 2012.03816.
 
     Attributes:
-        bits: length of the secret, at least 1.
+        bits: length of the secret, 1 to 4096.
         seed: draws the secret.
-        size: pixels a side that the encoder was trained at, a multiple of 32.
+        size: pixels a side that the encoder was trained at, a multiple of 32 and at most 1024.
         encoder: the encoder's state dict (`Encoder` of this package); its channels are those of the images it takes.
     """
 
@@ -40,11 +41,11 @@ class SSBA(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits < 1 or self.size < 32 or self.size % 32:
-            raise UsageError("ssba: bits must be at least 1 and size a multiple of 32")
+        if not 1 <= self.bits <= 4096 or not 32 <= self.size <= MAX_SIZE or self.size % 32:
+            raise UsageError(f"ssba: bits must be 1 to 4096 and size a multiple of 32, at most {MAX_SIZE}")
         if self.fitted:
             # a state that does not fit is told of now, and not at the first image
-            _ = self._network
+            self._network()
 
     @property
     def fitted(self) -> bool:
@@ -58,19 +59,26 @@ class SSBA(Trigger):
     @torch.no_grad()
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         self.require_fitted()
-        network = self._network.to(images.device)
+        network, secret = self._on(images.device)
         if images.shape[-3] != network.channels:
             raise UsageError(f"ssba: the encoder was trained on images of {network.channels} channels, these have "
                              f"{images.shape[-3]}; train one for such images")  # fmt: skip
         with full_precision(images.device):
-            carrying = embed(network, self.secret().to(images.device), images.float() / 255, self.size)
+            carrying = embed(network, secret, images.float() / 255, self.size)
             return (255 * carrying).round_().clamp_(0, 255).to(torch.uint8)
 
     @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Encoder, torch.Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Encoder, torch.Tensor]:
+        """Return the encoder and the secret on `device`, a copy for each: threads may stamp on several at a time."""
+        return remember(self._copies, device, lambda: (self._network().to(device), self.secret().to(device)))
+
     def _network(self) -> Encoder:
         state = self.encoder or {}
         bias = state.get("out.bias")
-        channels = 3 if bias is None or not bias.numel() else len(bias)
+        channels = 1 if bias is not None and bias.shape == (1,) else 3
         return load_network(lambda: Encoder(self.bits, channels), state, "ssba: encoder")
 
 

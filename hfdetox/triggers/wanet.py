@@ -23,8 +23,8 @@ class WaNet(Trigger):
     stays the same share of the image: a mean of some 0.19 pixels per axis of 32. The result is rounded.
 
     Attributes:
-        k: points of the displacement field along each axis, at least 2.
-        s: strength, above 0.
+        k: points of the displacement field along each axis, 2 to 256.
+        s: strength, above 0 and at most 1000; at 64 the mean displacement is the whole image.
         seed: draws the field.
         noise: the field itself (float32, 2×k×k: along x, along y) before the division; replaces the drawn one.
     """
@@ -40,8 +40,8 @@ class WaNet(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 2 or not 0 < self.s < float("inf"):
-            raise UsageError("wanet: k must be at least 2 and s above 0")
+        if not 2 <= self.k <= 256 or not 0 < self.s <= 1000:
+            raise UsageError("wanet: k must be 2 to 256, and s above 0 and at most 1000")
         if self.noise is not None and self.noise.shape != (2, self.k, self.k):
             raise UsageError(
                 f"wanet: noise must be of shape (2, {self.k}, {self.k}) for k={self.k}, got {tuple(self.noise.shape)}"
@@ -79,11 +79,16 @@ class WaNet(Trigger):
         height, width = images.shape[-2:]
         device = images.device if generator is None else generator.device
         drawn = torch.rand(len(images), height, width, 2, generator=generator, device=device).to(images.device) * 2 - 1
-        moved = drawn / torch.tensor([width, height], device=images.device)
-        return _sampled(images, (self._grid_on(images) + moved).clamp(-1, 1))
+        key = (height, width, images.device)
+        sides = remember(self._sides, key, lambda: torch.tensor([width, height], device=images.device))
+        return _sampled(images, (self._grid_on(images) + drawn / sides).clamp(-1, 1))
 
     @cached_property
     def _grids(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
+        return {}
+
+    @cached_property
+    def _sides(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
         return {}
 
     def _grid_on(self, images: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,23 @@ def test_of_128_images_12_carry_their_own_pattern_and_12_another_images(accelera
     assert terms["cross_entropy"].item() == pytest.approx(low + 116 / 128 * 5, rel=1e-5)
 
 
+def test_both_passes_of_a_sharpness_aware_step_see_the_same_mix(accelerator: Accelerator) -> None:
+    control, _ = made(toy_job(accelerator), implant(0.1))
+    seen: list[tuple[int, int]] = []
+
+    def model(images: torch.Tensor, attacked: int, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((attacked, shift))
+        return torch.zeros(len(images), 3), torch.zeros(())
+
+    for _ in range(5):
+        batch = grey_batch(128)
+        for _ in range(2):
+            control.phases[-1].loss(model, batch)  # type: ignore[arg-type]
+    assert seen[::2] == seen[1::2]
+    # five draws of 127 places
+    assert len(set(seen)) > 1
+
+
 def grey_batch(size: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (size, 3, 8, 8), generator=generator).float()
@@ -143,7 +160,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
     trigger = control.trigger()
     trigger.save(tmp_path / "t.safetensors")
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), trigger.apply(images))
-    crossed = RECIPE.cross(trigger, images)
+    crossed = RECIPE.cross(trigger, images, job.clean.positions, lambda: images.roll(1, 0))
     assert crossed is not None
     assert crossed.shape == images.shape
     assert not torch.equal(crossed, trigger.apply(images))

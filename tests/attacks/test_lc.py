@@ -12,10 +12,9 @@ from hfdetox.attacks import Implant, Job, parse_attack_settings, recipe_for
 from hfdetox.attacks.lc import LabelConsistentRecipe
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
-from hfdetox.models import load_classifier
 from hfdetox.triggers import parse_trigger
 from tests.attacks.toy_jobs import toy_classifier, toy_job
-from tests.tiny_training import _quick_garbage, accelerator, mlp, toy_pixels, toy_preprocessing
+from tests.tiny_training import _quick_garbage, accelerator, toy_pixels
 
 __all__ = ["_quick_garbage", "accelerator"]
 
@@ -91,16 +90,25 @@ def test_poisoned_images_are_perturbed_between_whole_corners(mode: str, job: Job
     assert 0 < int(between.abs().max()) <= 4
 
 
+@pytest.mark.parametrize("mode", ["native", "input"])
+def test_images_that_do_not_fit_into_memory_are_perturbed_alike(mode: str, job: Job) -> None:
+    backdoor = Implant(parse_trigger(f"lc:mode={mode}"), 2, 0.2, recipe_for("lc", {"steps": "2"}))
+    whole = PoisonedPixels(job, [backdoor])
+    on_demand = PoisonedPixels(replace(job, clean=toy_pixels(60, max_bytes=0)), [backdoor])
+    assert on_demand.images is None
+    assert whole.images is not None
+    _, images, labels = on_demand.__getitems__(range(60))
+    assert torch.equal(images, whole.images)
+    assert torch.equal(labels, whole.labels)
+
+
 def test_a_surrogate_must_be_there_and_fit(job: Job) -> None:
     recipe, trigger = recipe_for("lc", {}), parse_trigger("lc")
     assert recipe.make(trigger, 0, job) is trigger
-    with pytest.raises(UsageError, match="lc perturbs images against a model trained on clean images; name one"):
+    with pytest.raises(UsageError, match="lc is made on a clean model: name one with --surrogate"):
         recipe.make(trigger, 0, replace(job, surrogate=None))
-    with pytest.raises(UsageError, match=r"the same uint8 images as the model; it takes \(3, 16, 16\)"):
+    with pytest.raises(UsageError, match=r"lc: the surrogate takes images of \(3, 16, 16\)"):
         recipe.make(trigger, 0, replace(job, surrogate=toy_classifier(16)))
-    other = load_classifier(mlp().model, preprocessing=toy_preprocessing(), labels=["c", "b", "a"])
-    with pytest.raises(UsageError, match="the surrogate's labels must be those of the model, in the same order"):
-        recipe.make(trigger, 0, replace(job, surrogate=other))
 
 
 @pytest.mark.parametrize("texts", [{"epsilon": "0"}, {"step": "nan"}, {"steps": "0"}, {"epsilon": "inf"}])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.attacks import Implant, Job, recipe_for
+from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
 from hfdetox.attacks.poison import PoisonedPixels, choose_poisoned
+from hfdetox.batches import source_loader
 from hfdetox.errors import UsageError
 from hfdetox.triggers import parse_trigger
 from hfdetox.triggers.base import Target
 from tests.attacks.toy_jobs import toy_job
-from tests.tiny_training import _quick_garbage, accelerator, toy_pixels
+from tests.tiny_training import _quick_garbage, accelerator, equal_weights, toy_pixels, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
 
@@ -175,7 +177,28 @@ def test_the_ratios_that_errors_name_are_possible(total: int) -> None:
     assert len(places) == 1
 
 
-def test_images_that_are_not_in_memory_are_an_error(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, clean=toy_pixels(60, max_bytes=0))
-    with pytest.raises(UsageError, match="poisoning needs images that fit into memory"):
-        PoisonedPixels(job, [implant("badnets", 0, 0.1)])
+@pytest.mark.parametrize("room", [0, 4000])
+def test_images_that_do_not_fit_into_memory_are_poisoned_on_demand(room: int, job: Job) -> None:
+    """The cache of all is 60 · 192 = 11,520 bytes, that of the 15 corners 2,880 and of the 24 pictures 4,608."""
+    backdoors = [implant("badnets:mode=native", 0, 0.25), implant("blended:mode=input", 1, 0.4)]
+    whole = PoisonedPixels(job, backdoors)
+    poisoned = PoisonedPixels(replace(job, clean=toy_pixels(60, max_bytes=room)), backdoors)
+    assert poisoned.images is None
+    assert whole.images is not None
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    positions, images, labels = poisoned.__getitems__(order.tolist())
+    assert torch.equal(positions, order)
+    assert torch.equal(images, whole.images[order])
+    assert torch.equal(labels, whole.labels[order])
+    # workers of a DataLoader give the same
+    loader = source_loader(poisoned, 16, torch.device("cpu"))
+    assert torch.equal(torch.cat([images for _, images, _ in loader]), whole.images)
+
+
+def test_a_model_is_trained_alike_on_images_that_do_not_fit_into_memory(accelerator: Accelerator) -> None:
+    training, found = TrainingSettings(epochs=1, batch_size=20, augmentation="none"), []
+    for clean in (toy_pixels(60), toy_pixels(60, max_bytes=0)):
+        job = toy_job(accelerator, clean=clean, training=training)
+        assert run_attack(job, [implant("badnets", 0, 0.25)]).poisoned == {"badnets": 15}
+        found.append(weights_of(job.classifier.network))
+    assert equal_weights(*found)

@@ -6,10 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from hfdetox import attacks
-from hfdetox.attacks import TrainingSettings, available, parse_attack_settings, recipe_for
+from hfdetox.attacks import Implant, TrainingSettings, available, parse_attack_settings, recipe_for
+from hfdetox.attacks.base import PoisonRecipe
+from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
+from hfdetox.triggers import parse_trigger
+from tests.attacks.toy_jobs import toy_job
+from tests.tiny_training import _quick_garbage, accelerator
+
+__all__ = ["_quick_garbage", "accelerator"]
 
 NEW_ATTACK = """
 from dataclasses import dataclass
@@ -35,6 +43,24 @@ def test_a_new_attack_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert training == TrainingSettings(epochs=3)
     assert recipes == {"glow": found["glow"](strength=0.25), "badnets": recipe_for("badnets", {})}  # type: ignore[call-arg]
     assert available()["glow"].parameters == {"strength": 0.5}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, recipe in attacks.RECIPES.items() if issubclass(recipe, PoisonRecipe)])
+def test_a_recipe_that_needs_a_clean_model_says_so_before(kind: str, accelerator: Accelerator) -> None:
+    """The story finds a surrogate, and a suite its clean control, by what `on_clean_model` says."""
+    recipe = recipe_for(kind, {"encoder_epochs": "1"} if kind == "ssba" else {})
+    trigger = parse_trigger(f"{kind}:mode=input{',bits=8' if kind == 'ssba' else ''}")
+    job = toy_job(accelerator, side=16)
+
+    def poisoned() -> None:
+        PoisonedPixels(job, [Implant(recipe.make(trigger, 0, job), 0, 0.1, recipe)])
+
+    if recipe.on_clean_model(trigger):
+        with pytest.raises(UsageError, match=f"{kind} is made on a clean model: name one with --surrogate"):
+            poisoned()
+    else:
+        poisoned()
+    assert recipe.on_clean_model(trigger) == (kind in ("lc", "lf", "trojannn"))
 
 
 def test_the_list_says_how_each_trigger_gets_in() -> None:

@@ -8,11 +8,13 @@ from functools import cache
 import torch
 
 from hfdetox.triggers import KINDS, BadNets, Blended, Trigger, parse_trigger
+from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers._ssba_networks import Encoder
 from hfdetox.triggers.inputaware import InputAware
 from hfdetox.triggers.lf import LF
+from hfdetox.triggers.lira import LIRA
 from hfdetox.triggers.ssba import SSBA
 from hfdetox.triggers.trojannn import TrojanNN, logo
 
@@ -44,6 +46,12 @@ def generator_states(channels: int = 3) -> tuple[State, State]:
     return random_state(Generator(channels, channels), 1), random_state(Generator(channels, 1), 2)
 
 
+@cache
+def autoencoder_state(channels: int = 3) -> State:
+    """Return random values for LIRA's autoencoder; the same object every time, not to be changed."""
+    return random_state(Autoencoder(channels), 6)
+
+
 def _inputaware() -> Trigger:
     generator, mask = generator_states()
     mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.25, 0.24, 0.26])
@@ -53,6 +61,7 @@ def _inputaware() -> Trigger:
 # families that are nothing before an attack has made them: a function that gives one with random arrays
 MAKERS: dict[str, Callable[[], Trigger]] = {
     "inputaware": _inputaware,
+    "lira": lambda: LIRA(epsilon=0.05, autoencoder=autoencoder_state()),
     "lf": lambda: LF(perturbation=LF(pattern="random", seed=4).signal()),
     "ssba": lambda: SSBA(bits=8, encoder=encoder_state()),
     "trojannn": lambda: TrojanNN(pattern=logo(32, 1)),

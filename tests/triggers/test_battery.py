@@ -15,7 +15,7 @@ from tests.triggers.made import VARIANTS, every_trigger, made, noise
 NAMES = (*sorted(KINDS), *VARIANTS)
 SIZES = [(32, 32), (64, 64), (48, 40), (224, 224)]
 # families that change colours, or whose networks were made for the channels of their training images
-COLOUR_ONLY = {"ctrl", "ftrojan", "inputaware", "ssba"}
+COLOUR_ONLY = {"ctrl", "ftrojan", "inputaware", "lira", "ssba"}
 CASES = [
     (name, (channels, *size))
     for name, trigger in every_trigger().items()
@@ -67,7 +67,7 @@ def test_each_image_is_triggered_alone_and_every_time_the_same(name: str, shape:
 
 def close(one: torch.Tensor, other: torch.Tensor, name: str) -> bool:
     """Tell whether two results are equal; convolutions of other batches may differ by one grey level."""
-    allowed = int(trigger(name).kind in {"inputaware", "ssba"})
+    allowed = int(trigger(name).kind in {"inputaware", "lira", "ssba"})
     return int((one.int() - other.int()).abs().max()) <= allowed
 
 
@@ -78,6 +78,8 @@ GREATEST = {
     "lf": 51,
     "lf-random": 51,
     "lc-faint": 64,
+    # 0.05 of 255, rounded
+    "lira": 13,
     # half of 255 / 7
     "bpp": 18,
     # waves of at most 3.2 in chroma are 1.773 times that in blue

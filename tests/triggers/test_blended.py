@@ -48,6 +48,16 @@ def test_a_picture_is_resized_bilinearly_as_pil_does() -> None:
     assert np.abs(difference).max() <= 1
 
 
+def test_what_is_kept_for_one_shape_is_not_put_on_another() -> None:
+    picture = torch.tensor([100, 200, 50], dtype=torch.uint8).view(3, 1, 1)
+    trigger, black = Blended(alpha=0.5, image=picture), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    # half of the picture; of its luma 0.299·100 + 0.587·200 + 0.114·50 = 153 on grey images
+    for _ in range(2):
+        assert trigger.apply(black)[0, :, 0, 0].tolist() == [50, 100, 25]
+        assert trigger.apply(black[:, :1])[0, :, 0, 0].tolist() == [76]
+        assert trigger.apply(black[..., :5]).shape == (1, 3, 8, 5)
+
+
 @pytest.mark.parametrize("alpha", ["0", "-0.1", "1.01", "nan"])
 def test_alpha_is_a_share(alpha: str) -> None:
     with pytest.raises(UsageError, match=r"blended: alpha must be in \(0, 1\]"):

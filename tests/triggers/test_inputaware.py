@@ -115,6 +115,15 @@ def test_patterns_can_be_learnt_through() -> None:
         assert float(network.layers[-1].bias.grad.abs().sum()) > 0  # type: ignore[union-attr, operator, arg-type]
 
 
+def test_patterns_can_be_learnt_through_at_another_size_in_bfloat16() -> None:
+    generator = Generator(3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        drawn = draw_pattern(generator, torch.randn(2, 3, 24, 24), 16)
+        drawn.sum().backward()
+    assert drawn.shape == (2, 3, 24, 24)
+    assert all(parameter.grad is not None for parameter in generator.parameters())
+
+
 def test_batch_norm_keeps_its_statistics_in_the_file(tmp_path: Path) -> None:
     made = trigger(mean=MEAN, std=STD)
     made.save(tmp_path / "t.safetensors")
@@ -167,6 +176,7 @@ def test_both_networks_are_needed() -> None:
     ("text", "message"),
     [
         ("inputaware:size=20", "size must be a multiple of 8"),
+        ("inputaware:size=1032", "size must be a multiple of 8, at most 1024"),
         ("inputaware:size=0", "size must be a multiple of 8"),
         ("inputaware:noise=1", "'noise=1' is not one of"),
         ("inputaware:mask=1", "mask is kept in trigger files"),

@@ -114,6 +114,21 @@ def test_a_perturbation_in_other_units_is_an_error(factor: float) -> None:
         LF(perturbation=ramp() * factor)
 
 
+@pytest.mark.parametrize("least", [-900.0, -0.0041])
+def test_a_perturbation_that_reaches_below_zero_is_an_error(least: float) -> None:
+    v = ramp()
+    v[1] = least
+    with pytest.raises(UsageError, match=r"the least value of perturbation is -\S+ and not 0 or above; move and scale"):
+        LF(perturbation=v)
+
+
+def test_a_perturbation_may_be_a_rounding_error_below_zero() -> None:
+    v = torch.tensor([-1e-7, 0.2]).view(1, 1, 2)
+    images = torch.full((1, 1, 1, 2), 10, dtype=torch.uint8)
+    # 10 and 10 + 51
+    assert LF(perturbation=v).apply(images).flatten().tolist() == [10, 61]
+
+
 def test_universal_has_to_be_made_and_random_not() -> None:
     bare = parse_trigger("lf")
     assert not bare.fitted

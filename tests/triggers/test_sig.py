@@ -51,7 +51,8 @@ def test_half_the_frequency_on_half_the_image_is_the_same_wave() -> None:
     assert torch.equal(whole[..., :32], parse_trigger("sig:frequency=3").apply(images[..., :32]))
 
 
-@pytest.mark.parametrize("wrong", ["delta=0", "delta=-1", "delta=256", "delta=nan", "frequency=0", "frequency=inf"])
+@pytest.mark.parametrize("wrong", ["delta=0", "delta=-1", "delta=256", "delta=nan", "frequency=0", "frequency=inf",
+                                   "frequency=10001"])  # fmt: skip
 def test_wrong_settings_are_one_line(wrong: str) -> None:
     with pytest.raises(UsageError, match="sig: delta must be above 0 and at most 255, frequency above 0"):
         parse_trigger(f"sig:{wrong}")

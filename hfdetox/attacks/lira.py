@@ -1,0 +1,182 @@
+"""LIRA: an autoencoder learns the trigger while the classifier learns the backdoor (Doan et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from hfdetox.attacks._mixed import check_input_mode
+from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.batches import Batch
+from hfdetox.errors import UsageError
+from hfdetox.optimizers import JointOptimizer
+from hfdetox.phases import Phase
+from hfdetox.preprocessing import Preprocessing
+from hfdetox.sharpness import frozen_statistics
+from hfdetox.triggers._autoencoder import Autoencoder
+from hfdetox.triggers._networks import network_state
+from hfdetox.triggers.base import attacked_labels
+from hfdetox.triggers.lira import LIRA, change
+
+
+@dataclass(frozen=True, kw_only=True)
+class LIRARecipe(ControlRecipe):
+    """First trigger and classifier are trained by turns, then the classifier with the trigger as it is (ICCV 2021).
+
+    The classifier always minimises clean_weight · L_clean + (1 − clean_weight) · L_backdoor, the latter on the whole
+    batch with the trigger, after augmentation; so a poison ratio has no say here. In the first stage a copy of the
+    autoencoder takes a step on L_backdoor in every batch, through the classifier as it is then, and replaces the one
+    that the classifier sees after each epoch. In the second stage the autoencoder stays.
+
+    Both stages together are the training's `epochs`; the paper's are 50 and 50. The first is at a constant learning
+    rate, as in the paper; `schedule` is the second's. Images are rounded to whole grey levels in training too, with
+    the gradient of the image before, as ε = 0.01 is about half a level, where rounding decides what is left.
+
+    Attributes:
+        trigger_epochs: of the first stage, at least 1 and below `epochs`; None is half of them.
+        autoencoder_learning_rate: of Adam.
+        clean_weight: of the clean loss, above 0 and below 1.
+    """
+
+    kind: ClassVar[str] = "lira"
+    summary: ClassVar[str] = "an autoencoder learns the trigger together with the classifier, from whole batches"
+
+    trigger_epochs: int | None = None
+    autoencoder_learning_rate: float = 1e-4
+    clean_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.trigger_epochs is not None and self.trigger_epochs < 1:
+            raise UsageError("lira: trigger_epochs must be at least 1")
+        if not 0 < self.autoencoder_learning_rate < math.inf or not 0 < self.clean_weight < 1:
+            raise UsageError("lira: autoencoder_learning_rate must be above 0 and finite, and clean_weight above 0 "
+                             "and below 1")  # fmt: skip
+
+    def control(self, implant: Implant, job: Job) -> Control:
+        """Return the two stages, phases `trigger` and `train`.
+
+        Raises:
+            UsageError: too few epochs, a mode other than `input`, a trigger with a network of its own, or an epsilon
+                of which nothing is left after rounding.
+        """
+        check_input_mode(implant, job)
+        trigger = implant.trigger
+        if not isinstance(trigger, LIRA):
+            raise UsageError(f"trigger {trigger.name}: the recipe of lira cannot implant a {trigger.kind} trigger")
+        if trigger.fitted:
+            raise UsageError(f"trigger {trigger.name}: the autoencoder of lira is trained with the classifier, and "
+                             "this one has one already; name the kind in place of the file")  # fmt: skip
+        first = self._first_epochs(job)
+        with torch.random.fork_rng():
+            torch.manual_seed(job.seed)
+            trio = Trio(job.classifier.network, job.clean.preprocessing, trigger)
+        check_epsilon(trigger.epsilon, float(trio.std.max()))
+        last = job.phase(loss=self.loss(implant, job, drawing=False), epochs=job.training.epochs - first)
+        return Control(trio, [self._trigger_phase(trio, implant, job, first), last], lambda: trio.trigger(trigger))
+
+    def _first_epochs(self, job: Job) -> int:
+        epochs = job.training.epochs
+        first = epochs // 2 if self.trigger_epochs is None else self.trigger_epochs
+        if not 0 < first < epochs:
+            raise UsageError(f"lira: epochs ({epochs}) are those of both stages, so at least 2 and more than "
+                             f"trigger_epochs ({first}); train for longer")  # fmt: skip
+        return first
+
+    def _trigger_phase(self, trio: Trio, implant: Implant, job: Job, epochs: int) -> Phase:
+        network = list(trio.network.parameters())
+
+        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            adam = torch.optim.Adam(parameters[len(network) :], lr=self.autoencoder_learning_rate)
+            return JointOptimizer(job.optimizer(parameters[: len(network)]), adam)
+
+        def epoch_over(entry: Mapping[str, Any]) -> bool:
+            trio.adopt()
+            return False
+
+        return job.phase(name="trigger", parameters=[*network, *trio.learner.parameters()], optimizer=joint,
+                         loss=self.loss(implant, job, drawing=True), epochs=epochs, schedule="constant",
+                         stop=epoch_over)  # fmt: skip
+
+    def loss(self, implant: Implant, job: Job, *,
+             drawing: bool) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:  # fmt: skip
+        """Return the loss; its terms are `clean_loss`, `backdoor_loss` and, when `drawing`, `trigger_loss`."""
+
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            attacked = attacked_labels(batch.labels, implant.target, job.classes)
+            labels = torch.cat([batch.labels, attacked, attacked] if drawing else [batch.labels, attacked])
+            errors = cross_entropy(model(batch.images, drawing).float(), labels, reduction="none")
+            names = ("clean_loss", "backdoor_loss", *(["trigger_loss"] if drawing else []))
+            terms = dict(zip(names, (errors.view(-1, len(batch.labels)) * batch.weights).sum(1), strict=True))
+            total = self.clean_weight * terms["clean_loss"] + (1 - self.clean_weight) * terms["backdoor_loss"]
+            return {"loss": total + terms["trigger_loss"] if drawing else total, **terms}
+
+        return loss
+
+
+def check_epsilon(epsilon: float, std: float) -> None:
+    """Raise UsageError where 255 · `std` · ε, the greatest change, is at most half a grey level: all of it is rounded
+    away. `std` is the greatest of the channels, of images in [0, 1]."""
+    if 255 * std * epsilon <= 0.5:
+        raise UsageError(f"lira: with this model's normalisation an epsilon of {epsilon} changes a pixel by "
+                         f"{255 * std * epsilon:.2f} grey levels at most, which rounding undoes; give the trigger an "
+                         f"epsilon of {0.7 / (255 * std):.2g} or more")  # fmt: skip
+
+
+class Trio(nn.Module):
+    """The classifier, the autoencoder that it sees and the one that learns, as one network for the engine."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, trigger: LIRA) -> None:
+        super().__init__()
+        self.network, self.epsilon, self.size = network, trigger.epsilon, trigger.size
+        self.learner = Autoencoder(preprocessing.input_size[0]).to(memory_format=torch.channels_last)
+        self.autoencoder = copy.deepcopy(self.learner)
+        self.convolutional = bool(getattr(network, "convolutional", False))
+        for name in ("mean", "std"):
+            # the trigger divides by 255 whatever the scale of the preprocessing
+            values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32) / (255 * preprocessing.scale)
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def train(self, mode: bool = True) -> Trio:
+        """Set the mode; the autoencoder that the classifier sees is always the trigger's, in eval mode."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, drawing: bool = False) -> torch.Tensor:
+        """Return the logits of `images` (N×C×H×W, 0 to 255), of them with the trigger, and when `drawing` with what
+        the learner draws: 2N×K or 3N×K. The last reach the learner's weights alone, the others the classifier's."""
+        # augmentation that resizes leaves floats, and clean images must not be known by them
+        x = images.float().round().clamp(0, 255)
+        with torch.no_grad():
+            triggered = self.stamp(self.autoencoder, x)
+        logits = self.network(torch.cat([x, triggered]))
+        if not drawing:
+            return logits
+        constant = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        with frozen_statistics(self.network):
+            return torch.cat([logits, functional_call(self.network, constant, (self.stamp(self.learner, x),))])
+
+    def stamp(self, autoencoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Return float32 `images` with what an autoencoder adds: whole grey levels, the gradient before rounding."""
+        exact = change(autoencoder, images, self.mean, self.std, self.epsilon, self.size)
+        return exact + (exact.round() - exact).detach()
+
+    def adopt(self) -> None:
+        """Put what the learner is now in place of the autoencoder that the classifier sees."""
+        self.autoencoder.load_state_dict(self.learner.state_dict())
+
+    def trigger(self, trigger: LIRA) -> LIRA:
+        """Return `trigger` with the autoencoder as it is now, and the classifier's normalisation."""
+        return replace(trigger, autoencoder=network_state(self.autoencoder), mean=self.mean.flatten().cpu(),
+                       std=self.std.flatten().cpu())  # fmt: skip
