@@ -12,7 +12,7 @@ from torch import nn
 
 from hfdetox.card import build_card, validate_card
 from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
-from hfdetox.devices import make_accelerator
+from hfdetox.devices import make_accelerator, peak_memory
 from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
 from hfdetox.gallery import check_gallery, draw_gallery
 from hfdetox.models import load_classifier
@@ -126,12 +126,13 @@ def detoxify(
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
     record = train(classifier, method, pixels, accelerator, options, run=run, log_with=log_with, progress=progress)
+    memory = peak_memory(accelerator)
     classifier.round_weights()
     after = evaluation.measure("after")
 
     exhibits.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     exhibits.strip = draw_strip(evaluation, before, after)
-    result = DetoxResult(close_report(report, record, before, after), classifier, exhibits)
+    result = DetoxResult(close_report(report, record, before, after, memory), classifier, exhibits)
     if options.output is not None:
         save_result(result, options, run)
     if accelerator.is_main_process:

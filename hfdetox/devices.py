@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 
 from hfdetox.errors import UsageError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -85,6 +91,18 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this run: {str(error).splitlines()[0]}") from error
+
+
+def peak_memory(accelerator: Accelerator) -> int | None:
+    """Return the most bytes a process has held so far: on its GPU, else as resident memory; None where unknown."""
+    if accelerator.device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(accelerator.device)
+    elif resource is None:
+        return None
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    everyone: list[int] = gather_object([held])
+    return max(everyone)
 
 
 def describe_devices(accelerator: Accelerator) -> list[str]:

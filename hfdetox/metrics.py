@@ -18,7 +18,7 @@ from hfdetox.batches import ImageSource, source_loader
 from hfdetox.errors import RunError
 from hfdetox.pixels import Pixels
 from hfdetox.progress import progress_bar
-from hfdetox.report import Measurement, Rate, Rating, TriggerResult
+from hfdetox.report import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
 
 BATCH_SIZE = 256
@@ -27,10 +27,14 @@ BOOTSTRAP_DRAWS = 2000
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's answers on an image source, in its order: labels (N, int64), and the cross-entropy (N, nats)."""
+    """A model's answers on an image source, in its order: labels (N, int64), and the cross-entropy (N, nats).
+
+    `classes` is how many labels it has.
+    """
 
     predicted: NDArray[np.int64]
     losses: NDArray[np.float64]
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,12 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     losses = torch.zeros(len(predicted), dtype=torch.float64)
     loader = accelerator.prepare(source_loader(source, BATCH_SIZE, device))
     bar = progress_bar(title, len(source), "image", accelerator, shown=progress)
-    chunks = []
+    chunks, classes = [], 0
     # TF32 convolutions are on by default and would make "float32" untrue on recent GPUs
     with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for positions, images, labels in loader:
             logits = network(images).float()
+            classes = logits.shape[1]
             loss = cross_entropy(logits, labels, reduction="none")
             # drops what a last uneven batch was padded with
             chunks.append(accelerator.gather_for_metrics((positions, logits.argmax(1), loss)))
@@ -121,7 +126,23 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
         losses[positions.cpu()] = loss.double().cpu()
     accelerator.free_memory()
     network.train(training)
-    return Predictions(predicted[places].numpy(), losses[places].numpy())
+    return Predictions(predicted[places].numpy(), losses[places].numpy(), classes)
+
+
+def class_accuracies(truth: NDArray[np.int64], correct: NDArray[np.bool_], classes: int) -> ClassAccuracies:
+    """Return the accuracy on the images of each of `classes` labels, from labels and outcomes of N ≥ 1 images.
+
+    The worst of several equal ones is that with the lowest index.
+    """
+    shown = np.bincount(truth, minlength=classes)
+    right = np.bincount(truth[correct], minlength=classes)
+    present = shown > 0
+    shares = np.where(present, right / np.maximum(1, shown), np.inf)
+    worst = int(shares.argmin())
+    return ClassAccuracies(
+        [float(share) if there else None for share, there in zip(shares, present, strict=True)],
+        worst, rate(int(right[worst]), int(shown[worst])), float(shares[present].std()),
+    )  # fmt: skip
 
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
@@ -153,7 +174,8 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
         )  # fmt: skip
         hits[view.trigger.name] = (np.array([places[position] for position in view.source.positions.tolist()]), hit)
         triggered[view.trigger.name] = answers
-    measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results)
+    measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results,
+                              class_accuracies(truth, correct, clean.classes))  # fmt: skip
     return Outcome(measurement, correct, hits, clean.predicted, triggered)
 
 

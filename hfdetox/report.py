@@ -70,7 +70,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class DefenseInfo:
-    """What was done to the model; `precision` is the one that really ran, `images_per_second` covers training only."""
+    """What was done to the model; `precision` is the one that really ran, `images_per_second` covers training only.
+
+    `peak_memory` are bytes, the most that one process held until the method's end: on the GPU where it ran on one, else
+    the resident memory of the process; None where the system does not tell.
+    """
 
     name: str
     preset: str | None
@@ -82,6 +86,7 @@ class DefenseInfo:
     images_per_second: float
     precision: str
     devices: list[str]
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,30 @@ class TriggerResult:
 
 
 @dataclass(frozen=True)
+class ClassAccuracies:
+    """How evenly the accuracy is spread over the classes that the evaluation images have.
+
+    Attributes:
+        accuracies: of each label's images in the model's label order, None for a label without images.
+        worst_label: index of the label with the lowest.
+        worst: its accuracy.
+        spread: standard deviation of the accuracies over the classes, as a fraction.
+    """
+
+    accuracies: list[float | None]
+    worst_label: int
+    worst: Rate
+    spread: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One state of the model, measured on the evaluation images; `loss` is the mean cross-entropy in nats."""
 
     accuracy: Rate
     loss: float
     triggers: dict[str, TriggerResult] = field(default_factory=dict)
+    classes: ClassAccuracies | None = None
 
 
 @dataclass(frozen=True)

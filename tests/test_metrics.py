@@ -18,7 +18,16 @@ from torch.nn.functional import cross_entropy
 from hfdetox.devices import make_accelerator
 from hfdetox.engine import Engine
 from hfdetox.errors import RunError
-from hfdetox.metrics import Outcome, TriggerView, defense_effectiveness_rating, measure, predict, rate, ratings
+from hfdetox.metrics import (
+    Outcome,
+    TriggerView,
+    class_accuracies,
+    defense_effectiveness_rating,
+    measure,
+    predict,
+    rate,
+    ratings,
+)
 from hfdetox.phases import Phase
 from hfdetox.pixels import Pixels
 from hfdetox.report import Measurement
@@ -171,6 +180,11 @@ def test_measure_by_hand(accelerator: Accelerator) -> None:
     assert (found.accuracy.successes, found.accuracy.samples) == (7, 9)
     assert outcome.correct.tolist() == [i not in (1, 5) for i in range(9)]
     assert outcome.predicted.tolist() == [0, 0, 2, 0, 1, 1, 0, 1, 2]
+    # two of three images of class 1, two of three of class 2: the first of the worst is named; deviations 2, −1 and −1 ninths
+    assert found.classes is not None
+    assert found.classes.accuracies == pytest.approx([1, 2 / 3, 2 / 3])
+    assert (found.classes.worst_label, found.classes.worst.successes, found.classes.worst.samples) == (1, 2, 3)
+    assert found.classes.spread == pytest.approx(2**0.5 / 9)
     assert found.loss == pytest.approx(float(predict(Brightest(), evaluation, accelerator).losses.mean()))
     # the three images of class 0 carry no trigger; all six others are taken by it
     patch = found.triggers["patch"]
@@ -191,6 +205,12 @@ def test_measure_by_hand(accelerator: Accelerator) -> None:
     assert (faint.attack_success_rate.successes, faint.robust_accuracy.successes) == (1, 4)
     for result in found.triggers.values():
         assert result.attack_success_rate.value + result.robust_accuracy.value <= 1
+
+
+def test_a_class_without_images_has_no_accuracy() -> None:
+    found = class_accuracies(np.array([3, 3, 0]), np.array([True, False, True]), 5)
+    assert found.accuracies == [1.0, None, None, 0.5, None]
+    assert (found.worst_label, found.worst.value, found.spread) == (3, 0.5, 0.25)
 
 
 def test_images_of_the_target_class_never_count_as_a_success(accelerator: Accelerator) -> None:

@@ -98,9 +98,9 @@ def test_the_keys_are_those_of_the_contract() -> None:
     }  # fmt: skip
     assert set(plain["defense"]) == {
         "name", "preset", "parameters", "layers", "epochs", "steps", "seconds", "images_per_second", "precision",
-        "devices",
+        "devices", "peak_memory",
     }  # fmt: skip
-    assert set(plain["before"]) == {"accuracy", "loss", "triggers"}
+    assert set(plain["before"]) == {"accuracy", "loss", "triggers", "classes"}
     assert set(plain["before"]["accuracy"]) == {"value", "successes", "samples", "interval"}
     assert set(plain["before"]["triggers"]["patch"]) == {
         "kind", "spec", "mode", "file_sha256", "target", "attack_success_rate", "robust_accuracy",
