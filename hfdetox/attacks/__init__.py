@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +10,7 @@ from typing import Any
 from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe, TrainingSettings
 from hfdetox.attacks.run import Implanted, run_attack
 from hfdetox.errors import UsageError
+from hfdetox.registry import discover
 from hfdetox.settings import parse_setting
 
 __all__ = [
@@ -30,9 +29,7 @@ __all__ = [
 
 def _discover() -> dict[str, type[Recipe]]:
     """Return the recipes by kind: the classes with a `kind` in the modules of this package."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    classes = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
-    return {kind.kind: kind for kind in classes if issubclass(kind, Recipe) and hasattr(kind, "kind")}
+    return discover(__name__, __path__, Recipe, "kind")
 
 
 RECIPES = _discover()

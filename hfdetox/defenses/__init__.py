@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +10,7 @@ from typing import Any
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
+from hfdetox.registry import discover
 from hfdetox.settings import parse_setting
 
 __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
@@ -19,9 +18,7 @@ __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defe
 
 def _discover() -> dict[str, type[DefenseConfig]]:
     """Return the defences by name: the classes with a `name` in the modules of this package."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
-    return {kind.name: kind for kind in kinds if issubclass(kind, DefenseConfig) and hasattr(kind, "name")}
+    return discover(__name__, __path__, DefenseConfig, "name")
 
 
 DEFENSES = _discover()

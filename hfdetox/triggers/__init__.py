@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import UsageError
+from hfdetox.registry import discover
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import TensorKind, Trigger
 from hfdetox.triggers.blended import Blended
@@ -36,9 +35,7 @@ __all__ = [
 
 def _discover() -> dict[str, type[Trigger]]:
     """Return the trigger families by name: the classes with a `kind` in the modules of this package."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    classes = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
-    return {kind.kind: kind for kind in classes if issubclass(kind, Trigger) and hasattr(kind, "kind")}
+    return discover(__name__, __path__, Trigger, "kind")
 
 
 KINDS = _discover()
