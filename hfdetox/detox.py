@@ -185,7 +185,7 @@ def evaluate(
     visibility = evaluation.visibility()
     if gallery is not None and accelerator.is_main_process:
         draw_gallery(evaluation, outcome, visibility, Path(gallery))
-    return Evaluated(measured.accuracy, measured.loss, measured.triggers, visibility)
+    return Evaluated(measured.accuracy, measured.loss, measured.triggers, measured.classes, visibility)
 
 
 def _text(value: object) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import platform
 from typing import Literal
 
 import torch
@@ -100,7 +100,7 @@ def peak_memory(accelerator: Accelerator) -> int | None:
     elif resource is None:
         return None
     else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     everyone: list[int] = gather_object([held])
     return max(everyone)
 

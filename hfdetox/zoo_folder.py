@@ -1,36 +1,23 @@
-"""The folder of a zoo: what each cell's command is, how far it is, and the process that makes it.
-
-A cell's folder is ZOO/NAME; beside it NAME.log (what its process said) and NAME.json (the command that it was made by,
-and of what).
-"""
+"""The folder of a zoo: what each cell's command is, and how far it is."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
-import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hfdetox.attack_run import NONE
 from hfdetox.attacks import parse_attack_settings
+from hfdetox.cell_folder import CellFolder, portable
 from hfdetox.checksums import sha256_file
 from hfdetox.errors import UsageError
 from hfdetox.report import ATTACK_REPORT_NAME
 from hfdetox.sharpness import parse_adaptive
 from hfdetox.suite import Cell, Suite, SuiteError
 from hfdetox.triggers import KINDS, parse_triggers
-from hfdetox.zoo_table import Row, row_of
-
-_TAIL = 1 << 16  # bytes of a log in which the reason is looked for
-_ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
+from hfdetox.zoo_table import Row, SuiteOutcome, row_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +39,7 @@ class Place:
     threads: int | None = None
 
 
-@dataclass
-class Running:
-    """The process of a cell, and the log it writes, which is locked as long as it lives."""
-
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
-
-
-class Zoo:
+class Zoo(CellFolder[Cell, Row]):
     """The folder of a suite's models, and the state of every cell.
 
     Raises:
@@ -68,8 +47,11 @@ class Zoo:
             that another suite made.
     """
 
+    title = "zoo"
+
     def __init__(self, suite: Suite, place: Place) -> None:
         self.suite, self.place = suite, place
+        self.folder, self.threads = place.output, place.threads
         self.dataset = place.dataset or suite.dataset.id
         if self.dataset is None:
             raise UsageError(f"{suite.file} names no dataset: add one to it, or give --dataset")
@@ -108,18 +90,16 @@ class Zoo:
         `files` are the SHA-256 of the trigger files and pictures that it names, `surrogate_weights` that of the clean
         model it is made on, None where there is none (yet).
         """
-        words = [Path(word).resolve().name if os.sep in word and Path(word).exists() else word
-                 for word in self.command(cell)]  # fmt: skip
         control = self.surrogate(cell)
         return {
-            "schema_version": 1, "command": words, "surrogate": control,
+            "schema_version": 1, "command": portable(self.command(cell)), "surrogate": control,
             "files": [sha256_file(path) for path in _given_files(cell.specs)],
             "surrogate_weights": None if control is None else self._weights(control),
         }  # fmt: skip
 
     def _weights(self, control: str) -> Any:
         try:
-            report = json.loads((self.place.output / control / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))
+            report = json.loads((self.folder / control / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))
             return report["output"]["weights_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -151,15 +131,11 @@ class Zoo:
         Raises:
             UsageError: its folder was made by another command or of other sources, or its report cannot be read.
         """
-        folder = self.place.output / cell.name
+        folder = self.folder / cell.name
         file = folder / ATTACK_REPORT_NAME
         if not file.is_file():
             return row_of(cell)
-        try:
-            made = json.loads(self._beside(cell, "json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            made = None
-        if wrong := self._difference(cell, made):
+        if wrong := self._difference(cell, self.made(cell)):
             raise UsageError(f"{folder} is a finished model that {wrong}; it is not replaced: choose another --output, "
                              "or remove the folder to build the cell again")  # fmt: skip
         try:
@@ -180,61 +156,35 @@ class Zoo:
         other = [key for key, value in sources.items() if value is not None and made.get(key, value) != value]
         return "was made with other trigger files or on another clean model" if other else None
 
-    def claim(self, cell: Cell) -> IO[bytes] | None:
-        """Return the cell's log, locked, or None where another run works on the cell.
+    def failed(self, cell: Cell, reason: str) -> Row:
+        """Return the row of a cell that failed."""
+        return row_of(cell, "failed", reason=reason)
 
-        The lock is the kernel's: it ends with the last process that holds it, the cell's own included.
-        """
-        log = self._beside(cell, "log").open("ab")
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.close()
-            return None
-        return log
-
-    def start(self, cell: Cell, log: IO[bytes]) -> Running:
-        """Start the process of a cell whose `log` has been claimed.
-
-        It has a session of its own, so that Ctrl-C comes to it once, from the run that started it.
-        """
-        words = [*self.command(cell), "--output", str(self.place.output / cell.name)]
+    def words(self, cell: Cell) -> list[str]:
+        """Return the words after `hfdetox` of the cell's process."""
+        words = [*self.command(cell), "--output", str(self.folder / cell.name)]
         if (surrogate := self.surrogate(cell)) is not None:
-            words += ["--surrogate", str(self.place.output / surrogate)]
-        words += ["--device", self.place.device] if self.place.device != "auto" else []
-        record = self._beside(cell, "json")
-        record.write_text(json.dumps(self.recorded(cell), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        log.truncate(0)
-        log.write(f"$ {shlex.join(['hfdetox', *words])}\n".encode())
-        log.flush()
-        threads = {} if self.place.threads is None else {"OMP_NUM_THREADS": str(self.place.threads)}
-        process = subprocess.Popen([sys.executable, "-m", "hfdetox", *words], env={**threads, **os.environ},
-                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   start_new_session=True)  # fmt: skip
-        return Running(process, log)
+            words += ["--surrogate", str(self.folder / surrogate)]
+        return words + (["--device", self.place.device] if self.place.device != "auto" else [])
 
-    def ended(self, cell: Cell, running: Running) -> Row:
-        """Return the row of a cell whose process has ended."""
-        running.log.close()
-        try:
-            row = self.row(cell)
-        except UsageError as error:
-            return row_of(cell, "failed", reason=str(error))
-        return row if row.status != "not run" else row_of(cell, "failed", reason=self._reason(cell, running.process))
+    def obstacle(self, cell: Cell) -> str | None:
+        """Return what is said of a cell whose clean model failed."""
+        control = self.surrogate(cell)
+        broken = control is not None and self.rows[control].status == "failed"
+        return f"its clean model {control} failed" if broken else None
 
-    def _reason(self, cell: Cell, process: subprocess.Popen[bytes]) -> str:
-        log = self._beside(cell, "log")
-        said = log.read_bytes()[-_TAIL:].decode(errors="replace").split("\n", 1)[-1].splitlines()
-        errors = [match[1] for match in map(_ERROR.match, said) if match]
-        if errors:
-            return errors[-1]
-        if process.returncode < 0:
-            return f"killed by {signal.Signals(-process.returncode).name}; see {log}"
-        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
-        return f"exit status {process.returncode}: {last}; see {log}"
+    def later(self, cell: Cell) -> bool:
+        """Return whether the clean model that a cell is made on is not there yet."""
+        control = self.surrogate(cell)
+        return control is not None and self.rows[control].status == "not run"
 
-    def _beside(self, cell: Cell, ending: str) -> Path:
-        return self.place.output / f"{cell.name}.{ending}"
+    def outcome(self) -> SuiteOutcome:
+        """Return the zoo's rows as they are now."""
+        return SuiteOutcome(self.folder, list(self.rows.values()))
+
+    def write(self) -> None:
+        """Write the zoo's table."""
+        self.outcome().write()
 
 
 def _given_files(specs: Sequence[str]) -> Iterator[Path]:

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hfdetox.cell_runner import CellRunner, interruption
 from hfdetox.errors import UsageError
 from hfdetox.suite import SuiteError
 from hfdetox.suite_file import load_suite
 from hfdetox.triggers import parse_trigger
-from hfdetox.zoo import Builder, interruption, run_suite
+from hfdetox.zoo import run_suite
 from hfdetox.zoo_folder import Place, Zoo
 from hfdetox.zoo_table import SuiteOutcome, row_of
 from tests import image_data
@@ -136,7 +137,7 @@ def test_the_table_says_what_the_reports_say(built):
 def test_a_cell_that_failed_is_run_again(built, pictures):
     file, zoo, _ = built
     again = Zoo(load_suite(file), Place(output=zoo, dataset=str(pictures)))
-    assert [cell.name for cell in Builder(again, 1, progress=False).waiting] == [FAILED]
+    assert [cell.name for cell in CellRunner(again, 1, progress=False).waiting] == [FAILED]
 
 
 def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_env):
@@ -355,7 +356,7 @@ def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
     zoo = zoo_of(f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]", tmp_path)
     (tmp_path / "zoo").mkdir()
     zoo.rows[CLEAN] = row_of(zoo.cells[CLEAN], "failed", reason="no room")
-    Builder(zoo, 1, progress=False).run()
+    CellRunner(zoo, 1, progress=False).run()
     row = zoo.rows["tiny-lf-0.1-s0"]
     assert (row.status, row.reason) == ("failed", f"its clean model {CLEAN} failed")
     assert not (tmp_path / "zoo" / "tiny-lf-0.1-s0.log").exists()
