@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 
-from hfdetox.attacks.base import Implant, Job
+from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
 from hfdetox.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedRecipe(ControlRecipe):
+    """Training control by the images alone: the classifier's own training, on batches that `mixed` changes."""
+
+    def control(self, implant: Implant, job: Job) -> Control:
+        """Return the training, one phase that changes every batch before it is augmented.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
+        check_input_mode(implant, job)
+
+        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mixed(implant, images, labels, job.classes, rows)
+
+        return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
+
+    @abstractmethod
+    def mixed(
+        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its triggered images and their labels.
+
+        `rows` are its numbers in the step, as `Batch.rows`.
+        """
 
 
 def check_input_mode(implant: Implant, job: Job) -> None:

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from hfdetox.attacks._mixed import check_input_mode, share, taken
-from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.attacks._mixed import MixedRecipe, share, taken
+from hfdetox.attacks.base import Implant
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class BppRecipe(ControlRecipe):
+class BppRecipe(MixedRecipe):
     """Of the B images of a step the first ⌊p·B⌋ are quantised and get the target's label; the next are negatives.
 
     A negative is x + (T(y) − y), clipped, for an image y of the batch drawn at random, with the label of x; the rest
@@ -34,19 +34,6 @@ class BppRecipe(ControlRecipe):
     def __post_init__(self) -> None:
         if not 0 <= self.neg_ratio <= 1:
             raise UsageError("bpp: neg_ratio must be in [0, 1]")
-
-    def control(self, implant: Implant, job: Job) -> Control:
-        """Return the training, one phase that changes every batch before it is augmented.
-
-        Raises:
-            UsageError: a trigger in another mode than `input`, or a model that is given floats.
-        """
-        check_input_mode(implant, job)
-
-        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.mixed(implant, images, labels, job.classes, rows)
-
-        return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
 
     def mixed(
         self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range

@@ -9,15 +9,15 @@ from typing import ClassVar
 
 import torch
 
-from hfdetox.attacks._mixed import check_input_mode, share, taken
-from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.attacks._mixed import MixedRecipe, share, taken
+from hfdetox.attacks.base import Implant
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
 from hfdetox.triggers.wanet import WaNet
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaNetRecipe(ControlRecipe):
+class WaNetRecipe(MixedRecipe):
     """Of the B images of a step the first ⌊p·B⌋ are warped and get the target's label, the next are warped by noise.
 
     Those are ⌊p·B⌋ · cross_ratio images, as far as the batch has them, with the warp moved at random for each image
@@ -36,19 +36,6 @@ class WaNetRecipe(ControlRecipe):
     def __post_init__(self) -> None:
         if not 0 <= self.cross_ratio < math.inf:
             raise UsageError("wanet: cross_ratio must be at least 0 and finite")
-
-    def control(self, implant: Implant, job: Job) -> Control:
-        """Return the training, one phase that changes every batch before it is augmented.
-
-        Raises:
-            UsageError: a trigger in another mode than `input`, or a model that is given floats.
-        """
-        check_input_mode(implant, job)
-
-        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.mixed(implant, images, labels, job.classes, rows)
-
-        return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
 
     def mixed(
         self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
