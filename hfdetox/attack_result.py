@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +11,6 @@ import torch
 
 from hfdetox.attack_card import build_attack_card
 from hfdetox.attack_report import AttackReport
-from hfdetox.card import CARD_NAME, validate_card
 from hfdetox.evaluation import Evaluation
 from hfdetox.gallery import draw_gallery
 from hfdetox.metrics import Outcome
@@ -19,7 +18,7 @@ from hfdetox.models import Classifier
 from hfdetox.publish import PushResult
 from hfdetox.report import Visibility
 from hfdetox.result import CHECKED_IMAGES
-from hfdetox.saving import SavedResult, check_loads
+from hfdetox.saving import SavedResult
 from hfdetox.triggers.base import Trigger
 
 GALLERY: Final = "plots/gallery.png"
@@ -77,23 +76,12 @@ class AttackResult(SavedResult):
                           public=public, create_pr=create_pr, overwrite=overwrite)  # fmt: skip
 
     def _write(self, folder: Path) -> None:
-        weights = self.classifier.save(folder)
         evaluation = self.exhibits.evaluation
         probe = evaluation.clean.__getitems__(range(min(CHECKED_IMAGES, len(evaluation.clean))))[1].cpu()
-        check_loads(self.classifier, folder, probe)
-        self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
-        for trigger in self.triggers:
-            (folder / "triggers").mkdir(exist_ok=True)
-            trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+        self._write_model(folder, probe, self.triggers)
         plots = []
         if self.triggers and evaluation.classifier.preprocessing.dtype == torch.uint8:
             (folder / GALLERY).parent.mkdir()
             draw_gallery(evaluation, self.exhibits.outcome, self.exhibits.visibility, folder / GALLERY)
             plots.append(GALLERY)
-        card = build_attack_card(
-            self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
-            labels=self.classifier.labels,
-        )  # fmt: skip
-        validate_card(card)
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        self.report.save(folder)
+        self._write_card(folder, build_attack_card, self.exhibits.source_card, plots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hfdetox.card import CARD_NAME, build_card, validate_card
+from hfdetox.card import build_card
 from hfdetox.evaluation import Evaluation
 from hfdetox.leaderboard import eval_results
 from hfdetox.metrics import Outcome
@@ -19,7 +19,7 @@ from hfdetox.models import Classifier
 from hfdetox.plots import PLOT_FILES, StripRow, draw_plots
 from hfdetox.publish import PushResult
 from hfdetox.report import Report
-from hfdetox.saving import SavedResult, check_loads
+from hfdetox.saving import SavedResult
 from hfdetox.triggers.base import Trigger
 
 STRIP_COLUMNS = 6
@@ -69,12 +69,7 @@ class DetoxResult(SavedResult):
         return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
 
     def _write(self, folder: Path) -> None:
-        weights = self.classifier.save(folder)
-        check_loads(self.classifier, folder, self.exhibits.probe)
-        self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
-        for trigger in self.exhibits.triggers:
-            (folder / "triggers").mkdir(exist_ok=True)
-            trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+        self._write_model(folder, self.exhibits.probe, self.exhibits.triggers)
         draw_plots(
             self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip
         )
@@ -82,17 +77,8 @@ class DetoxResult(SavedResult):
                                        whole_split=self.exhibits.whole_split).items():  # fmt: skip
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
-        self._write_card(folder)
-
-    def _write_card(self, folder: Path) -> None:
         plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
-        card = build_card(
-            self.report, source_card=self.exhibits.source_card, repo_id=self.report.output.pushed_to, plots=plots,
-            labels=self.classifier.labels,
-        )  # fmt: skip
-        validate_card(card)
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        self.report.save(folder)
+        self._write_card(folder, build_card, self.exhibits.source_card, plots)
 
 
 def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[StripRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+from hfdetox.card import CARD_NAME, validate_card
 from hfdetox.environment import is_main_process
 from hfdetox.errors import RunError
 from hfdetox.models import Classifier, load_classifier
 from hfdetox.publish import PushResult
 from hfdetox.push import push_output
 from hfdetox.runs import check_output, publish_folder
+from hfdetox.triggers.base import Trigger
 
 
 class SavedResult(ABC):
@@ -30,6 +33,25 @@ class SavedResult(ABC):
     @abstractmethod
     def _write(self, folder: Path) -> None:
         """Write everything into an empty folder."""
+
+    def _write_model(self, folder: Path, probe: torch.Tensor | None, triggers: Sequence[Trigger]) -> None:
+        """Write the model, checked on `probe` as `check_loads` does, and the trigger files."""
+        weights = self.classifier.save(folder)
+        check_loads(self.classifier, folder, probe)
+        self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
+        for trigger in triggers:
+            (folder / "triggers").mkdir(exist_ok=True)
+            trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+
+    def _write_card(self, folder: Path, build: Callable[..., str], source_card: str | None, plots: list[str]) -> None:
+        """Write the card that `build` makes of the report, if it is valid, and the report."""
+        card = build(
+            self.report, source_card=source_card, repo_id=self.report.output.pushed_to, plots=plots,
+            labels=self.classifier.labels,
+        )  # fmt: skip
+        validate_card(card)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        self.report.save(folder)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write model, card, report, pictures and triggers to `folder`, which appears complete or not at all.
