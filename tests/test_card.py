@@ -8,117 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard, constants, parse_eval_result_entries
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from hfdetox.card import CardError, build_card, readdress_card, split_card, validate_card
 from hfdetox.errors import UsageError
-from hfdetox.leaderboard import accuracy_tasks, eval_results
-from hfdetox.markdown import (
-    anchor_links,
-    cell,
-    code,
-    demote_headings,
-    embed_source,
-    empty_sections,
-    fenced,
-    one_line,
-    text,
-)
-from hfdetox.metrics import rate
-from hfdetox.report import (
-    DatasetInfo,
-    DefenseInfo,
-    EnvironmentInfo,
-    Measurement,
-    ModelInfo,
-    OutputInfo,
-    Rate,
-    Rating,
-    Report,
-    TriggerResult,
-)
-from hfdetox.verdict import Verdict, judge, run_verdict
+from hfdetox.markdown import empty_sections
+from hfdetox.report import OutputInfo, Rating
+from hfdetox.verdict import run_verdict
 from tests.hub.server import HubServer
-
-LABELS = ("plane", "car", "bird|nest")
-MODEL_COMMIT, DATA_COMMIT = "a1" * 20, "d2" * 20
-
-
-def trigger(attack: Rate, robust: Rate, spec: str = "badnets:size=3") -> TriggerResult:
-    return TriggerResult("badnets", spec, "native", None, 2, attack, robust)
-
-
-def written_report(*, triggers: bool = True, library: str = "timm") -> Report:
-    """Two triggers with intervals written down, not computed: `badnets` mitigated, `blended` reduced."""
-    before = {
-        "badnets": trigger(Rate(0.955, 382, 400, (0.9298, 0.9732)), Rate(0.0425, 17, 400, (0.0249, 0.0672))),
-        "blended": trigger(Rate(0.8, 320, 400, (0.7574, 0.8381)), Rate(0.19, 76, 400, (0.1527, 0.2319))),
-    }
-    after = {
-        "badnets": trigger(Rate(0.0125, 5, 400, (0.0041, 0.0289)), Rate(0.9, 360, 400, (0.8663, 0.9276))),
-        "blended": trigger(Rate(0.35, 140, 400, (0.3033, 0.399)), Rate(0.6, 240, 400, (0.5501, 0.6484))),
-    }
-    ratings = {
-        "badnets": Rating(0.96125, (0.944, 0.977)),
-        "blended": Rating(0.715, (0.685, 0.744)),
-        "mean": Rating(0.838125, (0.82, 0.856)),
-    }
-    return Report(
-        hfdetox_version="0.1.0",
-        model=ModelInfo("someone/net", MODEL_COMMIT, library, "resnet18", 3, 11_173_962, "float16", "b3" * 32),
-        dataset=DatasetInfo(
-            "org/pictures", "plain", "train", "test", DATA_COMMIT, "hub", 1250, 600, "c4" * 32, "e5" * 32, {}
-        ),
-        defense=DefenseInfo(
-            "d3",
-            "paper",
-            {"epsilon": 0.1, "layers": ["head"], "nesterov": False},
-            ["fc"],
-            100,
-            1000,
-            61.25,
-            2040.6,
-            "bf16",
-            ["cpu"],
-        ),
-        before=Measurement(Rate(0.935, 561, 600, (0.9122, 0.9534)), 0.2109, before if triggers else {}),
-        after=Measurement(Rate(0.915, 549, 600, (0.8897, 0.936)), 0.2553, after if triggers else {}),
-        defense_effectiveness_rating=ratings if triggers else None,
-        history=[],
-        output=OutputInfo("f6" * 32),
-        environment=EnvironmentInfo(
-            "3.11.2",
-            "2.15.0",
-            "1.15.0",
-            "5.23.0",
-            "1.0.31",
-            "5.2.0",
-            "cpu",
-            7,
-            "hfdetox someone/net --dataset org/pictures --seed 7",
-        ),
-    )
-
-
-SOURCE = """---
-license: other
-license_name: house-licence
-license_link: LICENSE
-tags:
-- backdoor-free
----
-# Net
-
-A net, see [the licence](LICENSE) and ![curve](img/curve.png). {{ 7 * 7 }} {% raw %}
-"""
-
-
-def card_of(report: Report, source: str | None = None, **options: object) -> str:
-    card = build_card(report, source_card=source, repo_id="me/net-detoxed", labels=LABELS, **options)  # type: ignore[arg-type]
-    validate_card(card)
-    return card
+from tests.written_report import DATA_COMMIT, MODEL_COMMIT, SOURCE, card_of, written_report
 
 
 def own_words(card: str) -> str:
@@ -194,94 +93,6 @@ def test_the_text_says_how_it_was_made() -> None:
     assert "## Warnings of the run\n\n- the author chose &lt;it&gt; \\| \\[x\\](y)\n" in warned
     command = replace(written_report().environment, command=f"hfdetox someone/net --revision {MODEL_COMMIT}")
     assert f"add `--dataset-revision {DATA_COMMIT}`" in card_of(replace(written_report(), environment=command))
-
-
-# before: lower and upper end; after: lower and upper end; all worked out by hand against the rule in judge()
-@pytest.mark.parametrize(
-    ("before", "after", "verdict"),
-    [
-        ((0.93, 0.97), (0.00, 0.10), Verdict.MITIGATED),
-        ((0.93, 0.97), (0.00, 0.11), Verdict.REDUCED),
-        ((0.93, 0.97), (0.30, 0.92), Verdict.REDUCED),
-        ((0.93, 0.97), (0.30, 0.93), Verdict.NOT_MITIGATED),
-        ((0.21, 0.60), (0.00, 0.31), Verdict.NOT_MITIGATED),  # 0 of 10 images: too few to show anything
-        ((0.20, 0.60), (0.00, 0.05), Verdict.INCONCLUSIVE),
-        ((0.00, 0.21), (0.00, 0.05), Verdict.INCONCLUSIVE),
-        ((0.00, 0.05), (0.19, 0.30), Verdict.INCONCLUSIVE),
-        ((0.00, 0.20), (0.00, 0.20), Verdict.NO_EVIDENCE),
-        ((0.00, 0.05), (0.00, 0.05), Verdict.NO_EVIDENCE),
-        ((0.00, 0.05), (0.21, 0.40), Verdict.NOT_MITIGATED),
-        ((0.00, 0.90), (0.21, 0.40), Verdict.NOT_MITIGATED),
-    ],
-)
-def test_verdicts(before: tuple[float, float], after: tuple[float, float], verdict: Verdict) -> None:
-    def within(interval: tuple[float, float]) -> Rate:
-        return Rate(sum(interval) / 2, 1, 2, interval)
-
-    assert judge(within(before), within(after)) is verdict
-    assert judge(within(before), None) is Verdict.PENDING
-
-
-# exact intervals: 50 of 200 is 19.2–31.6 %, 3 of 5 is 14.7–94.7 %, 20 of 200 is 6.2–15.0 %
-@pytest.mark.parametrize(
-    ("counts", "verdict"),
-    [((50, 200), Verdict.INCONCLUSIVE), ((3, 5), Verdict.INCONCLUSIVE), ((20, 200), Verdict.NO_EVIDENCE)],
-)
-def test_a_weak_effect_and_few_images_are_no_missing_evidence(counts: tuple[int, int], verdict: Verdict) -> None:
-    assert judge(rate(*counts), rate(0, 200)) is verdict
-
-
-def with_attack(report: Report, before: Rate, after: Rate) -> Report:
-    """Return the report with one trigger, `badnets`, of these attack success rates."""
-    assert report.before
-    assert report.after
-    old, new = report.before.triggers["badnets"], report.after.triggers["badnets"]
-    return replace(
-        report,
-        before=replace(report.before, triggers={"badnets": replace(old, attack_success_rate=before)}),
-        after=replace(report.after, triggers={"badnets": replace(new, attack_success_rate=after)}),
-    )
-
-
-HIGH, LOW = Rate(0.955, 382, 400, (0.9298, 0.9732)), Rate(0.0125, 5, 400, (0.0041, 0.0289))
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "summary", "verdict"),
-    [
-        (HIGH, LOW, "**Mitigated** for every trigger that worked before", "): **mitigated**"),
-        (HIGH, HIGH, "**Not mitigated** for at least one", "): **not mitigated**"),
-        (LOW, LOW, "**No evidence found**", "): **no evidence found**"),
-        (Rate(0.25, 50, 200, (0.1916, 0.316)), LOW, "**Inconclusive** for at least one", "): **inconclusive**"),
-    ],
-)
-def test_the_words_follow_the_numbers(before: Rate, after: Rate, summary: str, verdict: str) -> None:
-    card = card_of(with_attack(written_report(), before, after))
-    assert summary in card
-    assert card.count(verdict) == 1
-    assert "DER, mean" not in card  # one trigger's mean is that trigger's
-
-
-def test_a_run_is_judged_by_its_worst_trigger() -> None:
-    report = written_report()
-    assert run_verdict(report) is Verdict.REDUCED
-    card = card_of(report)
-    assert "**Reduced, not mitigated**" in card
-    assert re.search(r"^- `badnets` .*\*\*mitigated\*\*$", card, re.MULTILINE)
-    assert re.search(r"^- `blended` .*\*\*reduced, not mitigated\*\*$", card, re.MULTILINE)
-
-
-def test_an_inconclusive_trigger_is_worse_than_a_mitigated_one_and_better_than_a_reduced_one() -> None:
-    report = written_report()
-    assert report.before
-    weak = trigger(Rate(0.25, 50, 200, (0.1916, 0.316)), LOW)
-    for other, verdict in (("badnets", Verdict.INCONCLUSIVE), ("blended", Verdict.REDUCED)):
-        before = {"weak": weak, other: report.before.triggers[other]}
-        measured = replace(report, before=replace(report.before, triggers=before))
-        after = {"weak": weak, **report.after.triggers} if report.after else {}
-        low = {**after, "weak": replace(weak, attack_success_rate=LOW)}
-        measured = replace(measured, after=replace(report.after, triggers=low)) if report.after else measured
-        assert run_verdict(measured) is verdict
 
 
 def test_the_defence_speaks_for_itself() -> None:
@@ -446,61 +257,6 @@ def test_hostile_names_stay_inside_their_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("a", "`a`"),
-        ("a`b", "``a`b``"),
-        ("`a", "`` `a ``"),
-        ("a\n# b", "`a # b`"),
-        ("", "(empty)"),
-        ("a\u202eb", "`a b`"),
-    ],
-)
-def test_code_spans(source: str, expected: str) -> None:
-    assert code(source) == expected
-
-
-def test_other_escapes() -> None:
-    assert cell("a|b") == r"`a\|b`"
-    assert (
-        text("<i>*a*_b_</i> [c](d) | $e$\n# f & g") == r"&lt;i&gt;\*a\*\_b\_&lt;/i&gt; \[c\](d) \| \$e\$ \# f &amp; g"
-    )
-    assert one_line(" a\t\x00\x1b b\u2028c ") == "a b c"
-    assert fenced("a ```` b", "bash") == "`````bash\na ```` b\n`````"
-
-
-def test_headings_are_demoted_outside_code_only() -> None:
-    source = (
-        "# A\nText\n====\n\nMore\n---\n\n---\n- item\n---\n###### F\n```\n# code\n```\n    # indented\n#hash\n"
-        "<h1>H</h1>"
-    )
-    expected = (
-        "### A\n### Text\n\n#### More\n\n---\n- item\n---\n###### F\n```\n# code\n```\n    # indented\n#hash\n"
-        "<h3>H</h3>"
-    )
-    assert demote_headings(source, 2) == expected
-    assert demote_headings("~~~\n```\n# a\n~~~\n# b", 2) == "~~~\n```\n# a\n~~~\n### b"
-
-
-def test_links_are_anchored() -> None:
-    source = (
-        '[a](b.md) [c](https://x/y) [d](#e) ![f](./g.png "t") <img src="h.png"> <a href="mailto:x">'
-        "\n```\n[a](b.md)\n```"
-    )
-    assert anchor_links(source, "U/{kind}/R") == (
-        '[a](U/blob/R/b.md) [c](https://x/y) [d](#e) ![f](U/resolve/R/g.png "t") <img src="U/resolve/R/h.png"> '
-        '<a href="mailto:x">\n```\n[a](b.md)\n```'
-    )
-    assert anchor_links(source, None).startswith("a [c](https://x/y) [d](#e) f")
-    assert embed_source("\n \n", None) == ""
-
-
-def test_empty_sections_are_found() -> None:
-    assert empty_sections("# A\n## B\ntext\n## C\n\n## D\n### E\ntext\n# F\n") == ["## C", "# F"]
-    assert empty_sections("# A\n```\n# B\n```\n") == []
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         (("---\n", "+++\n"), "no YAML block"),
@@ -599,68 +355,3 @@ def test_the_code_for_a_plain_module_runs(tmp_path: Path, monkeypatch: pytest.Mo
 def test_templates_are_package_data() -> None:
     names = {entry.name for entry in files("hfdetox.cards").iterdir()}
     assert {"model_card.md.jinja", "load_timm.md.jinja", "load_transformers.md.jinja", "load_torch.md.jinja"} <= names
-
-
-BENCHMARK = """name: Pictures
-description: Accuracy on the test split, reported as {scale}.
-evaluation_framework: pictures-eval
-tasks:
-- id: pictures_accuracy
-  config: plain
-  split: test
-"""
-
-
-@pytest.mark.parametrize(
-    ("scale", "value"),
-    [("a fraction", 0.915), ("a number from 0 to 1", 0.915), ("percentages (0-100)", 91.5), ("a percentage", 91.5)],
-)
-def test_accuracy_goes_to_the_leaderboard_in_its_scale(scale: str, value: float) -> None:
-    written = eval_results(written_report(), BENCHMARK.format(scale=scale))
-    assert list(written) == [".eval_results/org__pictures.yaml"]
-    [entry] = parse_eval_result_entries(yaml.safe_load(written[".eval_results/org__pictures.yaml"]))
-    assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == (
-        "org/pictures",
-        "pictures_accuracy",
-        DATA_COMMIT,
-    )
-    assert entry.value == value
-    assert "attack" not in written[".eval_results/org__pictures.yaml"]
-
-
-def test_nothing_goes_to_a_leaderboard_that_does_not_ask_for_this_number() -> None:
-    report, fits = written_report(), BENCHMARK.format(scale="a fraction")
-    assert eval_results(report, fits)
-    assert eval_results(report, None) == {}
-    assert eval_results(report, fits, whole_split=False) == {}
-    assert eval_results(replace(report, after=None), fits) == {}
-    assert eval_results(replace(report, dataset=replace(report.dataset, revision=None)), fits) == {}
-    assert eval_results(report, BENCHMARK.format(scale="a number")) == {}  # no scale stated
-    assert eval_results(report, BENCHMARK.format(scale="a fraction or a percentage")) == {}
-    for old, new in (
-        ("split: test", "split: validation"),
-        ("config: plain", "config: other"),
-        ("_accuracy", "_asr"),
-        ("_accuracy", "_robust_accuracy"),
-        ("tasks:", "task:"),
-        ("name: Pictures", "name: ["),
-    ):
-        assert old in fits
-        assert eval_results(report, fits.replace(old, new)) == {}
-
-
-def test_tasks_are_chosen_by_their_own_words() -> None:
-    several = """
-description: Attack success and accuracy.
-evaluation_framework: inspect-ai
-tasks:
-- {id: top1, split: test}
-- {id: asr, split: test, metrics: [attack_success_rate]}
-- {id: percent, metrics: [{name: accuracy_percent}]}
-- {id: plain_name}
-- {id: acc-loss, metrics: [loss]}
-- 3
-"""
-    assert accuracy_tasks(several, config=None, split="test") == {"top1": "fraction", "percent": "percent"}
-    assert accuracy_tasks(several, config="default", split="train") == {}
-    assert accuracy_tasks("[]", config=None, split="test") == {}

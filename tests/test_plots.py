@@ -26,7 +26,7 @@ from hfdetox.plots import (
     draw_weight_changes,
 )
 from hfdetox.report import Rate, Report
-from tests.test_card import trigger, written_report
+from tests.written_report import trigger, written_report
 
 LONG = "a trigger name that is far too long to fit on one line of the card, with $dollars$ and | pipes 输入"
 

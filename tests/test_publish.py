@@ -24,8 +24,8 @@ from hfdetox.report import Report
 from hfdetox.result import DetoxResult, Exhibits
 from tests.hub.answers import Answer
 from tests.hub.faults import Rule
-from tests.test_card import SOURCE, written_report
 from tests.tiny_models import timm_model
+from tests.written_report import SOURCE, written_report
 
 QUICK = Retry(base_delay=0.01)
 WEIGHTS = save({"head.weight": np.arange(600, dtype=np.float32)})
