@@ -18,9 +18,8 @@ from hfdetox.models import Classifier, load_classifier
 from hfdetox.pixels import Pixels
 from hfdetox.result import DetoxResult, Exhibits, draw_strip
 from hfdetox.triggers import BadNets
-from tests.test_models import REMOTE_CODE, edit_json
 from tests.test_report import full_report
-from tests.tiny_models import timm_model, transformers_folder
+from tests.tiny_models import REMOTE_CODE, edit_json, timm_model, transformers_folder
 from tests.tiny_training import toy_preprocessing, toy_set
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import timm
 import torch
 import transformers as tf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+
+from hfdetox.models import Classifier
 
 NAMES = ("apple", "bee", "cat", "dog", "elk")
 _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -87,6 +92,25 @@ TRANSFORMERS = {
     "levit-teacher": (_levit_with_teacher, lambda: tf.LevitImageProcessor(**_EDGE_64)),
     "mobilevit": (_mobilevit, lambda: tf.MobileViTImageProcessor(size={"shortest_edge": 36}, crop_size=_SQUARE)),
 }
+TIMM: dict[str, tuple[str, dict[str, int]]] = {
+    "resnet": ("test_resnet", {}),
+    "grey": ("test_resnet", {"in_chans": 1}),
+    "vit": ("test_vit", {}),
+    "vit-img-size": ("test_vit", {"img_size": 48}),
+    "convnext": ("test_convnext", {}),
+    "efficientnet": ("test_efficientnet", {}),
+}
+# a transformers model's own code, which triples its logits
+REMOTE_CODE = """
+import os
+from transformers import ViTForImageClassification
+os.environ["REMOTE_CODE_RAN"] = "yes"
+class Strange(ViTForImageClassification):
+    def forward(self, pixel_values, **options):
+        output = super().forward(pixel_values, **options)
+        output.logits = output.logits * 3
+        return output
+"""
 
 
 def transformers_model(family: str) -> Any:
@@ -119,6 +143,51 @@ def timm_folder(
     model = timm_model(architecture, **options).to(dtype)
     save_for_hf(model, folder, model_config={"label_names": list(NAMES)}, safe_serialization=True)
     return folder
+
+
+def make_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the model `timm/NAME` of TIMM or `transformers/FAMILY` of TRANSFORMERS in `dtype`."""
+    library, name = kind.split("/")
+    if library == "timm":
+        architecture, options = TIMM[name]
+        return timm_folder(folder, architecture, dtype, **options)
+    return transformers_folder(folder, name, dtype)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Replace the tensors of a folder by what `edit` makes of them."""
+    state = load_file(folder / "model.safetensors")
+    save_file(edit(state), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def own_library(folder: Path, kind: str) -> Any:
+    """Load a folder with the call that its library documents, in float32."""
+    if kind.startswith("timm"):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return tf.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a model of either library."""
+    output = model(pixels)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare logits; tensors are compared bit by bit, but a loader's memory alignment may choose another kernel."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def pixels_for(classifier: Classifier) -> torch.Tensor:
+    """Return three uint8 images of noise of the size that a model takes."""
+    generator, size = torch.Generator().manual_seed(0), classifier.preprocessing.input_size
+    return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
 
 
 def noise_image(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
