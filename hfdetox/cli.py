@@ -20,6 +20,7 @@ from rich.console import Console
 
 from hfdetox import screen
 from hfdetox.attack_options import AttackOptions
+from hfdetox.bench_options import BenchOptions
 from hfdetox.environment import check_torchvision, is_main_process, mask_secrets
 from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.options import (
@@ -148,6 +149,24 @@ def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -
 
 
 @app.command()
+@takes(BenchOptions)
+def bench(context: typer.Context, options: BenchOptions) -> None:
+    """Compare defences: run those of SUITE on its backdoored models, and write tables and pictures."""
+    with (
+        interruptible(lambda: "what is finished stays: give the same command again to go on"),
+        standard_output(options) as out,
+    ):
+        prepare_screen(options)
+        check_torchvision()
+        from hfdetox.bench import run_bench
+
+        outcome = run_bench(**options.arguments(), progress=shows_progress(options))
+        lines = [outcome.table(), outcome.summary(), f"tables and pictures: {outcome.folder}{os.sep}"]
+        out.show(outcome.document(), lines)
+        raise typer.Exit(outcome.exit_status)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What hfdetox wrote (--output).")],
     repo: Annotated[str, typer.Argument(help="Where to publish it: USER/NAME.")],
@@ -207,7 +226,9 @@ def list_entries(
 
         for entry in defenses.available().values():
             presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
-            say(f"{entry.name}: {entry.summary} ({entry.paper})", presets, screen.settings_table(entry.parameters))
+            needs = f"needs {entry.data}; cost, relative to plain fine-tuning: {entry.cost}"
+            say(f"{entry.name}: {entry.summary} ({entry.paper})", needs, presets,
+                screen.settings_table(entry.parameters))  # fmt: skip
 
 
 def list_attacks() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 from hfdetox.errors import UsageError
 
-try:
-    import resource
-except ModuleNotFoundError:  # Windows has none
-    resource = None  # type: ignore[assignment]
+# Windows has none
+resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -100,6 +99,7 @@ def peak_memory(accelerator: Accelerator) -> int | None:
     elif resource is None:
         return None
     else:
+        # kilobytes, but for the Mac
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     everyone: list[int] = gather_object([held])
     return max(everyone)

@@ -18,7 +18,7 @@ import hfdetox
 from hfdetox.errors import UsageError
 
 # a first word that is none of these is a model
-COMMANDS = ("attack", "demo", "detox", "evaluate", "push", "list")
+COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "push", "list")
 # what a resumed run may be told anew; everything else is the recorded run's
 RESUMABLE = frozenset(
     {"model", "resume", "push_to", "private", "create_pr", "overwrite", "keep_run", "log_with"}

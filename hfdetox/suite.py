@@ -96,6 +96,42 @@ class DefenseEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubjectEntry:
+    """A model that is not of the zoo, and what is known of its triggers, as `hfdetox detox` takes them.
+
+    Attributes:
+        model: a Hub id, a timm id or a local folder.
+        revision: of the model on the Hub.
+        triggers: specifications or trigger files; none for a model of which nothing is known.
+        target: of triggers that name none.
+    """
+
+    model: str
+    revision: str | None = None
+    triggers: tuple[str, ...] = ()
+    target: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEntry:
+    """What the bench runs: every combination of models, defences, numbers of clean images and seeds.
+
+    Attributes:
+        grid: cells of the zoo.
+        subjects: names of the suite's subjects.
+        defenses: names of the suite's defences, or `NAME[:PRESET]` each.
+        samples: clean images of a defence, a share of the split or a count.
+        seeds: of the defence.
+    """
+
+    defenses: tuple[str, ...]
+    grid: GridEntry | None = None
+    subjects: tuple[str, ...] = ()
+    samples: tuple[int | float, ...] = (0.05,)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One model of a zoo.
 
@@ -143,7 +179,9 @@ class Suite:
     models: dict[str, ModelEntry]
     triggers: dict[str, TriggerEntry]
     grids: tuple[GridEntry, ...]
-    defenses: tuple[DefenseEntry, ...]
+    defenses: dict[str, DefenseEntry]
+    subjects: dict[str, SubjectEntry]
+    bench: tuple[BenchEntry, ...]
 
     def cells(self) -> list[Cell]:
         """Return every cell once: the clean controls, then the others in the order of the file.
@@ -153,7 +191,7 @@ class Suite:
         """
         found: dict[str, tuple[int, Cell]] = {}
         for number, grid in enumerate(self.grids):
-            for cell in self._cells_of(grid):
+            for cell in self.cells_of(grid):
                 # some file systems do not tell upper from lower case
                 place, earlier = found.setdefault(cell.name.casefold(), (number, cell))
                 if earlier is cell or (place == number and cell.clean and earlier == cell):
@@ -164,7 +202,8 @@ class Suite:
                 raise SuiteError(f"{where} and another cell would share one folder; rename a model or a trigger")
         return sorted((cell for _, cell in found.values()), key=lambda cell: not cell.clean)
 
-    def _cells_of(self, grid: GridEntry) -> Iterator[Cell]:
+    def cells_of(self, grid: GridEntry) -> Iterator[Cell]:
+        """Yield the cells of one grid; a clean control may come several times."""
         combinations = product(grid.models, grid.triggers, grid.targets, grid.adaptive, grid.ratios, grid.seeds)
         for model, trigger, target, adaptive, ratio, seed in combinations:
             entry = self.models[model]

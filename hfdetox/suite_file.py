@@ -8,7 +8,13 @@ triggers:                               # names for specifications with settings
   ssba: {spec: "ssba:bits=32", settings: {encoder_epochs: 4}}
 grids:                                  # each is models × triggers × ratios × seeds (× targets × adaptive)
   - {models: [small], triggers: [none, badnets, ssba], ratios: [0.1, 0.01], seeds: [0]}
-defenses: [d3:paper, {defense: d3, settings: {lambda: 2}}]      # for the bench
+# for the bench; without `bench` it tries every defence on every attacked model of the grids
+defenses: {d3: d3:paper, strong: {defense: d3, settings: {lambda: 2}}}
+subjects:                               # models that are not of the zoo, and what is known of their triggers
+  hub: {model: org/model, triggers: ["badnets:size=3"], target: cat}
+bench:                                  # models × defences × clean images × seeds; model_seeds are those of the zoo
+  - {models: [small], triggers: [badnets, ssba], ratios: [0.1], defenses: [d3, strong, ft], seeds: [0, 1, 2]}
+  - {subjects: [hub], defenses: [d3], samples: [0.05, 500]}
 """
 
 from __future__ import annotations
@@ -24,10 +30,12 @@ from hfdetox.attack_run import NONE
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.suite import (
+    BenchEntry,
     DatasetEntry,
     DefenseEntry,
     GridEntry,
     ModelEntry,
+    SubjectEntry,
     Suite,
     SuiteError,
     TriggerEntry,
@@ -47,20 +55,31 @@ def load_suite(file: Path) -> Suite:
         SuiteError: it cannot be read, is no YAML, has an unknown or missing key, a value of the wrong type or range,
             or names a model, trigger or defence that there is not; or two of its cells are the same.
     """
-    content = _fields(
-        f"{file}: the suite", _read(file), {f.name for f in fields(Suite)} - {"file"}, needed=("models", "grids")
-    )
+    known = {f.name for f in fields(Suite)} - {"file"}
+    content = _fields(f"{file}: the suite", _read(file), known)
+    # a bench of models that are there needs neither
+    for key in ("models", "grids") if "subjects" not in content or "grids" in content else ():
+        if key not in content:
+            raise SuiteError(f"{file}: the suite: {key} is missing")
     where = f"{file}: "
     models = {name: _model(f"{where}models.{name}", item)
-              for name, item in _named(f"{where}models", content["models"]).items()}  # fmt: skip
+              for name, item in _named(f"{where}models", content.get("models", {})).items()}  # fmt: skip
     triggers = {name: _trigger(f"{where}triggers.{name}", item)
                 for name, item in _named(f"{where}triggers", content.get("triggers", {})).items()}  # fmt: skip
     if NONE in triggers:
         raise SuiteError(f"{where}triggers.none: none is the clean control's; choose another name")
-    grids = _list(f"{where}grids", content["grids"], lambda place, item: _grid(place, item, models, triggers))
-    defenses = content.get("defenses", [])
-    if not isinstance(defenses, list):
-        raise SuiteError(f"{where}defenses must be a list such as [d3:paper], got {_shown(defenses)}")
+    defenses = {name: _defense(f"{where}defenses.{name}", item)
+                for name, item in _named(f"{where}defenses", content.get("defenses", {})).items()}  # fmt: skip
+    subjects = {name: _subject(f"{where}subjects.{name}", item)
+                for name, item in _named(f"{where}subjects", content.get("subjects", {})).items()}  # fmt: skip
+
+    def grid(place: str, item: Any) -> GridEntry:
+        return _grid(place, item, models, triggers)
+
+    def bench(place: str, item: Any) -> BenchEntry:
+        return _bench(place, item, grid, subjects, defenses)
+
+    grids = _list(f"{where}grids", content["grids"], grid) if "grids" in content else []
     suite = Suite(
         file=file,
         dataset=_dataset(f"{where}dataset", content.get("dataset", {})),
@@ -68,7 +87,9 @@ def load_suite(file: Path) -> Suite:
         models=models,
         triggers=triggers,
         grids=tuple(grids),
-        defenses=tuple(_defense(f"{where}defenses[{i}]", item) for i, item in enumerate(defenses)),
+        defenses=defenses,
+        subjects=subjects,
+        bench=tuple(_list(f"{where}bench", content["bench"], bench)) if "bench" in content else (),
     )
     suite.cells()
     return suite
@@ -249,6 +270,41 @@ def _defense(where: str, value: Any) -> DefenseEntry:
     settings = _settings(f"{where}.settings", entry.get("settings", {}))
     _checked(where, lambda: parse_defense(spec, settings))
     return DefenseEntry(defense=spec, settings=settings)
+
+
+def _subject(where: str, value: Any) -> SubjectEntry:
+    if isinstance(value, str):
+        return SubjectEntry(model=_text(where, value))
+    entry = _fields(where, value, {f.name for f in fields(SubjectEntry)}, needed=["model"])
+    specs = _list(f"{where}.triggers", entry["triggers"], _text) if "triggers" in entry else []
+    _checked(f"{where}.triggers", lambda: parse_triggers(specs))
+    return SubjectEntry(
+        model=_text(f"{where}.model", entry["model"]),
+        revision=_text(f"{where}.revision", entry["revision"]) if "revision" in entry else None,
+        triggers=tuple(specs),
+        target=_target(f"{where}.target", entry["target"]) if "target" in entry else None,
+    )
+
+
+def _bench(where: str, value: Any, grid: Callable[[str, Any], GridEntry], subjects: Mapping[str, Any],
+           defenses: Mapping[str, Any]) -> BenchEntry:  # fmt: skip
+    own = {"subjects", "defenses", "samples", "seeds"}
+    of_grid = {f.name for f in fields(GridEntry)} - {"seeds"} | {"model_seeds"}
+    entry = _fields(where, value, own | of_grid, needed=["defenses"])
+    names = _list(f"{where}.subjects", entry["subjects"], _text) if "subjects" in entry else []
+    for name in names:
+        if name not in subjects:
+            raise SuiteError(f"{where}.subjects: unknown subject {_shown(name)}; the suite has {', '.join(subjects)}")
+    specs = _list(f"{where}.defenses", entry["defenses"], _text)
+    for spec in specs:
+        if spec not in defenses:
+            _checked(f"{where}.defenses", lambda spec=spec: parse_defense(spec))  # type: ignore[misc]
+    cells = {"seeds" if key == "model_seeds" else key: item for key, item in entry.items() if key in of_grid}
+    if not cells and not names:
+        raise SuiteError(f"{where}: name models and triggers of the zoo, or subjects")
+    axes = {key: tuple(_list(f"{where}.{key}", entry[key], read))
+            for key, read in (("samples", _COUNTS["samples"]), ("seeds", _AXES["seeds"])) if key in entry}  # fmt: skip
+    return BenchEntry(defenses=tuple(specs), grid=grid(where, cells) if cells else None, subjects=tuple(names), **axes)
 
 
 def _list(where: str, value: Any, read: Callable[[str, Any], Item]) -> list[Item]:

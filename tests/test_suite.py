@@ -41,7 +41,7 @@ def test_everything_a_suite_can_say(suite):
           both: {spec: ["badnets:target=0", "blended:target=1"], settings: {epochs: 4}}
         grids:
           - {models: [a], triggers: [none, both], ratios: [0.1], seeds: [3], targets: [2], adaptive: ["sam:rho=2"]}
-        defenses: [d3:code, {defense: d3, settings: {lambda: 2, batch_size: 32}}]
+        defenses: {code: d3:code, far: {defense: d3, settings: {lambda: 2, batch_size: 32}}}
     """)
     assert found.dataset == DatasetEntry(id="org/pictures", image_column="img", eval_samples=100)
     assert found.training == {"epochs": "10", "batch_size": "64"}
@@ -55,10 +55,10 @@ def test_everything_a_suite_can_say(suite):
     assert found.triggers == {
         "both": TriggerEntry(specs=("badnets:target=0", "blended:target=1"), settings={"epochs": "4"})
     }
-    assert found.defenses == (
-        DefenseEntry(defense="d3:code"),
-        DefenseEntry(defense="d3", settings={"lambda": "2", "batch_size": "32"}),
-    )
+    assert found.defenses == {
+        "code": DefenseEntry(defense="d3:code"),
+        "far": DefenseEntry(defense="d3", settings={"lambda": "2", "batch_size": "32"}),
+    }
     clean, attacked = found.cells()
     assert (clean.name, clean.clean, clean.specs, clean.ratio, clean.target, clean.adaptive) == (
         "a-clean-s3", True, (), None, None, None,
@@ -149,7 +149,8 @@ BAD = [
     ("models: !!python/object:os.system {}", "is not valid YAML"),
     ("[" * 1500, "is not valid YAML"),
     ("[1, 2]", r"must be a mapping with dataset, .*, got \[1, 2\]"),
-    (SMALLEST + "seeds: [1]", "unknown key 'seeds'; known: dataset, defenses, grids, models, training, triggers"),
+    (SMALLEST + "seeds: [1]",
+     "unknown key 'seeds'; known: bench, dataset, defenses, grids, models, subjects, training, triggers"),
     ("models: {m: a}", "grids is missing"),
     ("grids: []", "models is missing"),
     ("models: {m: a}\ngrids: []", "grids must be a list with at least one entry"),
@@ -197,10 +198,10 @@ BAD = [
     (GRID % "targets: [true]", r"grids\[0\].targets\[0\] must be text, got True"),
     (GRID % "targets: [-3]", r"grids\[0\].targets\[0\] must be a whole number of at least 0"),
     (GRID % "adaptive: [3]", r"grids\[0\].adaptive\[0\] must be text"),
-    (SMALLEST + "defenses: d3", r"defenses must be a list such as \[d3:paper\], got 'd3'"),
-    (SMALLEST + "defenses: [prayer]", r"defenses\[0\]: unknown defense 'prayer'; known: d3"),
-    (SMALLEST + "defenses: [{defense: d3, settings: {lamda: 1}}]", r"defenses\[0\]: d3 has no setting lamda"),
-    (SMALLEST + "defenses: [{name: d3}]", r"defenses\[0\]: unknown key 'name'; known: defense, settings"),
+    (SMALLEST + "defenses: [d3]", r"defenses must map names to entries, got \"\['d3'\]\""),
+    (SMALLEST + "defenses: {x: prayer}", r"defenses\.x: unknown defense 'prayer'; known: .*d3"),
+    (SMALLEST + "defenses: {x: {defense: d3, settings: {lamda: 1}}}", r"defenses\.x: d3 has no setting lamda"),
+    (SMALLEST + "defenses: {x: {name: d3}}", r"defenses\.x: unknown key 'name'; known: defense, settings"),
     (
         "models: {m: a}\ngrids: [{models: [m], triggers: [badnets]}, {models: [m], triggers: [badnets, sig]}]",
         r"grids\[1\]: cell m-badnets-0.1-s0 is also in grids\[0\]; leave it out of one",
