@@ -111,6 +111,11 @@ def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
+def norm_of(layer: nn.Module) -> float:
+    """Return the Frobenius norm of a layer's weight."""
+    return float(layer.weight.detach().norm())  # type: ignore[operator]
+
+
 def equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Tell whether two state dicts are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
