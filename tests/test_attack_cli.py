@@ -25,8 +25,8 @@ from hfdetox.push import push_output
 from hfdetox.runs import check_output
 from tests.attacked import LABELS, attack_report, clean_control
 from tests.colours import ARCHITECTURE, SIDE, TRAINING, write_colours
+from tests.output_folder import WEIGHTS
 from tests.test_cli import probe
-from tests.test_publish import WEIGHTS
 
 CONSENT = "--i-know-this-is-backdoored"
 
