@@ -14,26 +14,25 @@ from torch.nn.functional import cross_entropy
 from hfdetox.batches import Batch
 from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
 from hfdetox.sharpness import SharpnessAware, parse_adaptive
-from tests.tiny_training import ToyImages, _quick_garbage, accelerator, convnet, equal_weights, mlp, weights_of
+from tests.tiny_training import (
+    ToyImages,
+    _quick_garbage,
+    accelerator,
+    convnet,
+    equal_weights,
+    make_phase,
+    mean_loss,
+    mlp,
+    weights_of,
+)
 
 __all__ = ["_quick_garbage", "accelerator"]
 
 
-def mean_loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Cross-entropy with the batch's weights."""
-    errors = cross_entropy(network(batch.images).float(), batch.labels, reduction="none")
-    return {"loss": (batch.weights * errors).sum()}
-
-
 def trained(accelerator: Accelerator, network: nn.Module, **changes: Any) -> dict[str, torch.Tensor]:
     """Return the network's weights after a short run."""
-    parts: dict[str, Any] = {
-        "name": "toy", "parameters": list(network.parameters()), "loss": mean_loss, "epochs": 2, "batch_size": 16,
-        "optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "augmentation": "none",
-    }  # fmt: skip
-    Engine(accelerator, ToyImages()).run(network, [Phase(**{**parts, **changes})])
+    Engine(accelerator, ToyImages()).run(network, [make_phase(network, **{"epochs": 2, **changes})])
     return weights_of(network)
 
 

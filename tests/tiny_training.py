@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
+from torch.nn.functional import cross_entropy
 
+from hfdetox.batches import Batch
 from hfdetox.devices import make_accelerator
 from hfdetox.images import ImageSet
+from hfdetox.phases import Phase
 from hfdetox.pixels import Pixels
 from hfdetox.preprocessing import TimmPreprocessing
 
@@ -84,6 +88,21 @@ class NormedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(self.features(images).relu().mean((2, 3))))
+
+
+def mean_loss(network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Cross-entropy with the batch's weights."""
+    errors = cross_entropy(network(batch.images).float(), batch.labels, reduction="none")
+    return {"loss": (batch.weights * errors).sum()}
+
+
+def make_phase(network: nn.Module, **changes: Any) -> Phase:
+    """Return a small phase on all parameters."""
+    parts: dict[str, Any] = {
+        "name": "toy", "parameters": list(network.parameters()), "loss": mean_loss, "epochs": 3, "batch_size": 16,
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), "augmentation": "none",
+    }  # fmt: skip
+    return Phase(**{**parts, **changes})
 
 
 @contextmanager
