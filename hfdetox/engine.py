@@ -231,15 +231,8 @@ class Engine:
                 held.append(batch)
             if not last:
                 continue
-            if phase.sharpness is not None:
-                self._sharpen(model, phase, phase.sharpness, held)
-                held = []
-            if phase.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
-            optimizer.step()
-            if phase.after_step is not None and not optimizer.step_was_skipped:
-                phase.after_step()
-            optimizer.zero_grad()
+            self._step(model, optimizer, phase, held)
+            held = []
             bar.update()
             now = time.perf_counter()
             if not bar.disable and now - refreshed > REFRESH_SECONDS:
@@ -255,6 +248,17 @@ class Engine:
         record.seconds += seconds
         return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": seconds}  # fmt: skip
+
+    def _step(self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, batches: Sequence[Batch]) -> None:
+        """Take a step with the gradients there are; `batches` are its parts, where it is sharpness-aware."""
+        if phase.sharpness is not None:
+            self._sharpen(model, phase, phase.sharpness, batches)
+        if phase.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
+        optimizer.step()
+        if phase.after_step is not None and not optimizer.step_was_skipped:
+            phase.after_step()
+        optimizer.zero_grad()
 
     def _sharpen(self, model: nn.Module, phase: Phase, sharpness: SharpnessAware, batches: Sequence[Batch]) -> None:
         """Put the gradients of a step at the perturbed weights in place of those at the weights themselves."""
