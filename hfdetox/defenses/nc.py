@@ -266,14 +266,18 @@ class Inversion(nn.Module):
                 for name, value in zip(self.classes.tolist(), values.tolist(), strict=True)}  # fmt: skip
         return {"flagged": float(found), "unchanged": float(not found), **each}
 
-    def stamp_some(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images (N×C×H×W, float32, 0 to 255), some with a flagged class's trigger, and the labels they had."""
+    def stamp_some(self, images: torch.Tensor, labels: torch.Tensor,
+                   rows: range) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return images (N×C×H×W, float32, 0 to 255), some with a flagged class's trigger, and the labels they had.
+
+        Each is drawn by itself, so that `rows`, the images' numbers in the step, do not matter.
+        """
         if self._flagged is None:
             self._flagged = self.to(images.device).flagged.nonzero().flatten()
-        rows = self._flagged
-        odds = len(rows) * self.config.share
+        flagged = self._flagged
+        odds = len(flagged) * self.config.share
         chosen = torch.rand(len(images)) < odds / (odds + 1 - self.config.share)
-        which = rows[torch.randint(len(rows), (len(images),)).to(rows.device)]
+        which = flagged[torch.randint(len(flagged), (len(images),)).to(flagged.device)]
         masks, patterns = self.best_masks[which], self.best_patterns[which]
         x = images.float()
         stamp = chosen.to(images.device).view(-1, 1, 1, 1) * masks

@@ -146,7 +146,7 @@ def test_a_share_of_the_images_is_stamped_with_their_true_labels() -> None:
     inversion.best_patterns[2] = torch.tensor([[[0.4, 1.0]]])
     images, labels = torch.zeros(1000, 1, 1, 2, dtype=torch.uint8), torch.arange(1000)
     torch.manual_seed(0)
-    found, same = inversion.stamp_some(images, labels)
+    found, same = inversion.stamp_some(images, labels, range(1000))
     assert torch.equal(same, labels)
     assert not images.any()
     assert found[:, 0, 0, 0].unique().tolist() == pytest.approx([0, 102])
