@@ -115,7 +115,7 @@ class NPDConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
         polarized = Polarized(network, self)
-        shared: dict[str, Any] = {"network": polarized, "parameters": [polarized.polarizer],
+        shared: dict[str, Any] = {"parameters": [polarized.polarizer],
                                   "state": OwnState(polarized), "after_step": polarized.fold}  # fmt: skip
 
         def slow(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -126,10 +126,11 @@ class NPDConfig(TuningConfig):
         def warm_up(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             return model(batch.images, batch.labels, batch.weights, perturbed=False)
 
-        main = self.phase(name="npd", loss=module_terms, **shared)
+        # the network afterwards: to `reweight`, a phase on one of its own does not train the classifier; this one does
+        main = replace(self.phase(name="npd", loss=module_terms, **shared), network=polarized)
         if not self.warmup:
             return [main]
-        slowly = {**shared, "optimizer": slow, "epochs": self.warmup, "schedule": "constant"}
+        slowly = {**shared, "network": polarized, "optimizer": slow, "epochs": self.warmup, "schedule": "constant"}
         first = replace(self, reweight="none").phase(name="npd-warmup", loss=warm_up, **slowly)
         return [first, main]
 

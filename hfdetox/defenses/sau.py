@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -117,8 +117,10 @@ class SAUConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
         pair = SharedPair(network, self)
-        return [self.phase(name="sau", network=pair, parameters=trained_parameters(network), loss=module_terms,
-                           optimizer=partial(adam, self), state=OwnState(pair))]  # fmt: skip
+        phase = self.phase(name="sau", parameters=trained_parameters(network), loss=module_terms,
+                           optimizer=partial(adam, self), state=OwnState(pair))  # fmt: skip
+        # afterwards: to `reweight`, a phase on a network of its own does not train the classifier, and this one does
+        return [replace(phase, network=pair)]
 
     def first_perturbation(self, images: torch.Tensor) -> torch.Tensor:
         """Return δ before the first step, the shape of `images` (N×C×H×W float32)."""
@@ -134,6 +136,13 @@ class SAUConfig(TuningConfig):
         size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return delta * (self.radius / size.clamp(min=self.radius))
 
+    @staticmethod
+    def shared(logits: torch.Tensor, reference: torch.Tensor, before: torch.Tensor,
+               before_reference: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Return which images fool both models to the same class (N, bool); the arguments are as in `search_loss`."""
+        now, now_reference = logits.argmax(1), reference.argmax(1)
+        return (now != before) & (now_reference != before_reference) & (now == now_reference)
+
     def search_loss(self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, before: torch.Tensor,
                     before_reference: torch.Tensor) -> torch.Tensor:  # fmt: skip
         """Return what δ minimises, summed over the images: 0-d.
@@ -144,9 +153,8 @@ class SAUConfig(TuningConfig):
             logits, reference: of f_θ and f₀ at x+δ (N×K, float32).
             labels: y; `before` and `before_reference` the answers of f_θ and f₀ to x (N, int64 all).
         """
-        now, now_reference = logits.argmax(1), reference.argmax(1)
-        fooled, fooled_reference = now != before, now_reference != before_reference
-        shared = fooled & fooled_reference & (now == now_reference)
+        fooled, fooled_reference = logits.argmax(1) != before, reference.argmax(1) != before_reference
+        shared = self.shared(logits, reference, before, before_reference)
         errors = ~fooled * cross_entropy(logits, labels, reduction="none")
         errors = errors + ~fooled_reference * cross_entropy(reference, labels, reduction="none")
         # a sum: only the sign counts, and a mean's gradients could vanish in fp16
@@ -199,30 +207,42 @@ class SharedPair(nn.Module):
         if labels is None or weights is None:
             return self.network(images)
         x = images.float()
+        delta, *reference = self.perturbation(x, labels)
         # both halves in one call: BatchNorm sees them together
-        both = torch.cat([x, x + PIXEL * self.perturbation(x, labels)])
-        with torch.no_grad():
-            reference = self.reference(both).float().chunk(2)
-        logits = self.network(both).float().chunk(2)
+        logits = self.network(torch.cat([x, x + PIXEL * delta])).float().chunk(2)
         return self.config.unlearning_terms(*logits, *reference, labels, weights)
 
-    def perturbation(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return δ (N×C×H×W, pixels of [0, 1]) of images x (float32, 0 to 255); both models are in eval mode."""
+    def perturbation(self, x: torch.Tensor,
+                     labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Return δ (N×C×H×W, pixels of [0, 1]) of images x (float32, 0 to 255), and f₀'s logits at x and x+δ (N×K).
+
+        Both models are in eval mode, where images do not mind one another: those that are shared leave the search.
+        """
         config = self.config
         delta = config.first_perturbation(x)
         with evaluating(self.network):
             with torch.no_grad():
-                before, before_reference = self.network(x).argmax(1), self.reference(x).argmax(1)
+                before, clean = self.network(x).argmax(1), self.reference(x).float()
+            known, perturbed = clean.argmax(1), clean.clone()
+            left = torch.arange(len(x), device=x.device)
             for _ in range(config.steps):
-                delta.requires_grad_()
-                moved = x + PIXEL * delta
-                loss = config.search_loss(self.network(moved).float(), self.reference(moved).float(), labels, before,
-                                          before_reference)  # fmt: skip
-                gradient = torch.autograd.grad(loss, delta)[0]
-                delta = config.project(delta.detach() - config.step * gradient.sign())
+                point = delta[left].requires_grad_()
+                moved = x[left] + PIXEL * point
+                logits, reference = self.network(moved).float(), self.reference(moved).float()
+                answers = labels[left], before[left], known[left]
+                gradient = torch.autograd.grad(config.search_loss(logits, reference, *answers), point)[0]
+                perturbed[left] = reference.detach()
+                delta[left] = config.project(point.detach() - config.step * gradient.sign())
+                left = left[~config.shared(logits, reference, *answers[1:])]
+                if not len(left):
+                    break
+            else:
+                # at the last δ of these, the frozen model has not been yet
+                with torch.no_grad():
+                    perturbed[left] = self.reference(x[left] + PIXEL * delta[left]).float()
         # weights that autocast cast without gradients must not serve the trained forward
         torch.clear_autocast_cache()
-        return delta
+        return delta, clean, perturbed
 
 
 def jensen_shannon(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

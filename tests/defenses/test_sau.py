@@ -58,7 +58,7 @@ def test_shared_adversarial_examples_of_a_linear_model_by_hand() -> None:
     (0.25, 0.1): (0.45, 0.3), then (0.25, 0.3): shared after one step, where the other image goes on.
     """
     pair = SharedPair(linear([[1, 0], [0, 1]]), SAUConfig())
-    delta = pair.perturbation(pixels((0.4, 0.1), (0.25, 0.1)), torch.tensor([0, 0]))
+    delta, *_ = pair.perturbation(pixels((0.4, 0.1), (0.25, 0.1)), torch.tensor([0, 0]))
     torch.testing.assert_close(delta.flatten(1), torch.tensor([[-0.2, 0.2], [0.0, 0.2]]), rtol=0, atol=1e-6)
     assert pair.network.model[1].weight.grad is None  # type: ignore[index]
 
@@ -73,8 +73,8 @@ def test_a_perturbation_goes_where_both_models_agree() -> None:
     pair = SharedPair(linear([[1, 0], [0, 1]]), SAUConfig(lambda_3=0.0))
     with torch.no_grad():
         pair.network.model[1].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # type: ignore[index]
-    delta = pair.perturbation(pixels((0.3, 0.14)), torch.tensor([0])).flatten()
-    torch.testing.assert_close(delta, torch.tensor([0.2, 0.0]), rtol=0, atol=1e-6)
+    delta, *_ = pair.perturbation(pixels((0.3, 0.14)), torch.tensor([0]))
+    torch.testing.assert_close(delta.flatten(), torch.tensor([0.2, 0.0]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "radius", "expected"), [("linf", 7.0, [6.0, 7.0]), ("l2", 5.0, [3.0, 4.0])])
@@ -150,7 +150,7 @@ def test_a_run_is_a_plain_loop_of_adam_with_a_cosine(accelerator: Accelerator) -
         # the cosine of two epochs of two steps: 1, then (1 + cos(π / 2)) / 2 = 0.5
         optimizer.param_groups[0]["lr"] = 1e-3 if number < 2 else 5e-4
         x = batch.images.float()
-        delta = pair.perturbation(x, batch.labels)
+        delta, *_ = pair.perturbation(x, batch.labels)
         plain.train()
         optimizer.zero_grad()
         plain_loss(plain, old, x, delta, batch.labels).backward()
