@@ -232,7 +232,9 @@ def unit_layers(network: nn.Module) -> list[MaskedLayer]:
     readers = {second: 1 for _, second in mlp_layers(network)}
     for name, module in network.named_modules():
         heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
-        for child in _ATTENTION_OUTPUT if isinstance(heads, int) else ():
+        if not isinstance(heads, int):
+            continue
+        for child in _ATTENTION_OUTPUT:
             layer = getattr(module, child, None)
             if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
                 readers[f"{name}.{child}" if name else child] = layer.in_features // heads
