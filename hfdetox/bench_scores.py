@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ class Line:
         model: the name of the model.
         attacks: what was done to it: one for a single result.
         defense: the suite's name of the defence; `before` is the model as it came.
-        seeds: how many seeds each of the attacks has.
+        seeds: how many seeds the numbers are of, each run on all of the attacks.
+        asked: how many seeds the suite asks for.
         scores: by rate, empty while a trial is missing.
         seconds: mean.
         cost: seconds as a multiple of plain fine-tuning's, None where that was not run.
@@ -58,6 +60,7 @@ class Line:
     attacks: tuple[str, ...]
     defense: str
     seeds: int
+    asked: int
     scores: Mapping[str, Score] = field(default_factory=dict)
     seconds: float | None = None
     cost: float | None = None
@@ -72,9 +75,14 @@ class Line:
     def cells(self) -> list[str]:
         """Return the line's texts under `HEADINGS`; what is not known is a dash."""
         if self.missing is not None:
-            return [self.defense, str(self.seeds), self.missing, *["–"] * (len(HEADINGS) - 3)]
+            return [self.defense, self._seeds(), self.missing, *["–"] * (len(HEADINGS) - 3)]
         rest = [_number(self.seconds, ",.0f"), _number(self.cost, ".1f"), _memory(self.peak_memory)]
-        return [self.defense, str(self.seeds) if self.seeds else "–", *map(self._rate, _RATES), *rest]
+        return [self.defense, self._seeds(), *map(self._rate, _RATES), *rest]
+
+    def _seeds(self) -> str:
+        if not self.asked:
+            return "–"
+        return str(self.seeds) if self.seeds == self.asked else f"{self.seeds} of {self.asked}"
 
     def _rate(self, key: str) -> str:
         found = self.scores.get(key)
@@ -86,7 +94,8 @@ class Line:
     def document(self) -> dict[str, Any]:
         """Return the line as plain JSON types."""
         return {
-            "model": self.model, "attacks": list(self.attacks), "defense": self.defense, "seeds": self.seeds,
+            "model": self.model, "attacks": list(self.attacks), "defense": self.defense,
+            "seeds": self.seeds, "seeds_asked": self.asked,
             **{key: {"mean": s.mean, "half_width": s.half_width} for key, s in self.scores.items()},
             "seconds": self.seconds, "cost": self.cost, "peak_memory": self.peak_memory, "missing": self.missing,
         }  # fmt: skip
@@ -143,27 +152,33 @@ def _before(groups: Sequence[Sequence[BenchRow]]) -> list[Line]:
         values = [getattr(row, f"{key}_before") for row in rows]
         if None not in values:
             scores[key] = Score(float(np.mean(values)), None)
-    return [Line(rows[0].model, tuple(row.attack for row in rows), "before", 0, scores)]
+    return [Line(rows[0].model, tuple(row.attack for row in rows), "before", 0, 0, scores)]
 
 
 def _line(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) -> Line:
-    """Return a defence's line over one group of trials a model, which differ in their seeds."""
-    rows = [row for group in groups for row in group]
-    seeds = sorted({row.seed for row in rows})
-    first = rows[0]
-    place = (first.model, tuple(group[0].attack for group in groups), first.defense, len(seeds))
-    failed, left = (sum(row.status == status for row in rows) for status in ("failed", "not run"))
-    if failed or left or any({row.seed for row in group} != set(seeds) for group in groups):
-        parts = [f"{failed} failed"] * bool(failed) + [f"{left} not run"] * bool(left)
-        return Line(*place, missing=", ".join(parts) or "not all seeds")
+    """Return a defence's line over one group of trials a model, which differ in their seeds.
+
+    Seeds that were not run on all of the models are left out and counted; where a trial failed there are no numbers.
+    """
+    asked = sorted({row.seed for group in groups for row in group})
+    of_seed = {seed: [row for group in groups for row in group if row.seed == seed] for seed in asked}
+    whole = [seed for seed in asked if [row.status for row in of_seed[seed]] == ["done"] * len(groups)]
+    first = groups[0][0]
+    place = (first.model, tuple(group[0].attack for group in groups), first.defense, len(whole), len(asked))
+    counts = Counter(row.status for group in groups for row in group)
+    if counts["failed"] or not whole:
+        missing = ", ".join(f"{counts[status]} {status}" for status in ("failed", "not run") if counts[status])
+        return Line(*place, missing=missing or "not the same seeds")
+    rows = [row for seed in whole for row in of_seed[seed]]
     scores = {}
     for key in _RATES:
         # the average over attacks is formed seed by seed: what is left to vary is the seed
-        of_seed = [[getattr(row, key) for row in rows if row.seed == seed] for seed in seeds]
-        if not any(value is None for values in of_seed for value in values):
-            scores[key] = score([float(np.mean(values)) for values in of_seed])
+        values = [[getattr(row, key) for row in of_seed[seed]] for seed in whole]
+        if not any(value is None for one in values for value in one):
+            scores[key] = score([float(np.mean(one)) for one in values])
     memory = [row.peak_memory for row in rows if row.peak_memory is not None]
-    return Line(*place, scores, _mean(row.seconds for row in rows), _cost(groups, all_rows), max(memory, default=None))
+    done = [[row for row in group if row.seed in whole] for group in groups]
+    return Line(*place, scores, _mean(row.seconds for row in rows), _cost(done, all_rows), max(memory, default=None))
 
 
 def _cost(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) -> float | None:

@@ -213,7 +213,8 @@ class BenchOutcome:
 _LEGEND = (
     "Rates in percent; ± is half a 95 % interval over seeds (Student's t). DER is the defence effectiveness rating, "
     "worst the accuracy of the worst class, spread the standard deviation over the classes; «× ft» the method's "
-    "seconds over those of plain fine-tuning on the same model. A line with a failed or missing run has no numbers."
+    "seconds over those of plain fine-tuning on the same model. Seeds that were not run on all "
+    "models are left out («1 of 3»); a line with a failed run has no numbers."
 )
 
 

@@ -1,0 +1,139 @@
+"""The numbers of a bench's tables, by hand: means and intervals over seeds, averages over attacks, what is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hfdetox.bench_scores import averages, results, score
+from hfdetox.bench_table import BenchOutcome, BenchRow
+
+DONE = BenchRow(
+    name="m-a-0.1-s0/ft-s0", subject="m-a-0.1-s0", model="m", attack="a-0.1", defense="ft", samples=0.05, seed=0,
+    status="done", method="ft", settings={"epochs": 2, "layers": ["head"]}, accuracy_before=0.9, accuracy=0.8,
+    attack_success_before=1.0, attack_success=0.5, robust_accuracy_before=0.0, robust_accuracy=0.4, der=0.7,
+    der_low=0.6, der_high=0.8, worst_class_before=0.5, worst_class=0.4, spread_before=0.1, spread=0.2, epochs=2,
+    steps=20, seconds=10.0, images_per_second=100.0, peak_memory=2**30, precision="bf16", device="cpu",
+)  # fmt: skip
+
+
+def row(attack="a", defense="ft", seed=0, **changes):
+    """A row of an attack, a defence and a seed, done unless `changes` say otherwise."""
+    subject = f"m-{attack}-0.1-s0"
+    named = {"name": f"{subject}/{defense}-s{seed}", "subject": subject, "attack": attack, "method": defense}
+    return replace(DONE, **{**named, "defense": defense, "seed": seed, **changes})
+
+
+def undone(status="not run", reason=None, **where):
+    """A row without numbers."""
+    full = row(**where)
+    kept = ("name", "subject", "model", "attack", "defense", "samples", "seed")
+    return BenchRow(**{key: getattr(full, key) for key in kept}, status=status, reason=reason)
+
+
+def texts(lines):
+    return {(line.place, line.defense): line.cells() for line in lines}
+
+
+def test_the_interval_over_seeds():
+    assert score([0.25]).half_width is None
+    assert score([0.25]).mean == 0.25
+    # 0.4 and 0.6: mean 0.5, s = 0.1414, s/√2 = 0.1, t(0.975, 1) = 12.706
+    two = score([0.4, 0.6])
+    assert two.mean == pytest.approx(0.5)
+    assert two.half_width == pytest.approx(1.2706, abs=1e-4)
+    # 0.1, 0.2, 0.3: s = 0.1, s/√3 = 0.057735, t(0.975, 2) = 4.302653
+    assert score([0.1, 0.2, 0.3]).half_width == pytest.approx(0.248414, abs=1e-6)
+
+
+def test_one_model_with_several_defences_and_seeds():
+    first = row(defense="d3", accuracy=0.7, attack_success=0.1, seconds=30.0)
+    second = row(defense="d3", seed=1, accuracy=0.9, attack_success=0.3, seconds=50.0, peak_memory=3 * 2**30)
+    rows = [row(seconds=10.0), first, second]
+    before, tuned, pushed = results(rows)
+    assert before.cells() == ["before", "–", "90.0", "100.0", "0.0", "–", "50.0", "10.0", "–", "–", "–"]
+    assert tuned.cells() == ["ft", "1", "80.0", "50.0", "40.0", "70.0", "40.0", "20.0", "10", "1.0", "1.0 GiB"]
+    # mean of 0.7 and 0.9, ± 12.706 · 0.1; 40 s are four times 10 s; the most memory is the larger one
+    assert pushed.cells() == ["d3", "2", "80.0 ± 127.1", "20.0 ± 127.1", "40.0 ± 0.0", "70.0 ± 0.0", "40.0 ± 0.0",
+                              "20.0 ± 0.0", "40", "4.0", "3.0 GiB"]  # fmt: skip
+    assert pushed.document()["accuracy"]["mean"] == pytest.approx(0.8)
+
+
+def test_an_average_is_formed_seed_by_seed():
+    """Of seed 0: (0.2 + 0.4) / 2 = 0.3, of seed 1: (0.4 + 0.2) / 2 = 0.3: between the seeds nothing varies."""
+    successes = {("a", 0): 0.2, ("b", 0): 0.4, ("a", 1): 0.4, ("b", 1): 0.2}
+    rows = [row(attack, seed=seed, attack_success=value) for (attack, seed), value in successes.items()]
+    _, line = averages(rows)
+    assert line.attacks == ("a", "b")
+    assert line.cells()[3] == "30.0 ± 0.0"
+
+
+def test_averages_compare_defences_on_the_same_attacks_only():
+    rows = [row(attack) for attack in "abc"] + [row(attack, "clp") for attack in "ab"]
+    found = texts(averages(rows))
+    assert list(found) == [("m: a, b", "before"), ("m: a, b", "ft"), ("m: a, b", "clp"),
+                           ("m: a, b, c", "before"), ("m: a, b, c", "ft")]  # fmt: skip
+
+
+def test_a_failed_trial_is_never_left_out_of_an_average():
+    rows = [row("a"), row("b"), row("a", "clp"), undone("failed", "no BatchNorm", attack="b", defense="clp")]
+    found = texts(averages(rows))
+    assert found["m: a, b", "ft"][2] == "80.0"
+    assert found["m: a, b", "clp"][1:4] == ["0 of 1", "1 failed", "–"]
+    # the other attack keeps its own numbers
+    assert texts(results(rows))["m: a", "clp"][2] == "80.0"
+
+
+def test_a_failed_seed_takes_its_whole_line():
+    rows = [row(), undone("failed", "no room", seed=1)]
+    assert texts(results(rows))["m: a", "ft"][1:3] == ["1 of 2", "1 failed"]
+
+
+def test_seeds_that_were_not_run_everywhere_are_counted_and_left_out():
+    rows = [row("a"), row("a", seed=1, accuracy=0.1), row("b"), undone(attack="b", seed=1), undone(attack="b", seed=2),
+            undone(attack="a", seed=2)]  # fmt: skip
+    (_, line) = averages(rows)
+    assert line.cells()[1:3] == ["1 of 3", "80.0"]
+    assert texts(results(rows))["m: a", "ft"][1] == "2 of 3"
+    nothing = averages([undone(attack="a"), undone(attack="b")])
+    assert [cells[1:3] for cells in texts(nothing).values()] == [["0 of 1", "2 not run"]]
+
+
+def test_a_cost_needs_plain_fine_tuning_on_the_same_model_and_images():
+    tuned, few = row(seconds=10.0), row(defense="ft-n50", method="ft", samples=50, seconds=2.0)
+    other = row(defense="d3-n50", method="d3", samples=50, seconds=3.0)
+    lonely = row("b", "d3", seconds=3.0)
+    found = texts(results([tuned, few, other, lonely]))
+    assert [found[key][9] for key in (("m: a", "d3-n50"), ("m: a", "ft-n50"), ("m: b", "d3"))] == ["1.5", "1.0", "–"]
+
+
+def test_clean_controls_have_a_line_and_are_in_no_average():
+    measured = ("attack_success_before", "attack_success", "robust_accuracy_before", "robust_accuracy", "der")
+    gone = dict.fromkeys(measured)
+    rows = [row("a"), row("b"), row("clean", **gone)]
+    assert [line.attacks for line in averages(rows)] == [("a", "b")] * 2
+    assert texts(results(rows))["m: clean", "ft"][2:6] == ["80.0", "–", "–", "–"]
+
+
+def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
+    bad = undone("failed", "clp: [red]no BatchNorm[/red] | here", attack="b", defense="clp")
+    absent = undone(reason="the zoo has no model m-a-0.1-s0", defense="x")
+    outcome = BenchOutcome(tmp_path, "suite.yaml", [row(), row("b"), bad, absent])
+    assert outcome.exit_status == 1
+    assert outcome.summary() == "2 done, 1 failed, 1 not run"
+    outcome.write()
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.csv"}
+    text = (tmp_path / "bench.md").read_text()
+    assert "ft (ft): epochs=2, layers=head" in text.replace("\\", "")
+    assert "failed: m-b-0.1-s0/clp-s0: clp: [red]no BatchNorm[/red] | here" in text.replace("\\", "")
+    assert "not run: 1 (the zoo has no model m-a-0.1-s0)" in text.replace("\\", "")
+    header, first, *_ = (tmp_path / "bench.csv").read_text().splitlines()
+    assert header.startswith("name,subject,model,attack,defense,samples,seed,status,reason,method,settings")
+    assert first.startswith("m-a-0.1-s0/ft-s0,m-a-0.1-s0,m,a,ft,0.05,0,done,,ft,")
+    assert BenchOutcome(tmp_path, "suite.yaml", [row()]).exit_status == 0
+
+
+def test_a_text_that_a_spreadsheet_would_run_is_text(tmp_path):
+    line = BenchOutcome(tmp_path, "s.yaml", [row(attack="=cmd()")]).csv().splitlines()[1]
+    assert ",'=cmd()," in line
