@@ -12,8 +12,13 @@ norm by norm in the model's order, the earlier ones of f̃ already mapped, each 
 
 (μ_t, σ_t) are of T(X) in f̃; (μ_c, σ_c) and the reference histogram of X in f, as in the authors' code. u minimises the
 total variation Σ_bins |count_T − count_X|, bins of width 0.1 whose ends are open, over the centres of the bins and ∞
-(all of them are tried; the code takes ten steps on a soft histogram). LayerNorms are mapped alike, over images and
-tokens.
+(all of them are tried; the code takes ten steps on a soft histogram). `divergence` takes the code's alternatives to it,
+Jensen-Shannon's and Kullback-Leibler's, instead. LayerNorms are mapped alike, over images and tokens.
+
+The history's entry `bna-detection` says how well the estimated trigger's images are told from clean ones, as the code
+counts it: `false_positive_rate`, the flagged share of clean images of t that f has right; `true_positive_rate`, that of
+triggered images of other classes that f gives to t; and `returned_to_source`, the share of these whose answer is their
+true class again. `hfdetox.corrections.flagged` flags images at test time.
 
 T is the trigger that Neural Cleanse finds for the most suspicious class (NC's defaults; the authors invert with a
 method of their own), or the one that `trigger` names, put on the images as the model sees them. Where NC flags no class
@@ -38,6 +43,7 @@ from hfdetox.defenses._perturbed import PIXEL, require_pixels
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.nc import Inversion, NCConfig
 from hfdetox.errors import UsageError
+from hfdetox.histograms import DIVERGENCES, best_bound, histograms
 from hfdetox.network import Network
 from hfdetox.phases import Pass, Phase
 from hfdetox.triggers import Trigger, parse_trigger
@@ -57,7 +63,9 @@ class BNAConfig(DefenseConfig):
         result: `route` asks f̃ for inputs that f gives to the target, as the paper does; the saved model is f, with
             `correction.safetensors` beside it for hfdetox. `fold` multiplies the maps, but for the bounds, into the
             norms' weights: an ordinary model that is f̃ for every input.
+        moments: off is an ablation: σ_c / σ_t = 1 and μ_t = μ_c, so that only the bound is left.
         bounds: off is an ablation: u = ∞.
+        divergence: what u minimises: `total-variation`, or `js` or `kl` (of T(X) from X) as an ablation.
         bin_width: of the histograms, in units of the norms' outputs, positive.
         batch_size: images of a batch; changes nothing but memory.
         classes: indices of the classes NC looks at; none given is all.
@@ -74,14 +82,24 @@ class BNAConfig(DefenseConfig):
         "shifts the activations behind each norm, and corrects that shift. With `result: route` no weight was changed: "
         "hfdetox applies the correction in `correction.safetensors` to inputs that the model gives to the target, "
         "and the numbers here are with it; **loaded with timm or transformers alone, the model is the uncorrected "
-        "one**. With `result: fold` the correction is in the weights."
+        "one**. With `result: fold` the correction is in the weights. How well it tells triggered images from clean "
+        "ones is in the report's history (`bna-detection`)."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "fold": {"result": "fold"}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "fold": {"result": "fold"},
+        "js": {"divergence": "js"},
+        "kl": {"divergence": "kl"},
+        "no-moments": {"moments": False},
+        "no-bounds": {"bounds": False},
+    }
 
     trigger: str = ""
     target: int | None = None
     result: Literal["route", "fold"] = "route"
+    moments: bool = True
     bounds: bool = True
+    divergence: Literal["total-variation", "js", "kl"] = "total-variation"
     bin_width: float = 0.1
     batch_size: int = 256
     classes: tuple[str, ...] = ()
@@ -94,6 +112,10 @@ class BNAConfig(DefenseConfig):
             raise UsageError(f"bna: bin_width must be positive and finite, got {self.bin_width}")
         if self.batch_size < 2 or (self.target is not None and self.target < 0):
             raise UsageError("bna: batch_size must be at least 2, and target a label index")
+        if not self.bounds and not self.moments:
+            raise UsageError("bna: moments and bounds cannot both be off, nothing would be corrected")
+        if self.result == "fold" and not self.moments:
+            raise UsageError("bna: result=fold folds the moments alone, and they are off; use result=route")
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
@@ -149,13 +171,15 @@ class BNA:
 
     def passes(self) -> list[Pass]:
         """Return the passes in their order."""
-        clean = [self._pass("bna-moments", self._see_moments, self._keep_clean_moments, start=self.begin),
-                 self._pass("bna-histograms", self._see_histograms, self._keep_clean_histograms)]  # fmt: skip
+        passes = [self._pass("bna-moments", self._see_moments, self._keep_clean_moments, start=self.begin)]
+        if self.config.bounds:
+            passes.append(self._pass("bna-histograms", self._see_histograms, self._keep_clean_histograms))
         for name in self.norms:
-            clean.append(self._of(name, "bna-map", self._see_moments, self._keep_map))
+            if self.config.moments:
+                passes.append(self._of(name, "bna-map", self._see_moments, self._keep_map))
             if self.config.bounds:
-                clean.append(self._of(name, "bna-bound", self._see_histograms, self._keep_bound))
-        return [*clean, self._pass("bna-detection", self._see_detection, self._finish)]
+                passes.append(self._of(name, "bna-bound", self._see_histograms, self._keep_bound))
+        return [*passes, self._pass("bna-detection", self._see_detection, self._finish)]
 
     def begin(self) -> None:
         """Take the trigger that NC found, if it was to look for one."""
@@ -277,7 +301,11 @@ class BNA:
 
     def _keep_bound(self, accelerator: Accelerator, name: str) -> None:
         counts, clean = _total(self._sums[name], accelerator), self.found[f"{name}.clean"].double()
-        bound, _ = best_bound(counts, clean, float(self.found[f"{name}.low"]), self.config.bin_width)
+        low, apart = float(self.found[f"{name}.low"]), DIVERGENCES[self.config.divergence]
+        bound, _ = best_bound(counts, clean, low, self.config.bin_width, apart)
+        if not self.config.moments:
+            ones = torch.ones(len(bound))
+            self.found |= {f"{name}.scale": ones, f"{name}.shift": torch.zeros_like(ones)}
         self.found[f"{name}.bound"] = bound.float()
 
     def _see_detection(self, network: nn.Module, batch: Batch) -> None:
@@ -325,34 +353,6 @@ def matching_map(mean: torch.Tensor, deviation: torch.Tensor, seen_mean: torch.T
     """
     scale = torch.where(seen_deviation > _FLAT, deviation / seen_deviation.clamp_min(_FLAT), 1.0)
     return scale, mean - scale * seen_mean
-
-
-def histograms(values: torch.Tensor, low: float, width: float, bins: int) -> torch.Tensor:
-    """Return the counts (C×bins, int64) of each row of `values` (C×M) in bins of `width` from `low`, ends open."""
-    places = ((values - low) / width).floor().clamp(0, bins - 1).long()
-    rows = torch.arange(len(values), device=values.device)[:, None] * bins
-    return torch.bincount((rows + places).flatten(), minlength=len(values) * bins).view(len(values), bins)
-
-
-def best_bound(seen: torch.Tensor, wanted: torch.Tensor, low: float,
-               width: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the bounds u (C) whose min(z, u) has the histogram nearest to the wanted one, and the total variations.
-
-    Candidates are the bins' centres, and ∞ for the last, open bin; of equal ones the highest. A bound in bin b moves
-    all that lies above into b: Σ_{j<b} |seen − wanted| + |Σ_{j≥b} seen − wanted_b| + Σ_{j>b} wanted.
-
-    Args:
-        seen: counts of z (C×B), and `wanted` of the reference, in the bins of `histograms`.
-    """
-    apart = (seen - wanted).abs()
-    below = apart.cumsum(1) - apart
-    above = wanted.flip(1).cumsum(1).flip(1) - wanted
-    gathered = seen.flip(1).cumsum(1).flip(1)
-    variation = below + (gathered - wanted).abs() + above
-    last = seen.shape[1] - 1
-    place = last - variation.flip(1).argmin(1)
-    bound = torch.where(place == last, math.inf, low + (place.double() + 0.5) * width)
-    return bound, variation.gather(1, place[:, None]).squeeze(1)
 
 
 @torch.no_grad()

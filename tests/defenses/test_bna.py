@@ -11,9 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.corrections import FILE_NAME, Correction, UnitMap, channel_axis, load_correction, norms_of, on_output
-from hfdetox.defenses.bna import BNA, BNAConfig, best_bound, fold, histograms, matching_map
+from hfdetox.corrections import (
+    FILE_NAME,
+    Correction,
+    UnitMap,
+    channel_axis,
+    flagged,
+    load_correction,
+    norms_of,
+    on_output,
+)
+from hfdetox.defenses.bna import BNA, BNAConfig, fold, matching_map
 from hfdetox.errors import UsageError
+from hfdetox.histograms import best_bound, histograms, jensen_shannon, kullback_leibler, total_variation
 from hfdetox.network import Network
 from hfdetox.triggers import BadNets
 from tests.defenses.runs import assert_resumes, one_batch, run
@@ -71,6 +81,30 @@ def test_the_bound_minimises_the_total_variation() -> None:
     bound, variation = best_bound(seen, wanted, 1.0, 0.1)
     assert bound.tolist() == pytest.approx([1.15, math.inf, 1.05])
     assert variation.tolist() == [0, 0, 0]
+
+
+def test_the_divergences_of_bins_by_hand() -> None:
+    seen, wanted = doubles([[4, 0, 2, 0]]), doubles([[2, 2, 0, 0]])
+    assert total_variation(seen, wanted).tolist() == [[2, 2, 2, 0]]
+    # 4 ln 2, nothing, 2 ln(2 / 1) of the bin that counts as 1, nothing
+    assert kullback_leibler(seen, wanted)[0].tolist() == pytest.approx([4 * math.log(2), 0, 2 * math.log(2), 0])
+    # m = 3, 1, 1, 0: (4 ln(4/3) + 2 ln(2/3)) / 2, 2 ln(2) / 2 twice, nothing
+    first = 2 * math.log(4 / 3) + math.log(2 / 3)
+    assert jensen_shannon(seen, wanted)[0].tolist() == pytest.approx([first, math.log(2), math.log(2), 0])
+
+
+def test_what_lies_above_a_bound_counts_in_its_bin_for_every_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen, wanted = (torch.randint(0, 9, (5, 6), generator=generator).double() for _ in range(2))
+    for apart in (total_variation, kullback_leibler, jensen_shannon):
+        tried = []
+        for place in range(6):
+            clipped = seen.clone()
+            clipped[:, place] = seen[:, place:].sum(1)
+            clipped[:, place + 1 :] = 0
+            tried.append(apart(clipped, wanted).sum(1))
+        _, distance = best_bound(seen, wanted, 0.0, 0.1, apart)
+        torch.testing.assert_close(distance, torch.stack(tried).amin(0))
 
 
 def test_of_equal_bounds_the_highest_is_taken() -> None:
@@ -154,7 +188,7 @@ def test_triggered_activations_get_the_clean_mean_and_deviation(accelerator: Acc
     clean, shifted = outputs(network, batch.images), outputs(network, stamped)
     assert (clean.mean(1) - shifted.mean(1)).abs().max() > 0.05
     record = fitted(network, accelerator, trigger, bounds=False)
-    assert [row["phase"] for row in record.history] == ["bna-moments", "bna-histograms", "bna-map 1", "bna-detection"]
+    assert [row["phase"] for row in record.history] == ["bna-moments", "bna-map 1", "bna-detection"]
     assert network.correction is not None
     # the correction's own hook comes first, so that the outputs seen are the mapped ones
     correction, network.correction = network.correction, None
@@ -198,6 +232,48 @@ def test_only_inputs_given_to_the_target_are_asked_again(accelerator: Accelerato
     torch.testing.assert_close(routed[~led], plain[~led])
     torch.testing.assert_close(routed[led], corrected[led])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_without_moments_outputs_are_only_cut(accelerator: Accelerator, trigger: Path) -> None:
+    network = conv()
+    record = fitted(network, accelerator, trigger, moments=False)
+    names = ["bna-moments", "bna-histograms", "bna-bound 1", "bna-detection"]
+    assert [row["phase"] for row in record.history] == names
+    assert network.correction is not None
+    unit_map = network.correction.maps["1"]
+    assert unit_map.scale.tolist() == [1] * 8
+    assert unit_map.shift.tolist() == [0] * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"moments": False, "bounds": False}, "cannot both be off"),
+        ({"moments": False, "result": "fold"}, "result=fold folds the moments alone"),
+        ({"divergence": "ks"}, "divergence must be one of total-variation, js, kl"),
+        ({"bin_width": 0.0}, "bin_width must be positive"),
+        ({"target": -1}, "target a label index"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        BNAConfig(**settings)
+
+
+def test_flagged_are_those_that_leave_the_target(accelerator: Accelerator, trigger: Path) -> None:
+    network = conv()
+    images = one_batch().images
+    own = network(images).argmax(1)
+    assert not flagged(network, images).any()
+    # in f̃ the norm's outputs are 0, so that all images have the answer of the biases; targets are tried in turn
+    maps = {"1": UnitMap(torch.zeros(8), torch.zeros(8), torch.full((8,), math.inf))}
+    for target in own.unique().tolist():
+        network.correction = Correction(target, maps)
+        with network.correction.applied(network.model):
+            constant = int(network.model(torch.zeros(1, 3, 8, 8)).argmax())
+        expected = (own == target) & (constant != target)
+        assert torch.equal(flagged(network, images), expected)
+        assert network.correction.target == target
 
 
 def test_routing_by_hand() -> None:
