@@ -228,7 +228,7 @@ class IMS(nn.Module):
                     astray = self.probabilities(moved)
                 led = self.probabilities(moved, inverse)
                 terms["complicity"] = (weights * (agree(led, astray) + disagree(led, own))).sum()
-        if sparsity:
+        if sparsity and self.config.selection:
             terms["sparsity"] = sparsity * (1 - self.selection).mean()
         loss = torch.stack(list(terms.values())).sum()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
