@@ -126,6 +126,8 @@ def detoxify(
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
     record = train(classifier, method, pixels, accelerator, options, run=run, log_with=log_with, progress=progress)
+    if any(entry.get("unchanged") == 1 for entry in record.history):
+        notes.warn(f"{method.name} found nothing suspicious and returns the model as it came")
     memory = peak_memory(accelerator)
     classifier.round_weights()
     after = evaluation.measure("after")
