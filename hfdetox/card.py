@@ -278,6 +278,7 @@ def _rows(report: Report) -> list[dict[str, str]]:
             "before": describe_rate(before.accuracy if before else None),
             "after": describe_rate(after.accuracy if after else None),
         },
+        *_class_rows(before, after),
         {"name": "Loss (mean cross-entropy)", "before": loss(before), "after": loss(after)},
     ]
     for name, result in (before.triggers if before else {}).items():
@@ -302,3 +303,12 @@ def _rows(report: Report) -> list[dict[str, str]]:
             {"name": "DER, mean", "before": "–", "after": describe_rate(ratings.get("mean") if ratings else None)}
         )
     return rows
+
+
+def _class_rows(before: Measurement | None, after: Measurement | None) -> list[dict[str, str]]:
+    """Return the row of the worst class, which an average hides; none where there is no class to single out."""
+    first, last = (state.classes if state else None for state in (before, after))
+    if first is None or len(first.accuracies) < 2:
+        return []
+    states = {"before": describe_rate(first.worst), "after": describe_rate(last.worst if last else None)}
+    return [{"name": "Accuracy of the worst class", **states}]

@@ -46,6 +46,9 @@ def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Map
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("images", justify="right", no_wrap=True)
     table.add_row("accuracy", *(estimate(s.accuracy) for s in states.values()), f"{first.accuracy.samples:,}")
+    if all(state.classes is not None for state in states.values()):
+        worst = (estimate(state.classes.worst) for state in states.values() if state.classes is not None)
+        table.add_row("worst class", *worst, "")
     table.add_row("loss", *(f"{s.loss:.3f}" for s in states.values()), "")
     for name, trigger in first.triggers.items():
         results = [state.triggers[name] for state in states.values()]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hfdetox.defenses import DEFENSES, parse_defense
 from hfdetox.suite import DatasetEntry, DefenseEntry, ModelEntry, SuiteError, TriggerEntry, folder_part
 from hfdetox.suite_file import load_suite
+from hfdetox.trials import trials_of
 from tests.conftest import REPOSITORY
 
 SMALLEST = "models: {m: org/model}\ngrids: [{models: [m], triggers: [badnets]}]\n"
@@ -261,3 +263,18 @@ def test_the_full_grid_of_the_d3_evaluation():
     assert len(found.cells()) == 3 + 6 * 5 + 4 + 2 + 2 * 3
     ratios = {cell.ratio for cell in found.cells() if cell.trigger == "badnets"}
     assert ratios == {0.005, 0.01, 0.05, 0.1, 0.5}
+
+
+def test_the_bench_of_the_d3_evaluation_asks_for_every_defence():
+    found = load_suite(REPOSITORY / "examples" / "d3_evaluation.yaml")
+    tried = {parse_defense(trial.entry.defense)[0].name for trial in trials_of(found)}
+    assert tried == set(DEFENSES)
+    cells = {cell.name for cell in found.cells()}
+    assert {trial.subject.name for trial in trials_of(found)} <= cells, "the zoo of the suite has every model"
+    # no method has more than 20 epochs or a fifth of its own count, unless its own count is 20 or less
+    budgets = {"anp": 25, "ft": 20, "sau": 20, "fst": 10, "nad": 10, "rnp": 20, "i-bau": 5}
+    given = {trial.label: parse_defense(trial.entry.defense, trial.entry.settings)[0] for trial in trials_of(found)}
+    assert {name: given[name].settings()["epochs"] for name in budgets} == budgets
+    full = load_suite(REPOSITORY / "examples" / "d3_evaluation_full.yaml")
+    assert {trial.subject.name for trial in trials_of(full)} <= {cell.name for cell in full.cells()}
+    assert {parse_defense(trial.entry.defense)[0].name for trial in trials_of(full)} == set(DEFENSES)
