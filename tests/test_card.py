@@ -14,7 +14,7 @@ from PIL import Image
 from hfdetox.card import CardError, build_card, readdress_card, split_card, validate_card
 from hfdetox.errors import UsageError
 from hfdetox.markdown import empty_sections
-from hfdetox.report import OutputInfo, Rating
+from hfdetox.report import ClassAccuracies, OutputInfo, Rate, Rating
 from hfdetox.verdict import run_verdict
 from tests.hub.server import HubServer
 from tests.written_report import DATA_COMMIT, MODEL_COMMIT, SOURCE, card_of, written_report
@@ -50,6 +50,18 @@ def test_every_number_is_read_back_from_the_yaml(tmp_path: Path) -> None:
         assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("org/pictures", "plain", "test")
         assert result.dataset_revision == DATA_COMMIT
     assert data.eval_results[1].metric_args == {"trigger": "badnets:size=3", "mode": "native", "target": 2}
+
+
+def test_the_worst_class_has_a_row_where_it_is_known() -> None:
+    report = written_report()
+    assert "worst class |" not in card_of(report)
+    worse, worst = (ClassAccuracies([0.9, low], 1, Rate(low, low_count, 50, (low - 0.1, low + 0.1)), 0.1)
+                    for low, low_count in ((0.6, 30), (0.4, 20)))  # fmt: skip
+    assert report.before is not None
+    assert report.after is not None
+    before, after = replace(report.before, classes=worse), replace(report.after, classes=worst)
+    row = ["60.0 % (30 of 50; 50.0–70.0)", "40.0 % (20 of 50; 30.0–50.0)"]
+    assert table_row(card_of(replace(report, before=before, after=after)), "Accuracy of the worst class") == row
 
 
 def test_every_number_is_read_back_from_the_table() -> None:

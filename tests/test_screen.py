@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfdetox import cli, screen
-from hfdetox.report import Measurement, Rate, Rating, TriggerResult
+from hfdetox.report import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
 from hfdetox.triggers import KINDS, available
 
 
@@ -40,6 +40,14 @@ def test_percent_has_one_decimal(value: float, text: str) -> None:
 
 def test_estimate_shows_the_interval_in_percent() -> None:
     assert screen.estimate(Rating(0.975, (0.9701, 0.9799))) == "97.5 % (97.0–98.0)"
+
+
+def test_the_worst_class_is_shown_where_every_state_has_it() -> None:
+    known = ClassAccuracies([0.9, 0.5], 1, Rate(0.5, 25, 50, (0.3553, 0.6447)), 0.2)
+    states = {"before": replace(BEFORE, classes=known), "after": replace(AFTER, classes=known)}
+    assert ["worst class", "50.0 % (35.5–64.5)", "50.0 % (35.5–64.5)"] in rendered(screen.measurement_table(states))
+    states["after"] = AFTER
+    assert not any("worst class" in row for row in rendered(screen.measurement_table(states)))
 
 
 def test_before_and_after_stand_side_by_side_at_80_columns() -> None:
