@@ -262,7 +262,7 @@ def mlp_layers(network: nn.Module) -> list[tuple[str, str]]:
 def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
     before = None
     for name, child in module.named_children() if isinstance(module, nn.Sequential) else ():
-        if _pointwise(child):
+        if pointwise(child):
             if before is not None:
                 yield before, name
             before = name
@@ -277,14 +277,15 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     return found
 
 
-def _pointwise(layer: nn.Module | None) -> bool:
+def pointwise(layer: nn.Module | None) -> bool:
+    """Tell whether a layer is a Linear or a 1×1 convolution of all channels: a matrix at every position."""
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size == (1, 1) and layer.groups == 1
     return isinstance(layer, nn.Linear)
 
 
 def _fit(first: nn.Module | None, second: nn.Module | None) -> bool:
-    if first is None or second is None or not _pointwise(first) or not _pointwise(second):
+    if first is None or second is None or not pointwise(first) or not pointwise(second):
         return False
     hidden, read = first.get_parameter("weight").shape[:2]
     return read > _COORDINATES and second.get_parameter("weight").shape[1] == hidden

@@ -25,6 +25,7 @@ from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
 from hfdetox.layers import HEAD, match_layers
+from hfdetox.masks import pointwise
 from hfdetox.network import Network
 from hfdetox.phases import Pass, Phase
 
@@ -83,17 +84,18 @@ class FinePruning:
         kept: per head, 1 for features that are kept and 0 for those pruned (D, float32).
 
     Raises:
-        UsageError: a head is not a Linear layer.
+        UsageError: a head is neither a Linear layer nor a 1×1 convolution (of pooled features, as in timm's ResNetV2).
     """
 
     def __init__(self, model: nn.Module, config: FPConfig) -> None:
         self.model, self.config = model, config
         self.heads = config.selected_layers(model)
         for name in self.heads:
-            if not isinstance(model.get_submodule(name), nn.Linear):
+            if not pointwise(model.get_submodule(name)):
                 kind = type(model.get_submodule(name)).__name__
                 raise UsageError(
-                    f"fp: the head {name} is a {kind}, and fp prunes columns of a Linear; use another defense"
+                    f"fp: the head {name} is a {kind}, and fp prunes columns of a Linear or of a 1×1 convolution; use "
+                    "another defense"
                 )
         sizes = {name: self._weight(name).shape[1] for name in self.heads}
         self.activity = {name: torch.zeros(size) for name, size in sizes.items()}
@@ -162,7 +164,7 @@ class FinePruning:
         for name in self.heads:
             weight = self._weight(name)
             self.kept[name] = self.kept[name].to(weight.device)
-            weight.mul_(self.kept[name])
+            weight.mul_(self.kept[name].reshape(1, -1, *[1] * (weight.ndim - 2)))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return activities and masks by head."""
@@ -183,7 +185,8 @@ class FinePruning:
         head = self.model.get_submodule(name)
         if place is not None:
             features = features * self.masks[name][place].to(features.device)
-        return linear(features, self._weight(name), head.bias if isinstance(head.bias, nn.Parameter) else None).float()
+        bias = head.bias if isinstance(head.bias, nn.Parameter) else None
+        return linear(features, self._weight(name).flatten(1), bias).float()
 
 
 def share_masks(activity: torch.Tensor, shares: list[float]) -> torch.Tensor:
@@ -206,14 +209,17 @@ def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def _head_inputs(model: nn.Module, heads: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what the heads get (N×D each) while inside; heads that see tokens get none."""
+    """Collect what the heads get (N×D each) while inside; heads that see tokens or a map get none."""
     inputs: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
         for name in heads:
 
             def keep(module: nn.Module, arguments: Any, name: str = name) -> None:
-                if arguments[0].ndim == 2:
-                    inputs[name] = arguments[0]
+                features = arguments[0]
+                if features.ndim == 4 and features.shape[2:] == (1, 1):
+                    features = features.flatten(1)
+                if features.ndim == 2:
+                    inputs[name] = features
 
             stack.callback(model.get_submodule(name).register_forward_pre_hook(keep).remove)
         yield inputs

@@ -71,7 +71,14 @@ def test_activity_is_the_mean_over_images(accelerator: Accelerator) -> None:
     torch.testing.assert_close(fp.activity["4"], hidden.detach().abs().mean(0))
 
 
-@pytest.mark.parametrize("make", [mlp, convnet])
+def conv_head() -> Scaled:
+    """Return a network whose head is a 1×1 convolution of pooled features, as timm's ResNetV2 has it."""
+    torch.manual_seed(0)
+    head = nn.Conv2d(16, CLASSES, 1)
+    return Scaled(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten()))
+
+
+@pytest.mark.parametrize("make", [mlp, convnet, conv_head])
 def test_accuracies_of_one_pass_are_those_of_pruned_networks(
     make: Callable[[], Scaled], accelerator: Accelerator
 ) -> None:
@@ -88,7 +95,7 @@ def test_accuracies_of_one_pass_are_those_of_pruned_networks(
         old = weight.clone()  # type: ignore[operator]
         counts = []
         for mask in fp.masks[head]:
-            weight.copy_(old * mask)  # type: ignore[operator]
+            weight.copy_(old * mask.reshape(1, -1, *[1] * (old.ndim - 2)))  # type: ignore[operator]
             counts.append(int((network(batch.images).argmax(1) == batch.labels).sum()))
     assert fp.correct.tolist() == counts
     assert len(counts) == 5
@@ -108,6 +115,14 @@ def test_silent_features_are_cut_off_and_stay_so(accelerator: Accelerator) -> No
     assert int(silent.sum()) == int(chosen["pruned_share"] * 16 + 1e-9)  # type: ignore[union-attr]
 
 
+def test_a_convolution_for_a_head_is_pruned_by_column(accelerator: Accelerator) -> None:
+    network = conv_head()
+    run(FPConfig(epochs=1, batch_size=16, step=0.25, max_drop=1.0), network, accelerator)
+    # only a loss of everything would stop the pruning: three quarters of 16 columns go, and stay zero
+    silent = (network.model.get_submodule("3").weight == 0).flatten(1).all(0)  # type: ignore[union-attr, operator]
+    assert int(silent.sum()) == 12
+
+
 def test_the_mask_touches_pruned_columns_alone() -> None:
     network = mlp()
     fp = FinePruning(network.model, SMALL)
@@ -121,9 +136,9 @@ def test_the_mask_touches_pruned_columns_alone() -> None:
     assert torch.equal(after["model.4.weight"][:, kept], before["model.4.weight"][:, kept])
 
 
-def test_a_head_that_is_no_linear_layer_is_refused() -> None:
-    network = Scaled(nn.Sequential(nn.Conv2d(3, CLASSES, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    with pytest.raises(UsageError, match="fp: the head 0 is a Conv2d, and fp prunes columns of a Linear"):
+def test_a_head_that_is_no_matrix_is_refused() -> None:
+    network = Scaled(nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with pytest.raises(UsageError, match="fp: the head 0 is a Conv2d, and fp prunes columns of a Linear or of a 1×1"):
         SMALL.phases(network)  # type: ignore[arg-type]
 
 
