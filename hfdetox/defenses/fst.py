@@ -32,7 +32,8 @@ class FSTConfig(TuningConfig):
 
     Attributes:
         alpha: weight α of the inner product, at least 0; 0.2 in the authors' code, 0.1 in its README (preset `readme`),
-            near 0 where there are many classes (preset `tiny`, for Tiny ImageNet, is by the authors of IMS).
+            near 0 where there are many classes (preset `tiny`, for Tiny ImageNet, is by the authors of IMS). The inner
+            product goes with ‖W⁰‖², so a head of large norm needs a smaller α, or the accuracy suffers.
         freeze_norm: keep the scale of a norm that feeds the head directly fixed, as D3 does: otherwise turning both
             signs lowers the inner product and changes nothing.
     """
