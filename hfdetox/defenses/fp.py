@@ -5,8 +5,8 @@
 
 Features that clean images leave silent may serve the trigger alone. The benchmark finds the share on test images and
 keeps the step that fails; here it is found on a held-out fifth of the clean images, and the failing step is taken back.
-The absolute value changes nothing behind a ReLU, and orders features that have a sign (a ViT's) by size. The paper prunes
-channels of the last convolution instead, which are the head's input features where only pooling is between.
+The absolute value changes nothing behind a ReLU, and orders features that have a sign (a ViT's) by size. The paper
+prunes channels of the last convolution instead, which are the head's input features where only pooling is between.
 """
 
 from __future__ import annotations

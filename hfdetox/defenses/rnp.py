@@ -37,9 +37,9 @@ class RNPConfig(TuningConfig):
 
     `epochs` bounds the unlearning and is the length of the recovery; `learning_rate` is that of the masks, which have
     no weight decay and no gradient limit (`weight_decay` and `max_grad_norm` are the unlearning's). Both rates are
-    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then. The paper takes
-    500 images, 4 steps an epoch; with more, the ascent goes on longer past `stop_accuracy` before the epoch ends, and a
-    copy that has unlearnt too far may leave nothing to prune within the budget.
+    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then. The paper
+    takes 500 images, 4 steps an epoch; with more, the ascent goes on longer past `stop_accuracy` before the epoch ends,
+    and a copy that has unlearnt too far may leave nothing to prune within the budget.
 
     Attributes:
         unlearning_rate: learning rate of the ascent, positive; 0.01 in the paper, and found too large by others
