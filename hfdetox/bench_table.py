@@ -140,11 +140,12 @@ class BenchOutcome:
         return {row.defense: {"method": row.method, **row.settings} for row in self.rows if row.settings is not None}
 
     def document(self) -> dict[str, Any]:
-        """Return the content of `bench.json`."""
+        """Return the content of `bench.json`; the settings are told once for each defence."""
+        trials = [{key: value for key, value in asdict(row).items() if key != "settings"} for row in self.rows]
         return {
             "schema_version": 1, "hfdetox_version": hfdetox.__version__, "suite": self.suite,
             "defenses": self.settings(), "averages": [line.document() for line in averages(self.rows)],
-            "results": [line.document() for line in results(self.rows)], "trials": [asdict(row) for row in self.rows],
+            "results": [line.document() for line in results(self.rows)], "trials": trials,
         }  # fmt: skip
 
     def table(self) -> Table:

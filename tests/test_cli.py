@@ -17,6 +17,7 @@ import typer
 
 import hfdetox
 from hfdetox import cli
+from hfdetox.defenses import DEFENSES
 from hfdetox.errors import HubError, RunError, UsageError
 from hfdetox.options import (
     DetoxOptions,
@@ -68,6 +69,8 @@ USAGE_ERRORS = {
     "gallery-folder": (["evaluate", "m", "--trigger", "badnets", "--gallery", "no/g.png"], "there is no folder no"),
     "push-nothing": (["push"], "Missing argument"),
     "push-nowhere": (["push", "nowhere", "me/model"], "nowhere"),
+    "bench-nothing": (["bench"], "SUITE is missing: name a suite file"),
+    "bench-nowhere": (["bench", "nowhere.yaml"], "nowhere.yaml"),
     "list-nothing": (["list"], "defenses"),
     "list-other": (["list", "models"], "models"),
     "demo-argument": (["demo", "digits"], "unexpected extra argument"),
@@ -377,4 +380,7 @@ def test_list_names_presets_and_settings(run_cli: Run) -> None:
     text = run_cli(["list", "defenses"]).stdout
     assert "d3:paper is these defaults" in text
     assert "d3:code sets lambda=0.5" in text
+    # every method with its paper, what it needs and what it costs
+    assert "arXiv 2208.03111" in text
+    assert text.count("cost, relative to plain fine-tuning: ") == len(DEFENSES)
     assert "initialization" in text
