@@ -79,7 +79,7 @@ class SAUConfig(TuningConfig):
     summary: ClassVar[str] = "unlearn the adversarial perturbations that fool the model and its old self alike"
     paper: ClassVar[str] = "arXiv 2307.10562 (NeurIPS 2023)"
     data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "10 to 13, and two models in memory"
+    cost: ClassVar[str] = "8 to 12, and two models in memory"
     card_text: ClassVar[str] = (
         "SAU, shared adversarial unlearning ([arXiv 2307.10562](https://arxiv.org/abs/2307.10562)), fine-tuned the "
         "model on {images} and on perturbed copies of them, so that perturbations that led the model and its state "

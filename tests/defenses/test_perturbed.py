@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.defenses._perturbed import likeliest_other, require_pixels, surprise_without
+from hfdetox.defenses._perturbed import likeliest_other, surprise_without
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.i_bau import IBAUConfig
 from hfdetox.defenses.nc import NCConfig
 from hfdetox.defenses.npd import NPDConfig
 from hfdetox.defenses.sau import SAUConfig
+from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.models import load_classifier
 from hfdetox.network import Network
 from tests.defenses.pixels import UnitRange, corner_backdoored, rates
 from tests.defenses.runs import run
-from tests.tiny_training import ToyImages, _quick_garbage, accelerator
+from tests.tiny_models import logits, make_folder, own_library
+from tests.tiny_training import ToyImages, _quick_garbage, accelerator, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
 
@@ -40,12 +44,45 @@ def test_the_likeliest_other_class() -> None:
     assert likeliest_other(logits, torch.tensor([0, 2])).tolist() == [1, 0]
 
 
-def test_images_of_an_unknown_range_are_refused() -> None:
+@pytest.mark.parametrize("config", [SAUConfig(), NPDConfig()], ids=lambda config: config.name)
+def test_images_of_an_unknown_range_are_refused(config: DefenseConfig) -> None:
     preprocessing = UnitRange(2)
     preprocessing.dtype = torch.float32
-    network = Network(torch.nn.Linear(2, 2), preprocessing)
-    with pytest.raises(UsageError, match="sau: it perturbs pixels"):
-        require_pixels(network, "sau")
+    network = Network(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), preprocessing)
+    with pytest.raises(UsageError, match=f"{config.name}: it perturbs pixels, and .* pass an image processor") as said:
+        config.phases(network)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("kind", ["transformers/vit", "transformers/resnet", "timm/vit"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SAUConfig(epochs=1, batch_size=8, steps=2),
+        IBAUConfig(epochs=1, batch_size=8),
+        NPDConfig(epochs=1, warmup=0, batch_size=8, learning_rate=0.1),
+    ],
+    ids=lambda config: config.name,
+)
+def test_the_librarys_own_model_is_trained_and_saved(config: DefenseConfig, kind: str, accelerator: Accelerator,
+                                                     tmp_path: Path) -> None:  # fmt: skip
+    classifier = load_classifier(make_folder(tmp_path / "before", kind))
+    source = ToyImages(16, side=32)
+    assert source.images is not None
+    before = weights_of(classifier.model)
+    with torch.no_grad():
+        old = classifier.network(source.images)
+    Engine(accelerator, source, seed=1).run(classifier.network, config.phases(classifier.network))
+    with torch.no_grad():
+        expected = classifier.network(source.images)
+    assert float((expected - old).abs().max()) > 1e-4
+    assert {name: t.shape for name, t in before.items()} == {
+        n: t.shape for n, t in classifier.model.state_dict().items()
+    }
+    classifier.save(tmp_path / "after")
+    with torch.no_grad():
+        pictures = classifier.preprocessing.normalize(source.images)
+    torch.testing.assert_close(logits(own_library(tmp_path / "after", kind), pictures), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hfdetox.defenses.sau import SAUConfig, SharedPair, jensen_shannon
 from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
 from hfdetox.phases import Phase
-from tests.defenses.pixels import linear, pixel_convnet, pixels
+from tests.defenses.pixels import corner_backdoored, linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, noted, run
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, weights_of
 
@@ -61,6 +61,42 @@ def test_shared_adversarial_examples_of_a_linear_model_by_hand() -> None:
     delta, *_ = pair.perturbation(pixels((0.4, 0.1), (0.25, 0.1)), torch.tensor([0, 0]))
     torch.testing.assert_close(delta.flatten(1), torch.tensor([[-0.2, 0.2], [0.0, 0.2]]), rtol=0, atol=1e-6)
     assert pair.network.model[1].weight.grad is None  # type: ignore[index]
+
+
+def whole_search(pair: SharedPair, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return δ with every image in every step, and no step left out."""
+    config = pair.config
+    before, known = pair.network(x).argmax(1), pair.reference(x).argmax(1)
+    delta = config.first_perturbation(x)
+    for _ in range(config.steps):
+        delta.requires_grad_()
+        moved = x + 255 * delta
+        loss = config.search_loss(pair.network(moved), pair.reference(moved), labels, before, known)
+        gradient = torch.autograd.grad(loss, delta)[0]
+        delta = config.project(delta.detach() - config.step * gradient.sign())
+    return delta
+
+
+@pytest.mark.parametrize(("norm", "radius", "step"), [("linf", 0.2, 0.05), ("l2", 1.5, 0.1)])
+def test_leaving_out_images_that_are_shared_changes_nothing(norm: str, radius: float, step: float) -> None:
+    pair = SharedPair(corner_backdoored(), SAUConfig(norm=norm, radius=radius, step=step))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in pair.network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    toys = ToyImages(24)
+    assert toys.images is not None
+    x = toys.images.float()
+    delta, clean, perturbed = pair.perturbation(x, toys.labels)
+    # the size of a batch may turn the sign of a gradient that is all but 0, and so move a pixel
+    different = (delta - whole_search(pair, x, toys.labels)).abs() > 1e-6
+    assert float(different.float().mean()) < 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(clean, pair.reference(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(perturbed, pair.reference(x + 255 * delta), rtol=1e-3, atol=1e-3)
+    # some left the search, and others did not
+    now = pair.network(x + 255 * delta)
+    shared = pair.config.shared(now, perturbed, pair.network(x).argmax(1), clean.argmax(1))
+    assert 0 < int(shared.sum()) < len(shared)
 
 
 def test_a_perturbation_goes_where_both_models_agree() -> None:
