@@ -207,10 +207,10 @@ class SharedPair(nn.Module):
         if labels is None or weights is None:
             return self.network(images)
         x = images.float()
-        delta, *reference = self.perturbation(x, labels)
+        delta, known, fooled = self.perturbation(x, labels)
         # both halves in one call: BatchNorm sees them together
-        logits = self.network(torch.cat([x, x + PIXEL * delta])).float().chunk(2)
-        return self.config.unlearning_terms(*logits, *reference, labels, weights)
+        clean, perturbed = self.network(torch.cat([x, x + PIXEL * delta])).float().chunk(2)
+        return self.config.unlearning_terms(clean, perturbed, known, fooled, labels, weights)
 
     def perturbation(self, x: torch.Tensor,
                      labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
