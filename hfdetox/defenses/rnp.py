@@ -37,11 +37,11 @@ class RNPConfig(TuningConfig):
 
     `epochs` bounds the unlearning and is the length of the recovery; `learning_rate` is that of the masks, which have
     no weight decay and no gradient limit (`weight_decay` and `max_grad_norm` are the unlearning's). Both rates are
-    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then. The paper
-    takes 500 images, 4 steps an epoch; with more, the ascent goes on longer past `stop_accuracy` before the epoch ends,
-    and a copy that has unlearnt too far may leave nothing to prune within the budget.
+    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then.
 
     Attributes:
+        epoch_images: images of an epoch, drawn anew each time; the paper has 500 in all. In an epoch of more the ascent
+            goes on past `stop_accuracy`, and a copy that has unlearnt too far leaves nothing to prune in the budget.
         unlearning_rate: learning rate of the ascent, positive; 0.01 in the paper, and found too large by others
             (preset `gentle`: 0.001).
         stop_accuracy: the ascent ends after the first epoch whose training accuracy is at most this.
@@ -54,7 +54,7 @@ class RNPConfig(TuningConfig):
     summary: ClassVar[str] = "unlearn clean images, then prune the channels that recovering them does not need"
     paper: ClassVar[str] = "arXiv 2305.14876 (ICML 2023)"
     data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1"
+    cost: ClassVar[str] = "0.1 with 2,500 images: 40 epochs of 500"
     card_text: ClassVar[str] = (
         "RNP, reconstructive neuron pruning ([arXiv 2305.14876](https://arxiv.org/abs/2305.14876)), made a copy of the "
         "model unlearn {images}, trained masks on its channels to recover them, and set the channels of the model to "
@@ -67,6 +67,7 @@ class RNPConfig(TuningConfig):
     learning_rate: float = 0.2
     weight_decay: float = 5e-4
     max_grad_norm: float | None = 20.0
+    epoch_images: int = 500
     unlearning_rate: float = 0.01
     stop_accuracy: float = 0.2
     alpha: float = 0.2
@@ -78,17 +79,20 @@ class RNPConfig(TuningConfig):
             raise UsageError("rnp: unlearning_rate and alpha must be positive and finite")
         if not 0 <= self.stop_accuracy < 1:
             raise UsageError(f"rnp: stop_accuracy must be at least 0 and below 1, got {self.stop_accuracy}")
+        if self.epoch_images < self.batch_size:
+            raise UsageError(f"rnp: epoch_images must be at least batch_size, got {self.epoch_images}")
         check_budget(self.name, self.budget)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         rnp = RNP(network, self)
         ascent, descent = replace(self, learning_rate=self.unlearning_rate), replace(self, weight_decay=0.0)
+        steps = round(self.epoch_images / self.batch_size)
         unlearn = ascent.phase(name="rnp-unlearn", network=rnp.unlearnt, parameters=trained_parameters(rnp.unlearnt),
                                loss=rnp.unlearning_loss, stop=rnp.has_unlearnt, schedule="constant", part="fit",
-                               state=rnp)  # fmt: skip
+                               steps=steps, state=rnp)  # fmt: skip
         recover = descent.phase(name="rnp-recover", network=rnp.masked, parameters=[rnp.masked.mask],
                                 loss=rnp.recovery_loss, after_step=rnp.masked.project, max_grad_norm=None,
-                                schedule="constant", part="fit", state=rnp)  # fmt: skip
+                                schedule="constant", part="fit", steps=steps, state=rnp)  # fmt: skip
         search = ThresholdSearch(network, rnp.masks, lambda: rnp.masked.mask, THRESHOLDS, self.budget)
         return [unlearn, recover, search.as_pass("rnp-prune", rnp)]
 

@@ -186,6 +186,15 @@ def test_rnps_unlearning_ends_once_the_accuracy_is_low_and_spares_the_network(ac
 
 # --- both, through all of their phases ---
 
+
+def test_an_epoch_of_rnp_has_the_paper_s_images() -> None:
+    # 500 images in batches of 128: 4 steps, however many images there are
+    unlearn, recover, _ = RNPConfig().phases(convnet())  # type: ignore[arg-type]
+    assert isinstance(unlearn, Phase)
+    assert isinstance(recover, Phase)
+    assert (unlearn.steps, recover.steps) == (4, 4)
+
+
 BOTH = pytest.mark.parametrize("config", [SMALL_ANP, SMALL_RNP], ids=["anp", "rnp"])
 
 
@@ -268,6 +277,7 @@ def test_resume_equals_the_uninterrupted_run(
         (lambda: ANPConfig(budget=1.0), "anp: budget"),
         (lambda: RNPConfig(unlearning_rate=0.0), "rnp: unlearning_rate"),
         (lambda: RNPConfig(stop_accuracy=1.0), "rnp: stop_accuracy"),
+        (lambda: RNPConfig(epoch_images=64), "rnp: epoch_images"),
         (lambda: RNPConfig(budget=-0.1), "rnp: budget"),
     ],
 )
