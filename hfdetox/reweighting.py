@@ -103,9 +103,11 @@ class Reweighting:
 
     def _see_classes(self, seen: _Seen, accelerator: Accelerator, *, first: bool) -> dict[str, float]:
         """Take the accuracies before, or move q by those of now; returns the worst class's drop and the spread."""
-        labels, right = seen.joined("labels"), seen.joined("right")
-        totals = _total(torch.bincount(labels, minlength=seen.outputs), accelerator)
-        hits = _total(torch.bincount(labels[right], minlength=seen.outputs), accelerator)
+        # a process may have none of the few images, and then has not seen how many classes there are
+        classes = _largest(seen.outputs, accelerator)
+        labels, right = seen.joined("labels").long(), seen.joined("right").bool()
+        totals = _total(torch.bincount(labels, minlength=classes), accelerator)
+        hits = _total(torch.bincount(labels[right], minlength=classes), accelerator)
         now = hits / totals
         if first:
             self.accuracy = now
@@ -120,7 +122,7 @@ class Reweighting:
     def _see_first(self, seen: _Seen, accelerator: Accelerator) -> None:
         """Take the labels of the images trained on, and who was right, and start from q ∝ 1/n."""
         positions = seen.joined("positions")
-        size = int(accelerator.gather((positions.max() + 1).reshape(1).to(accelerator.device)).max())
+        size = _largest(int(positions.max()) + 1, accelerator)
         self.labels = _by_position(positions, seen.joined("labels") + 1, size, accelerator).long() - 1
         if self.how == "wasserstein":
             self.right = _by_position(positions, seen.joined("right"), size, accelerator).to(torch.uint8)
@@ -255,8 +257,8 @@ class _Seen:
         self.lists["features"].append((flat.flatten(2).mean(2) if flat.ndim > 2 else flat).cpu())
 
     def joined(self, name: str) -> torch.Tensor:
-        """Return what was noted under a name, of all batches."""
-        return torch.cat(self.lists[name])
+        """Return what was noted under a name, of all batches; empty where there were none."""
+        return torch.cat(self.lists[name] or [torch.empty(0)])
 
 
 class _Joined:
@@ -274,6 +276,11 @@ class _Joined:
         self.weights.load_state_dict({name[len(_PREFIX) :]: tensor for name, tensor in own.items()})
         if self.method is not None:
             self.method.load_state_dict({name: tensor for name, tensor in state.items() if name not in own})
+
+
+def _largest(number: int, accelerator: Accelerator) -> int:
+    """Return the largest of the processes' numbers."""
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def _total(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:

@@ -14,10 +14,13 @@ from torch import nn
 
 from hfdetox.batches import Batch
 from hfdetox.checkpoints import CheckpointStore
+from hfdetox.defenses import parse_defense
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.engine import Engine
+from hfdetox.errors import UsageError
 from hfdetox.phases import Phase
-from hfdetox.reweighting import Reweighting, class_weights, critic_weights, image_weights, reweighted
+from hfdetox.reweighting import Reweighting, _Seen, class_weights, critic_weights, image_weights, reweighted
+from tests.defenses.pixels import pixel_convnet
 from tests.tiny_training import Scaled, ToyImages, _quick_garbage, accelerator, equal_weights, mlp, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
@@ -255,3 +258,31 @@ def test_the_held_out_fifth_is_not_trained_on(accelerator: Accelerator) -> None:
     assert len(record.history) == 4
     assert all(0 <= entry["worst_class_drop"] <= 1 and entry["class_spread"] >= 0 for entry in record.history)
     assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_process_without_held_out_images_adds_nothing(accelerator: Accelerator) -> None:
+    seen = _Seen(asked=True)
+    # what such a process notes; alone, it knows of no class
+    assert [len(seen.joined(name)) for name in ("labels", "right")] == [0, 0]
+    weights = Reweighting("class")
+    assert weights._see_classes(seen, accelerator, first=True) == {}
+    assert weights.accuracy.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["anp", "rnp", "i-bau", "ims", "clp", "bn", "bnp", "bna"])
+def test_defences_that_do_not_tune_the_classifier_refuse_weights_in_one_line(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}.*reweight") as said:
+        parse_defense(name, {"reweight": "class"})
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("how", ["class", "wasserstein"])
+@pytest.mark.parametrize("name", ["d3", "ft", "ft-random-head", "ft-sam", "fst", "fp", "nad", "sau", "npd", "nc"])
+def test_every_tuning_defence_weighs_its_images(name: str, how: str, accelerator: Accelerator) -> None:
+    quick = {"epochs": "1", "batch_size": "48", "augmentation": "none", "reweight": how}
+    own = {"npd": {"layer": "3", "warmup": "0"}, "nc": {"inversion_epochs": "1", "success": "0.01", "anomaly": "0.01"},
+           "nad": {"teacher_epochs": "1"}}  # fmt: skip
+    config, _ = parse_defense(name, {**quick, **own.get(name, {})})
+    network = pixel_convnet()
+    record = Engine(accelerator, ToyImages(48), seed=3).run(network, config.phases(network))
+    assert "worst_class_drop" in record.history[-1]

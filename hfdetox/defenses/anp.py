@@ -65,6 +65,8 @@ class ANPConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reweight != "none":
+            raise UsageError("anp: reweight is for a fine-tuning, and ANP trains masks alone; leave it out")
         if not 0 < self.epsilon < float("inf") or not 0 <= self.alpha <= 1 or self.steps < 1:
             raise UsageError("anp: epsilon must be positive and finite, alpha in [0, 1] and steps at least 1")
         check_budget(self.name, self.budget)

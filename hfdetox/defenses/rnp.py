@@ -75,6 +75,8 @@ class RNPConfig(TuningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reweight != "none":
+            raise UsageError("rnp: reweight is for a fine-tuning, and RNP trains masks and a copy; leave it out")
         if not 0 < self.unlearning_rate < math.inf or not 0 < self.alpha < math.inf:
             raise UsageError("rnp: unlearning_rate and alpha must be positive and finite")
         if not 0 <= self.stop_accuracy < 1:
