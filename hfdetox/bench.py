@@ -39,8 +39,11 @@ def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str
         check_place(output)
         output.mkdir(parents=True, exist_ok=True)
         bench.write()
-        CellRunner(bench, jobs, progress=progress).run()
-        draw_bench(bench.outcome())
+        try:
+            CellRunner(bench, jobs, progress=progress).run()
+        finally:
+            # of what there is, however it ended
+            draw_bench(bench.outcome())
     except OSError as error:
         raise RunError(f"cannot run the bench in {output}: {error.strerror or error}") from error
     return bench.outcome()
