@@ -16,12 +16,14 @@ from torch import nn
 
 from hfdetox.batches import Batch
 from hfdetox.checkpoints import CheckpointStore
+from hfdetox.defenses import parse_defense
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.devices import make_accelerator
 from hfdetox.engine import Engine
 from hfdetox.metrics import measure, predict
 from hfdetox.phases import Phase
 from hfdetox.triggers import BadNets
+from tests.defenses.pixels import corner_backdoored
 from tests.test_metrics import views
 from tests.tiny_training import Scaled, ToyImages, convnet, quick_garbage, toy_pixels
 
@@ -35,6 +37,15 @@ RUNS = {
     "augmented": replace(CONFIG, augmentation="crop-flip"),
     "clipped": replace(CONFIG, max_grad_norm=0.05),
 }
+_TUNED = {"epochs": "3", "batch_size": "16", "learning_rate": "0.02", "augmentation": "none"}
+# run without BatchNorm, whose statistics on a CPU are those of a process's own part; ANP's and RNP's masks need it
+DEFENSES: dict[str, dict[str, str]] = {
+    "fst": {**_TUNED, "reweight": "class"}, "fp": _TUNED, "nc": {**_TUNED, "inversion_epochs": "3"},
+    "sau": {**_TUNED, "learning_rate": "0.001", "steps": "2"},
+    "ims": {"initial_rounds": "3", "free_rounds": "3", "sparse_rounds": "3", "batch_size": "16", "inner_steps": "2"},
+    "anp": _TUNED, "rnp": {**_TUNED, "epoch_images": "32"},
+}  # fmt: skip
+MASKED = ("anp", "rnp")
 # fewer than processes, fewer than a batch, and more than one batch of every process
 COUNTS = (1, 3, 37, 600)
 
@@ -63,6 +74,16 @@ def curve(network: Scaled, config: D3Config, accelerator: Accelerator) -> list[f
     Engine(accelerator, ToyImages(61, SIDE), seed=2).run(network, [phase])
     parts = torch.stack(losses).view(-1, config.gradient_accumulation_steps).mean(1)
     return accelerator.reduce(parts, "mean").tolist()
+
+
+def defended(name: str, accelerator: Accelerator) -> tuple[list[float], bool]:
+    """Run a defence; return the losses of its epochs, and whether every process has the same weights."""
+    network = corner_backdoored(10)
+    if name not in MASKED:
+        network.model[1] = nn.Identity()  # type: ignore[index,operator]
+    config, _ = parse_defense(name, DEFENSES[name])
+    record = Engine(accelerator, ToyImages(61, seed=7), seed=3).run(network, config.phases(network))
+    return [entry["loss"] for entry in record.history if "loss" in entry], same_everywhere(network, accelerator)
 
 
 def same_everywhere(network: nn.Module, accelerator: Accelerator) -> bool:
@@ -131,6 +152,7 @@ def work(folder: Path, device: str = "cpu") -> dict[str, Any]:
     batchnorm = convnet()
     curve(batchnorm, CONFIG, accelerator)
     found["same everywhere"]["batchnorm"] = same_everywhere(batchnorm, accelerator)
+    found["defences"] = {name: defended(name, accelerator) for name in DEFENSES}
     found["resumed"] = resumed(folder, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
