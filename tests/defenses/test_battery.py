@@ -61,7 +61,7 @@ ROWS = {
     "nad": Row({**TUNED, "learning_rate": "0.1", "teacher_epochs": "20"}, 0.3),
     "anp": Row({**TUNED, "learning_rate": "0.2"}, 0.9, changes=NORM),
     "rnp": Row({**TUNED, "learning_rate": "0.2", "unlearning_rate": "0.05"}, changes=NORM,
-               why="the recovered masks prune nothing within the budget"),
+               why="observed: it changes no tensor here; not looked into"),
     "clp": Row({"u": "1"}, 0.9, changes=NORM, made=True),
     "bnp": Row({"u": "0.5"}, 0.9, changes=NORM),
     "bn": Row({}, changes=STATISTICS, why="a control: nothing is trained"),
@@ -72,9 +72,9 @@ ROWS = {
               0.9),
     "ims": Row({"initial_rounds": "20", "free_rounds": "20", "sparse_rounds": "20", "batch_size": "48",
                 "inner_steps": "5"}, changes=("model.0.*", "model.3.*"),
-               why="sixty rounds of its 500 do not find the few units of eight"),
+               why="observed: sixty rounds of its 500 lower nothing here; not looked into"),
     "bna": Row({"inversion_epochs": "60", "target": "0"}, changes=(),
-               why="its estimated trigger shifts the one norm too little; its own tests measure a fall"),
+               why="observed: it lowers nothing here; not looked into"),
 }  # fmt: skip
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = sorted(available())
@@ -177,7 +177,7 @@ def test_the_same_seed_gives_the_same_weights_and_state_is_left_as_found(name: s
         assert type(module) is type(old_module)
         assert not module.training
         assert getattr(module, "momentum", None) == getattr(old_module, "momentum", None)
-        if name != "bna":  # its result is a correction at test time: hooks that are saved with the model
+        if name != "bna":  # its result acts at test time; whether only its own hooks are left is not checked here
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
 
