@@ -88,10 +88,11 @@ class Engine:
         # one flag for the whole process: a foreign loop stopped amid its accumulation would make our steps do nothing
         self.accelerator.sync_gradients = True
         devices = [self.accelerator.device.index or 0] if self.accelerator.device.type == "cuda" else []
+        networks = [network, *(phase.network for phase in phases if isinstance(phase, Phase) and phase.network)]
         try:
             with (
                 torch.random.fork_rng(devices),
-                _observed_dtype(network, record),
+                _observed_dtype(networks, record),
                 _sync_batchnorm(network, self.accelerator),
             ):
                 for index in range(first, len(phases)):
@@ -347,16 +348,19 @@ def _only_trained(network: nn.Module, trained: Sequence[nn.Parameter]) -> Iterat
 
 
 @contextmanager
-def _observed_dtype(network: nn.Module, record: TrainingRecord) -> Iterator[None]:
+def _observed_dtype(networks: Sequence[nn.Module], record: TrainingRecord) -> Iterator[None]:
+    """Note the precision of what is trained; that of passes, which look at the network as it is, only without that."""
     names = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    layer = next((m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
 
     def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        record.precision = names.get(output.dtype, str(output.dtype))
+        if torch.is_grad_enabled() or not record.precision:
+            record.precision = names.get(output.dtype, str(output.dtype))
 
     with ExitStack() as stack:
-        if layer is not None:
-            stack.callback(layer.register_forward_hook(note).remove)
+        for network in networks:
+            layer = next((m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+            if layer is not None:
+                stack.callback(layer.register_forward_hook(note).remove)
         yield
 
 

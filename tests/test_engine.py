@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from hfdetox.batches import Batch
 from hfdetox.devices import make_accelerator
 from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.phases import Pass
 from tests.tiny_training import (
     Scaled,
     ToyImages,
@@ -231,6 +234,20 @@ def test_the_observed_precision_is_what_ran_in_every_run_and_phase() -> None:
         assert record.precision == precision
         assert set(dtypes) == {dtype}
         assert network(ToyImages().images).dtype == torch.float32
+
+
+def test_the_precision_is_that_of_the_training_and_not_of_the_passes() -> None:
+    network = mlp()
+    look = Pass(name="look", visit=lambda model, batch: model(batch.images))
+    own = copy.deepcopy(network)
+    apart = replace(make_phase(own, epochs=1), network=own)
+    for phases, precision in (
+        ([look], "no"),
+        ([make_phase(network, epochs=1), look], "bf16"),
+        ([look, apart, look], "bf16"),
+    ):
+        record = Engine(make_accelerator("cpu", "bf16"), ToyImages()).run(network, phases)
+        assert record.precision == precision
 
 
 def test_bf16_stays_near_float32() -> None:
