@@ -50,6 +50,8 @@ __all__ = ["NPDConfig", "Polarized"]
 
 # modules with more layers than this are whole networks or stages, not blocks
 _BLOCK = 4
+# projections beside a block, which some libraries register before its own layers
+_SHORTCUTS = {"downsample", "shortcut"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class NPDConfig(TuningConfig):
     Attributes:
         learning_rate: of SGD, after the warm-up; `epochs` are those after it, too.
         layer: the Conv2d (of one group) or Linear that the polarizer is put before; `auto` is the first one of the last
-            block (`layer4.1.conv1` of a ResNet-18, `blocks.11.mlp.fc1` of a ViT-B).
+            block, shortcuts aside (`layer4.1.conv1` of a ResNet-18, `blocks.11.mlp.fc1` of a ViT-B).
         warmup: epochs at `warmup_rate` on the clean loss alone, before; at least 0.
         warmup_rate: learning rate of those.
         radius: of the ℓ2 ball of δ, in pixels of [0, 1]; None is 3 at 32 pixels of height and in proportion else.
@@ -235,7 +237,8 @@ def polarized_layer(model: nn.Module, layer: str) -> str:
             raise UsageError(f"npd: layer must be one Linear or Conv2d of one group, and {layer!r} selects "
                              f"{', '.join(names)}")  # fmt: skip
         return names[0]
-    names = [name for name, module in model.named_modules() if _mixes_all(module) and name not in heads]
+    names = [name for name, module in model.named_modules()
+             if _mixes_all(module) and name not in heads and _SHORTCUTS.isdisjoint(name.split("."))]  # fmt: skip
     if not names:
         raise UsageError(f"npd: {type(model).__name__} has no Linear or Conv2d of one group before its head to put the "
                          "polarizer before; take another defense")  # fmt: skip

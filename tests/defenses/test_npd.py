@@ -16,6 +16,7 @@ from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
+from tests.tiny_models import timm_model, transformers_model
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
@@ -134,6 +135,17 @@ def test_a_layer_it_cannot_stand_before(layer: str, message: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 4), nn.Linear(4, 3))
     with pytest.raises(UsageError, match=message):
         polarized_layer(model, layer)
+
+
+def test_a_shortcut_that_is_registered_first_is_not_the_layer() -> None:
+    """In the last block of either library here: its first convolution, not the projection beside it."""
+    small = timm_model("resnetv2_18", layers=(1, 1), channels=(8, 16), stem_chs=8)
+    assert polarized_layer(small, "auto") == "stages.1.blocks.0.conv1"
+    assert isinstance(small.get_submodule("stages.1.blocks.0.downsample.conv"), nn.Conv2d)
+    # of one basic layer with a projection (8 to 16 channels), as Hugging Face builds it
+    model = transformers_model("resnet")
+    found = polarized_layer(model, "auto")
+    assert found == "resnet.encoder.stages.1.layers.0.layer.0.convolution"
 
 
 def test_a_head_alone_has_no_place_for_it() -> None:
