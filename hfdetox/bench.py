@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from hfdetox.bench_folder import Bench, BenchPlace
@@ -34,16 +35,21 @@ def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str
     """
     place = BenchPlace(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
                        threads=share_of_cores(jobs), keep_models=keep_models)  # fmt: skip
-    bench = Bench(load_suite(file), place)
+    suite = load_suite(file)
     try:
-        check_place(output)
+        bench = Bench(suite, place)
+        check_place(output, suite.file.name)
         output.mkdir(parents=True, exist_ok=True)
+        bench.tidy_done()
         bench.write()
         try:
             CellRunner(bench, jobs, progress=progress).run()
-        finally:
-            # of what there is, however it ended
-            draw_bench(bench.outcome())
+        except BaseException:
+            # the pictures are of what there is; what goes wrong with them hides nothing else
+            with contextlib.suppress(RunError):
+                draw_bench(bench.outcome())
+            raise
+        draw_bench(bench.outcome())
     except OSError as error:
         raise RunError(f"cannot run the bench in {output}: {error.strerror or error}") from error
     return bench.outcome()

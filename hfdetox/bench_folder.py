@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from hfdetox.cell_folder import CellFolder, portable
 from hfdetox.checksums import sha256_file
 from hfdetox.errors import UsageError
 from hfdetox.report import ATTACK_REPORT_NAME, Report
+from hfdetox.runs import RUN_FILE
 from hfdetox.suite import SubjectEntry, Suite
 from hfdetox.trials import SHARE, Trial, trials_of
+from hfdetox.zoo_folder import given_files
 
 _INTERRUPTED = 130
 
@@ -63,6 +66,7 @@ class Bench(CellFolder[Trial, BenchRow]):
         if place.zoo is None and any(not isinstance(t.subject.source, SubjectEntry) for t in self.cells.values()):
             raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack --suite "
                              f"{suite.file} --output ZOO builds it)")  # fmt: skip
+        self._dataset_files = _fingerprint(Path(self.dataset))
         self._sources = {t.subject.name: self._source(t) for t in self.cells.values()}
         self.rows = {name: self.row(trial) for name, trial in self.cells.items()}
 
@@ -89,7 +93,10 @@ class Bench(CellFolder[Trial, BenchRow]):
         """Return the words of a trial's process: a killed one of the same command goes on from its checkpoint."""
         device = ["--device", self.place.device] if self.place.device != "auto" else []
         run = self._run(trial)
-        if run.is_dir() and self.made(trial) == self.recorded(trial):
+        made = self.made(trial)
+        same = self._same(trial) and made.get("device", "auto") == self.place.device
+        # a run that was killed while it began has no record of itself
+        if same and (run / RUN_FILE).is_file():
             return ["detox", "--resume", str(run)]
         shutil.rmtree(run, ignore_errors=True)
         return [*self.command(trial), "--output", str(self.folder / trial.name), *device]
@@ -97,13 +104,30 @@ class Bench(CellFolder[Trial, BenchRow]):
     def recorded(self, trial: Trial) -> dict[str, Any]:
         """Return what NAME.json says of a trial: its command, without where things lie, and what it was run on.
 
-        `model_weights` is the SHA-256 of the zoo's model, None for one that is not of the zoo; `triggers` are those of
-        its trigger files.
+        `model_weights` is the SHA-256 of the zoo's model, or those of a folder's weight files, None for a model of the
+        Hub; `triggers` are those of its trigger files and pictures; `dataset_files` is one over the names and sizes of
+        a folder's files, None for a dataset of the Hub.
         """
-        return {"schema_version": 1, "command": portable(self.command(trial)), **self._sources[trial.subject.name]}
+        return {"schema_version": 1, "command": portable(self.command(trial)), "dataset_files": self._dataset_files,
+                **self._sources[trial.subject.name]}  # fmt: skip
+
+    def extras(self, trial: Trial) -> dict[str, Any]:
+        """Return how a trial is run, and why it failed before: it stays failed in the tables until it is done."""
+        before = self.made(trial) if self._same(trial) else {}
+        failed = {"failed": before["failed"]} if "failed" in before else {}
+        return {"device": self.place.device, "kept": self.place.keep_models, **failed}
+
+    def remember(self, trial: Trial, reason: str) -> None:
+        """Keep why a trial failed."""
+        self.record(trial, {**self.extras(trial), "failed": reason})
+
+    def _same(self, trial: Trial) -> bool:
+        """Tell whether NAME.json is of this very trial."""
+        made, expected = self.made(trial), self.recorded(trial)
+        return isinstance(made, dict) and {key: made.get(key) for key in expected} == expected
 
     def row(self, trial: Trial) -> BenchRow:
-        """Return a trial as it lies in the bench: `done` or `not run`, with the reason where it cannot be.
+        """Return a trial as it lies in the bench: `done`, `failed`, or `not run` with the reason where it cannot be.
 
         Raises:
             UsageError: its folder was made by another command or on another model, or its report cannot be read.
@@ -114,8 +138,11 @@ class Bench(CellFolder[Trial, BenchRow]):
             missing = (
                 not isinstance(source, SubjectEntry) and not (self._cell_folder(trial) / ATTACK_REPORT_NAME).is_file()
             )
-            return row_of(trial, reason=f"the zoo has no model {trial.subject.name}" if missing else None)
-        if self.made(trial) != self.recorded(trial):
+            if missing:
+                return row_of(trial, reason=f"the zoo has no model {trial.subject.name}")
+            failed = self.made(trial).get("failed") if self._same(trial) else None
+            return row_of(trial) if failed is None else self.failed(trial, str(failed))
+        if not self._same(trial):
             raise UsageError(f"{folder} is a finished run of another suite, command or model; it is not replaced: "
                              "choose another --output, or remove the folder to run it again")  # fmt: skip
         return row_of(trial, "done", report=Report.load(folder))
@@ -129,7 +156,17 @@ class Bench(CellFolder[Trial, BenchRow]):
         if returncode > 0 and returncode != _INTERRUPTED:
             # it would only fail again at the same place
             shutil.rmtree(self._run(trial), ignore_errors=True)
-        if returncode == 0 and not self.place.keep_models:
+        if returncode == 0:
+            self._drop_weights(trial)
+
+    def tidy_done(self) -> None:
+        """Put in order finished trials whose bench was stopped before it could."""
+        for name, trial in self.cells.items():
+            if self.rows[name].status == "done":
+                self._drop_weights(trial)
+
+    def _drop_weights(self, trial: Trial) -> None:
+        if not self.made(trial).get("kept"):
             for weights in (self.folder / trial.name).glob("*.safetensors"):
                 weights.unlink()
 
@@ -154,15 +191,19 @@ class Bench(CellFolder[Trial, BenchRow]):
         return [str(file) for file in sorted((self._cell_folder(trial) / "triggers").glob("*.safetensors"))]
 
     def _source(self, trial: Trial) -> dict[str, Any]:
-        weights = None
+        weights: Any = None
         if not isinstance(trial.subject.source, SubjectEntry):
             try:
                 report = json.loads((self._cell_folder(trial) / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))
                 weights = report["output"]["weights_sha256"]
             except (OSError, ValueError, KeyError, TypeError):
                 weights = None
-        files = [spec for spec in self._triggers(trial) if spec.endswith(".safetensors")]
-        return {"model_weights": weights, "triggers": [sha256_file(Path(file)) for file in files]}
+        elif (folder := Path(trial.subject.source.model)).is_dir():
+            weights = [sha256_file(file) for file in sorted(folder.glob("*.safetensors"))]
+        return {
+            "model_weights": weights,
+            "triggers": [sha256_file(file) for file in given_files(self._triggers(trial))],
+        }
 
     def _dataset_options(self) -> Iterator[str]:
         entry = self.suite.dataset
@@ -175,3 +216,12 @@ class Bench(CellFolder[Trial, BenchRow]):
                 continue
             flag = "dataset-revision" if option.name == "revision" else option.name.replace("_", "-")
             yield from (f"--{flag}", str(value))
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Return the SHA-256 over the names and sizes of a folder's files, None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
+    return hashlib.sha256(listed.encode("utf-8", "surrogatepass")).hexdigest()

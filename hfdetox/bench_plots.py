@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ def draw_bench(outcome: BenchOutcome) -> list[str]:
     Raises RunError when a file cannot be written.
     """
     written = []
-    lines = [line for line in results(outcome.rows) if line.defense != "before" and line.attacks != ("clean",)]
-    came = [line for line in results(outcome.rows) if line.defense == "before"]
+    attacked = [row for row in outcome.rows if not row.clean]
+    lines = [line for line in results(attacked) if line.defense != "before"]
+    came = [line for line in results(attacked) if line.defense == "before"]
     folder = outcome.folder / "plots"
     for model in dict.fromkeys(line.model for line in lines):
         own, before = ([line for line in some if line.model == model] for some in (lines, came))
@@ -42,7 +44,9 @@ def draw_bench(outcome: BenchOutcome) -> list[str]:
                 path = folder / f"{kind}-{folder_part(model)}.png"
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    figure.savefig(path, dpi=DPI)
+                    fresh = path.with_name(f".{path.name}")
+                    figure.savefig(fresh, dpi=DPI, format="png")
+                    os.replace(fresh, path)
                 except OSError as error:
                     raise RunError(f"the plots could not be written to {folder}: {error.strerror or error}") from error
                 written.append(f"{folder.name}/{path.name}")
@@ -65,14 +69,14 @@ def draw_heatmap(lines: Sequence[Line], before: Sequence[Line]) -> Figure | None
                                     for name in defenses)]  # fmt: skip
     values = np.array([[_percent(of.get(attack), "attack_success") for attack in attacks] for _, of in rows])
     height = 0.9 + 0.27 * len(rows) + 0.6
-    figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(WIDTH, 1.8 + 0.42 * len(attacks)), height), layout="constrained")
     colours = plt.get_cmap("YlOrRd").with_extremes(bad=MISSING)
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=100, aspect="auto")
     for y, (_, of) in enumerate(rows):
         for x, attack in enumerate(attacks):
             text = f"{values[y, x]:.1f}" if np.isfinite(values[y, x]) else _absent(of.get(attack))
             axes.text(x, y, text, ha="center", va="center", fontsize=7,
-                      color="white" if values[y, x] > 60 else INK)  # fmt: skip
+                      color="white" if values[y, x] > 78 else INK)  # fmt: skip
     axes.set_xticks(range(len(attacks)), [_short(name) for name in attacks], rotation=25, ha="right")
     axes.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
     axes.grid(visible=False)
@@ -93,10 +97,11 @@ def draw_scatter(lines: Sequence[Line], before: Sequence[Line]) -> Figure | None
     done = [line for line in lines if "attack_success" in line.scores and line.attacks[0] in came]
     if not done:
         return None
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
+    names = list(dict.fromkeys(line.defense for line in done))
+    figure, axes = plt.subplots(figsize=(WIDTH, max(4.4, 0.16 * len(names) + 0.8)), layout="constrained")
     colours = plt.get_cmap("tab20")
     markers = "osD^vP*X<>hp"
-    for number, name in enumerate(dict.fromkeys(line.defense for line in done)):
+    for number, name in enumerate(names):
         own = [line for line in done if line.defense == name]
         losses = [100 * (came[line.attacks[0]] - line.scores["accuracy"].mean) for line in own]
         successes = [100 * line.scores["attack_success"].mean for line in own]

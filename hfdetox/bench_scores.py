@@ -16,7 +16,7 @@ from hfdetox.verdict import percent
 if TYPE_CHECKING:
     from hfdetox.bench_table import BenchRow
 
-FINE_TUNING = "ft"  # the method that costs are relative to
+FINE_TUNING = "ft"  # the suite's name of the defence that costs are relative to
 HEADINGS = ("defence", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
 _RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
 _BEFORE = ("accuracy", "attack_success", "robust_accuracy", "worst_class", "spread")
@@ -123,7 +123,7 @@ def averages(rows: Sequence[BenchRow]) -> list[Line]:
     that the averages in one table are over the same models. Clean controls are in none.
     """
     lines = []
-    attacked = [row for row in rows if row.attack_success_before is not None or row.attack != "clean"]
+    attacked = [row for row in rows if not row.clean]
     for model in dict.fromkeys(row.model for row in attacked):
         of_model = [row for row in attacked if row.model == model]
         asked: dict[str, set[str]] = {}
@@ -185,8 +185,11 @@ def _cost(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) ->
     """Return a defence's seconds over those of plain fine-tuning on the same model and images, the mean over models."""
     ratios = []
     for group in groups:
-        of_tuning = _mean(row.seconds for row in all_rows if row.method == FINE_TUNING and row.status == "done"
-                          and (row.subject, row.samples) == (group[0].subject, group[0].samples))  # fmt: skip
+        first = group[0]
+        # a defence's name ends with the number of images where that is not the usual one
+        base = FINE_TUNING + first.defense[len(first.defense.removesuffix(f"-n{first.samples}")) :]
+        of_tuning = _mean(row.seconds for row in all_rows if row.defense == base and row.status == "done"
+                          and (row.subject, row.samples) == (first.subject, first.samples))  # fmt: skip
         own = _mean(row.seconds for row in group)
         if not of_tuning or own is None:
             return None

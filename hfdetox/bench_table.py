@@ -36,6 +36,7 @@ class BenchRow:
         name: the trial's folder.
         subject: the model it was run on; `model` and `attack` say what that is.
         defense: the suite's name of the defence; `method` is the defence's own, with all of its settings.
+        clean: whether the model is a clean control, which is in no average over attacks.
         reason: why it failed or was not run, one line.
         attack_success_before: mean over the model's triggers, None for a model without; so are those after it.
         der: defence effectiveness rating, mean over the triggers, with its 95 % interval over images.
@@ -52,6 +53,7 @@ class BenchRow:
     defense: str
     samples: int | float
     seed: int
+    clean: bool = False
     status: Status = "not run"
     reason: str | None = None
     method: str | None = None
@@ -93,6 +95,7 @@ def row_of(trial: Trial, status: Status = "not run", *, reason: str | None = Non
     row: dict[str, Any] = {
         "name": trial.name, "subject": trial.subject.name, "model": trial.subject.model,
         "attack": trial.subject.attack, "defense": trial.label, "samples": trial.samples, "seed": trial.seed,
+        "clean": trial.subject.clean,
     }  # fmt: skip
     if report is not None and report.before is not None and report.after is not None:
         defense, rating = report.defense, (report.defense_effectiveness_rating or {}).get("mean")
@@ -189,7 +192,7 @@ class BenchOutcome:
         writer.writeheader()
         for row in self.rows:
             plain = asdict(row) | {"settings": json.dumps(row.settings) if row.settings is not None else None}
-            writer.writerow({key: f"'{value}" if str(value)[:1] in "=+-@" and isinstance(value, str) else value
+            writer.writerow({key: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
                              for key, value in plain.items()})  # fmt: skip
         return stream.getvalue()
 
@@ -211,10 +214,12 @@ class BenchOutcome:
         return notes + [f"not run: {count} ({reason})" for reason, count in left.items()]
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _LEGEND = (
     "Rates in percent; ± is half a 95 % interval over seeds (Student's t). DER is the defence effectiveness rating, "
     "worst the accuracy of the worst class, spread the standard deviation over the classes; «× ft» the method's "
-    "seconds over those of plain fine-tuning on the same model. Seeds that were not run on all "
+    "seconds over those of the suite's defence named ft on the same model; memory is the GPU's, or on a CPU the whole "
+    "process's. Seeds that were not run on all "
     "models are left out («1 of 3»); a line with a failed run has no numbers."
 )
 
@@ -228,11 +233,20 @@ def _plain(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def check_place(output: Path) -> None:
-    """Raise UsageError unless a bench may be run in `output`: a folder that is missing or empty, or a bench."""
+def check_place(output: Path, suite: str) -> None:
+    """Raise UsageError unless the suite's bench may be run in `output`: a folder missing or empty, or its own bench."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder for the bench")
     there = {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.exists() else set()
     if there and BENCH_JSON not in there:
         raise UsageError(f"--output {output} holds something else than a bench of hfdetox (it has no {BENCH_JSON}); "
                          "choose another folder")  # fmt: skip
+    if there:
+        try:
+            of = json.loads((output / BENCH_JSON).read_text(encoding="utf-8"))["suite"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{output / BENCH_JSON} is no table that this hfdetox reads ({error!r}); choose another "
+                             "--output, or remove the file: the runs beside it are kept") from error  # fmt: skip
+        if of != suite:
+            raise UsageError(f"--output {output} is the bench of {of}; choose another folder, or remove its "
+                             f"{BENCH_JSON} to make it that of {suite}: runs of equal settings are kept")  # fmt: skip

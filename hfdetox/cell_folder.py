@@ -15,10 +15,12 @@ import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
+
+from hfdetox.markdown import one_line
 
 _TAIL = 1 << 16  # bytes of a log in which the reason is looked for
 _ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
@@ -103,6 +105,13 @@ class CellFolder(ABC, Generic[CellT, RowT]):
     def tidy(self, cell: CellT, returncode: int) -> None:
         """Put in order what the process of a cell has left, which ended with `returncode`."""
 
+    def remember(self, cell: CellT, reason: str) -> None:
+        """Keep why a cell failed, for a table that is made before it is run again."""
+
+    def extras(self, cell: CellT) -> dict[str, Any]:
+        """Return what NAME.json says besides what a cell is: how it is run, and what came of it before."""
+        return {}
+
     def claim(self, cell: CellT) -> IO[bytes] | None:
         """Return the cell's log, locked, or None where another run works on the cell.
 
@@ -124,8 +133,7 @@ class CellFolder(ABC, Generic[CellT, RowT]):
         It has a session of its own, so that Ctrl-C comes to it once, from the run that started it.
         """
         words = self.words(cell)
-        record = json.dumps(self.recorded(cell), indent=2, ensure_ascii=False) + "\n"
-        self.beside(cell, "json").write_text(record, encoding="utf-8")
+        self.record(cell, self.extras(cell))
         log.truncate(0)
         log.write(f"$ {shlex.join(['hfdetox', *words])}\n".encode())
         log.flush()
@@ -134,6 +142,11 @@ class CellFolder(ABC, Generic[CellT, RowT]):
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                    start_new_session=True)  # fmt: skip
         return Running(process, log)
+
+    def record(self, cell: CellT, extras: Mapping[str, Any]) -> None:
+        """Write NAME.json."""
+        text = json.dumps({**self.recorded(cell), **extras}, indent=2, ensure_ascii=False) + "\n"
+        self.beside(cell, "json").write_text(text, encoding="utf-8")
 
     def made(self, cell: CellT) -> Any:
         """Return the content of NAME.json, None where there is none that can be read."""
@@ -148,11 +161,11 @@ class CellFolder(ABC, Generic[CellT, RowT]):
         said = log.read_bytes()[-_TAIL:].decode(errors="replace").split("\n", 1)[-1].splitlines()
         errors = [match[1] for match in map(_ERROR.match, said) if match]
         if errors:
-            return errors[-1]
+            return one_line(errors[-1])
         if process.returncode < 0:
             return f"killed by {signal.Signals(-process.returncode).name}; see {log}"
         last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
-        return f"exit status {process.returncode}: {last}; see {log}"
+        return f"exit status {process.returncode}: {one_line(last)}; see {log}"
 
     def beside(self, cell: CellT, ending: str) -> Path:
         """Return the path of NAME.ENDING."""
@@ -160,5 +173,6 @@ class CellFolder(ABC, Generic[CellT, RowT]):
 
 
 def portable(words: Sequence[str]) -> list[str]:
-    """Return a command without where on this machine things lie: existing paths by their last part."""
-    return [Path(word).resolve().name if os.sep in word and Path(word).exists() else word for word in words]
+    """Return a command without where on this machine things lie: paths by their last part."""
+    return [Path(word).resolve().name if os.sep in word and (Path(word).is_absolute() or Path(word).exists()) else word
+            for word in words]  # fmt: skip

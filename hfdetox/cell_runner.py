@@ -17,6 +17,7 @@ from hfdetox.cell_folder import CellFolder, CellT, RowT, Running
 from hfdetox.errors import UsageError
 from hfdetox.progress import LOG_SECONDS
 
+_OPEN = ("not run", "failed")  # what is still to be done
 _POLL = 0.2  # seconds between two looks at the processes
 _PATIENCE = 10.0  # seconds that an interrupted process gets for its last words
 
@@ -27,9 +28,9 @@ class CellRunner(Generic[CellT, RowT]):
     def __init__(self, folder: CellFolder[CellT, RowT], jobs: int, *, progress: bool) -> None:
         self.folder, self.jobs = folder, jobs
         rows = folder.rows
-        self.waiting = [
-            cell for name, cell in folder.cells.items() if rows[name].status == "not run" and rows[name].reason is None
-        ]
+        self.waiting = [cell for name, cell in folder.cells.items()
+                        if rows[name].status == "failed" or (rows[name].status == "not run" and not rows[name].reason)
+                        ]  # fmt: skip
         self.running: dict[str, Running] = {}
         self.elsewhere: set[str] = set()
         terminal = sys.stderr.isatty()
@@ -65,8 +66,9 @@ class CellRunner(Generic[CellT, RowT]):
         try:
             row = self.folder.row(cell)
         except UsageError as error:
-            row = self.folder.failed(cell, str(error))
-        if row.status != "not run":
+            log.close()
+            return self._end(cell, self.folder.failed(cell, str(error)))
+        if row.status not in _OPEN:
             # another run has finished it
             log.close()
             return self._end(cell, row)
@@ -84,13 +86,18 @@ class CellRunner(Generic[CellT, RowT]):
 
     def _ended(self, cell: CellT, running: Running) -> RowT:
         """Return the row of a cell whose process has ended."""
-        running.log.close()
-        self.folder.tidy(cell, running.process.returncode)
-        try:
-            row = self.folder.row(cell)
-        except UsageError as error:
-            return self.folder.failed(cell, str(error))
-        return row if row.status != "not run" else self.folder.failed(cell, self.folder.reason(cell, running.process))
+        # locked until all is in order
+        with running.log:
+            self.folder.tidy(cell, running.process.returncode)
+            try:
+                row = self.folder.row(cell)
+            except UsageError as error:
+                return self.folder.failed(cell, str(error))
+            if row.status not in _OPEN:
+                return row
+            reason = self.folder.reason(cell, running.process)
+            self.folder.remember(cell, reason)
+            return self.folder.failed(cell, reason)
 
     def _end(self, cell: CellT, row: RowT) -> bool:
         if cell in self.waiting:

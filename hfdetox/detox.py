@@ -12,7 +12,7 @@ from torch import nn
 
 from hfdetox.card import build_card, validate_card
 from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
-from hfdetox.devices import make_accelerator, peak_memory
+from hfdetox.devices import forget_peak_memory, make_accelerator, peak_memory
 from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
 from hfdetox.gallery import check_gallery, draw_gallery
 from hfdetox.models import load_classifier
@@ -125,6 +125,7 @@ def detoxify(
 
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
+    forget_peak_memory(accelerator)
     record = train(classifier, method, pixels, accelerator, options, run=run, log_with=log_with, progress=progress)
     if any(entry.get("unchanged") == 1 for entry in record.history):
         notes.warn(f"{method.name} found nothing suspicious and returns the model as it came")

@@ -92,6 +92,12 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
         raise UsageError(f"Accelerate refuses this run: {str(error).splitlines()[0]}") from error
 
 
+def forget_peak_memory(accelerator: Accelerator) -> None:
+    """Let `peak_memory` begin anew on a GPU; a process's own peak cannot be forgotten."""
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+
+
 def peak_memory(accelerator: Accelerator) -> int | None:
     """Return the most bytes a process has held so far: on its GPU, else as resident memory; None where unknown."""
     if accelerator.device.type == "cuda":

@@ -72,8 +72,8 @@ class DatasetInfo:
 class DefenseInfo:
     """What was done to the model; `precision` is the one that really ran, `images_per_second` covers training only.
 
-    `peak_memory` are bytes, the most that one process held until the method's end: on the GPU where it ran on one, else
-    the resident memory of the process; None where the system does not tell.
+    `peak_memory` are bytes, the most that one process held: on the GPU during the method, else the resident memory of
+    the process from its start to the method's end; None where the system does not tell.
     """
 
     name: str

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from hfdetox.suite import BenchEntry, Cell, DefenseEntry, SubjectEntry, Suite, SuiteError, folder_part
 
+# what a bench has in its folder besides the runs
+_TAKEN = frozenset({"bench.json", "bench.md", "bench.csv", "plots"})
 SHARE = 0.05  # of the split, the clean images that a trial's name does not say
 
 
@@ -17,14 +19,16 @@ class Subject:
     Attributes:
         name: its folder in the bench.
         model: the name of its row of models: the zoo's model, or the subject's own name.
-        attack: what was done to it, in a word; `clean` for a clean control.
+        attack: what was done to it, in a word.
         source: a cell of the zoo, or a model of the suite's that is not of the zoo.
+        clean: whether it is a clean control of the zoo.
     """
 
     name: str
     model: str
     attack: str
     source: Cell | SubjectEntry
+    clean: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,13 @@ def _subjects_of(suite: Suite, entry: BenchEntry, *, clean: bool) -> Iterator[Su
         if clean or not cell.clean:
             # a zoo's cell is MODEL-ATTACK…-sSEED
             attack = cell.name.removeprefix(f"{folder_part(cell.model)}-").removesuffix(f"-s{cell.seed}")
-            yield Subject(cell.name, cell.model, attack if cell.seed == 0 else f"{attack}-s{cell.seed}", cell)
+            yield Subject(
+                cell.name, cell.model, attack if cell.seed == 0 else f"{attack}-s{cell.seed}", cell, cell.clean
+            )
     for name in entry.subjects:
+        if name in suite.models or folder_part(name).casefold() in _TAKEN:
+            where = f"{suite.file}: subjects.{name}"
+            raise SuiteError(
+                f"{where}: the name is that of a model of the zoo or of a file of the bench; choose another"
+            )
         yield Subject(folder_part(name), name, name, suite.subjects[name])

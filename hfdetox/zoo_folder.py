@@ -93,7 +93,7 @@ class Zoo(CellFolder[Cell, Row]):
         control = self.surrogate(cell)
         return {
             "schema_version": 1, "command": portable(self.command(cell)), "surrogate": control,
-            "files": [sha256_file(path) for path in _given_files(cell.specs)],
+            "files": [sha256_file(path) for path in given_files(cell.specs)],
             "surrogate_weights": None if control is None else self._weights(control),
         }  # fmt: skip
 
@@ -187,7 +187,7 @@ class Zoo(CellFolder[Cell, Row]):
         self.outcome().write()
 
 
-def _given_files(specs: Sequence[str]) -> Iterator[Path]:
+def given_files(specs: Sequence[str]) -> Iterator[Path]:
     """Yield the trigger files and pictures that specifications name."""
     for spec in specs:
         kind, _, rest = spec.partition(":")

@@ -17,6 +17,7 @@ from PIL import Image
 from hfdetox.bench import run_bench
 from hfdetox.bench_folder import Bench, BenchPlace
 from hfdetox.bench_plots import draw_bench
+from hfdetox.cell_runner import CellRunner
 from hfdetox.errors import UsageError
 from hfdetox.report import Report
 from hfdetox.suite_file import load_suite
@@ -119,11 +120,44 @@ def test_the_pictures_are_drawn(ran, tmp_path):
 
 def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
     file, bench, _ = ran
+    again = Bench(load_suite(file), BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    assert [trial.name for trial in CellRunner(again, 1, progress=False).waiting] == [BROKEN]
+    assert not (bench / f"{BROKEN}.run").exists(), "a failed run would only fail again where it was"
+    # until it is done it stays failed in every table, also while it is run again
+    assert (again.rows[BROKEN].status, "loss is not finite" in again.rows[BROKEN].reason) == ("failed", True)
+    broken = again.cells[BROKEN]
+    kept = again.beside(broken, "json").read_text()
+    again.record(broken, again.extras(broken))
+    assert again.row(broken).status == "failed"
+    assert again.beside(broken, "json").read_text() == kept
+
+
+def test_a_trial_killed_while_it_began_is_begun_anew(ran, zoo):
+    file, bench, _ = ran
     place = BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     again = Bench(load_suite(file), place)
-    waiting = [name for name, row in again.rows.items() if row.status == "not run" and row.reason is None]
-    assert waiting == [BROKEN]
-    assert not (bench / f"{BROKEN}.run").exists(), "a failed run would only fail again where it was"
+    run = bench / f"{BROKEN}.run"
+    (run / "triggers").mkdir(parents=True)
+    assert "--output" in again.words(again.cells[BROKEN])
+    assert not run.exists()
+
+
+def test_weights_left_by_a_stopped_bench_are_put_in_order(ran, zoo):
+    file, bench, _ = ran
+    again = Bench(load_suite(file), BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    left = bench / BADNETS / "ft-n40-s0" / "model.safetensors"
+    left.write_bytes(b"x")
+    again.tidy_done()
+    assert not left.exists()
+
+
+def test_the_bench_of_another_suite_is_not_overwritten(ran, zoo, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(SUITE)
+    with pytest.raises(
+        UsageError, match=r"is the bench of suite\.yaml; choose another folder, or remove its bench\.json"
+    ):
+        run_bench(other, output=ran[1], zoo=zoo[0], dataset=str(zoo[1]), precision="no")
 
 
 def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_path):
@@ -134,6 +168,11 @@ def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_
     with pytest.raises(UsageError, match="is a finished run of another suite, command or model; it is not replaced"):
         run_bench(other, output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     shutil.copytree(zoo[0], tmp_path / "zoo")
+    # another dataset of the same last name
+    elsewhere = shutil.copytree(zoo[1], tmp_path / zoo[1].name)
+    (elsewhere / "data" / "train-00000-of-00001.parquet").write_bytes(b"")
+    with pytest.raises(UsageError, match="is a finished run of another suite, command or model"):
+        run_bench(ran[0], output=bench, zoo=zoo[0], dataset=str(elsewhere), precision="no")
     report = tmp_path / "zoo" / BADNETS / "attack_report.json"
     content = json.loads(report.read_text())
     content["output"]["weights_sha256"] = "0" * 64
@@ -162,7 +201,13 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
     (cell,) = stopped.cells.values()
     assert stopped.rows[cell.name].status == "not run"
     assert stopped.words(cell) == ["detox", "--resume", f"{trial}.run"]
-    # what was begun by another command is begun anew
+    # what was begun on another device is begun anew
+    elsewhere = Bench(load_suite(file), replace(place, device="cpu"))
+    assert elsewhere.row(cell).status == "not run"
+    shutil.copytree(f"{trial}.run", tmp_path / "kept")
+    assert "--output" in elsewhere.words(cell)
+    shutil.copytree(tmp_path / "kept", f"{trial}.run")
+    # so is what was begun by another command
     other = Bench(load_suite(write(tmp_path, file.read_text().replace("epochs: 100000", "epochs: 2"))), place)
     (cell,) = other.cells.values()
     assert "--output" in other.words(cell)

@@ -108,12 +108,19 @@ def test_a_cost_needs_plain_fine_tuning_on_the_same_model_and_images():
     assert [found[key][9] for key in (("m: a", "d3-n50"), ("m: a", "ft-n50"), ("m: b", "d3"))] == ["1.5", "1.0", "–"]
 
 
+def test_a_cost_is_against_the_defence_that_is_called_ft() -> None:
+    """A variant of the same method, such as with class weights, is no base: 30 s are three times 10 s."""
+    rows = [row(seconds=10.0), row(defense="ft-class", method="ft", seconds=30.0)]
+    found = texts(results(rows))
+    assert [found["m: a", name][9] for name in ("ft", "ft-class")] == ["1.0", "3.0"]
+
+
 def test_clean_controls_have_a_line_and_are_in_no_average():
     measured = ("attack_success_before", "attack_success", "robust_accuracy_before", "robust_accuracy", "der")
     gone = dict.fromkeys(measured)
-    rows = [row("a"), row("b"), row("clean", **gone)]
+    rows = [row("a"), row("b"), row("clean-s1", clean=True, **gone)]
     assert [line.attacks for line in averages(rows)] == [("a", "b")] * 2
-    assert texts(results(rows))["m: clean", "ft"][2:6] == ["80.0", "–", "–", "–"]
+    assert texts(results(rows))["m: clean-s1", "ft"][2:6] == ["80.0", "–", "–", "–"]
 
 
 def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
@@ -129,8 +136,8 @@ def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
     assert "failed: m-b-0.1-s0/clp-s0: clp: [red]no BatchNorm[/red] | here" in text.replace("\\", "")
     assert "not run: 1 (the zoo has no model m-a-0.1-s0)" in text.replace("\\", "")
     header, first, *_ = (tmp_path / "bench.csv").read_text().splitlines()
-    assert header.startswith("name,subject,model,attack,defense,samples,seed,status,reason,method,settings")
-    assert first.startswith("m-a-0.1-s0/ft-s0,m-a-0.1-s0,m,a,ft,0.05,0,done,,ft,")
+    assert header.startswith("name,subject,model,attack,defense,samples,seed,clean,status,reason,method,settings")
+    assert first.startswith("m-a-0.1-s0/ft-s0,m-a-0.1-s0,m,a,ft,0.05,0,False,done,,ft,")
     assert BenchOutcome(tmp_path, "suite.yaml", [row()]).exit_status == 0
 
 

@@ -57,6 +57,7 @@ bench:
     assert found[4].subject.source == SubjectEntry(
         model="org/there", triggers=("badnets:size=2",), target="cat", revision="abc"
     )
+    assert [trial.subject.clean for trial in found[:2]] == [True, False]
     # a defence that the suite does not name is meant as it is spelt
     assert found[4].entry == DefenseEntry(defense="ft")
     assert [trial.samples for trial in found[4:7]] == [0.05, 0.01, 500]
@@ -80,6 +81,8 @@ def test_a_trial_asked_for_twice_is_one(trials):
         (ZOO, "asks for no bench: give it defenses, and grids or a bench"),
         (ZOO + "defenses: {A: ft, a: fst}", "a-s0 and another run would share one folder"),
         ("subjects: {a: org/a}", "asks for no bench"),
+        ("subjects: {plots: org/a}\nbench: [{subjects: [plots], defenses: [ft]}]", "subjects.plots: the name is that"),
+        (ZOO + "subjects: {m: org/a}\nbench: [{subjects: [m], defenses: [ft]}]", "subjects.m: the name is that of a"),
     ],
 )
 def test_what_is_no_bench_is_refused_in_one_line(trials, text, message):
