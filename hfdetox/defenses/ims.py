@@ -23,7 +23,11 @@ the output of whole blocks, residual included, and those cannot be folded into a
 
 Further from the authors' code: δ is found by the sum over a batch's images and not their mean (AdamW is blind to that
 factor), and 1 − o is computed as Σ p_c (1 − q_c), which rounding cannot make negative. As there, x + δ is not clipped
-to the range of pixels, and AdamW's decay pulls a and s down.
+to the range of pixels, and AdamW's decay pulls a and s down. All is computed in float32, whatever
+precision is asked for: a step of δ is a quarter of a grey level, less than bf16 resolves in many a pixel.
+
+∂a'/∂a = (1 − s) S'(a): at s = 1 a unit's mask has no gradient, and at a = 1 its selection has hardly one for f_m. So
+only a unit that has left s = 1 can be cut, which is up to the terms of f_i: what f_i needs from the start stays shared.
 """
 
 from __future__ import annotations
@@ -79,7 +83,7 @@ class IMSConfig(DefenseConfig):
     summary: ClassVar[str] = "cut away the units that only an inverted mask needs, by trained masks and selections"
     paper: ClassVar[str] = "arXiv 2509.15497 (NeurIPS 2025)"
     data: ClassVar[str] = "clean images (labels are not used)"
-    cost: ClassVar[str] = "up to 500 batches, of which 400 at 30 times a batch of fine-tuning"
+    cost: ClassVar[str] = "up to 500 batches in float32, of which 400 at 30 times a batch of fine-tuning"
     card_text: ClassVar[str] = (
         "IMS, invertible masking using selection ([arXiv 2509.15497](https://arxiv.org/abs/2509.15497)), learnt on "
         "{images} which units of the network clean images need, against perturbations that stand for a trigger, and "
@@ -252,10 +256,10 @@ class IMS(nn.Module):
 
     def probabilities(self, images: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         """Return the softmax (N×K, float32) of the network's logits, under masks (flat) if given."""
-        logits = self.network(images) if values is None else functional_call(
-            self.network, self._multiplied(values), (images,))  # fmt: skip
-        with torch.autocast(logits.device.type, enabled=False):
-            return logits.float().softmax(1)
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.network(images) if values is None else functional_call(
+                self.network, self._multiplied(values), (images,))  # fmt: skip
+            return logits.softmax(1)
 
     def _multiplied(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         parts = zip(self.layers, values.split(self.sizes), strict=True)
