@@ -59,7 +59,7 @@ class BNAConfig(DefenseConfig):
 
     Attributes:
         trigger: a trigger file (or specification without commas) to correct for; empty searches one with NC.
-        target: label index the trigger leads to; none takes the trigger's own.
+        target: label index that `trigger` leads to; none takes the trigger's own. Without a trigger it is NC's to find.
         result: `route` asks f̃ for inputs that f gives to the target, as the paper does; the saved model is f, with
             `correction.safetensors` beside it for hfdetox. `fold` multiplies the maps, but for the bounds, into the
             norms' weights: an ordinary model that is f̃ for every input.
@@ -112,6 +112,9 @@ class BNAConfig(DefenseConfig):
             raise UsageError(f"bna: bin_width must be positive and finite, got {self.bin_width}")
         if self.batch_size < 2 or (self.target is not None and self.target < 0):
             raise UsageError("bna: batch_size must be at least 2, and target a label index")
+        if self.target is not None and not self.trigger:
+            raise UsageError("bna: target says where a trigger leads; give the trigger too, or leave both to Neural "
+                             "Cleanse")  # fmt: skip
         if not self.bounds and not self.moments:
             raise UsageError("bna: moments and bounds cannot both be off, nothing would be corrected")
         if self.result == "fold" and not self.moments:

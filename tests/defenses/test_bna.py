@@ -353,6 +353,11 @@ def test_a_trigger_without_a_target_index_is_refused(tmp_path: Path) -> None:
     assert BNAConfig(trigger=str(path), target=2).phases(conv())
 
 
+def test_a_target_without_a_trigger_is_refused() -> None:
+    with pytest.raises(UsageError, match="target says where a trigger leads; give the trigger too"):
+        BNAConfig(target=0)
+
+
 def test_without_a_trigger_neural_cleanse_looks_first_and_nothing_happens_when_it_flags_none() -> None:
     network = conv()
     phases = BNAConfig().phases(network)
