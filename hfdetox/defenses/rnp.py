@@ -44,7 +44,8 @@ class RNPConfig(TuningConfig):
             goes on past `stop_accuracy`, and a copy that has unlearnt too far leaves nothing to prune in the budget.
         unlearning_rate: learning rate of the ascent, positive; 0.01 in the paper, and found too large by others
             (preset `gentle`: 0.001).
-        stop_accuracy: the ascent ends after the first epoch whose training accuracy is at most this.
+        stop_accuracy: the ascent ends after the first epoch whose training accuracy is at most this. The paper's 0.2 is
+            twice chance with ten classes; with five or fewer it is no more than chance, and the ascent may never stop.
         alpha: weight α of the loss in the recovery, positive.
         budget: accuracy on the held-out fifth of the images that pruning may cost; τ is the highest of 0, 0.02, …, 0.98
             up to which it costs no more. (The paper's tables choose τ with the attack's success in view.)
