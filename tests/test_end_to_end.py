@@ -205,7 +205,7 @@ def test_a_published_trigger_file_repeats_the_measurement(
     arguments = ["evaluate", str(made.timm), "--dataset", str(made.digits), "--trigger", str(trigger)]
     assert cli.run([*arguments, "--gallery", str(tmp_path / "gallery.png"), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert set(measured) == {"accuracy", "loss", "triggers", "visibility"}
+    assert set(measured) == {"accuracy", "loss", "triggers", "classes", "visibility"}
     visible = measured["visibility"]["badnets"]
     assert set(visible) == {"psnr", "max_change", "changed"}
     # a patch of 3×3 in 16×16 from black to white has 10·log10(256 / 9) = 14.54 dB; more where a digit reaches into it
