@@ -180,7 +180,7 @@ def test_measure_by_hand(accelerator: Accelerator) -> None:
     assert (found.accuracy.successes, found.accuracy.samples) == (7, 9)
     assert outcome.correct.tolist() == [i not in (1, 5) for i in range(9)]
     assert outcome.predicted.tolist() == [0, 0, 2, 0, 1, 1, 0, 1, 2]
-    # two of three images of class 1, two of three of class 2: the first of the worst is named; deviations 2, −1 and −1 ninths
+    # two of three images of classes 1 and 2: the first of the worst is named; the deviations are 2, −1 and −1 ninths
     assert found.classes is not None
     assert found.classes.accuracies == pytest.approx([1, 2 / 3, 2 / 3])
     assert (found.classes.worst_label, found.classes.worst.successes, found.classes.worst.samples) == (1, 2, 3)

@@ -113,7 +113,7 @@ def test_a_step_of_anp_is_its_equation(accelerator: Accelerator) -> None:
     robust = loss_by_hand(plain, batch, scale * (mask + delta), shift * (1 + xi))
     (slope,) = torch.autograd.grad(0.2 * clean + 0.8 * robust, mask)
     torch.testing.assert_close(anp.masked.mask.detach(), (1 - 0.2 * slope).clamp(0, 1), rtol=1e-4, atol=1e-5)
-    assert record.history[0]["loss"] == pytest.approx(float(0.2 * clean + 0.8 * robust), rel=1e-4)
+    assert record.history[0]["loss"] == pytest.approx(float((0.2 * clean + 0.8 * robust).detach()), rel=1e-4)
 
 
 def test_anp_without_batchnorm_perturbs_hidden_units() -> None:
