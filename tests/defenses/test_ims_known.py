@@ -31,7 +31,7 @@ class TwoPixels:
         return self.positions[items], self.images[items], self.labels[items]
 
 
-def three_units() -> Any:
+def three_units() -> Network:
     """Return a network of the units relu(40 (x₁ − ½)), relu(40 (½ − x₁)) and T = relu(600 (x₂ − 128/255) + 0.05).
 
     They speak for the classes 1, 2 and, twice as loudly, 0: at a clean 128 with 0.1, and at 132 with 2 · 9.46 = 18.9
