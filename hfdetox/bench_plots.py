@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfdetox.bench_scores import Line, results
+from hfdetox.bench_table import PLOTS, BenchOutcome
 from hfdetox.errors import RunError
 from hfdetox.markdown import one_line
 from hfdetox.plots import DPI, FAINT, INK, WIDTH, house_style
@@ -17,8 +18,6 @@ from hfdetox.suite import folder_part
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from hfdetox.bench_table import BenchOutcome
 
 MISSING = "#dfe3e8"
 _LONGEST = 28  # letters of a name
@@ -33,7 +32,7 @@ def draw_bench(outcome: BenchOutcome) -> list[str]:
     attacked = [row for row in outcome.rows if not row.clean]
     lines = [line for line in results(attacked) if line.defense != "before"]
     came = [line for line in results(attacked) if line.defense == "before"]
-    folder = outcome.folder / "plots"
+    folder = outcome.folder / PLOTS
     for model in dict.fromkeys(line.model for line in lines):
         own, before = ([line for line in some if line.model == model] for some in (lines, came))
         for kind, draw in (("heatmap", draw_heatmap), ("scatter", draw_scatter)):

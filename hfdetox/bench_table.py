@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from hfdetox.report import Measurement, Report
 from hfdetox.trials import Trial
 from hfdetox.verdict import percent
 
-BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV = "bench.json", "bench.md", "bench.csv"
+BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, PLOTS = "bench.json", "bench.md", "bench.csv", "plots"
 Status = Literal["done", "failed", "not run"]
 
 
@@ -233,15 +233,19 @@ def _plain(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def check_place(output: Path, suite: str) -> None:
-    """Raise UsageError unless the suite's bench may be run in `output`: a folder missing or empty, or its own bench."""
+def check_place(output: Path, suite: str, subjects: Collection[str]) -> None:
+    """Raise UsageError unless the suite's bench may be run in `output`: a folder missing or empty, or its own bench.
+
+    One without `bench.json` is its own where nothing is in it but folders of `subjects`, and tables to be made again.
+    """
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder for the bench")
     there = {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.exists() else set()
-    if there and BENCH_JSON not in there:
-        raise UsageError(f"--output {output} holds something else than a bench of hfdetox (it has no {BENCH_JSON}); "
-                         "choose another folder")  # fmt: skip
-    if there:
+    foreign = sorted(there - set(subjects) - {BENCH_MARKDOWN, BENCH_CSV, PLOTS})
+    if foreign and BENCH_JSON not in there:
+        raise UsageError(f"--output {output} holds something else than this bench "
+                         f"({markdown.one_line(foreign[0])}, and no {BENCH_JSON}); choose another folder")  # fmt: skip
+    if BENCH_JSON in there:
         try:
             of = json.loads((output / BENCH_JSON).read_text(encoding="utf-8"))["suite"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -154,10 +154,21 @@ def test_weights_left_by_a_stopped_bench_are_put_in_order(ran, zoo):
 def test_the_bench_of_another_suite_is_not_overwritten(ran, zoo, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(SUITE)
+    bench = tmp_path / "bench"
+    shutil.copytree(ran[1], bench)
+    place = {"output": bench, "zoo": zoo[0], "dataset": str(zoo[1]), "precision": "no"}
     with pytest.raises(
         UsageError, match=r"is the bench of suite\.yaml; choose another folder, or remove its bench\.json"
     ):
-        run_bench(other, output=ran[1], zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+        run_bench(other, **place)
+    # what the message says can be done
+    (bench / "bench.json").unlink()
+    assert statuses(run_bench(other, **place)) == statuses(ran[2])
+    assert json.loads((bench / "bench.json").read_text())["suite"] == "other.yaml"
+    (bench / "thesis.tex").write_text("x")
+    (bench / "bench.json").unlink()
+    with pytest.raises(UsageError, match=r"something else than this bench \(thesis\.tex, and no bench\.json\)"):
+        run_bench(other, **place)
 
 
 def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_path):
@@ -238,7 +249,7 @@ def test_what_cannot_be_run_is_one_line(tmp_path, zoo, changes, message):
 def test_a_folder_of_something_else_is_left_alone(tmp_path, zoo):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="holds something else than a bench of hfdetox"):
+    with pytest.raises(UsageError, match="holds something else than this bench"):
         run_bench(write(tmp_path, SUITE), output=tmp_path / "out", zoo=zoo[0], dataset="x")
 
 
