@@ -32,7 +32,12 @@ HELD_OUT = 0.2
 
 @dataclass
 class TrainingRecord:
-    """What a training did; `seconds` covers the steps alone, `precision` is the dtype the first layer really gave."""
+    """What a training did.
+
+    Attributes:
+        seconds: of the method alone, its looks and searches included, without measuring before and after.
+        precision: the dtype that the first layer really gave.
+    """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
@@ -112,11 +117,12 @@ class Engine:
         source = self._source(phase.part)
         with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
             if checkpoint is None:
-                # before the seed: what a pass draws must not move what the method draws
-                self._watch(network, phase)
-                torch.manual_seed(self._key(index, 0))
-                if phase.start is not None:
-                    phase.start()
+                with _clock(record):
+                    # before the seed: what a pass draws must not move what the method draws
+                    self._watch(network, phase)
+                    torch.manual_seed(self._key(index, 0))
+                    if phase.start is not None:
+                        phase.start()
             optimizer = accelerator.prepare_optimizer(phase.optimizer(phase.parameters))
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -137,7 +143,8 @@ class Engine:
                     plan.epoch = epoch
                     entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
                     _equalise_buffers(trained, accelerator)
-                    entry |= self._watch(network, phase)
+                    with _clock(record):
+                        entry |= self._watch(network, phase)
                     record.history.append(entry)
                     accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
                     stop = phase.stop is not None and phase.stop(entry)
@@ -158,14 +165,14 @@ class Engine:
             if phase.state is not None:
                 phase.state.load_state_dict(checkpoint.part("phase"))
             return
-        torch.manual_seed(self._key(index, 0))
-        if phase.start is not None:
-            phase.start()
-        begin = time.perf_counter()
-        with _only_trained(network, []):
-            found = self._look(network, phase, shown=self.progress)
-        record.seconds += time.perf_counter() - begin
-        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": time.perf_counter() - begin})
+        earlier = record.seconds
+        with _clock(record):
+            torch.manual_seed(self._key(index, 0))
+            if phase.start is not None:
+                phase.start()
+            with _only_trained(network, []):
+                found = self._look(network, phase, shown=self.progress)
+        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": record.seconds - earlier})
         self._save(network, None, phase, index, 1, record)
 
     def _watch(self, network: nn.Module, phase: Phase) -> dict[str, float]:
@@ -345,6 +352,13 @@ def _only_trained(network: nn.Module, trained: Sequence[nn.Parameter]) -> Iterat
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
             parameter.grad = None
+
+
+@contextmanager
+def _clock(record: TrainingRecord) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    record.seconds += time.perf_counter() - begin
 
 
 @contextmanager

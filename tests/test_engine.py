@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -248,6 +249,20 @@ def test_the_precision_is_that_of_the_training_and_not_of_the_passes() -> None:
     ):
         record = Engine(make_accelerator("cpu", "bf16"), ToyImages()).run(network, phases)
         assert record.precision == precision
+
+
+def test_the_seconds_are_those_of_searches_and_looks_too(accelerator: Accelerator) -> None:
+    network, naps = mlp(), []
+
+    def nap(*_: object) -> None:
+        naps.append(0.02)
+        time.sleep(naps[-1])
+
+    first = Pass(name="first", visit=lambda model, batch: None, start=nap)
+    phase = make_phase(network, epochs=1, start=nap, watch=lambda: [Pass(name="watch", visit=nap)])
+    record = Engine(accelerator, ToyImages()).run(network, [first, phase])
+    assert len(naps) == 4
+    assert record.seconds > sum(naps)
 
 
 def test_bf16_stays_near_float32() -> None:
