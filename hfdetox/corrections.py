@@ -132,9 +132,10 @@ def norms_of(model: nn.Module) -> list[str]:
 
 def channels_of(module: nn.Module) -> int:
     """Return how many channels an affine norm has, 0 for any other module."""
-    weight = getattr(module, "weight", None)
-    # by name and shape: timm and transformers have their own LayerNorm2d, RMSNorm and BatchNormAct
-    normal = isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in type(module).__name__.lower()
+    weight, kind = getattr(module, "weight", None), type(module).__name__.lower()
+    # by name and shape: timm and transformers have their own LayerNorm2d, RMSNorm and BatchNormAct; ConvNeXt V2's
+    # global response normalisation rescales by what the whole image has, and is none of them
+    normal = isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in kind and "response" not in kind
     return weight.numel() if normal and isinstance(weight, nn.Parameter) else 0
 
 

@@ -128,7 +128,7 @@ def detoxify(
     forget_peak_memory(accelerator)
     record = train(classifier, method, pixels, accelerator, options, run=run, log_with=log_with, progress=progress)
     if any(entry.get("unchanged") == 1 for entry in record.history):
-        notes.warn(f"{method.name} found nothing suspicious and returns the model as it came")
+        notes.warn(f"{method.name} found nothing that it would change, and returns the model as it came")
     memory = peak_memory(accelerator)
     classifier.round_weights()
     after = evaluation.measure("after")

@@ -40,8 +40,10 @@ def best_bound(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the bounds u (C) whose min(z, u) has the histogram nearest to the wanted one, and how far they are.
 
-    Candidates are the bins' centres, and ∞ for the last, open bin; of equal ones the highest. A bound in bin b moves
-    all that lies above into b: Σ_{j<b} d(seen_j, wanted_j) + d(Σ_{j≥b} seen_j, wanted_b) + Σ_{j>b} d(0, wanted_j).
+    Candidates are the bins' centres, and ∞ for the last, open bin. Often several are equally near, for to gather what
+    lies beyond the reference leaves Σ|count| as it is; of these the lowest is taken, which bounds at all. A bound in
+    bin b moves all that lies above into b: Σ_{j<b} d(seen_j, wanted_j) + d(Σ_{j≥b} seen_j, wanted_b)
+    + Σ_{j>b} d(0, wanted_j).
 
     Args:
         seen: counts of z (C×B), and `wanted` of the reference, in the bins of `histograms`.
@@ -53,6 +55,6 @@ def best_bound(
     gathered = seen.flip(1).cumsum(1).flip(1)
     distance = below + apart(gathered, wanted) + above
     last = seen.shape[1] - 1
-    place = last - distance.flip(1).argmin(1)
+    place = distance.argmin(1)
     bound = torch.where(place == last, math.inf, low + (place.double() + 0.5) * width)
     return bound, distance.gather(1, place[:, None]).squeeze(1)

@@ -45,6 +45,11 @@ def head_layers(model: nn.Module) -> list[str]:
     return [prefix + name for name in names]
 
 
+def classes_of(model: nn.Module) -> int:
+    """Return how many classes the model tells apart: the outputs of its head; raises what `head_layers` raises."""
+    return _outputs(model.get_submodule(head_layers(model)[-1])) or 0
+
+
 def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Return the names of the Linear and Conv2d modules that the patterns select, in the model's order, each once.
 

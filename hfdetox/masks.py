@@ -201,7 +201,7 @@ class ThresholdSearch:
             threshold, kept = self.candidates[last]
             pruned, kept_right = int(kept.numel() - kept.sum()), right[last]
             self.masks.fold(self.network, kept)
-        return {"threshold": threshold, "pruned": pruned, "units": self.masks.count,
+        return {"threshold": threshold, "pruned": pruned, "unchanged": float(not pruned), "units": self.masks.count,
                 "held_out_accuracy_before": whole / images, "held_out_accuracy": kept_right / images}  # fmt: skip
 
 

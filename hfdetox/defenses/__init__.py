@@ -26,7 +26,10 @@ DEFENSES = _discover()
 
 @dataclass(frozen=True)
 class DefenseEntry:
-    """One entry of `hfdetox list defenses`; `parameters` maps each key to its default, the first preset is it."""
+    """One entry of `hfdetox list defenses`; `parameters` maps each key to its default, the first preset is it.
+
+    `words` has what a setting that is one of a few words may be.
+    """
 
     name: str
     summary: str
@@ -35,6 +38,7 @@ class DefenseEntry:
     cost: str
     presets: dict[str, dict[str, Any]]
     parameters: dict[str, Any]
+    words: dict[str, tuple[str, ...]]
 
 
 def available() -> dict[str, DefenseEntry]:
@@ -44,8 +48,10 @@ def available() -> dict[str, DefenseEntry]:
             name, config.summary, config.paper, config.data, config.cost,
             {preset: {k.rstrip("_"): v for k, v in values.items()} for preset, values in config.presets.items()},
             {f.name.rstrip("_"): f.default for f in fields(config)},
+            {key.rstrip("_"): typing.get_args(hint) for key, hint in typing.get_type_hints(config).items()
+             if typing.get_origin(hint) is typing.Literal},
         )
-        for name, config in DEFENSES.items()
+        for name, config in sorted(DEFENSES.items())
     }  # fmt: skip
 
 

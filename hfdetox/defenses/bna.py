@@ -11,9 +11,10 @@ norm by norm in the model's order, the earlier ones of f̃ already mapped, each 
     z' = min(σ_c (z − μ_t) / σ_t + μ_c, u)
 
 (μ_t, σ_t) are of T(X) in f̃; (μ_c, σ_c) and the reference histogram of X in f, as in the authors' code. u minimises the
-total variation Σ_bins |count_T − count_X|, bins of width 0.1 whose ends are open, over the centres of the bins and ∞
-(all of them are tried; the code takes ten steps on a soft histogram). `divergence` takes the code's alternatives to it,
-Jensen-Shannon's and Kullback-Leibler's, instead. LayerNorms are mapped alike, over images and tokens.
+total variation Σ_bins |count_T − count_X|, bins of width 0.1 whose ends are open, over the centres of the bins and ∞:
+all are tried, and of equal ones the lowest is taken (the code takes ten steps on a soft histogram). `divergence` takes
+the code's alternatives to it, Jensen-Shannon's and Kullback-Leibler's, instead. LayerNorms are mapped alike, over
+images and tokens.
 
 The history's entry `bna-detection` says how well the estimated trigger's images are told from clean ones, as the code
 counts it: `false_positive_rate`, the flagged share of clean images of t that f has right; `true_positive_rate`, that of
@@ -44,6 +45,7 @@ from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.nc import Inversion, NCConfig
 from hfdetox.errors import UsageError
 from hfdetox.histograms import DIVERGENCES, best_bound, histograms
+from hfdetox.layers import classes_of
 from hfdetox.network import Network
 from hfdetox.phases import Pass, Phase
 from hfdetox.triggers import Trigger, parse_trigger
@@ -61,8 +63,8 @@ class BNAConfig(DefenseConfig):
         trigger: a trigger file (or specification without commas) to correct for; empty searches one with NC.
         target: label index that `trigger` leads to; none takes the trigger's own. Without a trigger it is NC's to find.
         result: `route` asks f̃ for inputs that f gives to the target, as the paper does; the saved model is f, with
-            `correction.safetensors` beside it for hfdetox. `fold` multiplies the maps, but for the bounds, into the
-            norms' weights: an ordinary model that is f̃ for every input.
+            `correction.safetensors` beside it for hfdetox. `fold` multiplies the maps, fitted without bounds (which a
+            norm cannot hold), into the norms' weights: an ordinary model that is f̃ for every input.
         moments: off is an ablation: σ_c / σ_t = 1 and μ_t = μ_c, so that only the bound is left.
         bounds: off is an ablation: u = ∞.
         divergence: what u minimises: `total-variation`, or `js` or `kl` (of T(X) from X) as an ablation.
@@ -124,7 +126,11 @@ class BNAConfig(DefenseConfig):
         require_pixels(network, self.name)
         if self.trigger:
             trigger = parse_trigger(self.trigger)
-            return [*BNA(network, self, trigger=trigger, target=self._target(trigger)).passes()]
+            target = self._target(trigger)
+            count = classes_of(network.model)
+            if target >= count:
+                raise UsageError(f"bna: this model has the classes 0 to {count - 1}; the trigger's target is {target}")
+            return [*BNA(network, self, trigger=trigger, target=target).passes()]
         nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
         # all but the unlearning, which would train the weights
         search = nc.phases(network)[:2]
@@ -156,6 +162,7 @@ class BNA:
                  inversion: Inversion | None = None) -> None:  # fmt: skip
         self.network, self.config = network, config
         self.trigger, self.inversion = trigger, inversion
+        self.bounds = config.bounds and config.result == "route"
         self.norms = norms_of(network.model)
         if not self.norms:
             raise UsageError(f"bna: {type(network.model).__name__} has no norm with a scale a channel, whose output "
@@ -175,12 +182,12 @@ class BNA:
     def passes(self) -> list[Pass]:
         """Return the passes in their order."""
         passes = [self._pass("bna-moments", self._see_moments, self._keep_clean_moments, start=self.begin)]
-        if self.config.bounds:
+        if self.bounds:
             passes.append(self._pass("bna-histograms", self._see_histograms, self._keep_clean_histograms))
         for name in self.norms:
             if self.config.moments:
                 passes.append(self._of(name, "bna-map", self._see_moments, self._keep_map))
-            if self.config.bounds:
+            if self.bounds:
                 passes.append(self._of(name, "bna-bound", self._see_histograms, self._keep_bound))
         return [*passes, self._pass("bna-detection", self._see_detection, self._finish)]
 

@@ -127,7 +127,7 @@ class BNP:
                 parameter[chosen] = 0
             pruned += int(chosen.sum())
             channels += len(chosen)
-        return {"pruned": pruned, "channels": channels}
+        return {"pruned": pruned, "channels": channels, "unchanged": float(not pruned)}
 
 
 def divergence(shift: torch.Tensor, variance: torch.Tensor, running: torch.Tensor) -> torch.Tensor:

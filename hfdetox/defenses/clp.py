@@ -109,7 +109,7 @@ class CLP:
 
     def found(self, accelerator: Accelerator) -> dict[str, float]:
         """Return how many of how many `channels` were `pruned`, for the history."""
-        return {"pruned": self.pruned, "channels": self.channels}
+        return {"pruned": self.pruned, "channels": self.channels, "unchanged": float(not self.pruned)}
 
     def _chosen(self, bounds: torch.Tensor) -> torch.Tensor:
         chosen = outstanding(bounds, self.u)

@@ -31,7 +31,7 @@ from hfdetox.defenses._perturbed import PIXEL, OwnState, module_terms, require_p
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
-from hfdetox.layers import head_layers
+from hfdetox.layers import classes_of
 from hfdetox.network import Network
 from hfdetox.phases import Pass, Phase
 
@@ -97,8 +97,7 @@ class NCConfig(TuningConfig):
 
     def chosen_classes(self, model: nn.Module) -> list[int]:
         """Return the indices of the classes to look at; raises UsageError when there are too few, or no such."""
-        head = model.get_submodule(head_layers(model)[-1])
-        count = head.out_features if isinstance(head, nn.Linear) else head.get_parameter("weight").shape[0]
+        count = classes_of(model)
         chosen = [int(text) for text in self.classes] or list(range(count))
         if max(chosen) >= count:
             raise UsageError(f"nc: this model has the classes 0 to {count - 1}, and classes names {max(chosen)}")

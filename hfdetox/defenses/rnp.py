@@ -37,7 +37,8 @@ class RNPConfig(TuningConfig):
 
     `epochs` bounds the unlearning and is the length of the recovery; `learning_rate` is that of the masks, which have
     no weight decay and no gradient limit (`weight_decay` and `max_grad_norm` are the unlearning's). Both rates are
-    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then.
+    constant: the reference divides the unlearning's by 10 after 10 epochs, if it has not stopped by then. Its gradient
+    limit comes before the backward pass and limits nothing; here it does.
 
     Attributes:
         epoch_images: images of an epoch, drawn anew each time; the paper has 500 in all. In an epoch of more the ascent

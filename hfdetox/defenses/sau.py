@@ -57,7 +57,8 @@ class SAUConfig(TuningConfig):
     with there: perturbations that are not asked to be shared, and ce(f_θ(x+δ), y).
 
     Attributes:
-        learning_rate: of Adam, before the cosine schedule; 1e-5 for a ViT.
+        learning_rate: of Adam, before the cosine schedule (which the authors' code prepares and never steps); 1e-5 for
+            a ViT.
         momentum: Adam's β₁.
         weight_decay: added to Adam's gradient.
         augmentation: none, as in the authors' code.

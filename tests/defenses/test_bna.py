@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from hfdetox.corrections import (
@@ -16,6 +17,7 @@ from hfdetox.corrections import (
     Correction,
     UnitMap,
     channel_axis,
+    channels_of,
     flagged,
     load_correction,
     norms_of,
@@ -107,11 +109,14 @@ def test_what_lies_above_a_bound_counts_in_its_bin_for_every_divergence() -> Non
         torch.testing.assert_close(distance, torch.stack(tried).amin(0))
 
 
-def test_of_equal_bounds_the_highest_is_taken() -> None:
-    # nothing lies above the first bin: no bound changes anything
-    bound, variation = best_bound(doubles([[3, 0, 0]]), doubles([[2, 1, 0]]), 0.0, 0.1)
+def test_of_equal_bounds_the_lowest_is_taken() -> None:
+    # three lie beyond the reference: gathered in its last bin or left where they are, they are three too many
+    bound, variation = best_bound(doubles([[2, 1, 0, 3]]), doubles([[2, 1, 0, 0]]), 0.0, 0.1)
+    assert bound.tolist() == pytest.approx([0.15])
+    assert variation.tolist() == [3]
+    # the last bin is open: a bound there is none
+    bound, _ = best_bound(doubles([[2, 1, 3]]), doubles([[2, 1, 3]]), 0.0, 0.1)
     assert bound.tolist() == [math.inf]
-    assert variation.tolist() == [2]
 
 
 # --- where norms give their outputs ---
@@ -245,6 +250,32 @@ def test_without_moments_outputs_are_only_cut(accelerator: Accelerator, trigger:
     assert unit_map.shift.tolist() == [0] * 8
 
 
+def test_what_is_folded_is_what_was_fitted(accelerator: Accelerator, trigger: Path) -> None:
+    """A norm cannot hold a bound, so none may have had a part in the maps, nor in what the history says."""
+    folded, unbounded = conv(), conv()
+    record = fitted(folded, accelerator, trigger, result="fold")
+    fitted(unbounded, accelerator, trigger, bounds=False)
+    assert {row["phase"].split()[0] for row in record.history} == {"bna-moments", "bna-map", "bna-detection"}
+    assert folded.correction is None
+    correction, unbounded.correction = unbounded.correction, None
+    assert correction is not None
+    images = one_batch().images
+    with correction.applied(unbounded.model):
+        expected = unbounded(images)
+    torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_that_the_model_has_not_is_refused(trigger: Path) -> None:
+    with pytest.raises(UsageError, match=r"the classes 0 to \d+; the trigger's target is 99"):
+        BNAConfig(trigger=str(trigger), target=99).phases(conv())
+
+
+def test_a_response_normalisation_is_no_norm() -> None:
+    """Its output is N×H×W×C in some models and N×C×H×W in others, and it divides by what the whole image has."""
+    assert channels_of(GlobalResponseNorm(8)) == 0
+    assert channels_of(nn.BatchNorm2d(8)) == 8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -286,9 +317,10 @@ def test_routing_by_hand() -> None:
     assert found.flatten().tolist() == pytest.approx([1, -3, 3, 0], abs=1e-3)
 
 
-def test_it_resumes(accelerator: Accelerator, tmp_path: Path, trigger: Path) -> None:
-    config = BNAConfig(trigger=str(trigger), batch_size=20, result="fold")
-    assert_resumes(config, conv, accelerator, tmp_path, saves=5)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("result", "saves"), [("fold", 3), ("route", 5)])
+def test_it_resumes(result: Any, saves: int, accelerator: Accelerator, tmp_path: Path, trigger: Path) -> None:
+    config = BNAConfig(trigger=str(trigger), batch_size=20, result=result)
+    assert_resumes(config, conv, accelerator, tmp_path, saves=saves)  # type: ignore[arg-type]
 
 
 def test_folding_is_the_map_without_its_bound() -> None:
