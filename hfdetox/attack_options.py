@@ -24,6 +24,7 @@ from hfdetox.options import (
     option,
     parse_samples,
 )
+from hfdetox.suite_yaml import read_yaml
 
 on_attack = functools.partial(option, panel="Attack")
 on_start = functools.partial(option, panel="Start and suite")
@@ -157,6 +158,8 @@ class AttackOptions(DataOptions):
         if wrong:
             spelt = ", ".join("MODEL" if name == "model" else f"--{flag_of(name)}" for name in wrong)
             raise UsageError(f"--suite says itself what is built: leave out {spelt}")
+        if self.suite is not None:
+            read_yaml(self.suite)
         if self.output is None:
             raise UsageError("--suite builds a folder of models: name it with --output")
         names = ("output", "dataset", "jobs", "precision", "device")

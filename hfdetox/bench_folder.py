@@ -50,8 +50,8 @@ class Bench(CellFolder[Trial, BenchRow]):
     """The folder of a suite's trials, and the state of each.
 
     Raises:
-        UsageError: no dataset; a cell of a zoo is asked for and no zoo is named; a folder is there that another suite
-            or command made.
+        UsageError: no dataset; a dataset or model of this machine that is not there; a cell of a zoo is asked for and
+            no zoo is named; a folder is there that another suite or command made.
     """
 
     title = "bench"
@@ -63,6 +63,10 @@ class Bench(CellFolder[Trial, BenchRow]):
         if self.dataset is None:
             raise UsageError(f"{suite.file} names no dataset: add one to it, or give --dataset")
         self.cells = {trial.name: trial for trial in trials_of(suite)}
+        _check_there("dataset", self.dataset)
+        for trial in self.cells.values():
+            if isinstance(trial.subject.source, SubjectEntry):
+                _check_there(f"subject {trial.subject.name}: model", self.model(trial))
         if place.zoo is None and any(not isinstance(t.subject.source, SubjectEntry) for t in self.cells.values()):
             raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack --suite "
                              f"{suite.file} --output ZOO builds it)")  # fmt: skip
@@ -108,8 +112,12 @@ class Bench(CellFolder[Trial, BenchRow]):
         Hub; `triggers` are those of its trigger files and pictures; `dataset_files` is one over the names and sizes of
         a folder's files, None for a dataset of the Hub.
         """
+        source = self._sources[trial.subject.name]
+        # a defence may be given a trigger file too
+        own = [text for key, text in trial.entry.settings.items() if key == "trigger"]
+        triggers = source["triggers"] + [sha256_file(file) for file in given_files(own)]
         return {"schema_version": 1, "command": portable(self.command(trial)), "dataset_files": self._dataset_files,
-                **self._sources[trial.subject.name]}  # fmt: skip
+                "model_weights": source["model_weights"], "triggers": triggers}  # fmt: skip
 
     def extras(self, trial: Trial) -> dict[str, Any]:
         """Return how a trial is run, and why it failed before: it stays failed in the tables until it is done."""
@@ -216,6 +224,12 @@ class Bench(CellFolder[Trial, BenchRow]):
                 continue
             flag = "dataset-revision" if option.name == "revision" else option.name.replace("_", "-")
             yield from (f"--{flag}", str(value))
+
+
+def _check_there(what: str, name: str) -> None:
+    """Raise UsageError for a path that is not there; another name may be one of the Hub."""
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise UsageError(f"{what} {name}: no such folder")
 
 
 def _fingerprint(folder: Path) -> str | None:

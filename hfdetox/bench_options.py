@@ -10,6 +10,7 @@ import typer
 
 from hfdetox.errors import UsageError
 from hfdetox.options import ScreenOptions, on_hub, on_images, on_run
+from hfdetox.suite_yaml import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,14 @@ class BenchOptions(ScreenOptions):
     ] = False
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of `run_bench`; UsageError without a suite."""
+        """Return the keyword arguments of `run_bench`; UsageError without a suite that can be read."""
         if self.suite is None:
             raise UsageError("SUITE is missing: name a suite file (see hfdetox bench --help)")
+        # what is wrong with these is said before the libraries are loaded
+        read_yaml(self.suite)
         names = ("zoo", "dataset", "jobs", "precision", "device", "keep_models")
         place = self.output if self.output is not None else Path(f"{self.suite.stem}-bench")
+        for path in (place, *place.parents):
+            if path.is_file():
+                raise UsageError(f"--output {place}: {path} is a file; name a folder for the bench")
         return {"file": self.suite, "output": place, **{name: getattr(self, name) for name in names}}

@@ -68,8 +68,9 @@ class CellRunner(Generic[CellT, RowT]):
         except UsageError as error:
             log.close()
             return self._end(cell, self.folder.failed(cell, str(error)))
-        if row.status not in _OPEN:
-            # another run has finished it
+        failed_there = cell.name in self.elsewhere and row.status == "failed" != self.folder.rows[cell.name].status
+        if row.status not in _OPEN or failed_there:
+            # another run has finished it, or has seen it fail since this one began
             log.close()
             return self._end(cell, row)
         self.waiting.remove(cell)

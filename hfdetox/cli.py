@@ -157,10 +157,11 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
         standard_output(options) as out,
     ):
         prepare_screen(options)
+        arguments = options.arguments()
         check_torchvision()
         from hfdetox.bench import run_bench
 
-        outcome = run_bench(**options.arguments(), progress=shows_progress(options))
+        outcome = run_bench(**arguments, progress=shows_progress(options))
         lines = [outcome.table(), outcome.summary(), f"tables and pictures: {outcome.folder}{os.sep}"]
         out.show(outcome.document(), lines)
         raise typer.Exit(outcome.exit_status)
@@ -227,8 +228,7 @@ def list_entries(
         for entry in defenses.available().values():
             presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
             needs = f"needs {entry.data}; cost, relative to plain fine-tuning: {entry.cost}"
-            say(f"{entry.name}: {entry.summary} ({entry.paper})", needs, presets,
-                screen.settings_table(entry.parameters))  # fmt: skip
+            say(f"{entry.name}: {entry.summary} ({entry.paper})", needs, presets, screen.defense_table(entry))
 
 
 def list_attacks() -> None:

@@ -23,6 +23,7 @@ from hfdetox.report import (
 from hfdetox.verdict import describe_visibility, percent, trigger_verdicts
 
 if TYPE_CHECKING:
+    from hfdetox.defenses import DefenseEntry
     from hfdetox.triggers import TriggerEntry
 
 
@@ -132,7 +133,7 @@ def settings_table(parameters: Mapping[str, Any]) -> Table:
     table.add_column("setting", no_wrap=True)
     table.add_column("default")
     for name, default in parameters.items():
-        table.add_row(Text(name), Text("-" if default in (None, "") else _plain(default)))
+        table.add_row(Text(name), Text("-" if default in (None, "", ()) else _plain(default)))
     return table
 
 
@@ -142,12 +143,20 @@ def trigger_table(trigger: TriggerEntry) -> Table:
         name: f"none; {name}=FILE.png gives one" if kind == "picture" else "kept in the trigger file"
         for name, kind in trigger.arrays.items()
     }
-    choices = {
-        name: f"{trigger.parameters[name]} (or {', '.join(word for word in words if word != trigger.parameters[name])})"
-        for name, words in trigger.words.items()
-    }
     truths = {name: str(value).lower() for name, value in trigger.parameters.items() if isinstance(value, bool)}
-    return settings_table(trigger.parameters | choices | truths | held)
+    return settings_table(trigger.parameters | _choices(trigger) | truths | held)
+
+
+def defense_table(defense: DefenseEntry) -> Table:
+    """Return the settings of a defence with their defaults, and the other words that one may be."""
+    return settings_table(defense.parameters | _choices(defense))
+
+
+def _choices(entry: TriggerEntry | DefenseEntry) -> dict[str, str]:
+    return {
+        name: f"{entry.parameters[name]} (or {', '.join(word for word in words if word != entry.parameters[name])})"
+        for name, words in entry.words.items()
+    }
 
 
 def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:

@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hfdetox.attack_run import NONE
-from hfdetox.errors import UsageError
 from hfdetox.starts import ARCHITECTURE
+from hfdetox.suite_yaml import SuiteError
 from hfdetox.triggers.base import ALL_TO_ALL
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,39}")
 _LONGEST = 24  # letters kept of a text that cannot be a folder's name as it is
-
-
-class SuiteError(UsageError):
-    """A suite file that cannot be read or asks for what there is not; the message names the file and the key."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,10 @@ bench:                                  # models × defences × clean images × 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
-
-import yaml
 
 from hfdetox.attack_run import NONE
 from hfdetox.defenses import parse_defense
@@ -37,9 +35,9 @@ from hfdetox.suite import (
     ModelEntry,
     SubjectEntry,
     Suite,
-    SuiteError,
     TriggerEntry,
 )
+from hfdetox.suite_yaml import SuiteError, read_yaml
 from hfdetox.triggers import parse_triggers
 
 _SHOWN = 60  # letters of a wrong value that a message shows
@@ -56,7 +54,7 @@ def load_suite(file: Path) -> Suite:
             or names a model, trigger or defence that there is not; or two of its cells are the same.
     """
     known = {f.name for f in fields(Suite)} - {"file"}
-    content = _fields(f"{file}: the suite", _read(file), known)
+    content = _fields(f"{file}: the suite", read_yaml(file), known)
     # a bench of models that are there needs neither
     for key in ("models", "grids") if "subjects" not in content or "grids" in content else ():
         if key not in content:
@@ -92,37 +90,10 @@ def load_suite(file: Path) -> Suite:
         bench=tuple(_list(f"{where}bench", content["bench"], bench)) if "bench" in content else (),
     )
     suite.cells()
+    if suite.dataset.samples is not None and not suite.grids:
+        raise SuiteError(f"{where}dataset.samples is for the attacks of grids, and there are none; the clean images of "
+                         "a defence are `samples` under bench")  # fmt: skip
     return suite
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types; a key that is there twice is refused, where YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            mark = (key.tag, str(key.value))
-            if mark in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is there twice", key.start_mark
-                )
-            seen.add(mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read(file: Path) -> Any:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{file}: the suite cannot be read ({error}); give a YAML file") from error
-    try:
-        # a SafeLoader with one more check
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise SuiteError(f"{file}: the suite is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        raise SuiteError(f"{file}: the suite is empty; it needs models and grids")
-    return content
 
 
 def _fields(where: str, value: Any, known: set[str], *, needed: Sequence[str] = ()) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hfdetox.suite import BenchEntry, Cell, DefenseEntry, SubjectEntry, Suite, SuiteError, folder_part
+from hfdetox.suite import BenchEntry, Cell, DefenseEntry, SubjectEntry, Suite, folder_part
+from hfdetox.suite_yaml import SuiteError
 
 # what a bench has in its folder besides the runs
 _TAKEN = frozenset({"bench.json", "bench.md", "bench.csv", "plots"})
@@ -64,15 +65,20 @@ def trials_of(suite: Suite) -> list[Trial]:
         BenchEntry(defenses=tuple(suite.defenses), grid=grid) for grid in suite.grids if suite.defenses
     )
     found: dict[str, Trial] = {}
+    subjects: dict[str, Subject] = {}
     for number, entry in enumerate(entries):
         for trial in _trials_of(suite, entry, clean=bool(suite.bench)):
             # some file systems do not tell upper from lower case
+            folder = subjects.setdefault(trial.subject.name.casefold(), trial.subject)
+            if folder != trial.subject:
+                raise SuiteError(f"{suite.file}: bench[{number}]: {trial.subject.name} is the folder of two models; "
+                                 "rename a model, a trigger or a subject")  # fmt: skip
             earlier = found.setdefault(trial.name.casefold(), trial)
             if earlier != trial:
                 raise SuiteError(f"{suite.file}: bench[{number}]: {trial.name} and another run would share one folder; "
                                  "rename a model, a trigger or a defense")  # fmt: skip
     if not found:
-        raise SuiteError(f"{suite.file} asks for no bench: give it defenses, and grids or a bench")
+        raise SuiteError(f"{suite.file} asks for no bench: give it `bench`, or defenses and grids")
     return list(found.values())
 
 

@@ -15,7 +15,8 @@ from hfdetox.checksums import sha256_file
 from hfdetox.errors import UsageError
 from hfdetox.report import ATTACK_REPORT_NAME
 from hfdetox.sharpness import parse_adaptive
-from hfdetox.suite import Cell, Suite, SuiteError
+from hfdetox.suite import Cell, Suite
+from hfdetox.suite_yaml import SuiteError
 from hfdetox.triggers import KINDS, parse_triggers
 from hfdetox.zoo_table import Row, SuiteOutcome, row_of
 

@@ -21,6 +21,7 @@ from hfdetox.cell_runner import CellRunner
 from hfdetox.errors import UsageError
 from hfdetox.report import Report
 from hfdetox.suite_file import load_suite
+from hfdetox.triggers import parse_trigger
 from hfdetox.zoo import run_suite
 from tests.colours import write_colours
 
@@ -238,12 +239,53 @@ def wait_for(condition, seconds=180):
         ({"zoo": None}, "tries models of a zoo: name its folder with --zoo"),
         ({"dataset": None}, "names no dataset: add one to it, or give --dataset"),
         ({"jobs": 0}, "--jobs must be at least 1, got 0"),
+        ({"dataset": "./nowhere"}, "dataset ./nowhere: no such folder"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(tmp_path, zoo, changes, message):
     with pytest.raises(UsageError, match=message):
         run_bench(write(tmp_path, SUITE), **{"output": tmp_path / "out", "zoo": zoo[0], "dataset": "x", **changes})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_this_machine_must_be_there(tmp_path):
+    text = "dataset: org/i\nsubjects: {x: ./no/model}\nbench: [{subjects: [x], defenses: [ft]}]"
+    with pytest.raises(UsageError, match=r"subject x: model \./no/model: no such folder"):
+        run_bench(write(tmp_path, text), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_that_another_run_saw_fail_is_not_run_again(ran, zoo, tmp_path):
+    """It waited for the other run's lock; what had failed before this run began is tried again."""
+    file, _, _ = ran
+    place = BenchPlace(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place.output.mkdir()
+    bench = Bench(load_suite(file), place)
+    cell = bench.cells[BROKEN]
+    runner = CellRunner(bench, 1, progress=False)
+    with bench.claim(cell):
+        assert not runner._advance(cell)
+    bench.remember(cell, "boom after three hours")
+    assert runner._advance(cell)
+    assert (bench.rows[BROKEN].status, bench.rows[BROKEN].reason) == ("failed", "boom after three hours")
+    assert runner.running == {}
+    assert bench.rows[BROKEN].name in {c.name for c in CellRunner(bench, 1, progress=False).waiting}
+
+
+def test_a_trial_given_another_trigger_file_is_another(tmp_path):
+    trigger = tmp_path / "mine.safetensors"
+    text = (
+        "dataset: org/i\nsubjects: {x: org/x}\ndefenses: {known: {defense: bna, settings: {trigger: " + str(trigger)
+        + "}}}\nbench: [{subjects: [x], defenses: [known]}]"
+    )  # fmt: skip
+    records = []
+    for size in (2, 3):
+        parse_trigger(f"badnets:size={size}").save(trigger)
+        bench = Bench(load_suite(write(tmp_path, text)), BenchPlace(output=tmp_path / "out"))
+        records += [bench.recorded(trial) for trial in bench.cells.values()]
+    assert records[0]["command"] == records[1]["command"]
+    assert len(records[0]["triggers"]) == 1
+    assert records[0]["triggers"] != records[1]["triggers"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, zoo):

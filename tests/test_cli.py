@@ -84,6 +84,29 @@ def probe(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        (["bench", "suite.yaml"], "a: [", "suite.yaml: the suite is not valid YAML"),
+        (["bench", "suite.yaml"], "", "suite.yaml: the suite is empty; it needs models and grids, or subjects"),
+        (["bench", "suite.yaml", "--output", "suite.yaml"], "a: 1", "--output suite.yaml: suite.yaml is a file"),
+        (["bench", "suite.yaml", "--output", "suite.yaml/x"], "a: 1", "suite.yaml is a file; name a folder"),
+        (["attack", "--suite", "suite.yaml", "--output", "zoo"], "a: [", "suite.yaml: the suite is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_suite_is_refused_before_the_libraries_load(
+    command: list[str], text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("suite.yaml").write_text(text)
+    process = probe(*command)
+    assert process.returncode == 2
+    assert process.stderr.startswith("hfdetox: error: ")
+    assert said in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
+
+
 @pytest.mark.parametrize(("arguments", "said"), USAGE_ERRORS.values(), ids=USAGE_ERRORS)
 def test_usage_error_is_one_line_and_status_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hfdetox.defenses import DEFENSES, parse_defense
-from hfdetox.suite import DatasetEntry, DefenseEntry, ModelEntry, SuiteError, TriggerEntry, folder_part
+from hfdetox.suite import DatasetEntry, DefenseEntry, ModelEntry, TriggerEntry, folder_part
 from hfdetox.suite_file import load_suite
+from hfdetox.suite_yaml import SuiteError
 from hfdetox.trials import trials_of
 from tests.conftest import REPOSITORY
 
@@ -213,6 +214,8 @@ BAD = [
      r"bench\[0\]\.samples\[0\] must be above 0 and at most 1"),
     (SMALLEST + "subjects: {x: {triggers: [badnets]}}", r"subjects\.x: model is missing"),
     (SMALLEST + "subjects: {x: {model: org/x, triggers: [smile]}}", r"subjects\.x\.triggers: .*smile"),
+    ("dataset: {id: org/i, samples: 500}\nsubjects: {x: org/x}\nbench: [{subjects: [x], defenses: [d3]}]",
+     r"dataset\.samples is for the attacks of grids, and there are none; .* are `samples` under bench"),
     (SMALLEST + "defenses: {x: {name: d3}}", r"defenses\.x: unknown key 'name'; known: defense, settings"),
     (
         "models: {m: a}\ngrids: [{models: [m], triggers: [badnets]}, {models: [m], triggers: [badnets, sig]}]",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hfdetox.suite import DefenseEntry, SubjectEntry, SuiteError
+from hfdetox.suite import DefenseEntry, SubjectEntry
 from hfdetox.suite_file import load_suite
+from hfdetox.suite_yaml import SuiteError
 from hfdetox.trials import trials_of
 
 ZOO = """
@@ -78,10 +79,20 @@ def test_a_trial_asked_for_twice_is_one(trials):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ZOO, "asks for no bench: give it defenses, and grids or a bench"),
+        (ZOO, "asks for no bench: give it `bench`, or defenses and grids"),
         (ZOO + "defenses: {A: ft, a: fst}", "a-s0 and another run would share one folder"),
         ("subjects: {a: org/a}", "asks for no bench"),
         ("subjects: {plots: org/a}\nbench: [{subjects: [plots], defenses: [ft]}]", "subjects.plots: the name is that"),
+        (
+            'subjects: {"a:b": org/x, a_b: org/y}\nbench: [{subjects: ["a:b"], defenses: [ft]}, {subjects: [a_b], '
+            "defenses: [d3]}]",
+            r"bench\[1\]: a_b is the folder of two models; rename a model, a trigger or a subject",
+        ),
+        (
+            ZOO + "subjects: {m-badnets-0.1-s0: org/x}\nbench: [{models: [m], triggers: [badnets], defenses: [ft]}, "
+            "{subjects: [m-badnets-0.1-s0], defenses: [d3]}]",
+            "m-badnets-0.1-s0 is the folder of two models",
+        ),
         (ZOO + "subjects: {m: org/a}\nbench: [{subjects: [m], defenses: [ft]}]", "subjects.m: the name is that of a"),
     ],
 )

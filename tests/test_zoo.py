@@ -14,8 +14,8 @@ import pytest
 
 from hfdetox.cell_runner import CellRunner
 from hfdetox.errors import UsageError
-from hfdetox.suite import SuiteError
 from hfdetox.suite_file import load_suite
+from hfdetox.suite_yaml import SuiteError
 from hfdetox.zoo import run_suite
 from hfdetox.zoo_folder import Place, Zoo
 from hfdetox.zoo_table import SuiteOutcome, row_of

@@ -16,7 +16,7 @@ from PIL import Image
 
 from hfdetox.cell_runner import CellRunner, interruption
 from hfdetox.errors import UsageError
-from hfdetox.suite import SuiteError
+from hfdetox.suite_yaml import SuiteError
 from hfdetox.triggers import parse_trigger
 from hfdetox.zoo_folder import Zoo
 from hfdetox.zoo_table import row_of
