@@ -38,7 +38,7 @@ def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str
     suite = load_suite(file)
     try:
         bench = Bench(suite, place)
-        check_place(output, suite.file.name, {name.split("/")[0] for name in bench.cells})
+        check_place(output, suite.file.name, bench.cells)
         output.mkdir(parents=True, exist_ok=True)
         bench.tidy_done()
         bench.write()

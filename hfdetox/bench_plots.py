@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfdetox.bench_scores import Line, results
+from hfdetox.bench_scores import BEFORE, Line, averages, results
 from hfdetox.bench_table import PLOTS, BenchOutcome
 from hfdetox.errors import RunError
 from hfdetox.markdown import one_line
@@ -30,20 +30,19 @@ def draw_bench(outcome: BenchOutcome) -> list[str]:
     """
     written = []
     attacked = [row for row in outcome.rows if not row.clean]
-    lines = [line for line in results(attacked) if line.defense != "before"]
-    came = [line for line in results(attacked) if line.defense == "before"]
     folder = outcome.folder / PLOTS
-    for model in dict.fromkeys(line.model for line in lines):
-        own, before = ([line for line in some if line.model == model] for some in (lines, came))
+    for model in dict.fromkeys(row.model for row in attacked):
+        rows = [row for row in attacked if row.model == model]
+        lines, means = results(rows), averages(rows)
         for kind, draw in (("heatmap", draw_heatmap), ("scatter", draw_scatter)):
             with house_style():
-                figure = draw(own, before)
+                figure = draw(lines, means)
                 if figure is None:
                     continue
                 path = folder / f"{kind}-{folder_part(model)}.png"
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    fresh = path.with_name(f".{path.name}")
+                    fresh = path.with_name(f".{path.name}.{os.getpid()}")
                     figure.savefig(fresh, dpi=DPI, format="png")
                     os.replace(fresh, path)
                 except OSError as error:
@@ -52,66 +51,88 @@ def draw_bench(outcome: BenchOutcome) -> list[str]:
     return written
 
 
-def draw_heatmap(lines: Sequence[Line], before: Sequence[Line]) -> Figure | None:
+def draw_heatmap(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | None:
     """Return a map of attack success after each defence (rows) on each attack (columns), in percent.
 
-    What failed, was not run or was not asked for is grey and says so. None while nothing is done.
+    What failed, was not run or was not asked for is grey and says so; the last column is the average over all attacks,
+    where there is one. A star marks numbers of a part of the seeds. None while nothing is done.
     """
     import matplotlib.pyplot as plt
 
     found = {(line.defense, line.attacks[0]): line for line in lines}
-    if not any("attack_success" in line.scores for line in lines):
+    if not any("attack_success" in line.scores for line in lines if line.defense != BEFORE):
         return None
-    came = {line.attacks[0]: line for line in before if "attack_success" in line.scores}
     defenses, attacks = (list(dict.fromkeys(keys)) for keys in zip(*found, strict=True))
-    rows = [("no defence", came), *((name, {a: found[name, a] for a in attacks if (name, a) in found})
-                                    for name in defenses)]  # fmt: skip
-    values = np.array([[_percent(of.get(attack), "attack_success") for attack in attacks] for _, of in rows])
-    height = 0.9 + 0.27 * len(rows) + 0.6
-    figure, axes = plt.subplots(figsize=(max(WIDTH, 1.8 + 0.42 * len(attacks)), height), layout="constrained")
+    names = [BEFORE] * (BEFORE in defenses) + [name for name in defenses if name != BEFORE]
+    several = len(attacks) > 1
+    means = {line.defense: line for line in averages if len(line.attacks) == len(attacks)}
+    cells = [[found.get((name, attack)) for attack in attacks] + [means.get(name)] * several for name in names]
+    values = np.array([[_percent(line, "attack_success") for line in row] for row in cells])
+    height = 0.9 + 0.27 * len(names) + 0.6
+    figure, axes = plt.subplots(figsize=(max(WIDTH, 1.8 + 0.42 * values.shape[1]), height), layout="constrained")
     colours = plt.get_cmap("YlOrRd").with_extremes(bad=MISSING)
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=100, aspect="auto")
-    for y, (_, of) in enumerate(rows):
-        for x, attack in enumerate(attacks):
-            text = f"{values[y, x]:.1f}" if np.isfinite(values[y, x]) else _absent(of.get(attack))
-            axes.text(x, y, text, ha="center", va="center", fontsize=7,
-                      color="white" if values[y, x] > 78 else INK)  # fmt: skip
-    axes.set_xticks(range(len(attacks)), [_short(name) for name in attacks], rotation=25, ha="right")
-    axes.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
+    for (y, x), value in np.ndenumerate(values):
+        line = cells[y][x]
+        star = "*" * (line is not None and line.seeds < line.asked)
+        text = f"{value:.1f}{star}" if np.isfinite(value) else _absent(line)
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 60 else INK)
+    columns = [*map(_short, attacks), *["mean"] * several]
+    axes.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
+    axes.set_yticks(range(len(names)), ["no defence" if name == BEFORE else _short(name) for name in names])
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    axes.set_title(f"Attack success rate after each defence, {_short(lines[0].model)} (%)")
+    if several:
+        axes.axvline(len(attacks) - 0.5, color="white", linewidth=2)
+    axes.set_title(f"Attack success rate after each defence, {_short(lines[0].model)} (%; * not all seeds)")
     figure.colorbar(image, ax=axes, shrink=0.8, label="ASR (%)")
     return figure
 
 
-def draw_scatter(lines: Sequence[Line], before: Sequence[Line]) -> Figure | None:
+def draw_scatter(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | None:
     """Return attack success after each defence against the accuracy it cost: a point an attack, a mark for the mean.
 
-    None while nothing is done.
+    All means are over the same attacks: the ones that most defences have finished, of such sets the largest. A defence
+    without all of them has no mark, and the legend says so. None while nothing is done.
     """
     import matplotlib.pyplot as plt
 
-    came = {line.attacks[0]: line.scores["accuracy"].mean for line in before if "accuracy" in line.scores}
-    done = [line for line in lines if "attack_success" in line.scores and line.attacks[0] in came]
-    if not done:
+    of_set: dict[tuple[str, ...], dict[str, Line]] = {}
+    for line in (*lines, *averages):
+        if line.defense != BEFORE and "attack_success" in line.scores:
+            of_set.setdefault(tuple(sorted(line.attacks)), {})[line.defense] = line
+    if not of_set:
         return None
-    names = list(dict.fromkeys(line.defense for line in done))
+    attacks = max(of_set, key=lambda attacks: (len(attacks) > 1, len(of_set[attacks]), len(attacks)))
+    shown = [line for line in lines if line.attacks[0] in attacks and line.defense != BEFORE]
+    names = list(dict.fromkeys(line.defense for line in shown))
     figure, axes = plt.subplots(figsize=(WIDTH, max(4.4, 0.16 * len(names) + 0.8)), layout="constrained")
-    colours = plt.get_cmap("tab20")
-    markers = "osD^vP*X<>hp"
+    colours = plt.get_cmap("tab10")
+    markers = "osD^vP*X<>h"
     for number, name in enumerate(names):
-        own = [line for line in done if line.defense == name]
-        losses = [100 * (came[line.attacks[0]] - line.scores["accuracy"].mean) for line in own]
-        successes = [100 * line.scores["attack_success"].mean for line in own]
-        style: dict[str, Any] = {"color": colours(number % 20), "marker": markers[number % len(markers)]}
-        axes.scatter(losses, successes, s=9, alpha=0.45, linewidths=0, **style)
-        axes.scatter(np.mean(losses), np.mean(successes), s=55, edgecolors="white", linewidths=0.6, zorder=3,
-                     label=f"{_short(name)} ({len(own)})", **style)  # fmt: skip
+        # 10 colours and 11 markers: no pair comes twice among 110 defences
+        style: dict[str, Any] = {"color": colours(number % 10), "marker": markers[number % len(markers)]}
+        points = [line for line in shown if line.defense == name and "attack_success" in line.scores]
+        axes.scatter(*_place(points), s=9, alpha=0.45, linewidths=0, **style)
+        mean = of_set[attacks].get(name)
+        label = _short(name) if mean is not None else f"{_short(name)}: {_why(shown, name)}"
+        axes.scatter(*_place([mean] if mean is not None else []), s=55, edgecolors="white", linewidths=0.6, zorder=3,
+                     label=label, **style)  # fmt: skip
     _frame(axes)
-    axes.set_title(f"What each defence takes off and what it costs, {_short(done[0].model)}")
-    axes.legend(title="mean of (attacks)", loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
+    axes.set_title(f"What each defence takes off and what it costs, {_short(lines[0].model)}")
+    over = f"mean over {len(attacks)} attacks" if len(attacks) > 1 else _short(attacks[0])
+    axes.legend(title=over, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
     return figure
+
+
+def _place(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
+    """Return the accuracies lost, and the attack success rates, in percent."""
+    return [_percent(line, "accuracy_lost") for line in lines], [_percent(line, "attack_success") for line in lines]
+
+
+def _why(lines: Sequence[Line], name: str) -> str:
+    """Return why a defence has no mean."""
+    return "failed" if any("failed" in (line.missing or "") for line in lines if line.defense == name) else "incomplete"
 
 
 def _frame(axes: Axes) -> None:

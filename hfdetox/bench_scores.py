@@ -16,10 +16,13 @@ from hfdetox.verdict import percent
 if TYPE_CHECKING:
     from hfdetox.bench_table import BenchRow
 
+BEFORE = "before"  # the line of a model as it came
 FINE_TUNING = "ft"  # the suite's name of the defence that costs are relative to
+# what a narrow terminal has room for
+NARROW = ("defence", "seeds", "ACC", "ASR", "DER", "× ft")
 HEADINGS = ("defence", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
-_RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
-_BEFORE = ("accuracy", "attack_success", "robust_accuracy", "worst_class", "spread")
+RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
+_RATES_BEFORE = ("accuracy", "attack_success", "robust_accuracy", "worst_class", "spread")
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Line:
         defense: the suite's name of the defence; `before` is the model as it came.
         seeds: how many seeds the numbers are of, each run on all of the attacks.
         asked: how many seeds the suite asks for.
-        scores: by rate, empty while a trial is missing.
+        scores: by rate, and `accuracy_lost` from before to after; empty while a trial is missing.
         seconds: mean.
-        cost: seconds as a multiple of plain fine-tuning's, None where that was not run.
+        cost: seconds as a multiple of plain fine-tuning's, the median over attacks; None where that was not run.
         peak_memory: most bytes of any trial.
         missing: why there are no numbers, such as `1 failed, 2 not run`.
     """
@@ -77,7 +80,7 @@ class Line:
         if self.missing is not None:
             return [self.defense, self._seeds(), self.missing, *["–"] * (len(HEADINGS) - 3)]
         rest = [_number(self.seconds, ",.0f"), _number(self.cost, ".1f"), _memory(self.peak_memory)]
-        return [self.defense, self._seeds(), *map(self._rate, _RATES), *rest]
+        return [self.defense, self._seeds(), *map(self._rate, RATES), *rest]
 
     def _seeds(self) -> str:
         if not self.asked:
@@ -142,17 +145,20 @@ def averages(rows: Sequence[BenchRow]) -> list[Line]:
 
 
 def _before(groups: Sequence[Sequence[BenchRow]]) -> list[Line]:
-    """Return the line of the models as they came, one group of trials each; none until each has a finished trial."""
-    done = [next((row for row in group if row.status == "done"), None) for group in groups]
-    if any(row is None for row in done):
+    """Return the line of the models as they came, one group of trials each; none until each has a finished trial.
+
+    Where the images that are measured hang on the seed, these are means over all seeds that were run.
+    """
+    # of a seed's trials any: they measured the same model on the same images
+    done = [list({row.seed: row for row in group if row.status == "done"}.values()) for group in groups]
+    if not all(done):
         return []
-    rows = [row for row in done if row is not None]
     scores = {}
-    for key in _BEFORE:
-        values = [getattr(row, f"{key}_before") for row in rows]
-        if None not in values:
-            scores[key] = Score(float(np.mean(values)), None)
-    return [Line(rows[0].model, tuple(row.attack for row in rows), "before", 0, 0, scores)]
+    for key in _RATES_BEFORE:
+        values = [[getattr(row, f"{key}_before") for row in rows] for rows in done]
+        if not any(value is None for of_model in values for value in of_model):
+            scores[key] = Score(float(np.mean([np.mean(of_model) for of_model in values])), None)
+    return [Line(done[0][0].model, tuple(rows[0].attack for rows in done), BEFORE, 0, 0, scores)]
 
 
 def _line(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) -> Line:
@@ -171,18 +177,22 @@ def _line(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) ->
         return Line(*place, missing=missing or "not the same seeds")
     rows = [row for seed in whole for row in of_seed[seed]]
     scores = {}
-    for key in _RATES:
+    for key in (*RATES, "accuracy_lost"):
         # the average over attacks is formed seed by seed: what is left to vary is the seed
-        values = [[getattr(row, key) for row in of_seed[seed]] for seed in whole]
-        if not any(value is None for one in values for value in one):
-            scores[key] = score([float(np.mean(one)) for one in values])
+        values = [[_value(row, key) for row in of_seed[seed]] for seed in whole]
+        known = [[value for value in one if value is not None] for one in values]
+        if known == values:
+            scores[key] = score([float(np.mean(one)) for one in known])
     memory = [row.peak_memory for row in rows if row.peak_memory is not None]
     done = [[row for row in group if row.seed in whole] for group in groups]
     return Line(*place, scores, _mean(row.seconds for row in rows), _cost(done, all_rows), max(memory, default=None))
 
 
 def _cost(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) -> float | None:
-    """Return a defence's seconds over those of plain fine-tuning on the same model and images, the mean over models."""
+    """Return a defence's seconds over those of plain fine-tuning on the same model and images: the median over models.
+
+    Trials that share a machine slow each other down, some of them by far.
+    """
     ratios = []
     for group in groups:
         first = group[0]
@@ -194,7 +204,14 @@ def _cost(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) ->
         if not of_tuning or own is None:
             return None
         ratios.append(own / of_tuning)
-    return float(np.mean(ratios))
+    return float(np.median(ratios))
+
+
+def _value(row: BenchRow, key: str) -> float | None:
+    if key != "accuracy_lost":
+        value: float | None = getattr(row, key)
+        return value
+    return None if row.accuracy is None or row.accuracy_before is None else row.accuracy_before - row.accuracy
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

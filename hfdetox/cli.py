@@ -162,8 +162,10 @@ def bench(context: typer.Context, options: BenchOptions) -> None:
         from hfdetox.bench import run_bench
 
         outcome = run_bench(**arguments, progress=shows_progress(options))
-        lines = [outcome.table(), outcome.summary(), f"tables and pictures: {outcome.folder}{os.sep}"]
-        out.show(outcome.document(), lines)
+        folder = f"{outcome.folder}{os.sep}"
+        out.show(outcome.document(), [outcome.tables(), outcome.summary(), f"tables, settings, pictures: {folder}"])
+        if options.quiet and (problems := outcome.problems()) is not None:
+            complain(problems)
         raise typer.Exit(outcome.exit_status)
 
 

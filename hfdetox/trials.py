@@ -9,7 +9,7 @@ from hfdetox.suite import BenchEntry, Cell, DefenseEntry, SubjectEntry, Suite, f
 from hfdetox.suite_yaml import SuiteError
 
 # what a bench has in its folder besides the runs
-_TAKEN = frozenset({"bench.json", "bench.md", "bench.csv", "plots"})
+_TAKEN = frozenset({"bench.json", "bench.md", "bench.csv", "trials.csv", "plots"})
 SHARE = 0.05  # of the split, the clean images that a trial's name does not say
 
 

@@ -297,7 +297,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, zoo):
 
 def test_the_commands_of_models_of_the_hub(tmp_path):
     text = """
-dataset: {id: org/pictures, revision: abc, image_column: img, samples: 9, eval_samples: 100}
+dataset: {id: org/pictures, revision: abc, image_column: img, eval_samples: 100}
 subjects: {hub: {model: org/there, triggers: ["badnets:size=2"], target: cat, revision: v1}}
 bench: [{subjects: [hub], defenses: [{}], samples: [500], seeds: [3]}]
 """.replace("{}", "'d3:code'")

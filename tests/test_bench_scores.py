@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import multiprocessing
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
+from rich.console import Console
 
+from hfdetox.bench_plots import draw_bench, draw_heatmap, draw_scatter
 from hfdetox.bench_scores import averages, results, score
-from hfdetox.bench_table import BenchOutcome, BenchRow
+from hfdetox.bench_table import BenchOutcome, BenchRow, check_place
+from hfdetox.errors import UsageError
 
 DONE = BenchRow(
     name="m-a-0.1-s0/ft-s0", subject="m-a-0.1-s0", model="m", attack="a-0.1", defense="ft", samples=0.05, seed=0,
@@ -15,6 +22,7 @@ DONE = BenchRow(
     attack_success_before=1.0, attack_success=0.5, robust_accuracy_before=0.0, robust_accuracy=0.4, der=0.7,
     der_low=0.6, der_high=0.8, worst_class_before=0.5, worst_class=0.4, spread_before=0.1, spread=0.2, epochs=2,
     steps=20, seconds=10.0, images_per_second=100.0, peak_memory=2**30, precision="bf16", device="cpu",
+    dataset="pictures", clean_images=2500, eval_images=10000,
 )  # fmt: skip
 
 
@@ -115,6 +123,24 @@ def test_a_cost_is_against_the_defence_that_is_called_ft() -> None:
     assert [found["m: a", name][9] for name in ("ft", "ft-class")] == ["1.0", "3.0"]
 
 
+def test_the_cost_on_average_is_the_median_over_attacks() -> None:
+    """The machine was busy during one of the runs: 3, 3 and 90 times plain fine-tuning are 3 times."""
+    seconds = {("a", "ft"): 10.0, ("b", "ft"): 10.0, ("c", "ft"): 10.0, ("a", "d3"): 30.0, ("b", "d3"): 30.0}
+    rows = [row(attack, name, seconds=seconds.get((attack, name), 900.0)) for attack in "abc" for name in ("ft", "d3")]
+    assert texts(averages(rows))["m: a, b, c", "d3"][9] == "3.0"
+
+
+def test_before_is_of_the_same_seeds_as_after() -> None:
+    """Where a seed draws other images to measure on: every seed lost five points."""
+    rows = [row(seed=seed, accuracy_before=before, accuracy=before - 0.05, spread_before=None)
+            for seed, before in enumerate((0.9, 0.8, 0.7))]  # fmt: skip
+    before, after = results(rows)
+    assert (before.cells()[2], after.cells()[2][:4]) == ("80.0", "75.0")
+    assert before.cells()[7] == "–"
+    assert after.scores["accuracy_lost"].mean == pytest.approx(0.05)
+    assert after.scores["accuracy_lost"].half_width == pytest.approx(0, abs=1e-12)
+
+
 def test_clean_controls_have_a_line_and_are_in_no_average():
     measured = ("attack_success_before", "attack_success", "robust_accuracy_before", "robust_accuracy", "der")
     gone = dict.fromkeys(measured)
@@ -130,17 +156,140 @@ def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
     assert outcome.exit_status == 1
     assert outcome.summary() == "2 done, 1 failed, 1 not run"
     outcome.write()
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.csv", "trials.csv"}
     text = (tmp_path / "bench.md").read_text()
     assert "ft (ft): epochs=2, layers=head" in text.replace("\\", "")
     assert "failed: m-b-0.1-s0/clp-s0: clp: [red]no BatchNorm[/red] | here" in text.replace("\\", "")
     assert "not run: 1 (the zoo has no model m-a-0.1-s0)" in text.replace("\\", "")
-    header, first, *_ = (tmp_path / "bench.csv").read_text().splitlines()
+    header, first, *_ = (tmp_path / "trials.csv").read_text().splitlines()
     assert header.startswith("name,subject,model,attack,defense,samples,seed,clean,status,reason,method,settings")
     assert first.startswith("m-a-0.1-s0/ft-s0,m-a-0.1-s0,m,a,ft,0.05,0,False,done,,ft,")
     assert BenchOutcome(tmp_path, "suite.yaml", [row()]).exit_status == 0
 
 
 def test_a_text_that_a_spreadsheet_would_run_is_text(tmp_path):
-    line = BenchOutcome(tmp_path, "s.yaml", [row(attack="=cmd()")]).csv().splitlines()[1]
+    line = BenchOutcome(tmp_path, "s.yaml", [row(attack="=cmd()")]).trials_csv().splitlines()[1]
     assert ",'=cmd()," in line
+
+
+def test_the_csv_has_the_lines_of_the_tables_with_their_intervals(tmp_path):
+    rows = [row(), row(seed=1, accuracy=0.9), undone(attack="b")]
+    found = list(csv.DictReader(io.StringIO(BenchOutcome(tmp_path, "s.yaml", rows).lines_csv())))
+    assert [(line["table"], line["attacks"], line["defense"]) for line in found] == [
+        ("average", "a; b", "ft"), ("model", "a", "before"), ("model", "a", "ft"), ("model", "b", "ft"),
+    ]  # fmt: skip
+    tuned = found[2]
+    assert (float(tuned["accuracy"]), tuned["seeds"], tuned["seeds_asked"]) == (pytest.approx(0.85), "2", "2")
+    assert float(tuned["accuracy_half_width"]) == pytest.approx(12.706 * 0.05, rel=1e-4)
+    assert (found[0]["accuracy"], found[0]["missing"]) == ("", "1 not run")
+
+
+def test_what_was_measured_is_said(tmp_path):
+    outcome = BenchOutcome(tmp_path, "s.yaml", [row(), row(seed=1, precision=""), undone(seed=2)])
+    line = "pictures: 2,500 clean images, measured on 10,000; trained in bf16 on cpu"
+    assert outcome.about() == line
+    assert line in outcome.markdown()
+    assert outcome.document()["measured"]["eval_images"] == [10000]
+    assert BenchOutcome(tmp_path, "s.yaml", [undone()]).about() == "nothing is measured yet"
+
+
+def test_a_defence_that_is_given_a_trigger_is_named(tmp_path):
+    assert "no method sees a trigger" in BenchOutcome(tmp_path, "s.yaml", [row(settings={"trigger": ""})]).markdown()
+    told = BenchOutcome(tmp_path, "s.yaml", [row(), row(defense="bna", settings={"trigger": "t.safetensors"})])
+    assert "given a trigger: bna" in told.markdown()
+
+
+def test_what_is_not_done_is_said_on_one_line(tmp_path):
+    assert BenchOutcome(tmp_path, "s.yaml", [row()]).problems() is None
+    bad = undone("failed", "no room", attack="b")
+    assert BenchOutcome(tmp_path, "s.yaml", [row(), bad, undone(seed=1)]).problems() == (
+        "1 done, 1 failed, 1 not run: failed: m-b-0.1-s0/ft-s0: no room; not run: 1 (not run yet)"
+    )
+
+
+# --- the terminal ---
+
+
+def printed(outcome, width):
+    stream = io.StringIO()
+    Console(width=width, file=stream).print(outcome.tables())
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_number_is_cut_on_the_terminal(tmp_path, width):
+    names = ("blended-with-a-long-name-0.1", "a-defence-with-a-long-name")
+    rows = [row(*names, seed, accuracy=0.7 + seed / 10, method="ft") for seed in (0, 1)]
+    text = printed(BenchOutcome(tmp_path, "s.yaml", rows), width)
+    assert "…" not in text
+    # 0.7 and 0.8: mean 0.75, ± 12.706 · 0.05
+    assert "75.0 ± 63.5" in text
+    assert "other than the papers': a-defence-with-a-long-name: epochs=2" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= width
+    assert ("GiB" in text) == (width == 120)
+
+
+def test_a_bench_of_one_attack_has_a_table_too(tmp_path):
+    text = printed(BenchOutcome(tmp_path, "s.yaml", [row(), undone("failed", "[red]no[/red]", defense="clp")]), 80)
+    assert "m: a" in text
+    assert [line.split() for line in text.splitlines() if line.split()[:1] == ["ft"]] == [
+        ["ft", "1", "80.0", "50.0", "70.0", "1.0"]
+    ]
+    assert "1 failed" in text
+    assert "[red]no[/red]" in text
+
+
+# --- the pictures ---
+
+
+def test_a_mean_mark_needs_every_attack():
+    rows = [row("a"), row("b"), row("a", "clp"), undone("failed", "x", attack="b", defense="clp"), row("a", "nad")]
+    rows += [row("b", "d3"), row("a", "d3")]
+    figure = draw_scatter(results(rows), averages(rows))
+    legend = figure.axes[0].get_legend()
+    assert legend.get_title().get_text() == "mean over 2 attacks"
+    assert [text.get_text() for text in legend.get_texts()] == ["ft", "clp: failed", "nad: incomplete", "d3"]
+    points = [len(shown.get_offsets()) for shown in figure.axes[0].collections]
+    # small ones, then the mark
+    assert points == [2, 1, 1, 0, 1, 0, 2, 1]
+    plt.close(figure)
+
+
+def test_the_heat_map_stars_what_is_of_some_seeds_and_averages_what_is_whole():
+    rows = [
+        row("a"),
+        row("b", attack_success=0.3),
+        row("a", "clp"),
+        row("b", "clp"),
+        undone(attack="b", defense="clp", seed=1),
+    ]
+    rows += [undone(attack="a", defense="nad"), row("b", "nad")]
+    figure = draw_heatmap(results(rows), averages(rows))
+    texts_of = [text.get_text() for text in figure.axes[0].texts]
+    assert [texts_of[at : at + 3] for at in range(0, 12, 3)] == [
+        ["100.0", "100.0", "100.0"], ["50.0", "30.0", "40.0"], ["50.0", "50.0*", "50.0*"],
+        ["not run", "50.0", "not run"],
+    ]  # fmt: skip
+    plt.close(figure)
+
+
+def test_benches_that_end_together_draw_side_by_side(tmp_path):
+    outcome = BenchOutcome(tmp_path, "s.yaml", [row("a"), row("b")])
+    processes = [multiprocessing.get_context("spawn").Process(target=draw_bench, args=(outcome,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["heatmap-m.png", "scatter-m.png"]
+
+
+def test_another_suite_of_the_same_name_keeps_its_tables(tmp_path):
+    outcome = BenchOutcome(tmp_path, "s.yaml", [row(), undone(seed=1)])
+    outcome.write()
+    check_place(tmp_path, "s.yaml", {outcome.rows[0].name, "other/ft-s0"})
+    with pytest.raises(UsageError, match=r"is the bench of another s\.yaml; choose another folder"):
+        check_place(tmp_path, "s.yaml", {"other/ft-s0"})
+    # nothing was finished: there is nothing to lose
+    BenchOutcome(tmp_path, "s.yaml", [undone()]).write()
+    check_place(tmp_path, "s.yaml", {"other/ft-s0"})
