@@ -76,7 +76,7 @@ def draw_heatmap(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | No
         line = cells[y][x]
         star = "*" * (line is not None and line.seeds < line.asked)
         text = f"{value:.1f}{star}" if np.isfinite(value) else _absent(line)
-        axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 60 else INK)
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 67 else INK)
     columns = [*map(_short, attacks), *["mean"] * several]
     axes.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
     axes.set_yticks(range(len(names)), ["no defence" if name == BEFORE else _short(name) for name in names])

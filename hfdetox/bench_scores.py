@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 BEFORE = "before"  # the line of a model as it came
 FINE_TUNING = "ft"  # the suite's name of the defence that costs are relative to
-# what a narrow terminal has room for
+# what terminals have room for that are narrower than all headings
+USUAL = ("defence", "seeds", "ACC", "ASR", "RA", "DER", "seconds", "× ft")
 NARROW = ("defence", "seeds", "ACC", "ASR", "DER", "× ft")
 HEADINGS = ("defence", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
 RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
@@ -123,7 +124,8 @@ def averages(rows: Sequence[BenchRow]) -> list[Line]:
     """Return the averages over attacks: of one model, over the attacks that several defences were asked to meet.
 
     Every set of attacks that some defence was asked for gets a table of the defences that were asked for all of it, so
-    that the averages in one table are over the same models. Clean controls are in none.
+    that the averages in one table are over the same models. Clean controls are in none, and the suite's subjects are
+    not averaged: each is a model of its own, met by whatever triggers are known of it.
     """
     lines = []
     attacked = [row for row in rows if not row.clean]

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import hfdetox
 from hfdetox import markdown
-from hfdetox.bench_scores import HEADINGS, NARROW, RATES, Line, averages, results
+from hfdetox.bench_scores import HEADINGS, NARROW, RATES, USUAL, Line, averages, results
 from hfdetox.cell_folder import portable
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
@@ -30,7 +30,6 @@ from hfdetox.verdict import percent
 BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, TRIALS_CSV = "bench.json", "bench.md", "bench.csv", "trials.csv"
 PLOTS = "plots"
 OWN_FILES = frozenset({BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, TRIALS_CSV, PLOTS})
-_WIDE = 110  # columns of a terminal that all headings fit in
 Status = Literal["done", "failed", "not run"]
 
 
@@ -176,8 +175,11 @@ class BenchOutcome:
 
     def about(self) -> str:
         """Return what `measured` says, on one line."""
-        data, clean, held, precision, device = (" or ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
-                                                for values in self.measured().values())  # fmt: skip
+        words = {"no": "float32"}
+        data, clean, held, precision, device = (
+            " or ".join(f"{value:,}" if isinstance(value, int) else words.get(value, value) for value in values)
+            for values in self.measured().values()
+        )
         if not data:
             return "nothing is measured yet"
         return f"{data}: {clean} clean images, measured on {held}; trained in {precision} on {device}"
@@ -271,22 +273,33 @@ class BenchTables:
     notes: Sequence[str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        headings = HEADINGS if options.max_width >= _WIDE else NARROW
+        unbound = options.update_width(_UNBOUND)
+        for headings in (HEADINGS, USUAL, NARROW):
+            tables = self._tables(headings)
+            # numbers are never cut, and all tables have the same columns
+            if all(console.measure(table, options=unbound).maximum <= options.max_width for table in tables):
+                break
+        yield from tables
+        yield from map(Text, self.notes)
+
+    def _tables(self, headings: Sequence[str]) -> list[Table]:
+        tables = []
         for place in dict.fromkeys(line.place for line in self.lines):
             # Text, not markup: a defence may be named "[red]"
             table = Table(box=SIMPLE, title=Text(place), title_justify="left")
             for heading in headings:
-                # numbers are never cut: what has no room is the name
+                # what has no room in the narrowest is the name
                 name = heading == "defence"
                 table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
             for line in self.lines:
                 if line.place == place:
                     cells = dict(zip(HEADINGS, line.cells(), strict=True))
                     table.add_row(*(Text(cells[heading]) for heading in headings))
-            yield table
-        yield from map(Text, self.notes)
+            tables.append(table)
+        return tables
 
 
+_UNBOUND = 1000  # columns, more than any table has
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _LEGEND = (
     "Rates in percent; ± is half a 95 % interval over seeds (Student's t: of two or three seeds so wide that it may "

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from hfdetox.bench_plots import draw_bench, draw_heatmap, draw_scatter
@@ -185,8 +186,10 @@ def test_the_csv_has_the_lines_of_the_tables_with_their_intervals(tmp_path):
 
 
 def test_what_was_measured_is_said(tmp_path):
-    outcome = BenchOutcome(tmp_path, "s.yaml", [row(), row(seed=1, precision=""), undone(seed=2)])
-    line = "pictures: 2,500 clean images, measured on 10,000; trained in bf16 on cpu"
+    outcome = BenchOutcome(
+        tmp_path, "s.yaml", [row(), row(seed=1, precision=""), undone(seed=2), row(seed=3, precision="no")]
+    )
+    line = "pictures: 2,500 clean images, measured on 10,000; trained in bf16 or float32 on cpu"
     assert outcome.about() == line
     assert line in outcome.markdown()
     assert outcome.document()["measured"]["eval_images"] == [10000]
@@ -226,14 +229,37 @@ def test_no_number_is_cut_on_the_terminal(tmp_path, width):
     assert "75.0 ± 63.5" in text
     assert "other than the papers': a-defence-with-a-long-name: epochs=2" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width
-    assert ("GiB" in text) == (width == 120)
+    assert ("seconds" in text) == (width == 120)
+
+
+@pytest.mark.parametrize(
+    ("width", "headings"),
+    [
+        (80, "defence seeds ACC ASR DER × ft"),
+        (110, "defence seeds ACC ASR RA DER seconds × ft"),
+        (120, "defence seeds ACC ASR RA DER seconds × ft"),
+        (160, "defence seeds ACC ASR RA DER worst spread seconds × ft memory"),
+    ],
+)
+def test_a_terminal_shows_as_many_columns_as_have_room(tmp_path, width, headings):
+    """Every rate has an interval as wide as two seeds can make it; neither a name nor a number is cut."""
+    rates = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
+    rows = [row(defense="d3-wasserstein", method="d3", seed=seed, seconds=12345.0, **dict.fromkeys(rates, 1.0 * seed))
+            for seed in (0, 1)]  # fmt: skip
+    text = printed(BenchOutcome(tmp_path, "s.yaml", rows), width)
+    (line,) = (line for line in text.splitlines() if "d3-wasserstein " in line and "±" in line)
+    # 0 and 1: mean 0.5, ± 12.706 · 0.5
+    shown = headings.split()
+    assert line.count("50.0 ± 635.3") == sum(word in shown for word in ("ACC", "ASR", "RA", "DER", "worst", "spread"))
+    assert " ".join(next(x for x in text.splitlines() if x.strip().startswith("defence")).split()) == headings
+    assert ("12,345" in line, "1.0 GiB" in line) == ("seconds" in shown, "memory" in shown)
 
 
 def test_a_bench_of_one_attack_has_a_table_too(tmp_path):
     text = printed(BenchOutcome(tmp_path, "s.yaml", [row(), undone("failed", "[red]no[/red]", defense="clp")]), 80)
     assert "m: a" in text
     assert [line.split() for line in text.splitlines() if line.split()[:1] == ["ft"]] == [
-        ["ft", "1", "80.0", "50.0", "70.0", "1.0"]
+        ["ft", "1", "80.0", "50.0", "40.0", "70.0", "10", "1.0"]
     ]
     assert "1 failed" in text
     assert "[red]no[/red]" in text
@@ -271,6 +297,24 @@ def test_the_heat_map_stars_what_is_of_some_seeds_and_averages_what_is_whole():
         ["not run", "50.0", "not run"],
     ]  # fmt: skip
     plt.close(figure)
+
+
+def test_the_numbers_of_the_heat_map_can_be_read():
+    """Between yellow and dark red a number has at least 3.5 times the contrast of its cell, as WCAG counts it."""
+    rows = [row(f"a{asr}", attack_success=asr / 100) for asr in (0, 30, 61, 66, 68, 100)]
+    figure = draw_heatmap(results(rows), [])
+    axes = figure.axes[0]
+    contrasts = []
+    for text, value in zip(axes.texts, axes.images[0].get_array().filled(0).ravel(), strict=True):
+        both = [luminance(colour) for colour in (to_rgb(text.get_color()), axes.images[0].cmap(value / 100)[:3])]
+        contrasts.append((max(both) + 0.05) / (min(both) + 0.05))
+    assert min(contrasts[:-1]) > 3.5
+    plt.close(figure)
+
+
+def luminance(colour):
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_benches_that_end_together_draw_side_by_side(tmp_path):
