@@ -86,6 +86,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 
 
 def test_a_suite_decides_by_itself_what_is_built(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("models: {}")
     options = AttackOptions(suite=tmp_path / "s.yaml", output=tmp_path, jobs=2)
     assert options.suite_arguments({"suite", "output", "jobs"})["jobs"] == 2
     with pytest.raises(UsageError, match="leave out MODEL, --trigger"):
