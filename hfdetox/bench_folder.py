@@ -13,6 +13,7 @@ from typing import Any
 from hfdetox.bench_table import BenchOutcome, BenchRow, row_of
 from hfdetox.cell_folder import CellFolder, portable
 from hfdetox.checksums import sha256_file
+from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.report import ATTACK_REPORT_NAME, Report
 from hfdetox.runs import RUN_FILE
@@ -150,10 +151,13 @@ class Bench(CellFolder[Trial, BenchRow]):
                 return row_of(trial, reason=f"the zoo has no model {trial.subject.name}")
             failed = self.made(trial).get("failed") if self._same(trial) else None
             return row_of(trial) if failed is None else self.failed(trial, str(failed))
-        if not self._same(trial):
-            raise UsageError(f"{folder} is a finished run of another suite, command or model; it is not replaced: "
-                             "choose another --output, or remove the folder to run it again")  # fmt: skip
-        return row_of(trial, "done", report=Report.load(folder))
+        report = Report.load(folder)
+        # settings that the command does not name may have had other defaults in another version
+        settings = parse_defense(trial.entry.defense, trial.entry.settings)[0].settings()
+        if not self._same(trial) or report.defense.parameters != settings:
+            raise UsageError(f"{folder} is a finished run of another suite, command, model or version; it is not "
+                             "replaced: choose another --output, or remove the folder to run it again")  # fmt: skip
+        return row_of(trial, "done", report=report)
 
     def failed(self, trial: Trial, reason: str) -> BenchRow:
         """Return the row of a trial that failed."""

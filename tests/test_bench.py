@@ -177,20 +177,35 @@ def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_
     other = write(
         tmp_path, SUITE.replace("ft: {defense: ft, settings: {epochs: 1,", "ft: {defense: ft, settings: {epochs: 2,")
     )
-    with pytest.raises(UsageError, match="is a finished run of another suite, command or model; it is not replaced"):
+    with pytest.raises(
+        UsageError, match="is a finished run of another suite, command, model or version; it is not replaced"
+    ):
         run_bench(other, output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     shutil.copytree(zoo[0], tmp_path / "zoo")
     # another dataset of the same last name
     elsewhere = shutil.copytree(zoo[1], tmp_path / zoo[1].name)
     (elsewhere / "data" / "train-00000-of-00001.parquet").write_bytes(b"")
-    with pytest.raises(UsageError, match="is a finished run of another suite, command or model"):
+    with pytest.raises(UsageError, match="is a finished run of another suite, command, model or version"):
         run_bench(ran[0], output=bench, zoo=zoo[0], dataset=str(elsewhere), precision="no")
     report = tmp_path / "zoo" / BADNETS / "attack_report.json"
     content = json.loads(report.read_text())
     content["output"]["weights_sha256"] = "0" * 64
     report.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="is a finished run of another suite, command or model"):
+    with pytest.raises(UsageError, match="is a finished run of another suite, command, model or version"):
         run_bench(ran[0], output=bench, zoo=tmp_path / "zoo", dataset=str(zoo[1]), precision="no")
+
+
+def test_a_run_with_other_defaults_is_not_taken_for_this_one_s(ran, zoo, tmp_path):
+    """A version of hfdetox may change what the command does not name."""
+    bench = shutil.copytree(ran[1], tmp_path / "bench")
+    place = BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    assert Bench(load_suite(ran[0]), place).rows[f"{BADNETS}/ft-n40-s0"].status == "done"
+    file = bench / BADNETS / "ft-n40-s0" / "detox_report.json"
+    content = json.loads(file.read_text())
+    content["defense"]["parameters"]["momentum"] = 0.5
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="another suite, command, model or version"):
+        Bench(load_suite(ran[0]), place)
 
 
 def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
