@@ -135,7 +135,7 @@ def detoxify(
 
     exhibits.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     exhibits.strip = draw_strip(evaluation, before, after)
-    result = DetoxResult(close_report(report, record, before, after, memory), classifier, exhibits)
+    result = DetoxResult(close_report(report, method, record, before, after, memory), classifier, exhibits)
     if options.output is not None:
         save_result(result, options, run)
     if accelerator.is_main_process:

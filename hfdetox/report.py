@@ -73,7 +73,8 @@ class DefenseInfo:
     """What was done to the model; `precision` is the one that really ran, `images_per_second` covers training only.
 
     `peak_memory` are bytes, the most that one process held: on the GPU during the method, else the resident memory of
-    the process from its start to the method's end; None where the system does not tell.
+    the process from its start to the method's end; None where the system does not tell. `choices` are what the method
+    chose itself and why, a sentence each.
     """
 
     name: str
@@ -87,6 +88,7 @@ class DefenseInfo:
     precision: str
     devices: list[str]
     peak_memory: int | None = None
+    choices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

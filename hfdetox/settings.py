@@ -10,7 +10,8 @@ from hfdetox.errors import UsageError
 
 
 def parse_setting(key: str, hint: Any, text: str) -> Any:
-    """Return `text` as a value of the type `hint`: a Literal of words, a tuple of texts, a bool, int, float or None.
+    """Return `text` as a value of the type `hint`: a word of a Literal, a tuple of texts, a bool, int or float,
+    or None or a word where the type is a union with it.
 
     Raises:
         UsageError: it is not one; the line names `key`.
@@ -23,12 +24,20 @@ def parse_setting(key: str, hint: Any, text: str) -> Any:
     if origin is tuple:
         return tuple(filter(None, text.split(",")))
     if origin in (types.UnionType, typing.Union):
+        words = [word for other in arguments[1:] for word in typing.get_args(other)]
+        if words:
+            return text if text in words else _number(key, arguments[0], text, f" or {', '.join(words)}")
         return None if text.lower() == "none" else parse_setting(key, arguments[0], text)
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"{key} must be true or false, got {text!r}")
         return text.lower() == "true"
+    return _number(key, hint, text)
+
+
+def _number(key: str, hint: Any, text: str, words: str = "") -> Any:
     try:
         return hint(text)
     except ValueError:
-        raise UsageError(f"{key} must be {'a whole number' if hint is int else 'a number'}, got {text!r}") from None
+        kind = "a whole number" if hint is int else "a number"
+        raise UsageError(f"{key} must be {kind}{words}, got {text!r}") from None

@@ -155,12 +155,14 @@ def save_result(result: DetoxResult, options: RunOptions, run: RunFolder | None)
         raise RunError(f"{error}; the run is kept, go on with: {run.resume_command()}") from error
 
 
-def close_report(report: Report, record: TrainingRecord, before: Outcome, after: Outcome,
-                 memory: int | None) -> Report:  # fmt: skip
+def close_report(
+    report: Report, method: DefenseConfig, record: TrainingRecord, before: Outcome, after: Outcome, memory: int | None
+) -> Report:
     """Return the report with what the training was and what the measurement after it found."""
     done = replace(
         report.defense, epochs=record.epochs, steps=record.steps, seconds=record.seconds,
         images_per_second=record.images_per_second, precision=record.precision, peak_memory=memory,
+        choices=method.choices(record.history),
     )  # fmt: skip
     rating = ratings(before, after, seed=report.environment.seed) or None
     return replace(

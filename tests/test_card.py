@@ -115,6 +115,14 @@ def test_the_defence_speaks_for_itself() -> None:
     assert "distance-driven" not in foreign
 
 
+def test_what_the_method_chose_is_listed_as_plain_words() -> None:
+    report = written_report()
+    chosen = replace(report.defense, choices=["ε = 0.3: the *median* | of <it>."])
+    assert "- ε = 0.3: the \\*median\\* \\| of &lt;it&gt;.\n- Run: 100 epochs" in card_of(
+        replace(report, defense=chosen)
+    )
+
+
 def test_a_run_of_objects_has_no_command() -> None:
     report = written_report()
     card = card_of(replace(report, environment=replace(report.environment, command="")))

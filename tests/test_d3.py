@@ -88,9 +88,9 @@ def recorded(phase: Phase) -> tuple[list[list[Batch]], list[torch.Tensor]]:
 
 def run_d3(network: Scaled, config: D3Config, accelerator: Accelerator, images: ToyImages) -> tuple[Any, Any, Any]:
     """Run the engine on the defence's phase; return the record, the batches and the random states at the start."""
-    (phase,) = config.phases(network)
-    batches, states = recorded(phase)
-    record = Engine(accelerator, images, seed=3).run(network, [phase])
+    phases = config.phases(network)
+    batches, states = recorded(phases[-1])
+    record = Engine(accelerator, images, seed=3).run(network, phases)
     return record, batches, states
 
 
@@ -226,15 +226,19 @@ CHANGED = {
     "epochs": 2, "batch_size": 12, "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.1,
     "gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "augmentation": "crop", "lambda_": 0.5, "epsilon": 0.9,
     "layers": ("features",), "initialization": "far", "freeze_norm": False, "reweight": "class",
+    "centered": True, "cosine": -0.9, "match_augmentation": True, "mixup": 0.5, "min_steps": 20,
 }  # fmt: skip
+# what a setting needs beside it to matter
+BESIDE = {"cosine": {"lambda_": "auto"}}
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(D3Config)])
 def test_every_setting_changes_the_run(name: str, accelerator: Accelerator) -> None:
     """A setting without a row in CHANGED fails here: none may be there for show."""
     weights, parts = [], []
-    for config in (SMALL, replace(SMALL, **{name: CHANGED[name]})):
-        assert getattr(config, name) != CHANGED[name] or config is not SMALL
+    base = replace(SMALL, **BESIDE.get(name, {}))
+    for config in (base, replace(base, **{name: CHANGED[name]})):
+        assert getattr(config, name) != CHANGED[name] or config is not base
         network = Scaled(NormedNet())
         _, batches, _ = run_d3(network, config, accelerator, ToyImages(side=16))
         weights.append(weights_of(network))

@@ -87,11 +87,11 @@ def test_settings_go_over_the_preset() -> None:
     ("spec", "settings", "message"),
     [
         ("d4", {}, "unknown defense 'd4'; known: .*d3"),
-        ("d3:fast", {}, "d3 has no preset 'fast'; it has paper, code"),
+        ("d3:fast", {}, "d3 has no preset 'fast'; it has paper, code, auto"),
         ("d3", {"lamda": "1", "eps": "1"}, "d3 has no setting eps, lamda; it has epochs, .*lambda, epsilon"),
         ("d3", {"lambda_": "1"}, "no setting lambda_;"),
         ("d3", {"epochs": "2.5"}, "epochs must be a whole number, got '2.5'"),
-        ("d3", {"epsilon": "small"}, "epsilon must be a number, got 'small'"),
+        ("d3", {"epsilon": "small"}, "epsilon must be a number or auto, got 'small'"),
         ("d3", {"max_grad_norm": "off"}, "max_grad_norm must be a number, got 'off'"),
         ("d3", {"freeze_norm": "yes"}, "freeze_norm must be true or false, got 'yes'"),
         (
@@ -111,9 +111,9 @@ def test_settings_go_over_the_preset() -> None:
         ("d3", {"lambda": "0"}, "lambda must be positive"),
         ("d3", {"lambda": "nan"}, "lambda must be positive"),
         ("d3", {"lambda": "inf"}, "lambda must be positive"),
-        ("d3", {"epsilon": "-0.1"}, "epsilon at least 0"),
-        ("d3", {"epsilon": "nan"}, "epsilon at least 0"),
-        ("d3", {"epsilon": "inf"}, "epsilon at least 0"),
+        ("d3", {"epsilon": "-0.1"}, "epsilon must be at least 0"),
+        ("d3", {"epsilon": "nan"}, "epsilon must be at least 0"),
+        ("d3", {"epsilon": "inf"}, "epsilon must be at least 0"),
     ],
 )
 def test_a_wrong_defence_says_what_is_wrong_and_what_there_is(
@@ -154,7 +154,8 @@ def test_settings_for_the_report_are_json_and_named_as_set_names_them() -> None:
 
 def test_the_list_names_presets_and_defaults() -> None:
     entry = available()["d3"]
-    assert entry.presets == {"paper": {}, "code": {"lambda": 0.5}}
+    assert list(entry.presets) == ["paper", "code", "auto"]
+    assert (entry.presets["paper"], entry.presets["code"]) == ({}, {"lambda": 0.5})
     assert entry.parameters["lambda"] == 10.0
     assert entry.parameters["layers"] == ("head",)
     assert "2411.09585" in entry.paper

@@ -153,7 +153,7 @@ def test_settings_precisions_triggers_and_targets_that_do_not_exist(
     assert "d3 has no setting bogus, wrong; it has epochs, batch_size, learning_rate" in line
     assert "lambda, epsilon, layers, initialization" in line
     assert "unknown defense 'd4'; known: anp, bn, " in refused(2, [*base, "--defense", "d4"])
-    assert "d3 has no preset 'hard'; it has paper, code" in refused(2, [*base, "--defense", "d3:hard"])
+    assert "d3 has no preset 'hard'; it has paper, code, auto" in refused(2, [*base, "--defense", "d3:hard"])
     assert "epochs must be a whole number, got 'many'" in refused(2, [*base, "--set", "epochs=many"])
     assert "unknown trigger 'sunglasses'; known: badnets, blended" in refused(2, [*base, "--trigger", "sunglasses"])
     line = refused(2, [*base, "--trigger", "badnets", "--trigger", "badnets:size=5"])

@@ -98,7 +98,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     }  # fmt: skip
     assert set(plain["defense"]) == {
         "name", "preset", "parameters", "layers", "epochs", "steps", "seconds", "images_per_second", "precision",
-        "devices", "peak_memory",
+        "devices", "peak_memory", "choices",
     }  # fmt: skip
     assert set(plain["before"]) == {"accuracy", "loss", "triggers", "classes"}
     assert set(plain["before"]["accuracy"]) == {"value", "successes", "samples", "interval"}

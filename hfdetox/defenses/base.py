@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -46,6 +46,14 @@ class DefenseConfig(ABC):
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         """Return the names of the modules of `model` that the defence treats apart from the rest."""
+        return []
+
+    def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return what the method chose itself from the model and the images and why, a sentence each.
+
+        Args:
+            history: that of a run, its entries in order.
+        """
         return []
 
     @abstractmethod

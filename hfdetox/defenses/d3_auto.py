@@ -1,0 +1,247 @@
+"""What `d3:auto` finds by itself: from the model as it came and the clean images, never from a trigger.
+
+**How hard.** One λ is a gentle push on one network and a violent one on another, for ‖∇d‖ = 1 whatever the norm R of a
+layer: what a run does is how far it turns W. So the distance is made the constraint, and λ follows from it:
+
+    min over θ with W ∈ 𝒮 of  h(θ) = mean_i max(0, ce_i − ε)   s.t.  c(t) = cos ∠(W, W⁰) ≤ c₀ + (c* − c₀) · p(t)
+
+p(t) grows with the learning rate that is spent by step t, after a first part (`HEAD_START`) in which the features learn
+to serve the new head and turn it back a little; W is at c* when the rate is 0. The multiplier of the constraint is 1/λ,
+moved by dual ascent on its logarithm with a proportional term (as an augmented Lagrangian has), after every step and
+without waiting for the device:
+
+    log λ_I ← log λ_I − κ_I · g,    λ = λ_I · exp(−κ_P · g),    g = c(t) − (c₀ + (c* − c₀) · p(t))
+
+A g below 0 counts `AHEAD` times. λ starts where the length of all steps would just do (`first_lambda`): heads have
+norms R from below 1 to tens.
+
+**ε** is the median over the clean images of the model's own loss: one on which the cleaned model is as good as the
+suspect one is on half of them asks for nothing more. They may be images it was trained on, and its losses near 0, so ε
+is at least `LEAST_EPSILON`.
+
+**Augmentation.** A model that never saw crops is wrong on some of them, and few clean images do not teach it crops
+while its head turns. Of the augmentations up to the one set, the strongest is taken that costs the model, as it came,
+no more than `TOLERATED` of its accuracy on the clean images.
+
+**How long.** As many epochs as set, or more until `min_steps` optimiser steps are made.
+
+This is hfdetox's own; the paper (arXiv 2411.09585) has constants, and names their choice as open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hfdetox.augment import Augmentation, Augmenter, resolve_augmentation
+from hfdetox.batches import Batch
+from hfdetox.defenses.d3 import D3, D3Config
+from hfdetox.phases import Pass, Phase
+
+# the share of its accuracy that a model may lose under an augmentation that is used
+TOLERATED = 0.01
+_LOOK, _ACCURACY = "d3-look", "accuracy_"
+# a true class at 74 %; found, like all constants here, on the first half of the zoo
+LEAST_EPSILON = 0.3
+# how far λ may go; κ_I and κ_P, and how many times as much weights count that are ahead, for nothing turns them back
+# once every image is under ε; and the share of the push that what is learnt turns back, for the first λ
+BOUNDS = (0.5, 1e4)
+INTEGRAL, PROPORTIONAL = 0.05, 2.0
+AHEAD = 5.0
+TURNED_BACK = 0.63
+# the share of all learning rate after which the weights have to begin to turn
+HEAD_START = 0.3
+_STRENGTH: tuple[Augmentation, ...] = ("resized-crop-flip", "crop-flip", "crop", "flip", "none")
+_BATCH = 256
+
+
+class AutoD3(D3):
+    """D3 with what it finds itself: `look` gives the pass that runs before the phase, and sets the phase up.
+
+    Attributes:
+        lambda_: λ of the next step, 0-d float32 on the weights' device.
+        log_lambda: log λ_I, as `lambda_`.
+        step: optimiser steps made, of `steps` in all.
+    """
+
+    def __init__(self, model: nn.Module, config: D3Config) -> None:
+        """Start with what the settings fix; raises what D3 raises."""
+        # the first λ needs the number of steps, which the look finds
+        lambda_ = BOUNDS[1] if isinstance(config.lambda_, str) else config.lambda_
+        epsilon = 0.0 if isinstance(config.epsilon, str) else config.epsilon
+        super().__init__(model, replace(config, lambda_=lambda_, epsilon=epsilon))
+        self.wanted = config
+        self.phase: Phase | None = None
+        self.augmentation, self.epochs = config.augmentation, config.epochs
+        self.step = self.steps = 0
+        device = next(iter(self.weights.values())).device
+        self.lambda_ = torch.tensor(lambda_, device=device)
+        self.log_lambda, self.first = self.lambda_.log(), torch.zeros((), device=device)
+
+    def look(self, phase: Phase) -> Pass:
+        """Return the pass that looks at the model and the images; `phase` gets what follows from them."""
+        self.phase = phase
+        look = _Look(self.wanted)
+
+        def choose(accelerator: Accelerator) -> dict[str, float]:
+            found = look.finish(accelerator)
+            self._set_up(found)
+            return found
+
+        return Pass(name=_LOOK, visit=look.visit, finish=choose, batch_size=_BATCH, part=phase.part, state=self)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        super().initialize()
+        self.first = self.cosine()
+        if self.wanted.lambda_ == "auto":
+            low, high = BOUNDS
+            first = first_lambda(self.wanted, self.steps, [float(old.norm()) for old in self.initial.values()])
+            self.lambda_ = torch.tensor(min(max(first, low), high), device=self.first.device)
+            self.log_lambda = self.lambda_.log()
+
+    def terms(self, *arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
+        """Return what D3 returns, and λ."""
+        return {**super().terms(*arguments, **named), "lambda": self.lambda_}
+
+    def objective(self, penalty: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Return (λ·h − d) / (λ + 1), for any λ: a step must not grow when λ falls below 1."""
+        return (self.lambda_ * penalty - distance) / (self.lambda_ + 1)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Project as D3 does, and move λ by how far the weights lag behind the constraint."""
+        super().project()
+        self.step += 1
+        if self.wanted.lambda_ == "auto":
+            wanted = self.first + (self.wanted.cosine - self.first) * path(self.step / self.steps)
+            gap = self.cosine() - wanted
+            lag = torch.where(gap < 0, AHEAD * gap, gap)
+            low, high = (math.log(bound) for bound in BOUNDS)
+            self.log_lambda = (self.log_lambda - INTEGRAL * lag).clamp(low, high)
+            self.lambda_ = (self.log_lambda - PROPORTIONAL * lag).clamp(low, high).exp()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        numbers = [self.epsilon, self.epochs, self.steps, self.step, _STRENGTH.index(self.augmentation)]
+        return {**super().state_dict(), "auto.numbers": torch.tensor(numbers, dtype=torch.float64),
+                "auto.lambda": torch.stack([self.lambda_, self.log_lambda, self.first]).cpu()}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        super().load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("auto.")})
+        epsilon, *numbers = state["auto.numbers"].tolist()
+        self.epsilon = epsilon
+        self.epochs, self.steps, self.step, augmentation = (int(number) for number in numbers)
+        self.augmentation = _STRENGTH[augmentation]
+        device = next(iter(self.weights.values())).device
+        self.lambda_, self.log_lambda, self.first = state["auto.lambda"].to(device)
+        self._apply()
+
+    def _set_up(self, found: Mapping[str, float]) -> None:
+        self.epsilon = found["epsilon"]
+        self.augmentation = chosen_augmentation(found)
+        self.epochs, self.steps = int(found["epochs"]), int(found["steps"])
+        self._apply()
+
+    def _apply(self) -> None:
+        if self.phase is not None:
+            self.phase.epochs, self.phase.augmentation = self.epochs, self.augmentation
+
+
+class _Look:
+    """Counts, of one pass over the clean images, how right the model is under each augmentation, and its losses."""
+
+    def __init__(self, config: D3Config) -> None:
+        self.config = config
+        self.losses: list[float] = []
+        self.right: dict[Augmentation, int] = {}
+        self.batches = 0
+
+    def visit(self, network: nn.Module, batch: Batch) -> None:
+        if not self.right:
+            names = candidates(self.config.augmentation, batch.images.shape[-2])
+            self.right = dict.fromkeys(names if self.config.match_augmentation else names[:1], 0)
+        for name in self.right | {"none": 0}:
+            augmenter = Augmenter(name, 0)
+            # the numbers of a whole batch, of which this process takes those of its own images
+            numbers = augmenter.draw(0, 0, self.batches, _BATCH)[batch.positions % _BATCH]
+            logits = network(augmenter(batch.images, numbers)).float()
+            if name in self.right:
+                self.right[name] += int((logits.argmax(1) == batch.labels).sum())
+            if name == "none":
+                self.losses += cross_entropy(logits, batch.labels, reduction="none").tolist()
+        self.batches += 1
+
+    def finish(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the accuracies, ε and the lengths, of all processes' images."""
+        losses = torch.tensor(gather_object(self.losses))
+        counts = torch.tensor([float(count) for count in self.right.values()], device=accelerator.device)
+        shares = (accelerator.reduce(counts, reduction="sum") / len(losses)).tolist()
+        config, steps = self.config, math.ceil(len(losses) / self.config.batch_size)
+        epochs = max(config.epochs, math.ceil(config.min_steps / steps))
+        epsilon = max(LEAST_EPSILON, float(losses.median())) if isinstance(config.epsilon, str) else config.epsilon
+        accuracies = {_ACCURACY + name: share for name, share in zip(self.right, shares, strict=True)}
+        return {**accuracies, "clean_loss": float(losses.mean()), "epsilon": epsilon, "epochs": epochs,
+                "steps": epochs * steps}  # fmt: skip
+
+
+def path(progress: float) -> float:
+    """Return p, the share of the way to c* that shall be made at `progress` of the steps; both in [0, 1]."""
+    spent = progress + math.sin(math.pi * progress) / math.pi
+    return max(0.0, (spent - HEAD_START) / (1 - HEAD_START))
+
+
+def first_lambda(config: D3Config, steps: int, norms: Sequence[float]) -> float:
+    """Return the λ that would turn weights of these norms R by asin(−c*) in a run of so many steps.
+
+    Of the steps' lengths, lr / (1 − momentum) and half of it on average, the push has the share 1 / (λ + 1), of which
+    `TURNED_BACK` is lost; it turns a weight by length / R.
+    """
+    length = steps * config.learning_rate / (1 - config.momentum) / 2
+    radius = sum(norms) / len(norms)
+    return (1 - TURNED_BACK) * length / (radius * math.asin(-config.cosine)) - 1
+
+
+def candidates(wanted: Augmentation, height: int) -> list[Augmentation]:
+    """Return the augmentations from `wanted` (resolved for images of this height) down to none, strongest first."""
+    return list(_STRENGTH[_STRENGTH.index(resolve_augmentation(wanted, height)) :])
+
+
+def chosen_augmentation(found: Mapping[str, float]) -> Augmentation:
+    """Return the strongest augmentation that costs no more than `TOLERATED`, of a look's `accuracy_…`."""
+    tried = [name for name in _STRENGTH if _ACCURACY + name in found]
+    least = found.get(_ACCURACY + "none", 0.0) - TOLERATED
+    return next((name for name in tried if found[_ACCURACY + name] >= least), tried[-1])
+
+
+def describe(config: D3Config, history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was chosen and why, a sentence each, from a run's history; nothing before its look."""
+    found = next((entry for entry in history if entry.get("phase") == _LOOK), None)
+    if found is None:
+        return []
+    said = []
+    if config.match_augmentation:
+        tried = [name for name in _STRENGTH if _ACCURACY + name in found]
+        rates = ", ".join(f"{name} {100 * found[_ACCURACY + name]:.1f} %" for name in tried)
+        said.append(f"Augmentation {chosen_augmentation(found)}: the strongest that cost the model as it came at most "
+                    f"{100 * TOLERATED:.0f} point of accuracy on the trusted images ({rates}).")  # fmt: skip
+    if config.epsilon == "auto":
+        said.append(f"ε = {found['epsilon']:.3f}: the median of that model's losses on them, but at least "
+                    f"{LEAST_EPSILON}.")  # fmt: skip
+    if config.min_steps:
+        said.append(f"{found['epochs']:.0f} epochs, {found['steps']:.0f} steps: at least {config.epochs} epochs and "
+                    f"{config.min_steps} steps.")  # fmt: skip
+    trained = [entry for entry in history if "lambda" in entry]
+    if config.lambda_ == "auto" and trained:
+        values = [entry["lambda"] for entry in trained]
+        said.append(f"λ between {min(values):.2f} and {max(values):.2f}, moved after every step so that the selected "
+                    f"weights turn to a cosine of {config.cosine:g} with the old ones; they ended at "
+                    f"{trained[-1]['cosine']:.2f}.")  # fmt: skip
+    return said
