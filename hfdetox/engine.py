@@ -47,8 +47,8 @@ class TrainingRecord:
 
     @property
     def epochs(self) -> int:
-        """Epochs of all phases together."""
-        return len(self.history)
+        """Epochs of training, of all phases together; passes that look are none."""
+        return sum("learning_rate" in entry for entry in self.history)
 
     @property
     def images_per_second(self) -> float:

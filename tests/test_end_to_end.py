@@ -116,7 +116,7 @@ def test_the_settings_that_a_run_finds_itself_are_said_with_their_reasons(
     assert report.defense.preset == "auto"
     augmentation, _, length, _ = report.defense.choices
     assert augmentation.split(":")[0] in ("Augmentation crop", "Augmentation none")
-    assert length.startswith(f"{report.defense.steps // 2} epochs, {report.defense.steps} steps")
+    assert length.startswith(f"{report.defense.epochs} epochs, {report.defense.steps} steps")
     for sentence in report.defense.choices:
         assert f"- {sentence}" in card
     assert report.before is not None

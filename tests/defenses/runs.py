@@ -101,7 +101,7 @@ def assert_resumes(
     """Killed after any of its `saves` checkpoints, a run goes on to the very weights of the uninterrupted one."""
     whole = make()
     expected = run(config, whole, accelerator, store=CheckpointStore(folder / "whole"))
-    assert expected.epochs == saves
+    assert len(expected.history) == saves
     for kill in range(1, saves + 1):
         place = folder / str(kill)
         with pytest.raises(Killed):
