@@ -162,13 +162,15 @@ def draw_before_after(report: Report) -> Figure | None:
 def draw_training(report: Report) -> Figure | None:
     """Return loss and distance over the epochs of all phases; None when the history has neither."""
     series = {"clean_loss": "Loss on the clean images", "distance": "Distance of the selected weights"}
-    values = {key: np.array([_number(row.get(key)) for row in report.history], dtype=float) for key in series}
+    # a pass that looked is no epoch
+    rows = [row for row in report.history if "learning_rate" in row] or report.history
+    values = {key: np.array([_number(row.get(key)) for row in rows], dtype=float) for key in series}
     shown = [key for key in series if np.isfinite(values[key]).any()]
     if not shown:
         return None
     figure, axes = _figure(0.3 + 1.75 * len(shown), len(shown))
-    epochs = np.arange(1, len(report.history) + 1)
-    phases = [str(row.get("phase", "")) for row in report.history]
+    epochs = np.arange(1, len(rows) + 1)
+    phases = [str(row.get("phase", "")) for row in rows]
     starts = [i for i in range(1, len(phases)) if phases[i] != phases[i - 1]]
     for axis, key in zip(np.atleast_1d(axes), shown, strict=True):
         axis.plot(

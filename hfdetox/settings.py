@@ -24,8 +24,7 @@ def parse_setting(key: str, hint: Any, text: str) -> Any:
     if origin is tuple:
         return tuple(filter(None, text.split(",")))
     if origin in (types.UnionType, typing.Union):
-        words = [word for other in arguments[1:] for word in typing.get_args(other)]
-        if words:
+        if words := words_of(hint):
             return text if text in words else _number(key, arguments[0], text, f" or {', '.join(words)}")
         return None if text.lower() == "none" else parse_setting(key, arguments[0], text)
     if hint is bool:
@@ -33,6 +32,15 @@ def parse_setting(key: str, hint: Any, text: str) -> Any:
             raise UsageError(f"{key} must be true or false, got {text!r}")
         return text.lower() == "true"
     return _number(key, hint, text)
+
+
+def words_of(hint: Any) -> tuple[str, ...]:
+    """Return the words that a value of the type may be: those of a Literal, or of one in a union with another type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(word for other in typing.get_args(hint) for word in words_of(other))
+    return ()
 
 
 def _number(key: str, hint: Any, text: str, words: str = "") -> Any:

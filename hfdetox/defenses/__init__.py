@@ -11,7 +11,7 @@ from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
 from hfdetox.registry import discover
-from hfdetox.settings import parse_setting
+from hfdetox.settings import parse_setting, words_of
 
 __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
 
@@ -28,7 +28,7 @@ DEFENSES = _discover()
 class DefenseEntry:
     """One entry of `hfdetox list defenses`; `parameters` maps each key to its default, the first preset is it.
 
-    `words` has what a setting that is one of a few words may be.
+    `words` has the words that a setting may be.
     """
 
     name: str
@@ -48,8 +48,7 @@ def available() -> dict[str, DefenseEntry]:
             name, config.summary, config.paper, config.data, config.cost,
             {preset: {k.rstrip("_"): v for k, v in values.items()} for preset, values in config.presets.items()},
             {f.name.rstrip("_"): f.default for f in fields(config)},
-            {key.rstrip("_"): typing.get_args(hint) for key, hint in typing.get_type_hints(config).items()
-             if typing.get_origin(hint) is typing.Literal},
+            {key.rstrip("_"): words_of(hint) for key, hint in typing.get_type_hints(config).items() if words_of(hint)},
         )
         for name, config in sorted(DEFENSES.items())
     }  # fmt: skip
