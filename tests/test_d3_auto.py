@@ -353,7 +353,7 @@ def test_resumes_from_the_look_and_from_every_epoch(reweight: Any, accelerator: 
 def test_what_was_chosen_is_said_with_its_reason(accelerator: Accelerator) -> None:
     config = auto(min_steps=20, cosine=-0.3)
     record = run(config, mlp(), accelerator)
-    augmentation, epsilon, length, hard = config.choices(record.history)
+    augmentation, epsilon, length, hard, *short = config.choices(record.history)
     look, values = record.history[0], [entry["lambda"] for entry in record.history[1:]]
     assert augmentation.startswith(f"Augmentation {chosen_augmentation(look)}: ")
     assert f"none {100 * look['accuracy_none']:.1f} %" in augmentation
@@ -363,4 +363,12 @@ def test_what_was_chosen_is_said_with_its_reason(accelerator: Accelerator) -> No
     assert hard.endswith(f"they ended at {record.history[-1]['cosine']:.2f}.")
     assert config.choices([]) == []
     assert D3Config().choices(record.history) == []
-    assert len(replace(config, epsilon=0.1).choices(record.history)) == 3
+    assert len(replace(config, epsilon=0.1).choices(record.history)) == 3 + len(short)
+
+
+@pytest.mark.parametrize(("ended", "short"), [(-0.39, False), (-0.21, True), (-0.31, False), (0.3, True)])
+def test_weights_that_did_not_turn_as_far_as_wanted_are_named(ended: float, short: bool) -> None:
+    look = {"phase": "d3-look", "accuracy_none": 0.8, "epsilon": 0.3, "epochs": 2, "steps": 20}
+    epochs = [{"phase": "d3", "lambda": 2.0, "cosine": 0.5}, {"phase": "d3", "lambda": 0.5, "cosine": ended}]
+    said = auto().choices([look, *epochs])
+    assert (said[-1] == "That is short of it: the clean images held them back although λ fell to 0.50.") == short

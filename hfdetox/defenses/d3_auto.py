@@ -59,6 +59,8 @@ AHEAD = 5.0
 TURNED_BACK = 0.63
 # the share of all learning rate after which the weights have to begin to turn
 HEAD_START = 0.3
+# how far short of c* weights may end before the card says so
+SHORT = 0.1
 _STRENGTH: tuple[Augmentation, ...] = ("resized-crop-flip", "crop-flip", "crop", "flip", "none")
 _BATCH = 256
 
@@ -240,8 +242,10 @@ def describe(config: D3Config, history: Sequence[Mapping[str, Any]]) -> list[str
                     f"{config.min_steps} steps.")  # fmt: skip
     trained = [entry for entry in history if "lambda" in entry]
     if config.lambda_ == "auto" and trained:
-        values = [entry["lambda"] for entry in trained]
+        values, ended = [entry["lambda"] for entry in trained], trained[-1]["cosine"]
         said.append(f"λ between {min(values):.2f} and {max(values):.2f}, moved after every step so that the selected "
                     f"weights turn to a cosine of {config.cosine:g} with the old ones; they ended at "
-                    f"{trained[-1]['cosine']:.2f}.")  # fmt: skip
+                    f"{ended:.2f}.")  # fmt: skip
+        if ended > config.cosine + SHORT:
+            said.append(f"That is short of it: the clean images held them back although λ fell to {values[-1]:.2f}.")
     return said
