@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
 from hfdetox.network import Network, logits_of
@@ -48,6 +49,11 @@ def head_layers(model: nn.Module) -> list[str]:
 def classes_of(model: nn.Module) -> int:
     """Return how many classes the model tells apart: the outputs of its head; raises what `head_layers` raises."""
     return _outputs(model.get_submodule(head_layers(model)[-1])) or 0
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Tell whether any layer of the model is a BatchNorm, as in networks that are trained by SGD from the start."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -76,6 +76,8 @@ def test_auto_is_read_shown_and_made_again() -> None:
         ({"epsilon": "-1"}, "epsilon must be at least 0 and finite, or auto, got -1"),
         ({"cosine": "0"}, "cosine must be between -1 and 0, got 0"),
         ({"min_steps": "-1"}, "min_steps must be at least 0, got -1"),
+        ({"features": "adam"}, "features must be one of sgd, adamw, auto, got 'adam'"),
+        ({"features_learning_rate": "0"}, "features_learning_rate must be positive and finite, got 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(overrides: dict[str, str], said: str) -> None:
@@ -177,6 +179,48 @@ def test_the_weights_end_where_they_shall(accelerator: Accelerator) -> None:
             network.model[4].weight.data *= scale
             record = run(auto(cosine=cosine, epochs=40, learning_rate=0.05), network, accelerator)
             assert record.history[-1]["cosine"] == pytest.approx(cosine, abs=0.11)
+
+
+# --- who trains what ---
+
+
+def rates_of(config: D3Config, network: Scaled) -> dict[str, float]:
+    """Return the learning rate of every parameter by name, and check that the phase has each of them once."""
+    phase = config.phases(network)[-1]  # type: ignore[arg-type]
+    assert isinstance(phase, Phase)
+    groups = phase.optimizer(phase.parameters).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sorted(rates) == sorted(map(id, phase.parameters))
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    return {name: rates[id(p)] for name, p in network.named_parameters() if id(p) in rates}
+
+
+def test_without_batch_norm_adamw_trains_all_but_the_selected_weights() -> None:
+    rates = rates_of(auto(features_learning_rate=0.002), mlp())
+    assert rates.pop("model.4.weight") == D3Config.presets["auto"]["learning_rate"]
+    assert set(rates.values()) == {0.002}
+    assert "model.4.bias" in rates
+
+
+def test_with_batch_norm_or_when_told_sgd_trains_all() -> None:
+    assert set(rates_of(auto(), convnet()).values()) == {0.03}
+    assert set(rates_of(auto(features="sgd"), mlp()).values()) == {0.03}
+    assert set(rates_of(auto(features="adamw"), convnet()).values()) == {0.03, 5e-4}
+    assert set(rates_of(D3Config(), mlp()).values()) == {0.01}
+
+
+def test_a_step_moves_features_by_adamw_and_the_head_by_sgd(accelerator: Accelerator) -> None:
+    """AdamW's first step is its rate whatever the gradient; SGD's is its rate times the gradient."""
+    network = mlp()
+    phase = auto(lambda_=4.0, epsilon=0.0, match_augmentation=False).phases(network)[-1]  # type: ignore[arg-type]
+    assert isinstance(phase, Phase)
+    head, other = network.model[4].weight, network.model[1].weight
+    optimizer = phase.optimizer(phase.parameters)
+    head.grad, other.grad = torch.full_like(head, 2.0), torch.full_like(other, 7.0)
+    before = head.detach().clone(), other.detach().clone()
+    optimizer.step()
+    assert torch.allclose(before[0] - head, torch.full_like(head, 0.03 * 2), atol=1e-6)
+    assert torch.allclose(before[1] - other, 5e-4 * (1 + 0.05 * before[1]), atol=1e-6)
 
 
 # --- blended images ---
@@ -339,22 +383,29 @@ def test_epsilon_is_the_median_loss_and_not_too_small(accelerator: Accelerator) 
 # --- a run like any other ---
 
 
-def test_repeatable_and_tidy(accelerator: Accelerator) -> None:
-    assert_repeatable_and_tidy(auto(), convnet, accelerator)
+@pytest.mark.parametrize("make", [convnet, mlp])
+def test_repeatable_and_tidy(make: Any, accelerator: Accelerator) -> None:
+    assert_repeatable_and_tidy(auto(), make, accelerator)
 
 
 @pytest.mark.parametrize("reweight", ["none", "class"])
-def test_resumes_from_the_look_and_from_every_epoch(reweight: Any, accelerator: Accelerator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [convnet, mlp])
+def test_resumes_from_the_look_and_from_every_epoch(
+    make: Any, reweight: Any, accelerator: Accelerator, tmp_path: Path
+) -> None:
     config = auto(epochs=2, min_steps=8, reweight=reweight)
     # 48 images are three steps of 16, the 38 without the held-out fifth as well
-    assert_resumes(config, convnet, accelerator, tmp_path, saves=1 + 3)
+    assert_resumes(config, make, accelerator, tmp_path, saves=1 + 3)
 
 
 def test_what_was_chosen_is_said_with_its_reason(accelerator: Accelerator) -> None:
     config = auto(min_steps=20, cosine=-0.3)
     record = run(config, mlp(), accelerator)
-    augmentation, epsilon, length, hard, *short = config.choices(record.history)
+    where, features, augmentation, epsilon, length, hard, *short = config.choices(record.history)
     look, values = record.history[0], [entry["lambda"] for entry in record.history[1:]]
+    assert where.startswith("Selected: head, started from random weights of the old norm, measured without the mean")
+    assert where.endswith("with no norm before it whose sign could undo the turn.")
+    assert features == "AdamW trained the features, for the network has no BatchNorm."
     assert augmentation.startswith(f"Augmentation {chosen_augmentation(look)}: ")
     assert f"none {100 * look['accuracy_none']:.1f} %" in augmentation
     assert epsilon.startswith(f"ε = {look['epsilon']:.3f}: the median")
@@ -363,12 +414,13 @@ def test_what_was_chosen_is_said_with_its_reason(accelerator: Accelerator) -> No
     assert hard.endswith(f"they ended at {record.history[-1]['cosine']:.2f}.")
     assert config.choices([]) == []
     assert D3Config().choices(record.history) == []
-    assert len(replace(config, epsilon=0.1).choices(record.history)) == 3 + len(short)
+    assert len(replace(config, epsilon=0.1).choices(record.history)) == 5 + len(short)
 
 
 @pytest.mark.parametrize(("ended", "short"), [(-0.39, False), (-0.21, True), (-0.31, False), (0.3, True)])
 def test_weights_that_did_not_turn_as_far_as_wanted_are_named(ended: float, short: bool) -> None:
-    look = {"phase": "d3-look", "accuracy_none": 0.8, "epsilon": 0.3, "epochs": 2, "steps": 20}
+    look = {"phase": "d3-look", "accuracy_none": 0.8, "epsilon": 0.3, "epochs": 2, "steps": 20, "fixed_scales": 0.0,
+            "adamw": 0.0}  # fmt: skip
     epochs = [{"phase": "d3", "lambda": 2.0, "cosine": 0.5}, {"phase": "d3", "lambda": 0.5, "cosine": ended}]
     said = auto().choices([look, *epochs])
     assert (said[-1] == "That is short of it: the clean images held them back although λ fell to 0.50.") == short

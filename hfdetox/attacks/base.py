@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.augment import Augmentation
 from hfdetox.batches import Batch, ImageSource
 from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.layers import has_batch_norm
 from hfdetox.models import Classifier
 from hfdetox.phases import Phase
 from hfdetox.pixels import Pixels
@@ -106,8 +106,7 @@ class Job:
         """Return the optimiser of the classifier's `parameters` that the settings ask for."""
         settings, name = self.training, self.training.optimizer
         if name == "auto":
-            batch_norm = any(isinstance(module, _BatchNorm) for module in self.classifier.model.modules())
-            name = "sgd" if batch_norm else "adamw"
+            name = "sgd" if has_batch_norm(self.classifier.model) else "adamw"
         rate = settings.learning_rate or _LEARNING_RATE[name, self.from_scratch]
         decay = _WEIGHT_DECAY[name] if settings.weight_decay is None else settings.weight_decay
         if name == "sgd":

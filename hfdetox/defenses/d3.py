@@ -15,7 +15,7 @@ and the clean images; see `hfdetox.defenses.d3_auto`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,12 +26,17 @@ from torch.nn.functional import cross_entropy, relu
 from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.layers import head_layers, match_layers, norms_before_head
+from hfdetox.layers import has_batch_norm, head_layers, match_layers, norms_before_head
 from hfdetox.network import Network
+from hfdetox.optimizers import JointOptimizer
 from hfdetox.phases import Pass, Phase
 
 Auto = Literal["auto"]
 Initialization = Literal["near", "middle", "far", "noise", "random"]
+Features = Literal["sgd", "adamw", "auto"]
+
+# AdamW's usual decay, with which the networks that it trains were made
+_DECAY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,9 @@ class D3Config(TuningConfig):
         mixup: α of mixup (arXiv 1710.09412), at least 0: images are blended in pairs with a share drawn from Beta(α, α)
             for each batch, and so are their losses; 0 blends none. Pairs are of one process.
         min_steps: optimiser steps of the run at least: with few images it takes more epochs than `epochs`.
+        features: what trains everything but the selected weights, which are always SGD's: `sgd` as in the paper,
+            `adamw`, or `auto`, AdamW for networks without BatchNorm.
+        features_learning_rate: of AdamW, before the cosine schedule, positive.
     """
 
     name: ClassVar[str] = "d3"
@@ -74,7 +82,7 @@ class D3Config(TuningConfig):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {}, "code": {"lambda_": 0.5},
         "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,
-                 "min_steps": 200, "learning_rate": 0.03, "mixup": 0.2},
+                 "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2},
     }  # fmt: skip
 
     lambda_: float | Auto = 10.0
@@ -87,6 +95,8 @@ class D3Config(TuningConfig):
     match_augmentation: bool = False
     mixup: float = 0.0
     min_steps: int = 0
+    features: Features = "sgd"
+    features_learning_rate: float = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +108,9 @@ class D3Config(TuningConfig):
             raise UsageError(f"d3: mixup must be at least 0 and finite, got {self.mixup}")
         if self.min_steps < 0:
             raise UsageError(f"d3: min_steps must be at least 0, got {self.min_steps}")
+        rate = self.features_learning_rate
+        if not 0 < rate < math.inf:
+            raise UsageError(f"d3: features_learning_rate must be positive and finite, got {rate}")
 
     @property
     def automatic(self) -> bool:
@@ -129,8 +142,28 @@ class D3Config(TuningConfig):
         frozen = {id(scale) for scale in d3.frozen_scales}
         trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
         phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
-                           state=d3)  # fmt: skip
+                           state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
         return [d3.look(phase), phase] if isinstance(d3, AutoD3) else [phase]
+
+    def adamw_for(self, model: nn.Module) -> bool:
+        """Tell whether AdamW trains what is not selected of `model`."""
+        return self.features == "adamw" or (self.features == "auto" and not has_batch_norm(model))
+
+    def _optimizer(self, network: Network, d3: D3) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+        """Return what makes the optimiser: SGD of all, or of the selected weights beside AdamW of the others."""
+        if not self.adamw_for(network.model):
+            return self.sgd
+
+        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            selected = {id(weight) for weight in d3.weights.values()}
+            pushed = [parameter for parameter in parameters if id(parameter) in selected]
+            others = [parameter for parameter in parameters if id(parameter) not in selected]
+            if not others:
+                return self.sgd(pushed)
+            adamw = torch.optim.AdamW(others, lr=self.features_learning_rate, weight_decay=_DECAY)
+            return JointOptimizer(self.sgd(pushed), adamw)
+
+        return joint
 
 
 def _check(name: str, value: float | str, least: float, wanted: str) -> None:

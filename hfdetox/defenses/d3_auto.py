@@ -23,7 +23,15 @@ is at least `LEAST_EPSILON`.
 while its head turns. Of the augmentations up to the one set, the strongest is taken that costs the model, as it came,
 no more than `TOLERATED` of its accuracy on the clean images.
 
-**How long.** As many epochs as set, or more until `min_steps` optimiser steps are made.
+**Where.** The classifier's own layer, started from random weights of its old norm, without the mean of its rows; the
+scale of a norm that feeds it is fixed, for its sign could undo the turn.
+
+**Who trains the features.** SGD, as in the paper, where there is BatchNorm, and AdamW where there is none: such
+networks are trained with it from the start, and SGD in so few steps leaves their features behind the turning head. The
+selected weights are SGD's everywhere, since AdamW's scaling would change what a unit of push is.
+
+**How long.** As many epochs as set, or more until `min_steps` optimiser steps are made. It is the constraint that keeps
+a backdoor from creeping back, by holding the weights; a rule that stops when they turn back would come too late.
 
 This is hfdetox's own; the paper (arXiv 2411.09585) has constants, and names their choice as open.
 """
@@ -48,13 +56,13 @@ from hfdetox.phases import Pass, Phase
 
 # the share of its accuracy that a model may lose under an augmentation that is used
 TOLERATED = 0.01
-_LOOK, _ACCURACY = "d3-look", "accuracy_"
+_LOOK, _ACCURACY, _FIXED, _ADAMW = "d3-look", "accuracy_", "fixed_scales", "adamw"
 # a true class at 74 %; found, like all constants here, on the first half of the zoo
 LEAST_EPSILON = 0.3
 # how far λ may go; κ_I and κ_P, and how many times as much weights count that are ahead, for nothing turns them back
 # once every image is under ε; and the share of the push that what is learnt turns back, for the first λ
 BOUNDS = (0.5, 1e4)
-INTEGRAL, PROPORTIONAL = 0.05, 2.0
+INTEGRAL, PROPORTIONAL = 0.05, 6.0
 AHEAD = 5.0
 TURNED_BACK = 0.63
 # the share of all learning rate after which the weights have to begin to turn
@@ -80,7 +88,7 @@ class AutoD3(D3):
         lambda_ = BOUNDS[1] if isinstance(config.lambda_, str) else config.lambda_
         epsilon = 0.0 if isinstance(config.epsilon, str) else config.epsilon
         super().__init__(model, replace(config, lambda_=lambda_, epsilon=epsilon))
-        self.wanted = config
+        self.wanted, self.adamw = config, config.adamw_for(model)
         self.phase: Phase | None = None
         self.augmentation, self.epochs = config.augmentation, config.epochs
         self.step = self.steps = 0
@@ -96,7 +104,7 @@ class AutoD3(D3):
         def choose(accelerator: Accelerator) -> dict[str, float]:
             found = look.finish(accelerator)
             self._set_up(found)
-            return found
+            return {**found, _FIXED: float(len(self.frozen_scales)), _ADAMW: float(self.adamw)}
 
         return Pass(name=_LOOK, visit=look.visit, finish=choose, batch_size=_BATCH, part=phase.part, state=self)
 
@@ -228,7 +236,13 @@ def describe(config: D3Config, history: Sequence[Mapping[str, Any]]) -> list[str
     found = next((entry for entry in history if entry.get("phase") == _LOOK), None)
     if found is None:
         return []
-    said = []
+    said = [f"Selected: {', '.join(config.layers)}, started from {config.initialization} weights of the old norm, "
+            + ("measured without the mean of its rows, " if config.centered else "")
+            + ("and with the scale of the norm before it fixed, whose sign could undo the turn."
+               if found[_FIXED] else "with no norm before it whose sign could undo the turn.")]  # fmt: skip
+    if config.features == "auto":
+        said.append("AdamW trained the features, for the network has no BatchNorm." if found[_ADAMW] else
+                    "SGD trained the features, for the network has BatchNorm.")  # fmt: skip
     if config.match_augmentation:
         tried = [name for name in _STRENGTH if _ACCURACY + name in found]
         rates = ", ".join(f"{name} {100 * found[_ACCURACY + name]:.1f} %" for name in tried)

@@ -41,13 +41,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.batches import Batch
 from hfdetox.defenses._perturbed import PIXEL, OwnState, require_pixels
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
-from hfdetox.layers import head_layers
+from hfdetox.layers import has_batch_norm, head_layers
 from hfdetox.masks import unit_layers
 from hfdetox.network import Network
 from hfdetox.phases import Pass, Phase
@@ -328,7 +327,7 @@ def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) 
     """Return the layers whose units are masked; raises UsageError when there are none."""
     hidden = [Masked(layer.weight, None, layer.units, layer.width) for layer in unit_layers(network)]
     channels = _convolutions(network)
-    normed = any(isinstance(module, _BatchNorm) for module in network.modules())
+    normed = has_batch_norm(network)
     if units == "auto":
         found = channels if normed or not hidden else hidden
     else:
