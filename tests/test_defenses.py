@@ -55,6 +55,18 @@ def test_a_bare_name_takes_the_first_preset() -> None:
     assert parse_defense("d3:code") == (D3Config(lambda_=0.5), "code")
 
 
+def test_who_names_the_epochs_gets_them() -> None:
+    def length(**settings: str) -> tuple[int, int]:
+        config, _ = parse_defense("d3:auto", settings)
+        assert isinstance(config, D3Config)
+        return config.epochs, config.min_steps
+
+    assert length() == (20, 200)
+    assert length(epochs="3") == (3, 0)
+    assert length(epochs="3", min_steps="50") == (3, 50)
+    assert length(min_steps="50") == (20, 50)
+
+
 @pytest.mark.parametrize(
     ("key", "text", "field", "value"),
     [

@@ -114,7 +114,9 @@ def test_the_settings_that_a_run_finds_itself_are_said_with_their_reasons(
     assert done.returncode == 0, done.stderr
     report, card = Report.load(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert report.defense.preset == "auto"
-    augmentation, _, length, _ = report.defense.choices
+    where, features, augmentation, _, length, _ = report.defense.choices
+    assert where.startswith("Selected: head, ")
+    assert features == "SGD trained the features, for the network has BatchNorm."
     assert augmentation.split(":")[0] in ("Augmentation crop", "Augmentation none")
     assert length.startswith(f"{report.defense.epochs} epochs, {report.defense.steps} steps")
     for sentence in report.defense.choices:

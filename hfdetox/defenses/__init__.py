@@ -73,7 +73,11 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
         raise UsageError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(keys)}")
     hints = typing.get_type_hints(kind)
     parsed = {keys[key]: parse_setting(key, hints[keys[key]], text) for key, text in (overrides or {}).items()}
-    return kind(**{**kind.presets[preset], **parsed}), preset
+    values = {**kind.presets[preset], **parsed}
+    # who names a number of epochs means it
+    if "epochs" in parsed and "min_steps" not in parsed:
+        values.pop("min_steps", None)
+    return kind(**values), preset
 
 
 def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:

@@ -61,7 +61,8 @@ class D3Config(TuningConfig):
             as right on the clean images as without (see `d3_auto.TOLERATED`): others ask it to learn what it never saw.
         mixup: α of mixup (arXiv 1710.09412), at least 0: images are blended in pairs with a share drawn from Beta(α, α)
             for each batch, and so are their losses; 0 blends none. Pairs are of one process.
-        min_steps: optimiser steps of the run at least: with few images it takes more epochs than `epochs`.
+        min_steps: optimiser steps of the run at least: with few images it takes more epochs than `epochs`. `--epochs`
+            without it takes a preset's back.
         features: what trains everything but the selected weights, which are always SGD's: `sgd` as in the paper,
             `adamw`, or `auto`, AdamW for networks without BatchNorm.
         features_learning_rate: of AdamW, before the cosine schedule, positive.

@@ -33,6 +33,7 @@ def row(cell: Path, cifar: Path, name: str, output: Path) -> dict[str, Any]:
         dataset=cifar,
         samples=SAMPLES,
         triggers=[str(file) for file in sorted((cell / "triggers").glob("*.safetensors"))],
+        defense="d3:paper",
         settings=SETTINGS[name],
         output=output,
         overwrite=True,

@@ -30,6 +30,7 @@ def cell(folder: Path, settings: dict[str, str], seed: int) -> dict[str, Any]:
         triggers=["badnets"],
         target=TARGET,
         seed=seed,
+        defense="d3:paper",
         settings={**settings, "augmentation": "crop"},
         progress=False,
     ).report
