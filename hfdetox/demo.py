@@ -65,6 +65,7 @@ def run(seed: int, output: Path, console: Console) -> int:
         "triggers": ["badnets"],
         "target": TARGET,
         "seed": seed,
+        "defense": "d3:paper",
     }
     console.print("[bold]3.[/bold] The main job, first with the demo's settings, then with the paper's preset")
     result = detoxify(output / "backdoored", settings=SETTINGS, output=output / "cleaned", **arguments)
