@@ -16,6 +16,7 @@ from hfdetox.devices import forget_peak_memory, make_accelerator, peak_memory
 from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
 from hfdetox.gallery import check_gallery, draw_gallery
 from hfdetox.models import load_classifier
+from hfdetox.options import DEFAULT_DEFENSE
 from hfdetox.planning import plan
 from hfdetox.publish import check_card, check_push_allowed
 from hfdetox.report import Evaluated
@@ -43,7 +44,7 @@ def detoxify(
     dataset: Any = None, config: str | None = None, split: str | None = None, eval_split: str | None = None,
     image_column: str | None = None, label_column: str | None = None, samples: int | float = 0.05,
     eval_samples: int | None = None, label_map: str | Path | None = None, allow_missing_classes: bool = False,
-    defense: str | DefenseConfig = "d3:paper", settings: Mapping[str, str] | None = None,
+    defense: str | DefenseConfig = DEFAULT_DEFENSE, settings: Mapping[str, str] | None = None,
     triggers: Sequence[str | Trigger] = (), target: str | int | None = None,
     precision: str = "auto", device: str = "auto", seed: int = 0, log_with: str | None = None,
     revision: str | None = None, dataset_revision: str | None = None, trust_remote_code: bool = False,

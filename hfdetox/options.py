@@ -19,6 +19,8 @@ from hfdetox.errors import UsageError
 
 # a first word that is none of these is a model
 COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "push", "list")
+# chosen by examples/d3_heldout.yaml, whose models it was not made on
+DEFAULT_DEFENSE = "d3:auto"
 # what a resumed run may be told anew; everything else is the recorded run's
 RESUMABLE = frozenset(
     {"model", "resume", "push_to", "private", "create_pr", "overwrite", "keep_run", "log_with"}
@@ -137,7 +139,7 @@ class DetoxOptions(DataOptions):
         ),
     ] = "0.05"
     defense: Annotated[str, on_defense("--defense", metavar="NAME[:PRESET]", help="See `hfdetox list defenses`.")] = (
-        "d3:paper"
+        DEFAULT_DEFENSE
     )
     settings: Annotated[
         list[str], on_defense("--set", metavar="KEY=VALUE", help="One of the defence's own settings; repeatable.")

@@ -10,6 +10,7 @@ from hfdetox.data import default_dataset
 from hfdetox.defenses import parse_defense
 from hfdetox.devices import resolve_device, resolve_precision
 from hfdetox.hub import read_text_file, resolve, weight_files
+from hfdetox.options import DEFAULT_DEFENSE
 from hfdetox.publish import check_push_allowed
 from hfdetox.runs import RunFolder, check_output
 from hfdetox.triggers import parse_triggers
@@ -18,7 +19,7 @@ from hfdetox.triggers import parse_triggers
 def plan(
     model: str, *,
     dataset: str | None = None, dataset_revision: str | None = None, samples: int | float = 0.05,
-    eval_samples: int | None = None, defense: str = "d3:paper", settings: Mapping[str, str] | None = None,
+    eval_samples: int | None = None, defense: str = DEFAULT_DEFENSE, settings: Mapping[str, str] | None = None,
     triggers: Sequence[str] = (), device: str = "auto", precision: str = "auto", revision: str | None = None,
     output: str | Path | None = None, push_to: str | None = None, private: bool = False, create_pr: bool = False,
     overwrite: bool = False,

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from hfdetox.checkpoints import CheckpointStore
 from hfdetox.errors import RunError, UsageError
-from hfdetox.options import COMMANDS
+from hfdetox.options import COMMANDS, DEFAULT_DEFENSE
 from hfdetox.report import REPORT_NAMES, from_plain
 from hfdetox.triggers.base import Trigger
 
@@ -113,7 +113,7 @@ class RunOptions(ImageOptions):
     """
 
     samples: int | float = 0.05
-    defense: str = "d3:paper"
+    defense: str = DEFAULT_DEFENSE
     settings: dict[str, str]
     private: bool = False
     typed: str | None = None
