@@ -25,6 +25,7 @@ from hfdetox.environment import check_torchvision, is_main_process, mask_secrets
 from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.options import (
     COMMANDS,
+    DEFAULT_DEFENSE,
     DetoxOptions,
     EvaluateOptions,
     ScreenOptions,
@@ -227,6 +228,7 @@ def list_entries(
             return
         from hfdetox import defenses
 
+        say(f"without --defense: {DEFAULT_DEFENSE}; a name without a preset is its first")
         for entry in defenses.available().values():
             presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
             needs = f"needs {entry.data}; cost, relative to plain fine-tuning: {entry.cost}"

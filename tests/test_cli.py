@@ -401,6 +401,7 @@ def test_only_the_main_process_prints(run_cli: Run, fresh_env: dict[str, str]) -
 
 def test_list_names_presets_and_settings(run_cli: Run) -> None:
     text = run_cli(["list", "defenses"]).stdout
+    assert text.startswith("without --defense: d3:auto; a name without a preset is its first\n")
     assert "d3:paper is these defaults" in text
     assert "d3:code sets lambda=0.5" in text
     # every method with its paper, what it needs and what it costs
