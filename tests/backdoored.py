@@ -56,9 +56,9 @@ class Made:
 
 
 def settings(**changed: object) -> list[str]:
-    """Return SETTINGS, some of them changed, as `--set` options."""
+    """Return the paper's preset with SETTINGS, some of them changed, as options of the command line."""
     values = {**SETTINGS, **{key: str(value) for key, value in changed.items()}}
-    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    return ["--defense", "d3:paper", *(word for key, value in values.items() for word in ("--set", f"{key}={value}"))]
 
 
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
