@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hfdetox.augment import Augmenter, resolve_augmentation
 from hfdetox.batches import Batch, ImageSource, StepPlan, Subset, source_loader
+from hfdetox.batchnorm import equalise_buffers, synchronised
 from hfdetox.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.errors import RunError
 from hfdetox.phases import Part, Pass, Phase
@@ -98,7 +98,7 @@ class Engine:
             with (
                 torch.random.fork_rng(devices),
                 _observed_dtype(networks, record),
-                _sync_batchnorm(network, self.accelerator),
+                synchronised(network, self.accelerator),
             ):
                 for index in range(first, len(phases)):
                     phase, resumed = phases[index], checkpoint if index == first else None
@@ -142,7 +142,7 @@ class Engine:
                     torch.manual_seed(self._key(index, epoch + 1) + accelerator.process_index)
                     plan.epoch = epoch
                     entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
-                    _equalise_buffers(trained, accelerator)
+                    equalise_buffers(trained, accelerator)
                     with _clock(record):
                         entry |= self._watch(network, phase)
                     record.history.append(entry)
@@ -376,26 +376,3 @@ def _observed_dtype(networks: Sequence[nn.Module], record: TrainingRecord) -> It
             if layer is not None:
                 stack.callback(layer.register_forward_hook(note).remove)
         yield
-
-
-@contextmanager
-def _sync_batchnorm(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    if accelerator.num_processes == 1 or accelerator.device.type != "cuda":
-        yield
-        return
-    originals = {name: m for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)}
-    convert_sync_batchnorm(network)
-    try:
-        yield
-    finally:
-        for name, module in originals.items():
-            module.load_state_dict(network.get_submodule(name).state_dict())
-            network.set_submodule(name, module)
-
-
-def _equalise_buffers(network: nn.Module, accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1:
-        return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
