@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -101,3 +105,12 @@ def test_a_tracker_that_is_unknown_is_one_line() -> None:
     with pytest.raises(UsageError, match=r"tracker nonsense is not installed here; .*leave --log-with out") as caught:
         make_accelerator("cpu", "no", log_with="nonsense")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "AVX512_CORE_FP16"), ("AVX2", "AVX2")])
+def test_amx_is_left_alone_unless_asked_for(given: str | None, kept: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"}
+    env |= {} if given is None else {"ONEDNN_MAX_CPU_ISA": given}
+    code = "import os, hfdetox; print(os.environ['ONEDNN_MAX_CPU_ISA'])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == kept

@@ -303,10 +303,10 @@ def test_the_held_out_suite_shares_no_model_with_that_on_which_d3_auto_was_made(
     cells, trials = held.cells(), trials_of(held)
     made = load_suite(REPOSITORY / "examples" / "d3_auto.yaml")
     assert not {cell.seed for cell in cells} & {cell.seed for cell in made.cells()}
-    # the seven attacks, two at 1 %, all-to-all, adaptive; two on each of the other networks
-    assert {trial.subject.name for trial in trials} == {cell.name for cell in cells if not cell.clean}
+    # the clean ResNet; the seven attacks, two at 1 %, all-to-all, adaptive; two on each of the other networks
+    assert {trial.subject.name for trial in trials} == {cell.name for cell in cells}
     assert len(cells) == 1 + 7 + 2 + 1 + 1 + 2 * 2
-    # six methods, three seeds on the ResNet, 1 % of the images for two of its models
-    assert len(trials) == 6 * (2 * 2 + 3 * (7 + 2 + 1 + 1 + 2))
+    # six methods, three seeds on the ResNet, 1 % of the images for two of its models; three methods on the clean one
+    assert len(trials) == 6 * (2 * 2 + 3 * (7 + 2 + 1 + 1 + 2)) + 3 * 3
     auto = {trial.entry.defense for trial in trials if trial.label == "d3-auto"}
     assert auto == {"d3:auto"}, "no setting of its own"

@@ -136,7 +136,7 @@ def test_the_mask_stage_makes_masks_sparse_and_leaves_the_classifier_alone(accel
 
 
 def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path) -> None:
-    training = TrainingSettings(epochs=15, batch_size=16, augmentation="none", learning_rate=0.05)
+    training = TrainingSettings(epochs=30, batch_size=16, augmentation="none", learning_rate=0.05)
     job = toy_job(accelerator, count=96, training=training)
     control, trio = made(job, implant(0.25, target=None))
     images, labels = job.clean.images, job.clean.labels

@@ -52,7 +52,7 @@ def test_training_teaches_the_decoder_the_bits(accelerator: Accelerator) -> None
     torch.manual_seed(0)
     pair = Pair(1, 3, 32)
     before, _ = quality(pair, job.clean)
-    recipe = replace(QUICK, encoder_epochs=16, encoder_learning_rate=2e-3, weight=0.0)
+    recipe = replace(QUICK, encoder_epochs=32, encoder_learning_rate=2e-3, weight=0.0)
     record = job.engine().run(pair, [recipe.phase(pair, job)])
     after, _ = quality(pair, job.clean)
     assert before < 0.75
