@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfdetox.corrections import FILE_NAME, Correction, UnitMap, channels_of, norms_of
+from hfdetox.corrections import FILE_NAME, Correction, UnitMap, channels_of, load_correction, norms_of
+from hfdetox.errors import UsageError
 from hfdetox.models import Classifier, load_classifier
 from hfdetox.publish import push_folder
 from tests.output_folder import folder, pushed
 from tests.tiny_models import assert_same, logits, make_folder, own_library, pixels_for
+from tests.tiny_training import convnet
 
 __all__ = ["folder"]
 
@@ -67,3 +69,34 @@ def test_a_correction_goes_to_the_hub_and_back(hub, repo_name, hub_token, folder
     push_folder(folder, name)
     assert FILE_NAME not in pushed(hub, name)
     assert load_classifier(name).network.correction is None
+
+
+def test_a_correction_survives_its_file(tmp_path: Path) -> None:
+    model = convnet().model
+    correction = Correction(2, {"1": UnitMap(torch.rand(8), torch.rand(8), torch.full((8,), math.inf))})
+    correction.save(tmp_path)
+    again = load_correction(tmp_path, model, labels=3)
+    assert again is not None
+    assert again.target == 2
+    for part in ("scale", "shift", "bound"):
+        assert torch.equal(getattr(again.maps["1"], part), getattr(correction.maps["1"], part))
+
+
+def test_without_a_file_there_is_no_correction(tmp_path: Path) -> None:
+    assert load_correction(tmp_path, convnet().model, labels=3) is None
+
+
+@pytest.mark.parametrize(("name", "channels", "target"), [("7", 8, 1), ("1", 5, 1)], ids=["no such norm", "size"])
+def test_a_correction_of_another_model_is_refused(name: str, channels: int, target: int, tmp_path: Path) -> None:
+    Correction(target, {name: UnitMap(*(torch.ones(channels) for _ in range(3)))}).save(tmp_path)
+    with pytest.raises(UsageError, match=f"of another model: its part '{name}' does not fit"):
+        load_correction(tmp_path, convnet().model, labels=3)
+
+
+def test_a_target_that_is_no_label_is_refused(tmp_path: Path) -> None:
+    Correction(3, {"1": UnitMap(*(torch.ones(8) for _ in range(3)))}).save(tmp_path)
+    with pytest.raises(UsageError, match="not a correction"):
+        load_correction(tmp_path, convnet().model, labels=3)
+    (tmp_path / FILE_NAME).write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="cannot be read as a correction"):
+        load_correction(tmp_path, convnet().model, labels=3)

@@ -13,13 +13,11 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from hfdetox.corrections import (
-    FILE_NAME,
     Correction,
     UnitMap,
     channel_axis,
     channels_of,
     flagged,
-    load_correction,
     norms_of,
     on_output,
 )
@@ -332,40 +330,6 @@ def test_folding_is_the_map_without_its_bound() -> None:
         expected = network(images)
     fold(network.model, correction)
     torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
-
-
-# --- the file ---
-
-
-def test_a_correction_survives_its_file(tmp_path: Path) -> None:
-    model = conv().model
-    correction = Correction(2, {"1": UnitMap(torch.rand(8), torch.rand(8), torch.full((8,), math.inf))})
-    correction.save(tmp_path)
-    again = load_correction(tmp_path, model, labels=3)
-    assert again is not None
-    assert again.target == 2
-    for part in ("scale", "shift", "bound"):
-        assert torch.equal(getattr(again.maps["1"], part), getattr(correction.maps["1"], part))
-
-
-def test_without_a_file_there_is_no_correction(tmp_path: Path) -> None:
-    assert load_correction(tmp_path, conv().model, labels=3) is None
-
-
-@pytest.mark.parametrize(("name", "channels", "target"), [("7", 8, 1), ("1", 5, 1)], ids=["no such norm", "size"])
-def test_a_correction_of_another_model_is_refused(name: str, channels: int, target: int, tmp_path: Path) -> None:
-    Correction(target, {name: UnitMap(*(torch.ones(channels) for _ in range(3)))}).save(tmp_path)
-    with pytest.raises(UsageError, match=f"of another model: its part '{name}' does not fit"):
-        load_correction(tmp_path, conv().model, labels=3)
-
-
-def test_a_target_that_is_no_label_is_refused(tmp_path: Path) -> None:
-    Correction(3, {"1": UnitMap(*(torch.ones(8) for _ in range(3)))}).save(tmp_path)
-    with pytest.raises(UsageError, match="not a correction"):
-        load_correction(tmp_path, conv().model, labels=3)
-    (tmp_path / FILE_NAME).write_bytes(b"nothing")
-    with pytest.raises(UsageError, match="cannot be read as a correction"):
-        load_correction(tmp_path, conv().model, labels=3)
 
 
 # --- refusals, and Neural Cleanse's part ---
