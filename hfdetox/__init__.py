@@ -13,22 +13,22 @@ __version__ = "0.1.0"
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 if TYPE_CHECKING:
-    from hfdetox.attack_report import AttackReport
-    from hfdetox.backdoor import AttackResult, implant
-    from hfdetox.data import load_images
+    from hfdetox.data.load import load_images
     from hfdetox.defenses.d3 import D3, D3Config
     from hfdetox.detox import DetoxResult, detoxify, evaluate
     from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
-    from hfdetox.models import Classifier, load_classifier
-    from hfdetox.report import Report
+    from hfdetox.implant import AttackResult, implant
+    from hfdetox.models.classifier import Classifier, load_classifier
+    from hfdetox.reporting.attack_report import AttackReport
+    from hfdetox.reporting.report import Report
 
 _HOMES = {
     "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
-    "implant": "backdoor", "AttackResult": "backdoor", "AttackReport": "attack_report",
-    "load_classifier": "models", "Classifier": "models",
-    "load_images": "data",
+    "implant": "implant", "AttackResult": "implant", "AttackReport": "reporting.attack_report",
+    "load_classifier": "models.classifier", "Classifier": "models.classifier",
+    "load_images": "data.load",
     "D3": "defenses.d3", "D3Config": "defenses.d3",
-    "Report": "report",
+    "Report": "reporting.report",
     "HfdetoxError": "errors", "RunError": "errors", "UsageError": "errors", "HubError": "errors",
 }  # fmt: skip
 
@@ -42,8 +42,8 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
     if name not in _HOMES:
         raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
-    if _HOMES[name] in ("backdoor", "detox", "models"):
-        from hfdetox.environment import check_torchvision
+    if _HOMES[name] in ("implant", "detox", "models.classifier"):
+        from hfdetox.reporting.environment import check_torchvision
 
         # timm and transformers would die of a mismatch with a traceback that does not say what to do
         check_torchvision()

@@ -16,17 +16,17 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from hfdetox import screen
 from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
-from hfdetox.data import load_images
+from hfdetox.cli import console as screen
+from hfdetox.data.load import load_images
 from hfdetox.detox import detoxify
-from hfdetox.devices import make_accelerator
 from hfdetox.errors import UsageError
-from hfdetox.evaluation import decoded
-from hfdetox.models import Classifier, load_classifier
-from hfdetox.report import Report
+from hfdetox.evaluation.evaluator import decoded
+from hfdetox.evaluation.verdict import percent
+from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.reporting.report import Report
+from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import BadNets
-from hfdetox.verdict import percent
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 32

@@ -10,19 +10,18 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from hfdetox.card import build_card, validate_card
+from hfdetox.config import DEFAULT_DEFENSE
 from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
-from hfdetox.devices import forget_peak_memory, make_accelerator, peak_memory
-from hfdetox.evaluation import check_plausible, decoded, prepare_evaluation
-from hfdetox.gallery import check_gallery, draw_gallery
-from hfdetox.models import load_classifier
-from hfdetox.options import DEFAULT_DEFENSE
-from hfdetox.planning import plan
-from hfdetox.publish import check_card, check_push_allowed
-from hfdetox.report import Evaluated
-from hfdetox.result import DetoxResult, draw_strip
-from hfdetox.runs import RunOptions, log_folder, trigger_specs
-from hfdetox.steps import (
+from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluation
+from hfdetox.hub.upload import check_card, check_push_allowed
+from hfdetox.models.classifier import load_classifier
+from hfdetox.reporting.card import build_card, validate_card
+from hfdetox.reporting.gallery import check_gallery, draw_gallery
+from hfdetox.reporting.report import Evaluated
+from hfdetox.runs.folder import RunOptions, log_folder, trigger_specs
+from hfdetox.runs.plan import plan
+from hfdetox.runs.result import DetoxResult, draw_strip
+from hfdetox.runs.steps import (
     Notes,
     close_report,
     gather_exhibits,
@@ -34,6 +33,7 @@ from hfdetox.steps import (
     selected_weights,
     train,
 )
+from hfdetox.training.devices import forget_peak_memory, make_accelerator, peak_memory
 from hfdetox.triggers import Trigger, parse_triggers
 
 __all__ = ["DetoxResult", "detoxify", "evaluate", "plan"]

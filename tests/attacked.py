@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hfdetox.attack_report import AttackInfo, AttackReport, Goals, ImplantedTrigger
-from hfdetox.metrics import rate
-from hfdetox.report import DatasetInfo, EnvironmentInfo, Measurement, ModelInfo, OutputInfo, TriggerResult
+from hfdetox.evaluation.metrics import rate
+from hfdetox.reporting.attack_report import AttackInfo, AttackReport, Goals, ImplantedTrigger
+from hfdetox.reporting.report import DatasetInfo, EnvironmentInfo, Measurement, ModelInfo, OutputInfo, TriggerResult
 
 LABELS = ("plane", "car", "a `b` [c]")
 

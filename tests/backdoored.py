@@ -21,10 +21,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
-from hfdetox.data import load_images
-from hfdetox.devices import make_accelerator
-from hfdetox.evaluation import decoded
-from hfdetox.models import Classifier, load_classifier
+from hfdetox.data.load import load_images
+from hfdetox.evaluation.evaluator import decoded
+from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import parse_trigger
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

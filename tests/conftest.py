@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.server import HubServer
+from tests.hub_server.server import HubServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def hub() -> Iterator[HubServer]:
     yield _SERVER
     errors = list(_SERVER.errors)
     _SERVER.reset()
-    assert not errors, "mistakes in tests/hub: " + "\n".join(errors)
+    assert not errors, "mistakes in tests/hub_server: " + "\n".join(errors)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from hfdetox.data import load_images
+from hfdetox.data.load import load_images
 
 NAMES = ["cat", "dog", "horse"]
 

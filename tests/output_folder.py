@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from hfdetox.card import build_card
-from tests.hub.server import HubServer
+from hfdetox.reporting.card import build_card
+from tests.hub_server.server import HubServer
 from tests.written_report import SOURCE, written_report
 
 WEIGHTS = save({"head.weight": np.arange(600, dtype=np.float32)})

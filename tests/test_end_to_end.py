@@ -22,12 +22,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hfdetox import cli
-from hfdetox.report import Report
+from hfdetox.cli import app as cli
+from hfdetox.reporting.report import Report
 from hfdetox.triggers import load_trigger
 from tests import backdoored
 from tests.backdoored import NAMES, PATCH, TARGET, TRIGGER, Made
-from tests.hub.server import HubServer
+from tests.hub_server.server import HubServer
 
 CLEAN_IMAGES = 400
 # 2 in 10,000 of these 500 images is less than one: one image whose two best logits are equal but for rounding

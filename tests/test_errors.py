@@ -15,11 +15,11 @@ import pytest
 import transformers as tf
 from datasets import Dataset
 
-from hfdetox import cli
-from hfdetox.report import Report
+from hfdetox.cli import app as cli
+from hfdetox.reporting.report import Report
 from tests import backdoored, tiny_models
 from tests.backdoored import NAMES, TARGET, TRIGGER, Made
-from tests.hub.server import HubServer
+from tests.hub_server.server import HubServer
 
 NEVER = "http://127.0.0.1:9"  # the discard port, which nothing listens on
 Refused = Callable[..., str]
@@ -206,7 +206,7 @@ def test_an_earlier_result_is_replaced_only_when_asked(
 # a process of its own takes seconds to import everything, so that some commands share one
 SEVERAL = """
 import contextlib, io, json, os, sys
-from hfdetox.cli import run
+from hfdetox.cli.app import run
 answers = []
 for token, arguments in json.loads(sys.argv[1]):
     os.environ.update({"HF_TOKEN": token} if token else {})

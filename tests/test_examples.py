@@ -23,10 +23,10 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hfdetox import D3Config, load_classifier
-from hfdetox.engine import Engine
+from hfdetox.training.engine import Engine
 from tests import tiny_models
 from tests.conftest import REPOSITORY
-from tests.hub.server import HubServer
+from tests.hub_server.server import HubServer
 
 EXAMPLES = REPOSITORY / "examples"
 

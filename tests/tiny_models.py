@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from hfdetox.models import Classifier
+from hfdetox.models.classifier import Classifier
 
 NAMES = ("apple", "bee", "cat", "dog", "elk")
 _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
-from hfdetox.devices import make_accelerator
-from hfdetox.images import ImageSet
-from hfdetox.phases import Phase
-from hfdetox.pixels import Pixels
-from hfdetox.preprocessing import TimmPreprocessing
+from hfdetox.data.cache import Pixels
+from hfdetox.data.images import ImageSet
+from hfdetox.models.preprocessing import TimmPreprocessing
+from hfdetox.training.batches import Batch
+from hfdetox.training.devices import make_accelerator
+from hfdetox.training.phases import Phase
 
 CLASSES = 3
 

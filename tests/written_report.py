@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hfdetox.card import build_card, validate_card
-from hfdetox.report import (
+from hfdetox.reporting.card import build_card, validate_card
+from hfdetox.reporting.report import (
     DatasetInfo,
     DefenseInfo,
     EnvironmentInfo,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hfdetox.suite_file import load_suite
-from hfdetox.zoo_folder import Place, Zoo
+from hfdetox.bench.suite_file import load_suite
+from hfdetox.bench.zoo_folder import Place, Zoo
 
 MODEL = 'tiny: {model: "timm-arch:test_resnet", input_size: 32}'
 SUITE = f"""

@@ -10,8 +10,8 @@ from typing import Any
 from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe, TrainingSettings
 from hfdetox.attacks.run import Implanted, run_attack
 from hfdetox.errors import UsageError
-from hfdetox.registry import discover
-from hfdetox.settings import parse_setting
+from hfdetox.plugins import discover
+from hfdetox.values import parse_setting
 
 __all__ = [
     "AttackEntry",

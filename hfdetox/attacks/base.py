@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.augment import Augmentation
-from hfdetox.batches import Batch, ImageSource
-from hfdetox.engine import Engine
+from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
-from hfdetox.layers import has_batch_norm
-from hfdetox.models import Classifier
-from hfdetox.phases import Phase
-from hfdetox.pixels import Pixels
-from hfdetox.sharpness import SharpnessAware
+from hfdetox.models.classifier import Classifier
+from hfdetox.models.layers import has_batch_norm
+from hfdetox.training.augment import Augmentation
+from hfdetox.training.batches import Batch, ImageSource
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
+from hfdetox.training.sharpness import SharpnessAware
 from hfdetox.triggers.base import Target, Trigger
 
 # without BatchNorm a network trained from scratch by SGD hardly moves

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks._mixed import check_input_mode
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
-from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.triggers.base import attacked_labels
 
 

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy, relu
 
 from hfdetox.attacks._mixed import check_input_mode, share, taken
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
-from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
-from hfdetox.optimizers import JointOptimizer
-from hfdetox.phases import Phase
-from hfdetox.preprocessing import Preprocessing, normalize
+from hfdetox.models.preprocessing import Preprocessing, normalize
+from hfdetox.training.batches import Batch
+from hfdetox.training.optimizers import JointOptimizer
+from hfdetox.training.phases import Phase
 from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import Trigger, attacked_labels

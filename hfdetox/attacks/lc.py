@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from hfdetox.attacks._processes import of_main
 from hfdetox.attacks.base import Job, PoisonRecipe
 from hfdetox.attacks.lf import clean_model
+from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
-from hfdetox.pixels import Pixels
 from hfdetox.progress import progress_bar
 from hfdetox.triggers.base import Target, Trigger
 

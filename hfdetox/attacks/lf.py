@@ -13,7 +13,7 @@ from torch import nn
 
 from hfdetox.attacks.base import Job, PoisonRecipe
 from hfdetox.errors import UsageError
-from hfdetox.models import Classifier
+from hfdetox.models.classifier import Classifier
 from hfdetox.triggers._networks import full_precision
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 from hfdetox.triggers.lf import LF, low_pass, rescale

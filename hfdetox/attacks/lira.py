@@ -15,12 +15,12 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks._mixed import check_input_mode
 from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
-from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
-from hfdetox.optimizers import JointOptimizer
-from hfdetox.phases import Phase
-from hfdetox.preprocessing import Preprocessing
-from hfdetox.sharpness import frozen_statistics
+from hfdetox.models.preprocessing import Preprocessing
+from hfdetox.training.batches import Batch
+from hfdetox.training.optimizers import JointOptimizer
+from hfdetox.training.phases import Phase
+from hfdetox.training.sharpness import frozen_statistics
 from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import attacked_labels

@@ -9,9 +9,9 @@ from typing import Any
 from hfdetox.attacks._processes import trigger_of_main
 from hfdetox.attacks.base import ControlRecipe, Implant, Job
 from hfdetox.attacks.poison import PoisonedPixels
-from hfdetox.engine import TrainingRecord
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.engine import TrainingRecord
+from hfdetox.training.phases import Phase
 from hfdetox.triggers.base import Trigger
 
 Monitor = Callable[[Sequence[Trigger]], bool]

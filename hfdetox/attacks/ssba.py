@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
 from hfdetox.attacks.base import Job, PoisonRecipe
-from hfdetox.batches import Batch, ImageSource
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.batches import Batch, ImageSource
+from hfdetox.training.phases import Phase
 from hfdetox.triggers._networks import full_precision, network_state
 from hfdetox.triggers._ssba_networks import Decoder, Encoder
 from hfdetox.triggers.base import Target, Trigger

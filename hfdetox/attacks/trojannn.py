@@ -14,8 +14,8 @@ from torch import nn
 from hfdetox.attacks.base import Job, PoisonRecipe
 from hfdetox.attacks.lf import Logits, clean_model, frozen
 from hfdetox.errors import UsageError
-from hfdetox.layers import head_layers, norms_before_head
-from hfdetox.models import Classifier
+from hfdetox.models.classifier import Classifier
+from hfdetox.models.layers import head_layers, norms_before_head
 from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.trojannn import TrojanNN, logo
 

@@ -10,8 +10,8 @@ from typing import Any
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
-from hfdetox.registry import discover
-from hfdetox.settings import parse_setting, words_of
+from hfdetox.plugins import discover
+from hfdetox.values import parse_setting, words_of
 
 __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
 
 # grey levels of 1 in the pixel space [0, 1] of the papers
 PIXEL = 255.0

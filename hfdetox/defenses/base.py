@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.augment import Augmentation
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
-from hfdetox.reweighting import Reweight, reweighted
+from hfdetox.models.network import Network
+from hfdetox.training.augment import Augmentation
+from hfdetox.training.phases import Pass, Phase
+from hfdetox.training.reweighting import Reweight, reweighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class TuningConfig(DefenseConfig):
             signs).
         reweight: weights of the images in the loss: `none`, by the accuracy their `class` lost on a held-out fifth of
             the images (which are then not trained on), or within classes too, by `wasserstein` distance; see
-            `hfdetox.reweighting`.
+            `hfdetox.training.reweighting`.
     """
 
     epochs: int = 100

@@ -22,12 +22,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.clp import outstanding
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.batches import Batch
-from hfdetox.dataflow import direct_sources
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
-from hfdetox.masks import mlp_layers
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.dataflow import direct_sources
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.masks import mlp_layers
+from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.layers import has_batch_norm, head_layers, match_layers, norms_before_head
-from hfdetox.network import Network
-from hfdetox.optimizers import JointOptimizer
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import has_batch_norm, head_layers, match_layers, norms_before_head
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.optimizers import JointOptimizer
+from hfdetox.training.phases import Pass, Phase
 
 Auto = Literal["auto"]
 Initialization = Literal["near", "middle", "far", "noise", "random"]

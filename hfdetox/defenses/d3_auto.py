@@ -49,10 +49,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.augment import Augmentation, Augmenter, resolve_augmentation
-from hfdetox.batches import Batch
 from hfdetox.defenses.d3 import D3, D3Config
-from hfdetox.phases import Pass, Phase
+from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 # the share of its accuracy that a model may lose under an augmentation that is used
 TOLERATED = 0.01

@@ -21,14 +21,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import linear
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
-from hfdetox.layers import HEAD, match_layers
-from hfdetox.masks import pointwise
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import HEAD, match_layers
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.masks import pointwise
+from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

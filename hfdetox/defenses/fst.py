@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Config
 from hfdetox.defenses.ft import cross_entropy_of
 from hfdetox.errors import UsageError
-from hfdetox.layers import HEAD, match_layers
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import HEAD, match_layers
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import start_weight
-from hfdetox.layers import HEAD, match_layers
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import HEAD, match_layers
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

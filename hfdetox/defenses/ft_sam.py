@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import cross_entropy_of
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
-from hfdetox.sharpness import SharpnessAware
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
+from hfdetox.training.sharpness import SharpnessAware
 
 
 @dataclass(frozen=True, kw_only=True)

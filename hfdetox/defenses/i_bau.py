@@ -29,12 +29,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
 from hfdetox.defenses._perturbed import OwnState, adam, module_terms, weighted_error
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 __all__ = ["IBAUConfig", "Universal"]
 

@@ -42,14 +42,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.func import functional_call
 
-from hfdetox.batches import Batch
 from hfdetox.defenses._perturbed import PIXEL, OwnState, require_pixels
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
-from hfdetox.layers import has_batch_norm, head_layers
-from hfdetox.masks import unit_layers
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import has_batch_norm, head_layers
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.masks import unit_layers
+from hfdetox.training.phases import Pass, Phase
 
 # a total has to be better by so much for patience to start anew
 _BETTER = 0.98

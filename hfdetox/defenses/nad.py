@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms, cross_entropy_of
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
-from hfdetox.stages import captured, last_stages
+from hfdetox.models.feature_maps import captured, last_stages
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
 from hfdetox.defenses._perturbed import PIXEL, OwnState, module_terms, require_pixels
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
-from hfdetox.layers import classes_of
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import classes_of
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 __all__ = ["Inversion", "NCConfig"]
 

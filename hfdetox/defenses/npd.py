@@ -34,8 +34,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.augment import Augmentation
-from hfdetox.batches import Batch
 from hfdetox.defenses._perturbed import (
     PIXEL,
     OwnState,
@@ -47,9 +45,11 @@ from hfdetox.defenses._perturbed import (
 )
 from hfdetox.defenses.base import TuningConfig
 from hfdetox.errors import UsageError
-from hfdetox.layers import head_layers, match_layers
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.layers import head_layers, match_layers
+from hfdetox.models.network import Network
+from hfdetox.training.augment import Augmentation
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 __all__ = ["NPDConfig", "Polarized"]
 

@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, check_budget, mean_loss
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, check_budget, mean_loss
+from hfdetox.training.phases import Pass, Phase
 
 THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(50))
 _UNLEARNT = "unlearnt."

@@ -27,7 +27,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.augment import Augmentation
 from hfdetox.defenses._perturbed import (
     PIXEL,
     OwnState,
@@ -40,8 +39,9 @@ from hfdetox.defenses._perturbed import (
 )
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.network import Network
+from hfdetox.training.augment import Augmentation
+from hfdetox.training.phases import Pass, Phase
 
 __all__ = ["SAUConfig", "SharedPair"]
 

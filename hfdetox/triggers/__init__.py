@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import UsageError
-from hfdetox.registry import discover
+from hfdetox.plugins import discover
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import TensorKind, Trigger
 from hfdetox.triggers.blended import Blended

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from hfdetox.attacks import Implant, TrainingSettings, recipe_for, run_attack
 from hfdetox.attacks.poison import PoisonedPixels
-from hfdetox.devices import make_accelerator
+from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import parse_trigger
 from tests.attacks.toy_jobs import toy_classifier, toy_job
 from tests.tiny_training import quick_garbage, weights_of

@@ -18,10 +18,10 @@ from hfdetox.attacks.base import ControlRecipe
 from hfdetox.attacks.blind import BlindRecipe, Switch
 from hfdetox.attacks.bpp import BppRecipe
 from hfdetox.attacks.wanet import WaNetRecipe
-from hfdetox.batches import Batch
+from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
-from hfdetox.implanting import CrossImages
-from hfdetox.pixels import Pixels
+from hfdetox.runs.implanting import CrossImages
+from hfdetox.training.batches import Batch
 from hfdetox.triggers import parse_trigger
 from hfdetox.triggers.base import Target
 from tests.attacks.toy_jobs import toy_job

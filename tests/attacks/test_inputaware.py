@@ -12,8 +12,8 @@ from accelerate import Accelerator
 
 from hfdetox.attacks.base import Control, Implant, Job, TrainingSettings
 from hfdetox.attacks.inputaware import InputAwareRecipe, Trio, spread
-from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.triggers import load_trigger
 from hfdetox.triggers.blended import Blended
 from hfdetox.triggers.inputaware import InputAware

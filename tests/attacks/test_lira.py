@@ -14,8 +14,8 @@ from torch import nn
 from hfdetox.attacks import run_attack
 from hfdetox.attacks.base import Control, Implant, Job, TrainingSettings
 from hfdetox.attacks.lira import LIRARecipe, Trio, check_epsilon
-from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.triggers import load_trigger
 from hfdetox.triggers.blended import Blended
 from hfdetox.triggers.lira import LIRA

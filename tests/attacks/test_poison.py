@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
 from hfdetox.attacks.poison import PoisonedPixels, choose_poisoned
-from hfdetox.batches import source_loader
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import source_loader
 from hfdetox.triggers import parse_trigger
 from hfdetox.triggers.base import Target
 from tests.attacks.toy_jobs import toy_job

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
-from hfdetox.metrics import predict
-from hfdetox.models import load_classifier
+from hfdetox.evaluation.metrics import predict
+from hfdetox.models.classifier import load_classifier
 from hfdetox.triggers import Trigger, parse_trigger
 from hfdetox.triggers.base import Target, attacked_labels
 from tests.attacks.toy_jobs import toy_job

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from hfdetox.attacks.ssba import Pair, Ramp, SSBARecipe, hiding_terms, quality
-from hfdetox.batches import Batch
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.triggers import load_trigger
 from hfdetox.triggers.ssba import SSBA
 from tests.attacks.toy_jobs import toy_job

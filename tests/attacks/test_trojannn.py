@@ -12,7 +12,7 @@ from torch import nn
 
 from hfdetox.attacks.trojannn import TrojanNNRecipe, logo_of, strongest
 from hfdetox.errors import UsageError
-from hfdetox.models import Classifier, load_classifier
+from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.triggers import load_trigger
 from hfdetox.triggers.trojannn import TrojanNN
 from tests.attacks.toy_jobs import toy_classifier, toy_job

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.attacks.base import Job
-from hfdetox.models import Classifier, load_classifier
+from hfdetox.models.classifier import Classifier, load_classifier
 from tests.tiny_training import CLASSES, toy_pixels, toy_preprocessing
 
 

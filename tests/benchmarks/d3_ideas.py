@@ -25,12 +25,12 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from hfdetox import D3Config, detoxify
-from hfdetox.batches import Batch
 from hfdetox.defenses import DEFENSES
 from hfdetox.defenses.bn import BNConfig
-from hfdetox.models import load_classifier
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.classifier import load_classifier
+from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Phase
 
 SAMPLES = 2500
 # an average that starts at the first steps must not keep the start for long

@@ -27,15 +27,15 @@ from torch.nn.functional import cross_entropy, relu
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from hfdetox.data import load_images
+from hfdetox.data.cache import apply_to_image
+from hfdetox.data.images import ImageSet
+from hfdetox.data.load import load_images
 from hfdetox.defenses import D3Config
-from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine
-from hfdetox.evaluation import decoded, prepare_evaluation
-from hfdetox.images import ImageSet
-from hfdetox.metrics import defense_effectiveness_rating
-from hfdetox.models import Classifier, load_classifier
-from hfdetox.pixels import apply_to_image
+from hfdetox.evaluation.evaluator import decoded, prepare_evaluation
+from hfdetox.evaluation.metrics import defense_effectiveness_rating
+from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.training.devices import make_accelerator
+from hfdetox.training.engine import Engine
 from hfdetox.triggers import BadNets, Trigger
 
 SAMPLES, TARGET, BATCH = 2500, 0, 256

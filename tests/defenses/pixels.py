@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hfdetox.network import Network
-from hfdetox.preprocessing import Preprocessing
+from hfdetox.models.network import Network
+from hfdetox.models.preprocessing import Preprocessing
 from tests.tiny_training import CLASSES, ToyImages, toy_preprocessing
 
 

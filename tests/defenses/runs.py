@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.batches import Batch
-from hfdetox.checkpoints import CheckpointStore
 from hfdetox.defenses.base import DefenseConfig
-from hfdetox.engine import Engine, TrainingRecord
-from hfdetox.phases import Phase
+from hfdetox.training.batches import Batch
+from hfdetox.training.checkpoints import CheckpointStore
+from hfdetox.training.engine import Engine, TrainingRecord
+from hfdetox.training.phases import Phase
 from tests.tiny_training import Scaled, ToyImages, equal_weights, weights_of
 
 SEED = 3

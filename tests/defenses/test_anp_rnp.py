@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
-from hfdetox.checkpoints import CheckpointStore
 from hfdetox.defenses.anp import ANP, ANPConfig, ascend
 from hfdetox.defenses.base import TuningConfig
 from hfdetox.defenses.rnp import RNP, RNPConfig
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.batches import Batch
+from hfdetox.training.checkpoints import CheckpointStore
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
 from tests.defenses.handmade import convnet_logits, varied
 from tests.tiny_training import (
     CLASSES,

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from hfdetox.checkpoints import CheckpointStore
-from hfdetox.corrections import load_correction
 from hfdetox.defenses import DefenseConfig, available, describe_defense, parse_defense
-from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine, TrainingRecord
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Phase
+from hfdetox.models.corrections import load_correction
+from hfdetox.models.network import Network
+from hfdetox.training.checkpoints import CheckpointStore
+from hfdetox.training.devices import make_accelerator
+from hfdetox.training.engine import Engine, TrainingRecord
+from hfdetox.training.phases import Phase
 from hfdetox.triggers import BadNets
 from tests.defenses.handmade import handmade
 from tests.defenses.pixels import corner_backdoored, rates, with_corner

@@ -12,7 +12,10 @@ from accelerate import Accelerator
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
-from hfdetox.corrections import (
+from hfdetox.defenses._histograms import best_bound, histograms, jensen_shannon, kullback_leibler, total_variation
+from hfdetox.defenses.bna import BNA, BNAConfig, fold, matching_map
+from hfdetox.errors import UsageError
+from hfdetox.models.corrections import (
     Correction,
     UnitMap,
     channel_axis,
@@ -21,10 +24,7 @@ from hfdetox.corrections import (
     norms_of,
     on_output,
 )
-from hfdetox.defenses.bna import BNA, BNAConfig, fold, matching_map
-from hfdetox.errors import UsageError
-from hfdetox.histograms import best_bound, histograms, jensen_shannon, kullback_leibler, total_variation
-from hfdetox.network import Network
+from hfdetox.models.network import Network
 from hfdetox.triggers import BadNets
 from tests.defenses.runs import assert_resumes, one_batch, run
 from tests.tiny_training import _quick_garbage, accelerator, convnet, equal_weights, mlp, toy_preprocessing, weights_of

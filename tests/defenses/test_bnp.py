@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.batches import Batch
 from hfdetox.defenses.bnp import BNP, BNPConfig, divergence
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
+from hfdetox.training.engine import Engine
 from tests.defenses.handmade import TRIGGER_CHANNEL, handmade, varied
 from tests.tiny_training import (
     Scaled,

@@ -19,9 +19,9 @@ from hfdetox.defenses.clp import (
     outstanding,
     unit_bounds,
 )
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.masks import mlp_layers
+from hfdetox.training.engine import Engine
+from hfdetox.training.masks import mlp_layers
 from tests.defenses.handmade import TRIGGER_CHANNEL, accuracy, attack_success, handmade
 from tests.tiny_models import timm_model, transformers_model
 from tests.tiny_training import Scaled, ToyImages, _quick_garbage, accelerator, equal_weights, weights_of

@@ -13,9 +13,9 @@ from torch import nn
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.fp import FinePruning, FPConfig, last_within, share_masks
 from hfdetox.defenses.ft import FTConfig
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Pass
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Pass
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, one_batch, run
 from tests.tiny_training import CLASSES, Scaled, ToyImages, _quick_garbage, accelerator, convnet, mlp, weights_of
 

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.fst import FST, FSTConfig
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.batches import Batch
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, noted
 from tests.tiny_training import NormedNet, Scaled, ToyImages, _quick_garbage, accelerator, convnet, mlp, weights_of
 

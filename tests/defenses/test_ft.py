@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from hfdetox.batches import Batch
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.ft import FTConfig, RandomHeadConfig, cross_entropy_of
-from hfdetox.engine import Engine
-from hfdetox.phases import Phase
+from hfdetox.training.batches import Batch
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, noted, one_batch, run
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, convnet, mlp, weights_of
 

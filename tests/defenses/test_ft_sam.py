@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.ft_sam import FTSAMConfig
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, noted
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, convnet, mlp, weights_of
 

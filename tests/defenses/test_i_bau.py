@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.i_bau import IBAUConfig, Universal, fixed_point
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
+from hfdetox.models.network import Network
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
 from tests.tiny_training import CLASSES, _quick_garbage, accelerator, toy_preprocessing, weights_of

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.defenses.ims import IMS, IMSConfig, agree, disagree, masked_layers, soft_mask
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.network import Network
-from hfdetox.phases import Pass, Phase
+from hfdetox.models.network import Network
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Pass, Phase
 from tests.defenses.runs import assert_resumes, one_batch, run
 from tests.tiny_training import (
     ToyImages,

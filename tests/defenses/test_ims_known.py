@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from hfdetox.defenses.ims import IMS, IMSConfig
-from hfdetox.devices import make_accelerator
-from hfdetox.engine import Engine
-from hfdetox.network import Network
+from hfdetox.models.network import Network
+from hfdetox.training.devices import make_accelerator
+from hfdetox.training.engine import Engine
 from tests.defenses.pixels import UnitRange
 from tests.tiny_training import _quick_garbage
 

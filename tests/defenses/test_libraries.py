@@ -20,9 +20,9 @@ from hfdetox.defenses.ft import FTConfig
 from hfdetox.defenses.ft_sam import FTSAMConfig
 from hfdetox.defenses.nad import NADConfig
 from hfdetox.defenses.rnp import RNPConfig
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.models import load_classifier
+from hfdetox.models.classifier import load_classifier
+from hfdetox.training.engine import Engine
 from tests.tiny_models import logits, make_folder, own_library
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator
 

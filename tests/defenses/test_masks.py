@@ -11,11 +11,11 @@ import torchvision
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.batches import Batch
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.layers import probe_input
-from hfdetox.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, norm_layers
+from hfdetox.models.layers import probe_input
+from hfdetox.training.batches import Batch
+from hfdetox.training.engine import Engine
+from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, norm_layers
 from tests.defenses.handmade import TRIGGER_CHANNEL, accuracy, attack_success, convnet_logits, handmade, varied
 from tests.tiny_models import timm_model, transformers_model
 from tests.tiny_training import (

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.ft import FTConfig
 from hfdetox.defenses.nad import NAD, NADConfig, attention_map
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, one_batch
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, convnet, equal_weights, mlp, weights_of
 

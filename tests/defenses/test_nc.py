@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses import nc, parse_defense
 from hfdetox.defenses.nc import Inversion, NCConfig, anomaly_index, bounded, stamped
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.training.engine import Engine
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, weights_of

@@ -12,8 +12,8 @@ from torch import nn
 
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.npd import NPDConfig, Polarized, folded, polarized_layer
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
+from hfdetox.training.engine import Engine
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
 from tests.tiny_models import timm_model, transformers_model

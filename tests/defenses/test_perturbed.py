@@ -15,10 +15,10 @@ from hfdetox.defenses.i_bau import IBAUConfig
 from hfdetox.defenses.nc import NCConfig
 from hfdetox.defenses.npd import NPDConfig
 from hfdetox.defenses.sau import SAUConfig
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.models import load_classifier
-from hfdetox.network import Network
+from hfdetox.models.classifier import load_classifier
+from hfdetox.models.network import Network
+from hfdetox.training.engine import Engine
 from tests.defenses.pixels import UnitRange, corner_backdoored, rates
 from tests.defenses.runs import run
 from tests.tiny_models import logits, make_folder, own_library

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, softmax
 
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.sau import SAUConfig, SharedPair, jensen_shannon
-from hfdetox.engine import Engine
 from hfdetox.errors import UsageError
-from hfdetox.phases import Phase
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Phase
 from tests.defenses.pixels import corner_backdoored, linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, noted, run
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, weights_of

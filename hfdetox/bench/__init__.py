@@ -1,0 +1,1 @@
+"""Benches and zoos: many runs, each a process of its own, compared in tables and pictures."""

@@ -1,0 +1,177 @@
+"""What a run looks like on the terminal: tables of rates, and the lines around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from hfdetox.evaluation.verdict import describe_visibility, percent, trigger_verdicts
+from hfdetox.reporting.attack_report import SCRATCH, AttackReport, missed_goals
+from hfdetox.reporting.report import (
+    DatasetInfo,
+    Measurement,
+    ModelInfo,
+    Rate,
+    Rating,
+    Report,
+    Visibility,
+    describe_target,
+)
+
+if TYPE_CHECKING:
+    from hfdetox.defenses import DefenseEntry
+    from hfdetox.triggers import TriggerEntry
+
+
+def estimate(number: Rate | Rating) -> str:
+    """Return a rate or rating with its 95 % interval, such as `93.1 % (92.6–93.6)`."""
+    low, high = number.interval
+    return f"{percent(number.value)} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Mapping[str, str]] | None = None) -> Table:
+    """Return one column a state (such as before and after), one row a rate.
+
+    Args:
+        states: at least one measurement by its heading; all of the same triggers and images.
+        notes: by trigger name, rows of text to put under the last state.
+    """
+    first = next(iter(states.values()))
+    table = Table(box=SIMPLE, caption="in brackets: 95 % interval", caption_justify="left")
+    table.add_column("")
+    for heading in states:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_row("accuracy", *(estimate(s.accuracy) for s in states.values()), f"{first.accuracy.samples:,}")
+    if all(state.classes is not None for state in states.values()):
+        worst = (estimate(state.classes.worst) for state in states.values() if state.classes is not None)
+        table.add_row("worst class", *worst, "")
+    table.add_row("loss", *(f"{s.loss:.3f}" for s in states.values()), "")
+    for name, trigger in first.triggers.items():
+        results = [state.triggers[name] for state in states.values()]
+        count = f"{trigger.attack_success_rate.samples:,}"
+        table.add_section()
+        # Text, not markup: a trigger may be named "[red]"
+        table.add_row(Text(name, style="bold"))
+        if isinstance(trigger.target, str):
+            table.add_row(f"  {describe_target(trigger.target)}")
+        table.add_row("  attack success", *(estimate(r.attack_success_rate) for r in results), count)
+        table.add_row("  robust accuracy", *(estimate(r.robust_accuracy) for r in results), count)
+        for label, note in (notes or {}).get(name, {}).items():
+            table.add_row(f"  {label}", *[""] * (len(states) - 1), Text(note))
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """Return the before/after table of a finished run, with what may be said about each trigger."""
+    states = {"before": report.before, "after": report.after}
+    ratings = report.defense_effectiveness_rating or {}
+    notes: dict[str, dict[str, str]] = {}
+    for name, verdict in trigger_verdicts(report).items():
+        rating = {"DER": estimate(ratings[name])} if name in ratings else {}
+        notes[name] = {**rating, "verdict": str(verdict)}
+    return measurement_table({heading: state for heading, state in states.items() if state is not None}, notes)
+
+
+def attack_lines(report: AttackReport) -> list[str]:
+    """Return the lines above an attack's table: what was trained on which images, how fast, and whether it took."""
+    attack, missed = report.attack, missed_goals(report.after, report.goals) if report.after else []
+    what = f"backdoor in {report.model.id}" if report.backdoored else f"clean control of {report.model.id}"
+    start = "from scratch" if attack.start == SCRATCH else f"from {at_revision(attack.start, report.model.revision)}"
+    lines = [
+        f"{what} ({report.model.library} {report.model.architecture}), {start}, {_images(report.dataset)}",
+        f"{attack.epochs} epochs, {attack.seconds:,.0f} s, {attack.images_per_second:,.0f} images/s, {attack.precision}"
+        + (", stopped early: the goals are reached" if attack.stopped_early else ""),
+    ]
+    if report.before is not None:
+        lines.append(f"accuracy before: {estimate(report.before.accuracy)}")
+    # a control of which nothing was asked has nothing to take
+    if missed:
+        lines.append(f"{'THE ATTACK DID NOT TAKE' if report.backdoored else 'NOT REACHED'}: {'; '.join(missed)}")
+    elif report.backdoored:
+        lines.append("the attack took")
+    return lines
+
+
+def attack_table(report: AttackReport) -> Table:
+    """Return the table of a finished attack: rates, how visible each trigger is, and its cross accuracy."""
+    notes: dict[str, dict[str, str]] = {}
+    for name, one in report.attack.triggers.items():
+        poisoned = one.recipe.replace("-", " ")
+        if one.poisoned_images is not None:
+            poisoned = f"{one.poisoned_images:,} images, {poisoned}"
+        seen = {}
+        if one.max_change is not None and one.changed is not None:
+            seen = describe_visibility(Visibility(one.psnr, one.max_change, one.changed))
+        cross = {"cross accuracy": estimate(one.cross_accuracy)} if one.cross_accuracy else {}
+        notes[name] = {"poisoned": poisoned, **cross, **seen}
+    return measurement_table({"after": report.after} if report.after else {}, notes)
+
+
+def title(model: ModelInfo, dataset: DatasetInfo) -> str:
+    """Return the line above a run's table: which model, which images."""
+    return f"{at_revision(model.id, model.revision)} ({model.library} {model.architecture}), {_images(dataset)}"
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    """Return `name` with the first 12 digits of its commit, if it has one."""
+    return f"{name}@{revision[:12]}" if revision else name
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return a dry run's answers, one line each; what was not asked for is left out."""
+    return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in plan.items() if value not in (None, [], {})]
+
+
+def settings_table(parameters: Mapping[str, Any]) -> Table:
+    """Return settings with their defaults."""
+    table = Table(box=SIMPLE)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default")
+    for name, default in parameters.items():
+        table.add_row(Text(name), Text("-" if default in (None, "", ()) else _plain(default)))
+    return table
+
+
+def trigger_table(trigger: TriggerEntry) -> Table:
+    """Return the settings of a trigger family with their defaults, and what its trigger files hold besides."""
+    held = {
+        name: f"none; {name}=FILE.png gives one" if kind == "picture" else "kept in the trigger file"
+        for name, kind in trigger.arrays.items()
+    }
+    truths = {name: str(value).lower() for name, value in trigger.parameters.items() if isinstance(value, bool)}
+    return settings_table(trigger.parameters | _choices(trigger) | truths | held)
+
+
+def defense_table(defense: DefenseEntry) -> Table:
+    """Return the settings of a defence with their defaults, and the other words that one may be."""
+    return settings_table(defense.parameters | _choices(defense))
+
+
+def _choices(entry: TriggerEntry | DefenseEntry) -> dict[str, str]:
+    return {
+        name: f"{entry.parameters[name]} (or {', '.join(word for word in words if word != entry.parameters[name])})"
+        for name, words in entry.words.items()
+    }
+
+
+def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:
+    """Return what `--defense NAME:PRESET` changes, such as `d3:code sets lambda=0.5`."""
+    return f"{name}:{preset} " + (f"sets {_plain(values)}" if values else "is these defaults")
+
+
+def _images(dataset: DatasetInfo) -> str:
+    name = at_revision(dataset.id, dataset.revision)
+    return f"{dataset.clean_samples:,} clean images of {name}, measured on {dataset.eval_samples:,} others"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return str(value)

@@ -1,0 +1,345 @@
+"""Where a dataset comes from: the Hub at one commit, a folder, or a `datasets` object, each opened as splits."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, ClassVar, Literal, cast
+
+import datasets
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetBuilder, DatasetDict, Features, IterableDataset, IterableDatasetDict
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+from hfdetox.data.columns import Columns, find_columns
+from hfdetox.data.readers import Files, ParquetSource, Result, Source, StreamSource, TableSource, damage
+from hfdetox.errors import HubError, UsageError
+
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w.]+)")
+
+
+class DatasetError(UsageError):
+    """The dataset cannot be opened as asked: no data files, an unknown configuration, a loading script."""
+
+
+@dataclass
+class Origin(ABC):
+    """An opened dataset: what it is called, and one `Source` per split."""
+
+    id: str
+    config: str | None
+    revision: str | None
+    source: Literal["hub", "folder", "object"]
+    splits: list[str]
+    image_column: str | None = None
+    label_column: str | None = None
+    _columns: dict[str, Columns] = field(default_factory=dict)
+
+    def columns(self, split: str) -> Columns:
+        """Return the image and label columns of a split; raises ColumnError when they cannot be told."""
+        if split not in self._columns:
+            self._columns[split] = find_columns(
+                self.features(split), image_column=self.image_column, label_column=self.label_column
+            )
+        return self._columns[split]
+
+    @abstractmethod
+    def features(self, split: str) -> Features:
+        """Return the split's features."""
+
+    @abstractmethod
+    def open(self, split: str) -> Source:
+        """Open one split."""
+
+
+class ObjectOrigin(Origin):
+    """A `datasets.Dataset` or `DatasetDict` that a caller holds."""
+
+    tables: dict[str, Dataset]
+
+    def features(self, split: str) -> Features:
+        """Return the table's features."""
+        return self.tables[split].features
+
+    def open(self, split: str) -> Source:
+        """Open one table in place."""
+        return TableSource(self.tables[split], self.columns(split), split)
+
+
+class BuilderOrigin(Origin):
+    """A folder or Hub repository that `datasets` knows how to read."""
+
+    builder: DatasetBuilder
+    files: Files
+
+    def features(self, split: str) -> Features:
+        """Return the features from the card, the parquet schema, or the first rows."""
+        if self.builder.info.features is not None:
+            return self.builder.info.features
+        if isinstance(self.builder, Parquet):
+            return self.files.guard(lambda: self._parquet_features(self._names(split)[0]))
+        self._check_archives()
+        stream = self._stream(split)
+        if stream.features is None:
+            raise DatasetError(
+                f"dataset {self.id} does not say what its columns hold; give its card a dataset_info, or save it as "
+                "parquet with an Image column"
+            )
+        return stream.features
+
+    def open(self, split: str) -> Source:
+        """Open one split: parquet by row groups, everything else as a stream."""
+        columns = self.columns(split)
+        if isinstance(self.builder, Parquet):
+            return ParquetSource(split, self._names(split), self.files, columns)
+        known = (self.builder.info.splits or {}).get(split)
+        stream = self._stream(split)
+        return StreamSource(stream, columns, split, self.files, known.num_examples or None if known else None)
+
+    def _parquet_features(self, name: str) -> Features:
+        with self.files.open(name) as source, damage(name):
+            return Features.from_arrow_schema(pq.read_schema(source))
+
+    def _stream(self, split: str) -> IterableDataset:
+        def load() -> IterableDataset:
+            with damage(f"dataset {self.id}"):
+                return cast(IterableDataset, self.builder.as_streaming_dataset(split=split))
+
+        return self.files.guard(load)
+
+    def _names(self, split: str) -> list[str]:
+        return list(self.builder.config.data_files[split])
+
+    def _check_archives(self) -> None:
+        """Refuse image folders in archives: datasets 5.2 takes the archive's own folder for every image's class."""
+        if isinstance(self.builder, FolderBasedBuilder):
+            for name in (name for split in self.splits for name in self._names(split)):
+                if name.lower().endswith(_ARCHIVES):
+                    raise DatasetError(
+                        f"dataset {self.id} is an image folder in archives ({PurePosixPath(name).name}), whose "
+                        "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet"
+                    )
+
+
+class _PlainWebDataset(WebDataset):
+    """A webdataset of which only texts, numbers and JSON are decoded: labels.
+
+    `datasets` gives every member with a known ending to its decoder, `.pth` to torch's unpickler; here the rest stays
+    bytes.
+    """
+
+    DECODERS: ClassVar = {ending: WebDataset.DECODERS[ending] for ending in _LABEL_ENDINGS}
+
+
+class LocalFiles(Files):
+    """Data files under one folder of this machine."""
+
+    remote = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file of the folder."""
+        return open(name, "rb")
+
+    def path(self, name: str) -> str:
+        """Return `name` itself; DatasetError for a path that a row names outside the folder."""
+        # the snapshot of a cached repository is made of links, so the name is checked and not what it leads to
+        if self._folder not in Path(name).parents or ".." in Path(name).parts:
+            raise DatasetError(
+                f"a row names the file {name[:200]}, which is outside the dataset's folder; do not use it"
+            )
+        return name
+
+    def size(self, name: str) -> int:
+        """Return the file's size in bytes."""
+        return Path(name).stat().st_size
+
+    def guard(self, call: Callable[[], Result]) -> Result:
+        """Return `call()`."""
+        return call()
+
+
+class HubFiles(Files):
+    """Data files of a dataset repository at one commit; names are `hf://datasets/ID@SHA/PATH`."""
+
+    remote = True
+
+    def __init__(self, state: Any) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self._state, self._prefix = state, f"hf://datasets/{state.id}@{state.sha}/"
+        self._system = HfFileSystem()
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file whose reads are range requests of exactly the bytes asked for."""
+        self._inside(name)
+        return cast(IO[bytes], self._system.open(name, "rb", cache_type="none"))
+
+    def path(self, name: str) -> str:
+        """Download a file into the Hub cache, its hash checked, and return where it lies there."""
+        from hfdetox.hub.download import fetch
+
+        return str(fetch(self._state, self._inside(name)))
+
+    def size(self, name: str) -> int:
+        """Return the size in bytes that the Hub's listing gives."""
+        return int(self._state.files[self._inside(name)].size)
+
+    def guard(self, call: Callable[[], Result]) -> Result:
+        """Return `call()`, repeated where that may help; raises HubError."""
+        from hfdetox.hub.client import ask
+
+        return ask(call, f"dataset {self._state.id}")
+
+    def _inside(self, name: str) -> str:
+        path = name.removeprefix(self._prefix)
+        if path == name or path not in self._state.files:
+            raise DatasetError(
+                f"dataset {self._state.id} leads to {name[:200]}, outside its repository at this commit; choose another"
+            )
+        return path
+
+
+def open_dataset(
+    dataset: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, image_column: str | None,
+    label_column: str | None, warn: Callable[[str], None], hub_only: bool = False,
+) -> Origin:  # fmt: skip
+    """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
+
+    With `hub_only` a name is a Hub id even where a folder of that name lies here.
+
+    Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
+    """
+    if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
+        origin: Origin = _from_object(dataset)
+    elif hub_only:
+        origin = _from_hub(str(dataset), config, revision, warn)
+    elif Path(dataset).exists():
+        origin = _from_folder(Path(dataset), config)
+    elif isinstance(dataset, Path) or str(dataset).startswith((".", "/", "~")):
+        raise DatasetError(f"dataset {dataset}: no such folder")
+    else:
+        origin = _from_hub(dataset, config, revision, warn)
+    if revision is not None and origin.source != "hub":
+        raise DatasetError(f"--dataset-revision {revision}: only a dataset on the Hub has revisions; leave it out")
+    origin.image_column, origin.label_column = image_column, label_column
+    return origin
+
+
+def _from_object(dataset: Any) -> Origin:
+    if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
+        raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming, or give its id")
+    tables = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
+    info = next(iter(tables.values())).info if tables else None
+    origin = ObjectOrigin(getattr(info, "dataset_name", None) or "dataset", getattr(info, "config_name", None), None,
+                          "object", [str(name) for name in tables])  # fmt: skip
+    origin.tables = {str(name): table for name, table in tables.items()}
+    return origin
+
+
+def _from_folder(folder: Path, config: str | None) -> Origin:
+    if not folder.is_dir():
+        raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        origin = _from_object(datasets.load_from_disk(str(folder)))
+        origin.id, origin.source = folder.resolve().name, "folder"
+        return origin
+    path = folder.resolve()
+    builder = _builder(lambda: datasets.load_dataset_builder(str(path), name=config), f"dataset {folder}")
+    return _with_builder(path.name, None, "folder", builder, LocalFiles(path))
+
+
+def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callable[[str], None]) -> Origin:
+    from hfdetox.hub.client import ask
+    from hfdetox.hub.download import fetch, resolve
+
+    state = resolve(repo, repo_type="dataset", revision=revision)
+    for note in state.warnings:
+        warn(note)
+    what = f"dataset {state.id}"
+    if state.offline:
+        name = min(state.files, default=None)
+        if name is None:
+            raise HubError(f"the cached copy of {what} is empty and HF_HUB_OFFLINE is set; unset it")
+        snapshot = fetch(state, name).parents[len(PurePosixPath(name).parts) - 1]
+        _check_shards(state.files, what)
+        try:
+            builder = _builder(lambda: datasets.load_dataset_builder(str(snapshot), name=config), what)
+        except DatasetError as error:
+            raise HubError(f"{error}; only part of it may be cached: unset HF_HUB_OFFLINE") from error
+        return _with_builder(state.id, state.sha, "hub", builder, LocalFiles(snapshot))
+
+    def load() -> DatasetBuilder:
+        # with the prefix, a folder of the same name in the working directory is not taken for it
+        name = f"hf://datasets/{state.id}"
+        return _builder(lambda: datasets.load_dataset_builder(name, name=config, revision=state.sha), what)
+
+    builder = ask(load, what)
+    files = HubFiles(state)
+    names = [name for split in (builder.config.data_files or {}).values() for name in split]
+    # when the Hub fails on the way, datasets falls back in silence to whatever version it has prepared before
+    if not names or any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
+        raise HubError(f"{what} could not be read at commit {state.sha[:12]}; the Hub failed on the way, try again")
+    return _with_builder(state.id, state.sha, "hub", builder, files)
+
+
+def _with_builder(name: str, revision: str | None, source: Literal["hub", "folder"], builder: DatasetBuilder,
+                  files: Files) -> Origin:  # fmt: skip
+    splits = [str(split) for split in builder.config.data_files or {}]
+    if not splits:
+        raise DatasetError(f"dataset {name} has no data files that hfdetox can read")
+    if isinstance(builder, FolderBasedBuilder):
+        # of the Hub, datasets would decode (and so download) each image that a scan for labels passes
+        builder.config.decode_num_threads = 0
+    if isinstance(builder, WebDataset):
+        builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
+    origin = BuilderOrigin(name, builder.config.name, revision, source, splits)
+    origin.builder, origin.files = builder, files
+    return origin
+
+
+def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
+    """Return `load()`, with the errors of `datasets` that a person can act on as one line."""
+    try:
+        return load()
+    except (EmptyDatasetError, DataFilesNotFoundError) as error:
+        raise DatasetError(
+            f"{what} has no data files that hfdetox reads (parquet, image folder, webdataset)"
+        ) from error
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        if "onfig" not in line:
+            raise
+        raise DatasetError(f"{what}: {line[:300]}; choose with --config") from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise DatasetError(
+            f"{what} is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
+        ) from error
+
+
+def _check_shards(names: Sequence[str] | dict[str, Any], what: str) -> None:
+    """Raise HubError when a cached split lacks shards: choosing among the rest would be another, silent choice."""
+    found: dict[tuple[str, str, str], int] = {}
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            stem, _, total, suffix = match.groups()
+            found[stem, total, suffix] = found.get((stem, total, suffix), 0) + 1
+    for (stem, total, _), count in found.items():
+        if count != int(total):
+            raise HubError(
+                f"only {count} of the {int(total)} files {stem}-… of {what} are cached and HF_HUB_OFFLINE is set; "
+                "unset it, or download the dataset once while online"
+            )

@@ -1,0 +1,341 @@
+"""Sources: one split of a dataset as labels that can be scanned and images that are fetched only when chosen.
+
+Parquet: footers and the label column are read, then only the row groups that hold chosen rows. Other formats are
+streamed up to a scan limit; loose image files are listed, and only the chosen ones are fetched.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Image, IterableDataset
+
+from hfdetox.data.columns import Columns
+from hfdetox.data.images import EncodedImages, Picked, Spool
+from hfdetox.errors import HfdetoxError, RunError
+
+SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
+_STREAM_BLOCK = 1000
+_REMOTE_READERS = 8
+_WHOLE_FILE_SHARE = 0.5  # of a remote file's rows; beyond it one download is cheaper than many ranges
+_SMALL_SPLIT = 64 * 1024**2  # bytes; a remote split up to this size is downloaded whole, and so cached
+
+_DAMAGE = (pa.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Block = tuple[np.ndarray, Sequence[Any]]  # row numbers (int64) and the label column's stored values
+
+
+class DamagedFileError(RunError):
+    """A data file that cannot be read as what it is said to be."""
+
+
+class Files(ABC):
+    """Where the data files of a dataset are: this machine or the Hub."""
+
+    remote: bool
+
+    @abstractmethod
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading at any place; of a remote one only the parts read are fetched."""
+
+    @abstractmethod
+    def path(self, name: str) -> str:
+        """Return the file's path on this machine, downloaded (and checked) if need be."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return the file's size in bytes."""
+
+    @abstractmethod
+    def guard(self, call: Callable[[], Result]) -> Result:
+        """Return `call()`, network failures retried where that may help and raised as HubError."""
+
+
+class Source(ABC):
+    """One split: `scan` for labels, `fetch` for images; `rows` is how many there are, None when nobody knows yet."""
+
+    split: str
+    rows: int | None
+    limited = False  # whether a scan ended at SCAN_LIMIT with rows left
+
+    @abstractmethod
+    def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield blocks of row numbers and stored labels, in an order drawn by `rng` where the format allows one."""
+
+    @abstractmethod
+    def fetch(self, indices: Sequence[int]) -> EncodedImages:
+        """Return the encoded images of these rows (ascending; rows that `scan` yielded)."""
+
+    @abstractmethod
+    def expect_all(self) -> None:
+        """Say that most rows will be fetched, so that whole files may be downloaded at once."""
+
+
+class TableSource(Source):
+    """A `datasets.Dataset`: a memory-mapped table, read in place."""
+
+    def __init__(self, dataset: Dataset, columns: Columns, split: str) -> None:
+        self.split, self.rows, self._columns = split, len(dataset), columns
+        table = dataset.with_format(None).select_columns([columns.image, columns.label])
+        if isinstance(table.features[columns.image], Image):
+            table = table.cast_column(columns.image, Image(decode=False))
+        self._table = table
+
+    def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield the whole label column as one block."""
+        yield np.arange(len(self._table)), self._table[self._columns.label][:]
+
+    def fetch(self, indices: Sequence[int]) -> EncodedImages:
+        """Return a view of the rows; nothing is copied."""
+        return Picked(_TableImages(self._table, self._columns.image), indices)
+
+    def expect_all(self) -> None:
+        """Do nothing: it is all here."""
+
+
+class _TableImages:
+    def __init__(self, table: Dataset, column: str) -> None:
+        self._table, self._column = table, column
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, position: int) -> bytes | str:
+        value = self._table[position][self._column]
+        if isinstance(value, dict) and not value.get("bytes") and value.get("path"):
+            return str(value["path"])
+        return stored_bytes(value)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One row group: rows `first` to `first + rows - 1` of the split."""
+
+    file: int
+    number: int
+    first: int
+    rows: int
+
+
+class ParquetSource(Source):
+    """Parquet files of one split, on this machine or on the Hub."""
+
+    def __init__(self, split: str, names: Sequence[str], files: Files, columns: Columns) -> None:
+        self.split, self._names, self._files, self._columns = split, list(names), files, columns
+        self._local: dict[int, str] = {}
+        if files.remote and sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
+            self.expect_all()
+        self._footers = self._map(self._footer, range(len(self._names)))
+        self._groups: list[_Group] = []
+        first = 0
+        for file, footer in enumerate(self._footers):
+            for number in range(footer.num_row_groups):
+                rows = footer.row_group(number).num_rows
+                self._groups.append(_Group(file, number, first, rows))
+                first += rows
+        self.rows = first
+        self._labels: dict[_Group, list[Any]] = {}
+
+    def expect_all(self) -> None:
+        """Download every file whole: ranges would fetch the same bytes in more requests."""
+        if self._files.remote:
+            self._map(self._download, range(len(self._names)))
+
+    def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield one block per row group, in an order drawn by `rng`; only the label column is read."""
+        order = range(len(self._groups)) if rng is None else rng.permutation(len(self._groups)).tolist()
+        groups = [self._groups[i] for i in order]
+        step = _REMOTE_READERS if self._files.remote else 1
+        for start in range(0, len(groups), step):
+            window = groups[start : start + step]
+            new = [group for group in window if group not in self._labels]
+            self._labels.update(zip(new, self._map(self._read_labels, new), strict=True))
+            for group in window:
+                yield np.arange(group.first, group.first + group.rows), self._labels[group]
+
+    def fetch(self, indices: Sequence[int]) -> EncodedImages:
+        """Read the row groups that hold the rows, and keep the rows' images in a temporary file."""
+        rows = np.asarray(indices, dtype=np.int64)
+        starts = np.array([group.first for group in self._groups])
+        owner = np.searchsorted(starts, rows, side="right") - 1
+        wanted = [(self._groups[g], rows[owner == g] - self._groups[g].first) for g in np.unique(owner)]
+        if self._files.remote:
+            self._map(self._download, self._mostly_wanted({group for group, _ in wanted}))
+        spool = Spool()
+        step = _REMOTE_READERS // 2 if self._files.remote else 1  # row groups in memory at a time
+        for start in range(0, len(wanted), step):
+            for images in self._map(lambda want: self._read_images(*want), wanted[start : start + step]):
+                for image in images:
+                    spool.append(image)
+        return spool
+
+    def _mostly_wanted(self, groups: set[_Group]) -> list[int]:
+        """Return the files of which so many rows are wanted that they are downloaded whole."""
+        share = {file: sum(g.rows for g in groups if g.file == file) for file in {g.file for g in groups}}
+        return [
+            file for file, rows in sorted(share.items()) if rows >= _WHOLE_FILE_SHARE * self._footers[file].num_rows
+        ]
+
+    def _download(self, file: int) -> None:
+        if file not in self._local:
+            self._local[file] = self._files.path(self._names[file])
+
+    def _footer(self, file: int) -> pq.FileMetaData:
+        return self._guard(file, pq.read_metadata)
+
+    def _read_labels(self, group: _Group) -> list[Any]:
+        column = self._read(group, self._columns.label)
+        if column.null_count == 0 and pa.types.is_integer(column.type):
+            return column.to_numpy()
+        return column.to_pylist()
+
+    def _read_images(self, group: _Group, rows: np.ndarray) -> list[bytes]:
+        column = self._read(group, self._columns.image)
+        return [stored_bytes(column[row].as_py()) for row in rows.tolist()]
+
+    def _read(self, group: _Group, column: str) -> pa.ChunkedArray:
+        footer = self._footers[group.file]
+        return self._guard(group.file, lambda source: pq.ParquetFile(source, metadata=footer, pre_buffer=True)
+                           .read_row_group(group.number, columns=[column]).column(0))  # fmt: skip
+
+    def _guard(self, file: int, read: Callable[[Any], Result]) -> Result:
+        name = self._names[file]
+
+        def attempt() -> Result:
+            here = self._local.get(file)
+            opened = open(here, "rb") if here is not None else self._files.open(name)  # noqa: SIM115 - closed below
+            with opened as source, damage(name):
+                return read(source)
+
+        return self._files.guard(attempt)
+
+    def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        if not self._files.remote or len(items) < 2:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="hfdetox-read") as pool:
+            return list(pool.map(function, items))
+
+
+class StreamSource(Source):
+    """A streamed split of any other format: rows in the stream's order, what was read is kept in a temporary file.
+
+    A stream that fails on the way is opened anew, and the rows that were read of it are passed over.
+    """
+
+    def __init__(self, stream: IterableDataset, columns: Columns, split: str, files: Files, rows: int | None) -> None:
+        self.split, self.rows, self._columns, self._files = split, rows, columns, files
+        if isinstance((stream.features or {}).get(columns.image), Image):
+            stream = stream.cast_column(columns.image, Image(decode=False))
+        self._stream: IterableDataset = stream
+        self._reading: Iterator[dict[str, Any]] | None = None
+        self._spool, self._entries = Spool(), []  # type: ignore[var-annotated]
+        self._blocks: list[Block] = []
+        self._ended = False
+
+    def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield blocks in the stream's own order; loose files (no bytes come along) are all in one block."""
+        number = 0
+        while number < len(self._blocks) or self._advance():
+            yield self._blocks[number]
+            number += 1
+
+    def fetch(self, indices: Sequence[int]) -> EncodedImages:
+        """Return the images kept during the scan; loose files are fetched now, several at a time."""
+        chosen = [self._entries[i] for i in indices]
+        if not any(isinstance(entry, str) for entry in chosen):
+            return Picked(self._spool, chosen)
+        with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="hfdetox-fetch") as pool:
+            local = pool.map(lambda entry: self._files.path(entry) if isinstance(entry, str) else entry, chosen)
+            return _Mixed(self._spool, list(local))
+
+    def expect_all(self) -> None:
+        """Do nothing: a stream is read in its own order, whatever is wanted of it."""
+
+    def _advance(self) -> bool:
+        """Read one more block; False at the end of the stream or at the scan limit."""
+        first, labels = len(self._entries), []
+        kept = len(self._spool)
+        while not self._ended and len(self._spool) < min(SCAN_LIMIT, kept + _STREAM_BLOCK):
+            row = self._next()
+            if row is None:
+                if self.rows is not None and len(self._entries) < self.rows:  # a damaged tar ends without an error
+                    raise DamagedFileError(f"split {self.split} ends after {len(self._entries)} of {self.rows} rows; "
+                                           "get the dataset anew")  # fmt: skip
+                self._ended, self.rows = True, len(self._entries)
+                break
+            value = row[self._columns.image]
+            if isinstance(value, dict) and not value.get("bytes") and value.get("path"):
+                self._entries.append(str(value["path"]))
+            else:
+                self._spool.append(stored_bytes(value))
+                self._entries.append(len(self._spool) - 1)
+            labels.append(row[self._columns.label])
+        self.limited = not self._ended and len(self._spool) >= SCAN_LIMIT
+        if self.limited:
+            self.rows = len(self._entries)  # a fraction is one of what can be read
+        if labels:
+            self._blocks.append((np.arange(first, len(self._entries)), labels))
+        return bool(labels)
+
+    def _next(self) -> dict[str, Any] | None:
+        def attempt() -> dict[str, Any] | None:
+            # put back only after success: a generator that failed is over, and would say so as if the data were
+            reading, self._reading = self._reading, None
+            with damage(f"split {self.split}"):
+                if reading is None:
+                    reading = islice(iter(self._stream), len(self._entries), None)
+                row = next(reading, None)
+            self._reading = reading
+            return row
+
+        return self._files.guard(attempt)
+
+
+class _Mixed:
+    """Images of which some are kept in a spool (by position) and some are files (by path)."""
+
+    def __init__(self, spool: Spool, entries: Sequence[int | str]) -> None:
+        self._spool, self._entries = spool, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, position: int) -> bytes | str:
+        entry = self._entries[position]
+        return entry if isinstance(entry, str) else self._spool[entry]
+
+
+@contextmanager
+def damage(what: str) -> Iterator[None]:
+    """Raise what pyarrow, tarfile and datasets say of a damaged file as DamagedFileError; network errors pass."""
+    try:
+        yield
+    except HfdetoxError:
+        raise
+    except (ValueError, TypeError, KeyError, EOFError, OSError, *_DAMAGE) as error:
+        # Arrow's own errors of input are plain OSErrors without a number; those of files and sockets have one
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise DamagedFileError(f"{what} cannot be read ({reason}); get the dataset anew") from error
+
+
+def stored_bytes(value: Any) -> bytes:
+    """Return the bytes of an image column's value ({"bytes", "path"} or bytes); empty when the row holds none."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return bytes(value) if isinstance(value, (bytes, bytearray, memoryview)) else b""

@@ -1,0 +1,1 @@
+"""Measuring: accuracy, attack success, and what they allow to be said."""

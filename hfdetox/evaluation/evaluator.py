@@ -1,0 +1,184 @@
+"""What a run measures on: the evaluation images and their triggered copies, prepared once for before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from hfdetox.data.cache import Pixels
+from hfdetox.data.images import ImageSet
+from hfdetox.data.labels import accuracy_hint
+from hfdetox.errors import RunError, UsageError
+from hfdetox.evaluation.metrics import Outcome, TriggerView, measure
+from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
+from hfdetox.models.classifier import Classifier
+from hfdetox.progress import progress_bar
+from hfdetox.reporting.report import Visibility
+from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
+
+# a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
+CHANCE_MARGIN = 0.05
+# a relabelling must win this much accuracy before it is worth a warning: small samples always gain a little
+PERMUTATION_GAIN = 0.2
+# of the GPU's free memory, at most this share is taken by cached images
+CACHE_SHARE = 0.25
+
+
+@dataclass
+class Evaluation:
+    """Evaluation images of one classifier and one view a trigger, on the device they are measured on."""
+
+    classifier: Classifier
+    accelerator: Accelerator
+    clean: Pixels
+    views: list[TriggerView]
+    progress: bool
+
+    def measure(self, title: str) -> Outcome:
+        """Measure the classifier as it is now: float32, eval mode."""
+        network = self.classifier.network.to(self.accelerator.device)
+        return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
+
+    def with_triggers(self, triggers: Sequence[Trigger]) -> Evaluation:
+        """Return the same images with these triggers, whose targets are label indices or `all-to-all`.
+
+        A view that is here already is used again. Raises UsageError for a trigger that changes no pixel, does not fit
+        or has no image left.
+        """
+        views = {id(view.trigger): view for view in self.views}
+        return replace(self, views=[views.get(id(trigger)) or self._view(trigger) for trigger in triggers])
+
+    def _view(self, trigger: Trigger) -> TriggerView:
+        labels = self.classifier.labels
+        target = resolve_target(trigger.target, labels)
+        positions = self.clean.without_label(target) if isinstance(target, int) else self.clean.positions
+        if isinstance(target, int) and not len(positions):
+            raise UsageError(f"every evaluation image is of the target class {labels[target]!r}; trigger "
+                             f"{trigger.name} cannot be measured with them")  # fmt: skip
+        with progress_bar(
+            f"trigger {trigger.name}", len(positions), "image", self.accelerator, shown=self.progress
+        ) as bar:
+            pixels = self.clean.view(trigger, positions=positions, progress=_updates(bar))
+        source = to_device(pixels, self.accelerator)
+        if not changes_pixels(self.clean, source):
+            raise UsageError(
+                f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
+            )
+        return TriggerView(trigger, target, source, len(labels))
+
+    def visibility(self) -> dict[str, Visibility]:
+        """Return how visible each trigger is, by name; nothing where the images are a callable's own floats."""
+        if self.classifier.preprocessing.dtype != torch.uint8:
+            return {}
+        return {view.trigger.name: measure_visibility(self.clean, view.source) for view in self.views}
+
+
+def prepare_evaluation(
+    classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
+    target: str | None, warn: Callable[[str], None], progress: bool,
+) -> Evaluation:  # fmt: skip
+    """Decode the evaluation images, and put each trigger on those whose true class is not its target.
+
+    A trigger that moves every class to the next one (`all-to-all`) is put on all of them.
+
+    Raises:
+        UsageError: a target that is not a label; a trigger that changes no pixel, does not fit or has no image left.
+        RunError: an image that cannot be decoded.
+    """
+    chosen = with_targets(triggers, target, classifier.labels, warn)
+    clean = decoded(images, classifier, accelerator, "decode", progress)
+    return Evaluation(classifier, accelerator, clean, [], progress).with_triggers(chosen)
+
+
+def with_targets(
+    triggers: Sequence[Trigger], target: str | None, labels: Sequence[str], warn: Callable[[str], None]
+) -> list[Trigger]:
+    """Return the triggers aimed at label indices (or `all-to-all`): their own targets, else `target`, else label 0.
+
+    Raises:
+        UsageError: a target that is not a label.
+    """
+    for trigger in triggers:
+        if trigger.target is None and target is None:
+            warn(f"trigger {trigger.name} names no target; label 0 ({labels[0]}) is taken, see --target")
+    return [
+        replace(trigger, target=resolve_target(trigger.target if trigger.target is not None else target, labels))
+        for trigger in triggers
+    ]
+
+
+def decoded(images: ImageSet, classifier: Classifier, accelerator: Accelerator, title: str, progress: bool) -> Pixels:
+    """Return the images as the classifier sees them, cached on its device where they fit."""
+    with progress_bar(title, len(images), "image", accelerator, shown=progress) as bar:
+        pixels = Pixels(images, classifier.preprocessing, progress=_updates(bar))
+    return to_device(pixels, accelerator)
+
+
+def to_device(pixels: Pixels, accelerator: Accelerator) -> Pixels:
+    """Move a cache to the GPU when it takes only a part of what is free there."""
+    if accelerator.device.type == "cuda" and pixels.images is not None:
+        free, _ = torch.cuda.mem_get_info(accelerator.device)
+        if pixels.images.nbytes <= CACHE_SHARE * free:
+            pixels.to(accelerator.device)
+    return pixels
+
+
+def resolve_target(target: str | int | None, labels: Sequence[str]) -> Target:
+    """Return the label index of `target`, or `all-to-all`: a label's name wins over both; None is label 0.
+
+    Raises:
+        UsageError: neither a label, nor an index of one, nor `all-to-all`.
+    """
+    if target is None:
+        return 0
+    if isinstance(target, str):
+        names = [label.casefold() for label in labels]
+        if target.casefold() in names:
+            return names.index(target.casefold())
+        if target.casefold() == ALL_TO_ALL:
+            return ALL_TO_ALL
+    try:
+        index = int(target)
+    except ValueError:
+        index = -1
+    if not 0 <= index < len(labels):
+        shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
+        raise UsageError(f"target {target!r} is neither a label ({shown}), nor an index from 0 to {len(labels) - 1}, "
+                         f"nor {ALL_TO_ALL} (every class to the next one)")  # fmt: skip
+    return index
+
+
+def check_plausible(outcome: Outcome, truth: torch.Tensor, labels: Sequence[str], warn: Callable[[str], None]) -> None:
+    """Stop when the model's accuracy is near chance; say so when other label orders would fit far better.
+
+    Raises:
+        RunError: near chance, where a defence and its numbers would mean nothing.
+    """
+    accuracy, count = outcome.measurement.accuracy, len(labels)
+    # only the labels that occur: with the 21,843 of ImageNet-21k the whole table would take gigabytes
+    present, places = np.unique(np.concatenate([truth.cpu().numpy(), outcome.predicted]), return_inverse=True)
+    confusion = np.zeros((len(present), len(present)), dtype=np.int64)
+    np.add.at(confusion, (places[: len(truth)], places[len(truth) :]), 1)
+    best = accuracy_hint(confusion)
+    hint = ""
+    if best > accuracy.value + PERMUTATION_GAIN:
+        hint = (f"; with its labels in another order it would reach {best:.1%}, so the labels are probably permuted: "
+                "give the right pairs with --label-map")  # fmt: skip
+    chance = 1 / count
+    if accuracy.interval[0] <= chance + CHANCE_MARGIN * (1 - chance):
+        raise RunError(
+            f"the model's accuracy on the clean images is {accuracy.value:.1%}, near chance ({chance:.1%}): its labels "
+            f"or its preprocessing are probably wrong for this dataset{hint}"
+        )
+    if hint:
+        warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
+
+
+def _updates(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    return lambda done, total: bar.update(done - bar.n) and None

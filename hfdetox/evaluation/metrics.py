@@ -1,0 +1,215 @@
+"""What is measured, the same way before and after: accuracy, attack success, robust accuracy, and how sure they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from scipy.special import betaincinv
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hfdetox.data.cache import Pixels
+from hfdetox.errors import RunError
+from hfdetox.progress import progress_bar
+from hfdetox.reporting.report import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
+from hfdetox.training.batches import ImageSource, source_loader
+from hfdetox.triggers.base import Target, Trigger, attacked_labels
+
+BATCH_SIZE = 256
+BOOTSTRAP_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's answers on an image source, in its order: labels (N, int64), and the cross-entropy (N, nats).
+
+    `classes` is how many labels it has.
+    """
+
+    predicted: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    classes: int
+
+
+@dataclass(frozen=True)
+class TriggerView:
+    """The triggered copies of evaluation images: of those of any class but the target, of all for `all-to-all`.
+
+    `target` is a label index or `all-to-all`; `classes` is how many labels the model has.
+    """
+
+    trigger: Trigger
+    target: Target
+    source: Pixels
+    classes: int
+
+    def wanted(self) -> NDArray[np.int64]:
+        """Return what the attacker wants each image called (M label indices)."""
+        return attacked_labels(self.source.labels.cpu(), self.target, self.classes).numpy()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A measurement, and per image what it came from, for paired comparisons.
+
+    Attributes:
+        measurement: the rates.
+        correct: whether each evaluation image was classified correctly (N).
+        hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the attacker
+            wants (M).
+        predicted: the labels given to the clean images (N).
+        triggered: per trigger, the labels given to its triggered images (M).
+    """
+
+    measurement: Measurement
+    correct: NDArray[np.bool_]
+    hits: dict[str, tuple[NDArray[np.int64], NDArray[np.bool_]]]
+    predicted: NDArray[np.int64]
+    triggered: dict[str, NDArray[np.int64]]
+
+
+def rate(successes: int, samples: int) -> Rate:
+    """Return successes / samples with its exact 95 % interval (Clopper and Pearson, 1934).
+
+    Raises:
+        ValueError: no samples, or more successes than samples.
+    """
+    if not 0 <= successes <= samples or samples == 0:
+        raise ValueError(f"a rate needs 0 <= successes <= samples and samples > 0, got {successes} of {samples}")
+    # scipy.stats has this too, and takes a second to import
+    low = betaincinv(successes, samples - successes + 1, 0.025) if successes else 0.0
+    high = betaincinv(successes + 1, samples - successes, 0.975) if successes < samples else 1.0
+    return Rate(successes / samples, successes, samples, (float(low), float(high)))
+
+
+def defense_effectiveness_rating(accuracy: tuple[float, float], success: tuple[float, float]) -> float:
+    """Return (max(0, ASR₀ − ASR₁) − max(0, ACC₀ − ACC₁) + 1) / 2 for (before, after) pairs of fractions.
+
+    The result is in [0, 1]; 0.5 says that nothing happened (Zhu et al., arXiv 2304.11823, eq. 7).
+    """
+    return (max(0.0, success[0] - success[1]) - max(0.0, accuracy[0] - accuracy[1]) + 1) / 2
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *, title: str = "",
+            progress: bool = False) -> Predictions:  # fmt: skip
+    """Run `network` in eval mode and float32 over `source`, shared out over the processes.
+
+    Every process returns the answers to all images; the network's training mode is left as it was.
+    """
+    training = network.training
+    network.eval()
+    device = accelerator.device
+    places = source.positions.cpu()
+    predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
+    losses = torch.zeros(len(predicted), dtype=torch.float64)
+    loader = accelerator.prepare(source_loader(source, BATCH_SIZE, device))
+    bar = progress_bar(title, len(source), "image", accelerator, shown=progress)
+    chunks, classes = [], 0
+    # TF32 convolutions are on by default and would make "float32" untrue on recent GPUs
+    with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for positions, images, labels in loader:
+            logits = network(images).float()
+            classes = logits.shape[1]
+            loss = cross_entropy(logits, labels, reduction="none")
+            # drops what a last uneven batch was padded with
+            chunks.append(accelerator.gather_for_metrics((positions, logits.argmax(1), loss)))
+            bar.update(len(positions) * accelerator.num_processes)
+    for positions, labels, loss in chunks:
+        predicted[positions.cpu()] = labels.cpu()
+        losses[positions.cpu()] = loss.double().cpu()
+    accelerator.free_memory()
+    network.train(training)
+    return Predictions(predicted[places].numpy(), losses[places].numpy(), classes)
+
+
+def class_accuracies(truth: NDArray[np.int64], correct: NDArray[np.bool_], classes: int) -> ClassAccuracies:
+    """Return the accuracy on the images of each of `classes` labels, from labels and outcomes of N ≥ 1 images.
+
+    The worst of several equal ones is that with the lowest index.
+    """
+    shown = np.bincount(truth, minlength=classes)
+    right = np.bincount(truth[correct], minlength=classes)
+    present = shown > 0
+    shares = np.where(present, right / np.maximum(1, shown), np.inf)
+    worst = int(shares.argmin())
+    return ClassAccuracies(
+        [float(share) if there else None for share, there in zip(shares, present, strict=True)],
+        worst, rate(int(right[worst]), int(shown[worst])), float(shares[present].std()),
+    )  # fmt: skip
+
+
+def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
+            title: str = "measure", progress: bool = False) -> Outcome:  # fmt: skip
+    """Measure accuracy and loss on the clean images, and each trigger on its view of some of them.
+
+    Raises:
+        RunError: the network's answers are not finite numbers.
+    """
+    truth = evaluation.labels.cpu().numpy()
+    places = {position: place for place, position in enumerate(evaluation.positions.tolist())}
+    clean = predict(network, evaluation, accelerator, title=title, progress=progress)
+    if not np.isfinite(clean.losses).all():
+        raise RunError("the model's outputs on the evaluation images are not finite numbers; its weights or its "
+                       "preprocessing are broken")  # fmt: skip
+    correct = clean.predicted == truth
+    results: dict[str, TriggerResult] = {}
+    hits, triggered = {}, {}
+    for view in views:
+        answers = predict(
+            network, view.source, accelerator, title=f"{title}: {view.trigger.name}", progress=progress
+        ).predicted
+        hit = answers == view.wanted()
+        results[view.trigger.name] = TriggerResult(
+            kind=view.trigger.kind, spec=view.trigger.recorded(), mode=view.trigger.mode, target=view.target,
+            file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(),
+            attack_success_rate=rate(int(hit.sum()), len(hit)),
+            robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),
+        )  # fmt: skip
+        hits[view.trigger.name] = (np.array([places[position] for position in view.source.positions.tolist()]), hit)
+        triggered[view.trigger.name] = answers
+    measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results,
+                              class_accuracies(truth, correct, clean.classes))  # fmt: skip
+    return Outcome(measurement, correct, hits, clean.predicted, triggered)
+
+
+def ratings(before: Outcome, after: Outcome, *, seed: int = 0) -> dict[str, Rating]:
+    """Return the defence effectiveness rating of every trigger and their mean, with 95 % bootstrap intervals.
+
+    Images are drawn with replacement, each with its four outcomes (clean and triggered, before and after) kept
+    together; equal images are counted once, so that a draw is one multinomial.
+    """
+    names, count = list(before.hits), len(before.correct)
+    columns = [before.correct, after.correct]
+    for name in names:
+        shown = np.isin(np.arange(count), before.hits[name][0])
+        columns += [shown, _spread(before.hits[name], count), _spread(after.hits[name], count)]
+    patterns, counts = np.unique(np.stack(columns, 1), axis=0, return_counts=True)
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(counts.sum(), counts / counts.sum(), BOOTSTRAP_DRAWS)
+    totals = np.vstack([counts[None], draws]) @ patterns.astype(np.int64)
+    accuracy = totals[:, :2] / counts.sum()
+    loss = np.maximum(0, accuracy[:, 0] - accuracy[:, 1])
+    values = {}
+    for index, name in enumerate(names):
+        triggered, hit_before, hit_after = totals[:, 2 + 3 * index : 5 + 3 * index].T
+        fall = np.maximum(0, (hit_before - hit_after) / np.maximum(1, triggered))
+        values[name] = (fall - loss + 1) / 2
+    if names:
+        values["mean"] = np.mean(list(values.values()), 0)
+    return {
+        name: Rating(float(v[0]), (float(np.quantile(v[1:], 0.025)), float(np.quantile(v[1:], 0.975))))
+        for name, v in values.items()
+    }
+
+
+def _spread(hits: tuple[NDArray[np.int64], NDArray[np.bool_]], count: int) -> NDArray[np.bool_]:
+    full = np.zeros(count, dtype=bool)
+    full[hits[0]] = hits[1]
+    return full

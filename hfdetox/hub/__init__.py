@@ -1,0 +1,1 @@
+"""The Hub: requests, downloads that are checked, uploads that are checked."""

@@ -1,0 +1,387 @@
+"""Publishing a cleaned model: one commit, checked afterwards, never over somebody else's work by accident."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from hfdetox.errors import HubError, UsageError
+from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
+from hfdetox.hub.client import (
+    DEFAULT_RETRY,
+    AccessError,
+    IntegrityError,
+    OfflineError,
+    Retry,
+    UnknownRepoError,
+    ask,
+    is_transient,
+)
+from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
+from hfdetox.reporting.card import CARD_NAME
+from hfdetox.reporting.report import REPORT_NAMES
+from hfdetox.runs.publish_policy import check_consent, commit_message, is_backdoored
+
+# what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
+_WEIGHT_SUFFIXES = (
+    *PICKLE_SUFFIXES, ".safetensors", ".safetensors.index.json", ".bin.index.json",
+    ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".gguf", ".npz",
+)  # fmt: skip
+_LOADER_FILES = ("preprocessor_config.json", "processor_config.json", "adapter_config.json")
+_OWN_FOLDERS = ("plots/", "triggers/")
+_RESULTS_FOLDER = ".eval_results/"
+_SKIPPED = frozenset({".git", ".cache", "__pycache__", ".DS_Store"})
+
+
+class RepoExistsError(UsageError):
+    """The repository exists and was not made by hfdetox, and nothing was said about overwriting it."""
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """Where a push went; `url` is the page of the repository or of the pull request.
+
+    Of several processes only the main one pushes, and on the others `commit` is empty.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    pull_request: str | None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Who pushes (`account`, a user name) and where to; `state` is None for a repository that is not there yet."""
+
+    repo_id: str
+    account: str
+    state: RepoState | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The content of one commit on top of `parent`: files by their path in the repository, and paths to delete."""
+
+    repo_id: str
+    account: str
+    parent: str
+    folder: Path
+    files: dict[str, FileState]
+    stale: tuple[str, ...]
+    message: str
+    create_pr: bool
+
+
+def check_push_allowed(
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    public: bool = False,
+    backdoored: bool = False,
+    i_know_this_is_backdoored: bool = False,
+    retry: Retry = DEFAULT_RETRY,
+) -> str:
+    """Find out before any work whether `push_folder` with these options could succeed; nothing is changed.
+
+    Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
+    Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
+    """
+    check_consent(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
+    hidden = backdoored and not public
+    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry).repo_id
+
+
+def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
+    """Ask the Hub whether it would take a model card (README.md); raises UsageError with its objection, or HubError."""
+
+    def ask_hub() -> None:
+        try:
+            ModelCard(text).validate()
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card") from error
+
+    ask(ask_hub, "the model card", retry=retry)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    public: bool = False,
+    i_know_this_is_backdoored: bool = False,
+    readdress: Callable[[str], None] | None = None,
+    retry: Retry = DEFAULT_RETRY,
+) -> PushResult:
+    """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
+
+    A missing repository is created. In an existing one old weights, and what loaders read beside them, are deleted in
+    the same commit. With `create_pr` the commit opens a pull request on an existing repository. A commit whose answer
+    was lost is recognised by the head's files; when all of it is there already, no commit is made.
+    The folder is only read, but for `readdress`, which is called with the repository's whole id before anything is
+    sent, and may change the card and the report in it.
+    A deliberately backdoored model is pushed only with `i_know_this_is_backdoored`, into a new private repository or an
+    existing private one; into public ones only with `public`, which is refused for other models.
+    Raises UsageError, or HubError whose line ends with the command that repeats the push.
+    """
+    backdoored = is_backdoored(folder)
+    check_consent(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
+    files = _local_files(folder)
+    hidden = backdoored and not public
+    private = private or hidden
+    try:
+        target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry)
+        if readdress is not None:
+            readdress(target.repo_id)
+            files.update({name: _local_file(folder / name) for name in (CARD_NAME, *REPORT_NAMES) if name in files})
+        state = target.state or _create(target.repo_id, private, overwrite, retry)
+        stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
+        message = commit_message(folder, backdoored=backdoored)
+        plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
+        if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
+            return _result(plan, state.sha, None)
+        return _commit(plan, retry)
+    except HubError as error:
+        command = push_command(folder, repo_id, private=private and not hidden, create_pr=create_pr,
+                               overwrite=overwrite, public=public,
+                               i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
+        raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
+
+
+def push_command(
+    folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
+    public: bool = False, i_know_this_is_backdoored: bool = False,
+) -> str:  # fmt: skip
+    """Return the command line that pushes `folder` with the same options."""
+    options = {
+        "--private": private, "--create-pr": create_pr, "--overwrite": overwrite, "--public": public,
+        "--i-know-this-is-backdoored": i_know_this_is_backdoored,
+    }  # fmt: skip
+    return shlex.join(["hfdetox", "push", str(folder), repo_id, *(name for name, on in options.items() if on)])
+
+
+def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool, retry: Retry) -> _Target:
+    """Look at the repository; one that is `hidden` is not to be seen by others, whatever exists."""
+    what = f"model {repo_id}"
+    ask(lambda: validate_repo_id(repo_id), what)
+    if constants.is_offline_mode():
+        raise OfflineError(f"pushing to {what} needs the Hub and HF_HUB_OFFLINE is set; unset it")
+    api = HfApi()
+    account = ask(lambda: api.whoami(), f"a push to {what}", retry=retry)
+    user = str(account.get("name"))
+    name = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise AccessError(f"the token of {user} may only read; use one with the role «write» to push to {what}")
+    try:
+        state = resolve(name, retry=retry)
+    except UnknownRepoError:
+        _check_new(name, user, account, create_pr)
+        return _Target(name, user, None)
+    if hidden and not state.private:
+        raise UsageError(f"{what} exists and is public: a backdoored model goes to a private one, or says --public")
+    if private and not state.private:
+        raise UsageError(f"{what} exists and is public, --private is for new repositories; change it in its settings")
+    if not create_pr:
+        ask(lambda: api.auth_check(state.id, write=True), f"a push to {what}", retry=retry)
+        _check_ours(state, overwrite, retry)
+    return _Target(state.id, user, state)
+
+
+def _check_new(name: str, user: str, account: dict[str, Any], create_pr: bool) -> None:
+    if create_pr:
+        raise UsageError(f"--create-pr needs an existing repository, and model {name} does not exist; leave it out")
+    allowed = {user, *(str(org.get("name")) for org in account.get("orgs") or [])}
+    namespace = name.split("/")[0]
+    if namespace not in allowed:
+        raise AccessError(f"{user} may not create model {name}; push to one of: {', '.join(sorted(allowed))}")
+
+
+def _create(name: str, private: bool, overwrite: bool, retry: Retry) -> RepoState:
+    """Create the repository; one that appeared meanwhile is looked at like any other before it is used."""
+    # without --private the organisation's own default decides
+    visible = True if private else None
+    ask(lambda: HfApi().create_repo(name, private=visible, exist_ok=True), f"the new model {name}", retry=retry)
+    state = resolve(name, retry=retry)
+    if private and not state.private:
+        raise IntegrityError(f"model {name} was asked for as private and is public; nothing was uploaded")
+    _check_ours(state, overwrite, retry)
+    return state
+
+
+def _check_ours(state: RepoState, overwrite: bool, retry: Retry) -> None:
+    if not overwrite and not _is_ours(state, retry):
+        raise RepoExistsError(
+            f"model {state.id} exists and was not made by hfdetox; propose the change with --create-pr, "
+            "replace it with --overwrite, or push to another name"
+        )
+
+
+def _is_ours(state: RepoState, retry: Retry) -> bool:
+    """Return whether a repository holds hfdetox's work or nothing at all, so that nobody else's work is lost."""
+    if not set(state.files) - {".gitattributes"}:
+        return True
+    return any(name in state.files and _is_report(fetch(state, name, retry=retry)) for name in REPORT_NAMES)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(report, dict) and isinstance(report.get("hfdetox_version"), str)
+
+
+def _local_files(folder: Path) -> dict[str, FileState]:
+    """Return what is to be pushed with both of its hashes; UsageError for a folder that hfdetox did not write."""
+    if not any((folder / name).is_file() and _is_report(folder / name) for name in REPORT_NAMES):
+        names = " or ".join(REPORT_NAMES)
+        raise UsageError(f"{folder} is not an output folder of hfdetox (no {names} in it); name one")
+    files: dict[str, FileState] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if _SKIPPED & set(name.split("/")) or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_symlink() or not path.is_file():
+            raise UsageError(f"{path} is a link or no plain file; only plain files are pushed")
+        if name.endswith(PICKLE_SUFFIXES):
+            raise UsageError(f"{path} is a pickle; hfdetox publishes safetensors only, remove it")
+        if name.endswith(".safetensors"):
+            check_safetensors(path)
+        files[name] = _local_file(path)
+    if "model.safetensors" not in files and "model.safetensors.index.json" not in files:
+        raise UsageError(f"{folder} holds no model.safetensors; name an output folder of hfdetox")
+    return files
+
+
+def _local_file(path: Path) -> FileState:
+    return FileState(path.stat().st_size, sha256_file(path), git_sha1_file(path))
+
+
+def _is_stale(name: str, ours: bool) -> bool:
+    """Return whether a file that the new model does not have would speak for the old one."""
+    if name.endswith(_WEIGHT_SUFFIXES) or name in _LOADER_FILES or name.startswith(_RESULTS_FOLDER):
+        return True
+    return ours and (name.startswith(_OWN_FOLDERS) or name in REPORT_NAMES)
+
+
+def _commit(plan: _Plan, retry: Retry) -> PushResult:
+    """Send the commit, or find the one whose answer was lost; then compare what the Hub has with what was meant."""
+    find = _find_pull_request if plan.create_pr else _find_commit
+    plain_http = False
+
+    def send() -> PushResult:
+        with _operations(plan, plain_http) as operations:
+            info = HfApi().create_commit(
+                plan.repo_id, operations, commit_message=plan.message, commit_description=_description(plan),
+                parent_commit=plan.parent, create_pr=plan.create_pr,
+            )  # fmt: skip
+        return _result(plan, str(info.oid), info.pr_url)
+
+    def recover(error: BaseException) -> PushResult | None:
+        nonlocal plain_http
+        # a builtin ConnectionError is Xet's; a Hub without Xet takes the same files by plain HTTP
+        plain_http = plain_http or isinstance(error, ConnectionError)
+        stale_parent = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+        return find(plan, retry) if stale_parent or is_transient(error) else None
+
+    what = f"{'a pull request on' if plan.create_pr else 'the push to'} model {plan.repo_id}"
+    # a pull request opened by an earlier, interrupted push would otherwise be opened twice; main is safe by its parent
+    result = (find(plan, retry) if plan.create_pr else None) or ask(send, what, retry=retry, recover=recover)
+    _verify(plan, result, retry)
+    return result
+
+
+@contextlib.contextmanager
+def _operations(plan: _Plan, plain_http: bool) -> Iterator[list[CommitOperationAdd | CommitOperationDelete]]:
+    """Yield the commit's operations, new ones for each attempt; the client uploads an open file without Xet."""
+    with contextlib.ExitStack() as opened:
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        for name in plan.files:
+            path = plan.folder / name
+            source = opened.enter_context(path.open("rb")) if plain_http else path
+            operations.append(CommitOperationAdd(name, source))
+        operations += [CommitOperationDelete(name, is_folder=False) for name in plan.stale]
+        yield operations
+
+
+def _description(plan: _Plan) -> str:
+    if not plan.stale:
+        return ""
+    return "Deletes files that still hold or describe the old weights: " + ", ".join(plan.stale)
+
+
+def _result(plan: _Plan, commit: str, pull_request: str | None) -> PushResult:
+    return PushResult(plan.repo_id, commit, pull_request or f"{constants.ENDPOINT}/{plan.repo_id}", pull_request)
+
+
+def _find_commit(plan: _Plan, retry: Retry) -> PushResult | None:
+    """Return the head of the main branch when it has moved and holds exactly what was meant."""
+    head = _head(plan.repo_id, None, retry)
+    if head == plan.parent or _differences(plan, head, retry):
+        return None
+    return _result(plan, head, None)
+
+
+def _find_pull_request(plan: _Plan, retry: Retry) -> PushResult | None:
+    """Return this account's open pull request with this title that holds exactly what was meant."""
+    api = HfApi()
+    found = ask(
+        lambda: list(api.get_repo_discussions(
+            plan.repo_id, author=plan.account, discussion_type="pull_request", discussion_status="open"
+        )),
+        f"the pull requests of model {plan.repo_id}", retry=retry,
+    )  # fmt: skip
+    for discussion in found:
+        reference = f"refs/pr/{discussion.num}"
+        # the filters above are the Hub's to apply; a server that ignores them must not change what is found
+        mine = discussion.is_pull_request and discussion.status == "open" and discussion.author == plan.account
+        if mine and discussion.title == plan.message and not _differences(plan, reference, retry):
+            page = f"{constants.ENDPOINT}/{plan.repo_id}/discussions/{discussion.num}"
+            return _result(plan, _head(plan.repo_id, reference, retry), page)
+    return None
+
+
+def _head(repo_id: str, revision: str | None, retry: Retry) -> str:
+    return str(ask_info(repo_id, f"model {repo_id}", revision=revision, retry=retry).sha)
+
+
+def _differences(plan: _Plan, revision: str, retry: Retry) -> list[str]:
+    """Return the paths in which a revision differs from what was meant: other content, missing, or not deleted."""
+    remote = list_files(plan.repo_id, revision, retry=retry)
+    wrong = [name for name, local in plan.files.items() if not _same(local, remote.get(name))]
+    return wrong + [name for name in plan.stale if name in remote]
+
+
+def _same(local: FileState, remote: FileState | None) -> bool:
+    if remote is None or remote.size != local.size:
+        return False
+    return local.sha256 == remote.sha256 if remote.sha256 else local.git_sha1 == remote.git_sha1
+
+
+def _verify(plan: _Plan, result: PushResult, retry: Retry) -> None:
+    """Raise IntegrityError unless the commit is the branch's head and each of its files is the one that was meant."""
+    what = f"model {plan.repo_id}"
+    if not COMMIT_ID.fullmatch(result.commit):
+        raise IntegrityError(f"the Hub names no commit for the push to {what}")
+    wrong = _differences(plan, result.commit, retry)
+    if wrong:
+        raise IntegrityError(f"{wrong[0]} of {what} is not what was pushed (commit {result.commit[:12]})")
+    reference = f"refs/pr/{result.pull_request.rsplit('/', 1)[-1]}" if result.pull_request else None
+    head = _head(plan.repo_id, reference, retry)
+    if head != result.commit:
+        raise IntegrityError(f"{what} has moved on to commit {head[:12]} since the push ({result.commit[:12]})")

@@ -1,0 +1,1 @@
+"""Classifiers of timm, transformers and plain PyTorch: loading, preprocessing, layers, saving."""

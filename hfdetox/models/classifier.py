@@ -1,0 +1,316 @@
+"""A Classifier: a pulled model with its own preprocessing, labels and provenance, saved as its library does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from hfdetox.errors import RunError, UsageError
+from hfdetox.hub.download import PulledRepo, pull_model, sha256_file
+from hfdetox.models import weights as _weights
+from hfdetox.models.corrections import load_correction
+from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, numbered_labels
+from hfdetox.models.network import Network
+from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
+from hfdetox.reporting.report import ModelInfo
+
+__all__ = ["Classifier", "LabelsError", "Network", "NotAClassifierError", "load_classifier"]
+
+_TIMM_PREFIXES = ("hf_hub:", "hf-hub:")
+
+
+class LabelsError(UsageError):
+    """The labels given do not belong to the model's outputs."""
+
+
+@dataclass
+class Classifier:
+    """A model that can be measured, trained in place and saved.
+
+    Attributes:
+        model: the library's module, float32, in eval mode; training changes this very object.
+        preprocessing: the model's own, from decoded image to normalised tensor.
+        labels: one name per output; "0", "1", … where `labels_are_names` is False.
+        info: provenance for the report.
+        folder: where the source files lie (config, card, licence), None for a model that came as an object.
+        dtypes: the dtype in which each floating-point tensor of the state dict is saved.
+        trusts_remote_code: whether loading it ran the repository's own Python code.
+        given_preprocessing: what the caller passed in place of the model's own, None otherwise.
+        warnings: what the Hub had to say when the model was pulled (moved repository, offline copy).
+        network: images in 0 to 255 to logits, around `model`.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    labels_are_names: bool
+    info: ModelInfo
+    folder: Path | None
+    dtypes: dict[str, torch.dtype]
+    _loaded: Loaded = field(repr=False)
+    trusts_remote_code: bool = False
+    given_preprocessing: Preprocessing | None = None
+    warnings: tuple[str, ...] = ()
+    network: Network = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.network = Network(self.model, self.preprocessing)
+
+    def card_source(self) -> str | None:
+        """Return the text of the source's README.md, or None without one."""
+        readme = self.folder / "README.md" if self.folder else None
+        return readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else None
+
+    def round_weights(self) -> None:
+        """Round every tensor in place to the dtype in which it will be saved, and leave the model in eval mode.
+
+        Raises RunError when a value does not fit.
+        """
+        _weights.round_in_place(self.model, self.dtypes)
+        # LeViT keeps indexed attention biases between calls in eval mode; only entering train mode forgets them
+        self.model.train()
+        self.model.eval()
+
+    def save(self, folder: str | Path) -> str:
+        """Write the model as its library does, as safetensors in the source's dtypes; returns the weights' SHA-256.
+
+        The folder is created when missing; several weight files give the SHA-256 of their sorted «name sha» lines.
+
+        Raises:
+            RunError: the disk is full or not writable, or a value does not fit the source's dtype.
+        """
+        folder = Path(folder)
+        state = _weights.stored_state(self.model, self.dtypes)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = self._write(folder, state)
+            if self.network.correction is not None:
+                self.network.correction.save(folder)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"cannot write the model to {folder}: {_weights.one_line(error)}; free some space or choose another "
+                "--output"
+            ) from error
+        return _weights.digest({file.name: sha256_file(file) for file in files})
+
+    def _write(self, folder: Path, state: dict[str, torch.Tensor]) -> list[Path]:
+        if self.info.library == "timm":
+            from hfdetox.models import timm as _timm
+
+            return _timm.write(folder, self._loaded, state, self.folder)
+        if self.info.library == "transformers":
+            from hfdetox.models import transformers as _transformers
+
+            return _transformers.write(
+                folder, self._loaded, state, self.folder, _weights.dominant_dtype(self.model, self.dtypes)
+            )
+        config = {
+            "library_name": "torch",
+            "class_name": self.info.architecture,
+            "num_classes": len(self.labels),
+            "label_names": list(self.labels),
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(state, folder / _weights.WEIGHTS_NAME, metadata={"format": "pt"})
+        return [folder / _weights.WEIGHTS_NAME]
+
+
+def load_classifier(
+    model: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    processor: Any = None,
+    preprocessing: Callable[[Image.Image], torch.Tensor] | Preprocessing | None = None,
+    labels: Sequence[str] | int | None = None,
+    trust_remote_code: bool = False,
+) -> Classifier:
+    """Load an image classifier of timm or transformers, or wrap a loaded one, in float32 and eval mode.
+
+    Args:
+        model: a local folder, a Hub id (`org/x`, `timm/x`, `hf_hub:org/x[@revision]`), or a module (not copied).
+        revision: branch, tag or commit of a Hub id.
+        processor: a transformers image processor, needed with a transformers model object.
+        preprocessing: maps a PIL image to a float tensor C×H×W; needed with a module of neither library.
+        labels: names of the outputs, or their number, for a module that does not know them.
+        trust_remote_code: run Python code that the repository brings.
+
+    Raises:
+        UsageError: not a single-label image classifier with safetensors weights that fit its config exactly.
+        HubError: the repository is unknown, gated or unreachable.
+    """
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        preprocessing = CallablePreprocessing(preprocessing)
+    if isinstance(model, nn.Module):
+        if revision is not None:
+            raise UsageError("revision belongs to a Hub id; a loaded model has none")
+        classifier = _from_object(model, processor, preprocessing, labels)
+        classifier.given_preprocessing = preprocessing
+        return classifier
+    pulled, commit = fetch_model(str(model), revision, trust_remote_code)
+    stored = _weights.find_weights(pulled.folder, pulled.weights)
+    loaded = _load_folder(pulled.folder, stored, pulled.id, processor, preprocessing, trust_remote_code)
+    # reports are published, and where a folder lies is nobody's business
+    name = pulled.id if commit else pulled.folder.resolve().name
+    classifier = assemble(loaded, name, commit, labels, folder=pulled.folder, stored=stored)
+    classifier.trusts_remote_code = trust_remote_code
+    classifier.given_preprocessing = preprocessing
+    classifier.warnings = tuple(pulled.warnings)
+    classifier.network.correction = load_correction(pulled.folder, classifier.model, len(classifier.labels))
+    if classifier.network.correction is not None:
+        classifier.warnings += (f"{name} comes with a correction that hfdetox applies (correction.safetensors); loaded "
+                                "with timm or transformers alone it answers without it",)  # fmt: skip
+    return classifier
+
+
+def fetch_model(
+    model: str, revision: str | None, trust_remote_code: bool, *, with_weights: bool = True
+) -> tuple[PulledRepo, str | None]:
+    """Return the files of a model, a local folder looking like a pulled one, and the commit (None for a folder).
+
+    Raises:
+        UsageError: a revision of a local folder, or two of a Hub id; and what `pull_model` raises.
+    """
+    if Path(model).is_dir():
+        if revision is not None:
+            raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
+        return PulledRepo(model, "", Path(model), {}, ()), None
+    repo_id = model
+    if model.startswith(_TIMM_PREFIXES):
+        repo_id, _, at = model.split(":", 1)[1].partition("@")
+        if at and revision not in (None, at):
+            raise UsageError(f"{model} names revision {at} and --revision {revision}; give one of them")
+        revision = revision or at or None
+    pulled = pull_model(repo_id, revision=revision, trust_remote_code=trust_remote_code, with_weights=with_weights)
+    return pulled, pulled.revision
+
+
+def _load_folder(
+    folder: Path,
+    stored: _weights.StoredWeights,
+    name: str,
+    processor: Any,
+    preprocessing: Preprocessing | None,
+    trust_remote_code: bool,
+) -> Loaded:
+    config = _weights.read_json(folder / "config.json")
+    if "architecture" in config and "model_type" not in config:
+        from hfdetox.models import timm as _timm
+
+        loaded = _timm.load_folder(folder, stored, name)
+        loaded.preprocessing = preprocessing or loaded.preprocessing
+        return loaded
+    if "model_type" in config or "auto_map" in config:
+        from hfdetox.models import transformers as _transformers
+
+        return _transformers.load_folder(
+            folder, stored, name, trust_remote_code=trust_remote_code, processor=processor, preprocessing=preprocessing
+        )
+    raise UsageError(
+        f"{name} is not an image classifier of timm or transformers: its config.json has neither "
+        "architecture nor model_type"
+    )
+
+
+def _from_object(
+    model: nn.Module, processor: Any, preprocessing: Preprocessing | None, labels: Sequence[str] | int | None
+) -> Classifier:
+    name = type(model).__name__
+    # told apart by their attributes, so that a timm model does not pay for importing transformers
+    if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
+        from hfdetox.models import timm as _timm
+
+        loaded = _timm.describe(model)
+        loaded.preprocessing = preprocessing or loaded.preprocessing
+    elif hasattr(model, "config") and hasattr(model, "main_input_name"):
+        from hfdetox.models import transformers as _transformers
+
+        if processor is None and preprocessing is None:
+            raise UsageError(
+                f"a loaded {name} does not know its preprocessing; pass processor=AutoImageProcessor.from_pretrained(…)"
+            )
+        loaded = _transformers.describe(model, processor, preprocessing)
+    else:
+        if preprocessing is None or labels is None:
+            raise UsageError(
+                f"a {name} of neither timm nor transformers needs preprocessing=… (PIL image to float tensor) "
+                "and labels=…"
+            )
+        loaded = Loaded(model, preprocessing, (), False, "torch", name)
+    return assemble(loaded, name, None, labels)
+
+
+def assemble(
+    loaded: Loaded,
+    name: str,
+    commit: str | None,
+    labels: Sequence[str] | int | None,
+    *,
+    folder: Path | None = None,
+    stored: _weights.StoredWeights | None = None,
+) -> Classifier:
+    """Check labels and outputs, turn the model to float32, and put the Classifier together.
+
+    Args:
+        loaded: as a library module built it.
+        name: what reports call it; `commit` is None for what is not of the Hub.
+        labels: names of the outputs, or their number, in place of the model's own.
+        folder: where the source's files lie, None for a model without any.
+        stored: the weight files the model was read from, None for weights that lie nowhere yet.
+
+    Raises:
+        UsageError: labels, outputs or the size of the images do not fit together.
+    """
+    model = loaded.model
+    dtypes = _weights.target_dtypes(model, stored) if stored else _weights.current_dtypes(model)
+    model.float().eval()
+    if labels is not None:
+        loaded.labels_are_names = not isinstance(labels, int)
+        given = numbered_labels(labels) if isinstance(labels, int) else tuple(labels)
+        if loaded.labels and len(given) != len(loaded.labels):
+            raise LabelsError(f"{len(given)} labels given, but {name} has {len(loaded.labels)} outputs")
+        loaded.labels = given
+    check_num_labels(len(loaded.labels), name)
+    info = ModelInfo(
+        id=name,
+        revision=commit,
+        library=loaded.library,
+        architecture=loaded.architecture,
+        num_labels=len(loaded.labels),
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=_weights.dtype_name(_weights.dominant_dtype(model, dtypes)),
+        weights_sha256=stored.sha256 if stored else None,
+    )
+    classifier = Classifier(
+        model, loaded.preprocessing, loaded.labels, loaded.labels_are_names, info, folder, dtypes, loaded
+    )
+    _check_output(classifier)
+    return classifier
+
+
+@torch.no_grad()
+def _check_output(classifier: Classifier) -> None:
+    """Run one black image through the network: a wrong input size or label count fails here, not after an hour."""
+    pixels = torch.zeros(1, *classifier.preprocessing.input_size, dtype=classifier.preprocessing.dtype)
+    device = next(iter(classifier.model.parameters()), pixels).device
+    network = classifier.network.to(device)
+    try:
+        logits = network(pixels.to(device))
+    except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"{classifier.info.id} does not take the {'×'.join(map(str, pixels.shape[1:]))} images of its own "
+            f"preprocessing ({_weights.one_line(error)})"
+        ) from error
+    if logits.shape != (1, len(classifier.labels)):
+        raise LabelsError(
+            f"{classifier.info.id} gives outputs of shape {tuple(logits.shape)} for one image and "
+            f"{len(classifier.labels)} labels; hfdetox handles one logit per label"
+        )

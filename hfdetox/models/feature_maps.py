@@ -1,0 +1,180 @@
+"""Where a network's feature maps come from: its stages (or transformer blocks), and a look at their outputs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hfdetox.errors import UsageError
+from hfdetox.models.layers import head_layers, library_logits, probe_input
+
+Layout = Literal["NCHW", "NHWC", "NTC"]
+# a network has up to five stages; longer rows are blocks, of which those that end a resolution are the stages
+_STAGES = 5
+_NEARLY_ALL = 0.9
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A module whose output is a feature map, by its name in the model.
+
+    Attributes:
+        layout: how the output is laid out: channels first, channels last, or tokens.
+        prefix: tokens before those of the image's positions (class, distillation, registers).
+    """
+
+    name: str
+    layout: Layout
+    prefix: int = 0
+
+    def features(self, output: torch.Tensor) -> torch.Tensor:
+        """Return an output of the module as N×positions×channels."""
+        if self.layout == "NCHW":
+            return output.flatten(2).transpose(1, 2)
+        return output.flatten(1, 2) if self.layout == "NHWC" else output[:, self.prefix :]
+
+
+def last_stages(model: nn.Module, count: int, input_size: tuple[int, int, int] | None = None) -> list[Stage]:
+    """Return the last `count` stages of a library's model, in their order; fewer where it has fewer.
+
+    Of timm models: what `feature_info` lists (stages, or a ViT's blocks). Else the row of sibling modules (members of
+    a list, or children numbered like layer1, layer2) that holds most parameters; of a row longer than five whose
+    outputs shrink, the last module of each size. The model is run once on noise of `input_size` (C, H, W), or without
+    it of its own or usual sizes, in eval mode, and left as it was.
+
+    Raises:
+        UsageError: the model has no such row with feature maps over positions, or cannot be run on noise.
+    """
+    inner: Any = getattr(model, "timm_model", model)
+    prefix = "" if inner is model else "timm_model."
+    heads = {model.get_submodule(name) for name in head_layers(model)}
+    modules = dict(inner.named_modules())
+    listed = _listed_by_timm(inner, modules)
+    rows = [[name for name in row if _has_weights(modules[name], heads)] for row in _rows(modules)]
+    outputs = _probe(inner, sorted({name for row in (listed, *rows) for name in row}), input_size)
+    chosen = _stages(inner, listed, outputs)
+    if not chosen:
+        chosen = _ends_of_sizes(_main_row([_stages(inner, row, outputs) for row in rows], modules), outputs)
+    if not chosen:
+        raise UsageError(
+            f"{type(inner).__name__} has no stages or blocks that give feature maps, or cannot be run on noise of a "
+            "usual size; use a method that needs none, such as ft-sam or d3"
+        )
+    return [Stage(prefix + stage.name, stage.layout, stage.prefix) for stage in chosen[-count:]]
+
+
+@contextmanager
+def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the outputs of the named modules while inside: of tuples the first, of repeated calls the last."""
+    outputs: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for name in names:
+
+            def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+                first = output[0] if isinstance(output, tuple | list) and output else output
+                if isinstance(first, torch.Tensor):
+                    outputs[name] = first
+
+            stack.callback(model.get_submodule(name).register_forward_hook(keep).remove)
+        yield outputs
+
+
+def _probe(model: nn.Module, names: Sequence[str], input_size: tuple[int, int, int] | None) -> dict[str, torch.Tensor]:
+    """Return the outputs of the named modules for two images of noise; none if no size fits."""
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            images = probe_input(model, input_size)
+            if images is None:
+                return {}
+            with captured(model, names) as outputs:
+                library_logits(model, images)
+            return outputs
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
+def _listed_by_timm(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:
+    info = getattr(model, "feature_info", None) or []
+    entries = [info[place] for place in range(len(info))]
+    # an entry of another hook type means a module's input
+    if any(entry.get("hook_type", "forward") != "forward" for entry in entries):
+        return []
+    return [entry["module"] for entry in entries if entry["module"] in modules]
+
+
+def _rows(modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Return the rows of sibling modules, outer ones first: lists, sequences, and children numbered alike."""
+    rows = []
+    for name, module in modules.items():
+        lead = f"{name}." if name else ""
+        children = [child for child, _ in module.named_children()]
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            rows.append([lead + child for child in children])
+            continue
+        stems: dict[str, list[str]] = {}
+        for child in children:
+            if re.search(r"\d$", child):
+                stems.setdefault(re.sub(r"\d+$", "", child), []).append(lead + child)
+        rows += stems.values()
+    return rows
+
+
+def _has_weights(module: nn.Module, heads: set[nn.Module]) -> bool:
+    """Tell whether a module computes features: it has weight matrices or kernels and does not hold the head."""
+    return any(p.ndim > 1 for p in module.parameters()) and not any(m in heads for m in module.modules())
+
+
+def _stages(model: Any, row: Sequence[str], outputs: Mapping[str, torch.Tensor]) -> list[Stage]:
+    """Return those of a row that ran and gave a feature map over positions."""
+    found = [_stage(model, name, outputs[name]) for name in row if name in outputs]
+    return [stage for stage in found if stage is not None]
+
+
+def _stage(model: Any, name: str, output: torch.Tensor) -> Stage | None:
+    if output.ndim == 3:
+        # noise is square, so that a square number of tokens has none in front of it
+        tokens = output.shape[1]
+        return Stage(name, "NTC", 0 if math.isqrt(tokens) ** 2 == tokens else _prefix_tokens(model))
+    if output.ndim != 4:
+        return None
+    _, first, second, third = output.shape
+    last = getattr(model, "output_fmt", None) == "NHWC" or (first == second != third)
+    return Stage(name, "NHWC" if last else "NCHW")
+
+
+def _prefix_tokens(model: Any) -> int:
+    known = getattr(model, "num_prefix_tokens", None)
+    if isinstance(known, int):
+        return known
+    tokens = [p.shape[1] for name, p in model.named_parameters() if re.search(r"_tokens?$", name) and p.ndim == 3
+              and "mask_token" not in name]  # fmt: skip
+    return sum(tokens)
+
+
+def _main_row(rows: Sequence[list[Stage]], modules: Mapping[str, nn.Module]) -> list[Stage]:
+    """Return the row with most parameters; in place of a lone module the row inside that has nearly all of it."""
+    sizes = [_size(row, modules) for row in rows]
+    least = _NEARLY_ALL * max(sizes, default=0)
+    large = [(len(row) > 1, size, row) for row, size in zip(rows, sizes, strict=True) if size >= least]
+    return max(large, key=lambda entry: entry[:2], default=(False, 0, []))[2]
+
+
+def _size(row: Sequence[Stage], modules: Mapping[str, nn.Module]) -> int:
+    return sum(parameter.numel() for stage in row for parameter in modules[stage.name].parameters())
+
+
+def _ends_of_sizes(row: list[Stage], outputs: Mapping[str, torch.Tensor]) -> list[Stage]:
+    sizes = [stage.features(outputs[stage.name]).shape[1] for stage in row]
+    if len(row) <= _STAGES or len(set(sizes)) == 1:
+        return row
+    return [stage for place, stage in enumerate(row) if place + 1 == len(row) or sizes[place + 1] != sizes[place]]

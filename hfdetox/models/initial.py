@@ -1,0 +1,132 @@
+"""Where an attack starts: a trained model, or one whose weights are freshly drawn for the dataset's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfdetox.errors import UsageError
+from hfdetox.models.classifier import Classifier, assemble, fetch_model, load_classifier
+from hfdetox.models.loaded import Loaded, numbered_labels
+from hfdetox.models.weights import read_json
+from hfdetox.runs.publish_policy import comes_backdoored
+
+ARCHITECTURE = "timm-arch:"
+# what the dataset says, or what would bring weights (a checkpoint_path may be a pickle)
+_NOT_MODEL_ARGS = {
+    "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+    "model_name", "img_size", "features_only",
+}  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+ClassNames = Callable[[], tuple[str, ...] | int]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model an attack trains.
+
+    Attributes:
+        from_scratch: whether its weights were freshly drawn.
+        backdoored: whether its own report or card says that it is deliberately backdoored already.
+    """
+
+    classifier: Classifier
+    from_scratch: bool
+    backdoored: bool = False
+
+
+def open_start(
+    model: str | Path | nn.Module, *, class_names: ClassNames, init: str | None = None,
+    model_args: Mapping[str, Any] | None = None, input_size: int | None = None, seed: int = 0,
+    revision: str | None = None, trust_remote_code: bool = False, processor: Any = None, preprocessing: Any = None,
+    labels: Sequence[str] | int | None = None,
+) -> Start:  # fmt: skip
+    """Return the model to start from: a trained one as `load_classifier` gives it, or one of freshly drawn weights.
+
+    Args:
+        model: what `load_classifier` takes, or `timm-arch:NAME`.
+        class_names: gives the dataset's class names, or their number; asked only for a model of fresh weights.
+        init: `random` draws the weights of a folder or Hub id anew, whose config.json is all that is taken then.
+        model_args: arguments of a `timm-arch`.
+        input_size: image height and width of a `timm-arch`; None is the architecture's own.
+        seed: determines the weights.
+
+    Raises:
+        UsageError: an unknown architecture or argument, a config without weights, options that do not go together.
+        HubError: the repository is unknown, gated or unreachable.
+    """
+    if init not in (None, "random"):
+        raise UsageError(f"--init {init} is not known; there is --init random, which draws the weights anew")
+    is_architecture = isinstance(model, str) and model.startswith(ARCHITECTURE)
+    if not is_architecture and (model_args or input_size is not None):
+        raise UsageError("--model-arg and --input-size describe a timm-arch:NAME; a model that is there has its own")
+    if not is_architecture and init is None:
+        if isinstance(model, str | Path):
+            _refuse_bare_config(Path(model))
+        trained = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
+                                  labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
+        return Start(trained, from_scratch=False, backdoored=comes_backdoored(trained.folder))
+    if isinstance(model, nn.Module):
+        raise UsageError("--init random draws the weights of a folder or Hub id; a loaded model has its own")
+    if is_architecture and revision is not None:
+        raise UsageError(f"{model} is an architecture, which has no revisions; leave --revision out")
+    names = class_names()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        if is_architecture:
+            loaded, commit = _architecture(str(model), names, model_args or {}, input_size), None
+            name = str(model)
+        else:
+            loaded, name, commit = _drawn(str(model), names, revision, trust_remote_code)
+    return Start(assemble(loaded, name, commit, names), from_scratch=True)
+
+
+def _refuse_bare_config(folder: Path) -> None:
+    bare = (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+    if bare:
+        raise UsageError(f"{folder} has a config.json and no weights; draw them with --init random")
+
+
+def _architecture(
+    name: str, names: tuple[str, ...] | int, model_args: Mapping[str, Any], input_size: int | None
+) -> Loaded:
+    from hfdetox.models import timm as _timm
+
+    wrong = sorted(_NOT_MODEL_ARGS & set(model_args))
+    if wrong:
+        raise UsageError(
+            f"--model-arg {wrong[0]} cannot be given: the classes come from the dataset, the image size from "
+            "--input-size, and the weights are drawn"
+        )
+    channels = model_args.get("in_chans", 3)
+    if type(channels) is not int or channels not in (1, 3):
+        raise UsageError(f"--model-arg in_chans={channels}: images have 3 channels (RGB) or 1 (grey)")
+    if input_size is not None and input_size < 1:
+        raise UsageError(f"--input-size {input_size}: give the images' height and width, such as 32")
+    count = names if isinstance(names, int) else len(names)
+    architecture = name.removeprefix(ARCHITECTURE)
+    return _timm.new_architecture(architecture, num_classes=count, model_args=model_args, input_size=input_size)
+
+
+def _drawn(
+    model: str, names: tuple[str, ...] | int, revision: str | None, trust_remote_code: bool
+) -> tuple[Loaded, str, str | None]:
+    """Return a model of the architecture that a folder's or repository's config.json describes, its name and commit."""
+    pulled, commit = fetch_model(model, revision, trust_remote_code, with_weights=False)
+    name = pulled.id if commit else pulled.folder.resolve().name
+    config = read_json(pulled.folder / "config.json")
+    labels = numbered_labels(names) if isinstance(names, int) else names
+    if "architecture" in config and "model_type" not in config:
+        from hfdetox.models import timm as _timm
+
+        return _timm.new_from_folder(pulled.folder, name, num_classes=len(labels)), name, commit
+    from hfdetox.models import transformers as _transformers
+
+    loaded = _transformers.new_from_folder(pulled.folder, name, labels=labels, trust_remote_code=trust_remote_code)
+    return loaded, name, commit

@@ -1,0 +1,251 @@
+"""Which layers a defence acts on: the classifier head, layers chosen by name, and the norm that feeds the head."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.errors import UsageError
+from hfdetox.models.network import Network, logits_of
+
+HEAD = "head"
+# A convolutional network takes any; the others are usual sizes of those that take one only.
+_SIDES = (64, 32, 224, 28, 48, 56, 96, 112, 128, 160, 192, 256, 299, 384, 448, 512)
+
+
+class LayerPatternError(UsageError):
+    """A layer pattern selects nothing."""
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """Return the names of the Linear and Conv2d modules that give the logits, in the model's order.
+
+    Of timm models: all inside `get_classifier()`; of transformers models: the last with num_labels outputs outside the
+    backbone (two for distilled ones); of the timm wrapper: those of its timm model; else the last Linear (or Conv2d).
+    Raises LayerPatternError when the model has none.
+    """
+    prefix, inner = _unwrap(model)
+    if hasattr(inner, "get_classifier") and hasattr(inner, "pretrained_cfg"):
+        names = _timm_head(inner)
+    elif hasattr(inner, "config") and hasattr(inner, "base_model_prefix"):
+        names = _transformers_head(inner)
+    else:
+        names = _last_layer(inner)
+    if not names:
+        raise LayerPatternError(
+            f"{type(inner).__name__} has no classifier layer that can be found; name layers by pattern: "
+            f"{_selectable(inner)}"
+        )
+    return [prefix + name for name in names]
+
+
+def classes_of(model: nn.Module) -> int:
+    """Return how many classes the model tells apart: the outputs of its head; raises what `head_layers` raises."""
+    return _outputs(model.get_submodule(head_layers(model)[-1])) or 0
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Tell whether any layer of the model is a BatchNorm, as in networks that are trained by SGD from the start."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the Linear and Conv2d modules that the patterns select, in the model's order, each once.
+
+    A pattern is `head` (see `head_layers`), or a shell pattern for a layer's name or that of a module around it
+    (`layer4` selects every layer inside). Raises LayerPatternError listing what can be selected.
+    """
+    if not patterns:
+        raise LayerPatternError(f"no layer pattern given; use {HEAD} or patterns of: {_selectable(model)}")
+    names = _layer_names(model)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = head_layers(model) if pattern == HEAD else [name for name in names if _matches(name, pattern)]
+        if not found:
+            raise LayerPatternError(
+                f"no Linear or Conv2d layer matches {pattern!r}; use {HEAD} or patterns of: {_selectable(model)}"
+            )
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def norm_before_head(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str | None:
+    """Return the first of `norms_before_head`, or None: most models have one or none."""
+    return next(iter(norms_before_head(model, input_size)), None)
+
+
+def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[str]:
+    """Return the names of the affine norms that feed the head directly (of ResNets none: ReLU and pooling lie between).
+
+    With such a norm (W, γ, β) → (−W, −γ, −β) is the same function, so D3's distance would reward a change of nothing.
+    The model itself is asked: of each head layer the last norm that runs before it has its signs flipped together with
+    the head's, and where the logits stay, it is such a norm. `input_size` is (C, H, W); without it, the model's own or
+    usual sizes are tried. Parameters and modes are bit for bit as before afterwards.
+    """
+    prefix, inner = _unwrap(model)
+    heads = [inner.get_submodule(name) for name in head_layers(inner)]
+    was_training = [(module, module.training) for module in inner.modules()]
+    inner.eval()
+    try:
+        with torch.no_grad():
+            images = probe_input(inner, input_size)
+            if images is None:
+                return []
+            groups = _last_norms(inner, heads, images)
+            return [prefix + name for name, group in groups.items() if _flips_cancel(inner, group, name, images)]
+    finally:
+        for module, training in was_training:
+            module.training = training
+
+
+def _unwrap(model: nn.Module) -> tuple[str, nn.Module]:
+    return ("model.", model.model) if isinstance(model, Network) else ("", model)
+
+
+def _timm_head(model: Any) -> list[str]:
+    classifier = model.get_classifier()
+    modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    inside = {id(layer) for module in modules for layer in module.modules()}
+    return [name for name, layer in model.named_modules() if _is_layer(layer) and id(layer) in inside]
+
+
+def _transformers_head(model: Any) -> list[str]:
+    wrapped = getattr(model, "timm_model", None)
+    if isinstance(wrapped, nn.Module):
+        return [f"timm_model.{name}" for name in _timm_head(wrapped)]
+    outputs = model.config.num_labels
+    names = [name for name, layer in model.named_modules() if _outputs(layer) == outputs]
+    outside = [name for name in names if name.split(".")[0] != model.base_model_prefix]
+    # of each part beside the backbone the last one: a distilled model has two such parts, a deep head one
+    by_part = {name.split(".")[0]: name for name in outside}
+    return list(by_part.values()) or names[-1:]
+
+
+def _last_layer(model: nn.Module) -> list[str]:
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return (linear or _layer_names(model))[-1:]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def _outputs(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.out_channels if isinstance(module, nn.Conv2d) else None
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    return [name for name, layer in model.named_modules() if _is_layer(layer)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1))
+
+
+def _selectable(model: nn.Module) -> str:
+    """List the selectable names on one line, numbers folded to * with a count."""
+    counts: dict[str, int] = {}
+    for name in _layer_names(model):
+        folded = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+        counts[folded] = counts.get(folded, 0) + 1
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
+
+
+def _is_affine_norm(module: nn.Module) -> bool:
+    # by name and shape of the weight: timm and transformers have their own LayerNorm2d, RMSNorm and BatchNormAct
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in type(module).__name__.lower()
+
+
+def probe_input(model: nn.Module, input_size: tuple[int, int, int] | None) -> torch.Tensor | None:
+    """Return two images of noise in a size that the model takes, or None when none of the usual sizes fits."""
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for size in _candidate_sizes(model, input_size):
+        images = torch.randn(2, *size, generator=generator).to(parameter.device, parameter.dtype)
+        try:
+            library_logits(model, images)
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            continue  # a wrong size shows in as many ways as there are models
+        return images
+    return None
+
+
+def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Iterator[tuple[int, int, int]]:
+    if input_size is not None:
+        yield input_size
+        return
+    inner = getattr(model, "timm_model", model)
+    if hasattr(inner, "pretrained_cfg"):
+        from timm.models import get_model_input_config
+
+        yield tuple(get_model_input_config(inner)["input_size"])
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = convolution.in_channels if convolution is not None else 3
+    for holder in (getattr(model, "config", None), model):
+        size = getattr(holder, "image_size", None)
+        if size is not None:
+            yield (channels, size, size) if isinstance(size, int) else (channels, *size)
+    for side in _SIDES:
+        yield channels, side, side
+
+
+def library_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits that a library's own model gives for images it takes as they are (normalised already)."""
+    keyword = getattr(model, "main_input_name", None) == "pixel_values"
+    return logits_of(model(pixel_values=images) if keyword else model(images))
+
+
+def _last_norms(model: nn.Module, heads: Sequence[nn.Module], images: torch.Tensor) -> dict[str, list[nn.Module]]:
+    """Run the model and group the head layers by the affine norm that ran last before each."""
+    order: list[nn.Module] = []
+    names = {module: name for name, module in model.named_modules() if _is_affine_norm(module)}
+    handles = [m.register_forward_pre_hook(lambda module, _: order.append(module)) for m in (*names, *heads)]
+    try:
+        library_logits(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[str, list[nn.Module]] = {}
+    last = None
+    for module in order:
+        if module in names:
+            last = names[module]
+        elif last is not None:
+            groups.setdefault(last, []).append(module)
+    return groups
+
+
+def _flips_cancel(model: nn.Module, heads: Sequence[nn.Module], norm: str, images: torch.Tensor) -> bool:
+    """Tell whether flipping the norm's signs undoes flipping those of the head's weights (its biases stay)."""
+    head_weights = [head.get_parameter("weight") for head in heads]
+    norm_parameters = list(model.get_submodule(norm).parameters(recurse=False))
+    before = library_logits(model, images)
+    with _flipped(head_weights):
+        only_head = library_logits(model, images)
+        with _flipped(norm_parameters):
+            both = library_logits(model, images)
+    moved = (only_head - before).abs().max()
+    return bool(moved > 0 and (both - before).abs().max() < 1e-3 * moved)
+
+
+@contextmanager
+def _flipped(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    # a sign flip is exact, so flipping back restores every bit
+    for tensor in tensors:
+        tensor.neg_()
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.neg_()

@@ -1,0 +1,66 @@
+"""The module that the engine trains and the metrics evaluate: images in 0 to 255 in, logits out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfdetox.models.corrections import Correction
+from hfdetox.models.preprocessing import Preprocessing, normalize
+
+
+class Network(nn.Module):
+    """A library's classifier behind its own normalisation, so that triggers and augmentation act on pixel values.
+
+    The state dict is that of the classifier under the prefix `model.`; mean and std are non-persistent buffers.
+    `correction` (None for most) changes the answers to inputs that the classifier gives to a label.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        """Wrap `model`, which stays the same object."""
+        super().__init__()
+        self.model = model
+        self.correction: Correction | None = None
+        self.input_size = preprocessing.input_size
+        self.scale = preprocessing.scale
+        self.normalizes = preprocessing.dtype == torch.uint8
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(-1, 1, 1), persistent=False)
+        self.convolutional = is_convolutional(model)
+        # transformers models may take other inputs first (Perceiver, remote code); `pipeline` passes this name too
+        self._keyword = getattr(model, "main_input_name", None) == "pixel_values"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits N×K of prepared images N×C×H×W: uint8 or float32 in 0 to 255, or a callable's own floats."""
+        if self.normalizes:
+            # 8 bits of mantissa would lose pixel values before the network sees them
+            with torch.autocast(images.device.type, enabled=False):
+                images = normalize(images, self.mean, self.std, self.scale)
+        if self.convolutional:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits = self._run(images)
+        return logits if self.correction is None else self.correction.logits(self.model, self._run, images, logits)
+
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        return logits_of(self.model(pixel_values=images) if self._keyword else self.model(images))
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits of a model's output: the tensor itself, or `.logits` of a transformers or torchvision tuple."""
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Tell whether channels_last pays: convolutions that overlap (so not patch embeddings), and no attention."""
+    overlapping = False
+    for module in model.modules():
+        if "attention" in type(module).__name__.lower():
+            return False
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+            overlapping = overlapping or tuple(module.kernel_size) != tuple(module.stride)
+    return overlapping

@@ -1,0 +1,210 @@
+"""timm: build a model from a folder's config.json, and write a folder that timm and transformers both load."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hfdetox.errors import UsageError
+from hfdetox.models.loaded import Loaded, copy_companions, numbered_labels
+from hfdetox.models.preprocessing import TimmPreprocessing
+from hfdetox.models.weights import (
+    WEIGHTS_NAME,
+    StoredWeights,
+    WeightsMismatchError,
+    check_same_tensors,
+    one_line,
+    read_json,
+)
+
+# Where weights come from and how to convert them: what is saved is native and stands beside its config.
+_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset", "state_dict")
+
+
+def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
+    """Build the model of a local timm folder with its weights.
+
+    Raises:
+        UsageError: the architecture is unknown, or the model has no classifier.
+        WeightsMismatchError: the file holds other tensors than the model, and timm cannot convert them.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
+        raise UsageError(
+            f"timm {timm.__version__} cannot build {name} from its config.json ({one_line(error)}); "
+            "a newer timm may know the architecture"
+        ) from error
+    state = stored.load()
+    expected = model.state_dict()
+    if {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in expected.items()}:
+        model.load_state_dict(state)
+    else:
+        model = _load_converted(model, folder, stored, state, name)
+    return describe(model, config)
+
+
+def _load_converted(
+    model: Any, folder: Path, stored: StoredWeights, state: dict[str, torch.Tensor], name: str
+) -> nn.Module:
+    """Let timm convert a checkpoint in another naming or with a background class; strict, as timm is by default."""
+    expected = model.state_dict()
+    no_conversion = state.keys() <= expected.keys() and "label_offset" not in model.pretrained_cfg
+    # with another number of classes timm would drop the head without a word
+    if no_conversion or len(stored.files) > 1 or model.num_classes != model.pretrained_cfg.get("num_classes"):
+        check_same_tensors(expected, state, name)
+    try:
+        # `file` names the safetensors: a local-dir source may prefer a pickle that lies beside it
+        overlay = {"source": "file", "file": str(stored.files[0])}
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError, AssertionError) as error:
+        check_same_tensors(expected, state, name)
+        raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({one_line(error)})") from error
+
+
+def new_architecture(
+    architecture: str, *, num_classes: int, model_args: Mapping[str, Any], input_size: int | None
+) -> Loaded:
+    """Build a registered architecture with freshly drawn weights, and its own mean and std.
+
+    Args:
+        model_args: further keyword arguments of the architecture, such as `depth`.
+        input_size: height and width of the images, shown whole (crop_pct 1); None takes the architecture's own.
+
+    Raises:
+        UsageError: timm does not know the architecture or cannot build it with these arguments.
+    """
+    if not timm.is_model(architecture):
+        close = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
+        advice = f"; close to it: {close}" if close else ""
+        raise UsageError(f"timm {timm.__version__} has no architecture {architecture!r}{advice}")
+    given = timm.models.get_pretrained_cfg(architecture)
+    cfg = given.to_dict() if given is not None else {}
+    channels = model_args.get("in_chans", 3)
+    overlay: dict[str, Any] = {"num_classes": num_classes}
+    if input_size is not None or channels != 3:
+        height, width = (input_size, input_size) if input_size is not None else cfg.get("input_size", (3, 224, 224))[1:]
+        overlay |= {"input_size": (channels, height, width), "test_input_size": None}
+    if input_size is not None:
+        overlay |= {"crop_pct": 1.0, "test_crop_pct": None, "crop_mode": "center", "pool_size": None}
+    if channels != 3:
+        overlay |= {name: (sum(cfg[name]) / len(cfg[name]),) * channels for name in ("mean", "std") if cfg.get(name)}
+    arguments = {"num_classes": num_classes, "pretrained_cfg_overlay": overlay, **model_args}
+    sized = {} if input_size is None or "img_size" in model_args else {"img_size": input_size}
+    return describe(_create(architecture, arguments, sized))
+
+
+def new_from_folder(folder: Path, name: str, *, num_classes: int) -> Loaded:
+    """Build the model of a local timm folder with freshly drawn weights and another number of classes.
+
+    Raises:
+        UsageError: timm cannot build it.
+    """
+    model = _create(f"local-dir:{folder}", {"num_classes": num_classes}, {}, name)
+    # the folder's labels are those of the weights that were not taken
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if not k.startswith("label_")}
+    return describe(model)
+
+
+def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name: str | None = None) -> Any:
+    """Create a model of random weights; `sized` are arguments that are left out where the model does not take them."""
+    state = torch.random.get_rng_state()
+    try:
+        return timm.create_model(source, pretrained=False, **arguments, **sized)
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as error:
+        if sized and isinstance(error, TypeError) and "img_size" in str(error):
+            torch.random.set_rng_state(state)
+            return _create(source, arguments, {}, name)
+        shown = ", ".join(
+            f"{k}={v}" for k, v in arguments.items() if k not in ("num_classes", "pretrained_cfg_overlay")
+        )
+        raise UsageError(
+            f"timm cannot build {name or source}{f' with {shown}' if shown else ''} ({one_line(error)}); "
+            "mend the arguments"
+        ) from error
+
+
+def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:
+    """Return what hfdetox needs to know of a timm model; `config` is its config.json where there is one."""
+    from timm.data.model_config import resolve_input_data_config
+
+    num_labels = int(getattr(model, "num_classes", 0))
+    labels = _labels(model.pretrained_cfg, num_labels)
+    return Loaded(
+        model=model,
+        preprocessing=TimmPreprocessing(resolve_input_data_config(model)),
+        labels=labels or numbered_labels(num_labels),
+        labels_are_names=labels is not None,
+        library="timm",
+        architecture=str(
+            (config or {}).get("architecture") or model.pretrained_cfg.get("architecture") or type(model).__name__
+        ),
+    )
+
+
+def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
+    """Return the labels of a pretrained_cfg, as it describes them; ImageNet's for its numbers of classes."""
+    names, descriptions = config.get("label_names"), config.get("label_descriptions") or {}
+    if isinstance(names, dict):
+        by_index = {int(index): name for index, name in names.items()}
+        names = [by_index.get(index, str(index)) for index in range(num_labels)]
+    if names is None:
+        subset = timm.data.infer_imagenet_subset({"num_classes": num_labels})
+        if subset is None:
+            return None
+        info = timm.data.ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    if len(names) != num_labels:
+        return None
+    return tuple(str(descriptions.get(name, name)) for name in names)
+
+
+def write(folder: Path, loaded: Loaded, state: dict[str, torch.Tensor], source: Path | None) -> list[Path]:
+    """Write config.json and model.safetensors into `folder`; returns the weight files."""
+    config = read_json(source / "config.json") if source else _export_config(loaded.model, loaded)
+    (folder / "config.json").write_text(json.dumps(portable_config(config), indent=2) + "\n", encoding="utf-8")
+    copy_companions(source, folder)
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    return [folder / WEIGHTS_NAME]
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a timm config.json for native weights beside it, without what stops transformers from loading it."""
+    config = copy.deepcopy(config)
+    for holder in (config, config.get("pretrained_cfg", {})):
+        for key in _SOURCE_KEYS:
+            holder.pop(key, None)
+    # transformers 5.23 passes num_classes itself and stumbles over a second one; timm takes it from the root
+    arguments = config.get("model_args", {})
+    num_classes = arguments.pop("num_classes", None)
+    if num_classes is not None:
+        config.setdefault("num_classes", num_classes)
+    if "model_args" in config and not arguments:
+        del config["model_args"]
+    return config
+
+
+def _export_config(model: Any, loaded: Loaded) -> dict[str, Any]:
+    """Let timm describe a model that came as an object."""
+    from timm.models._hub import save_config_for_hf
+
+    labels = {"label_names": list(loaded.labels)} if loaded.labels_are_names else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.json"
+        try:
+            save_config_for_hf(model, str(path), model_config=labels)
+        except ValueError as error:
+            raise UsageError(f"timm cannot describe this model for saving: {error}") from error
+        return read_json(path)

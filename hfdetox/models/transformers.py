@@ -1,0 +1,214 @@
+"""transformers: load an image classifier and its processor from a folder, and write them back in their own format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils import logging
+
+from hfdetox.errors import UsageError
+from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, numbered_labels
+from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
+from hfdetox.models.weights import StoredWeights, dtype_name, one_line, raise_for_keys
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and loading reports from the screen: hfdetox says the same in one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@_quiet()
+def load_folder(
+    folder: Path,
+    stored: StoredWeights,
+    name: str,
+    *,
+    trust_remote_code: bool,
+    processor: Any = None,
+    preprocessing: Preprocessing | None = None,
+) -> Loaded:
+    """Load a local transformers folder in float32, from safetensors, strictly.
+
+    Raises:
+        NotAClassifierError: config.json does not describe a single-label image classifier.
+        WeightsMismatchError: the checkpoint lacks tensors of the model, or has others.
+        UsageError: it needs a newer transformers or code from the repository.
+    """
+    config = _load_config(folder, name, trust_remote_code)
+    _check_config(config, name, trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        # transformers would fetch the base model that the adapter names, at no particular commit
+        raise UsageError(f"{name} is an adapter on another model; merge it and save the whole model")
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
+        raise UsageError(f"transformers cannot load {name}: {one_line(error)}") from error
+    raise_for_keys(
+        name,
+        missing=info["missing_keys"],
+        unexpected=_not_computed(model, info["unexpected_keys"]),
+        mismatched=[
+            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
+        ],
+    )
+    if processor is not None or preprocessing is not None:
+        return describe(model, processor, preprocessing)
+    loaded = describe(model, _load_processor(folder, name, trust_remote_code), None)
+    loaded.processor = None  # its files are copied from the source
+    return loaded
+
+
+@_quiet()
+def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_remote_code: bool) -> Loaded:
+    """Build the image classifier of a folder's config.json with freshly drawn weights, for other labels.
+
+    Raises:
+        NotAClassifierError: config.json does not describe a model that can be a single-label image classifier.
+        UsageError: it needs a newer transformers or code from the repository, or has no preprocessor_config.json.
+    """
+    config = _load_config(folder, name, trust_remote_code)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    # the head is drawn too, so it does not matter which one the weights had
+    config.architectures = None
+    _check_config(config, name, trust_remote_code)
+    try:
+        model = AutoModelForImageClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError, ZeroDivisionError) as error:
+        raise UsageError(f"transformers cannot build {name} from its config.json: {one_line(error)}") from error
+    return describe(model, _load_processor(folder, name, trust_remote_code), None)
+
+
+def _not_computed(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Leave out tables that older versions stored and this one computes, such as Swin's relative positions."""
+    stored = model.state_dict().keys()
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers() if name not in stored}
+    return [name for name in unexpected if name.rpartition(".")[2] not in computed]
+
+
+def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
+                "read that code first"
+            ) from error
+        raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}") from error
+
+
+def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
+    """Refuse what is not a classifier of one label per image, before its weights are read."""
+    # with its own code trusted, any config may belong to a classifier; loading decides
+    remote = trust_remote_code and "AutoModelForImageClassification" in getattr(config, "auto_map", {})
+    if not remote:
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            raise NotAClassifierError(
+                f"{name} is not an image classifier (model type {config.model_type}); "
+                "give a model that AutoModelForImageClassification loads"
+            )
+        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        names = {c.__name__ for c in (known if isinstance(known, tuple) else (known,))}
+        if config.architectures and not names & set(config.architectures):
+            raise NotAClassifierError(
+                f"{name} is not an image classifier but a {config.architectures[0]}; "
+                "give a model with a trained classification head"
+            )
+    if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
+        raise NotAClassifierError(f"{name} is a {config.problem_type} model; hfdetox handles one label per image")
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotAClassifierError(f"{name} is quantized and cannot be trained; give the unquantized model")
+    check_num_labels(config.num_labels, name)
+
+
+def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    try:
+        # the default backend, as `pipeline` takes it: the backends' resizes differ by up to several grey levels
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise PreprocessingError(
+            f"{name} has no usable preprocessor_config.json ({one_line(error)}); "
+            "pass processor=… or preprocessing=… through the API"
+        ) from error
+
+
+def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) -> Loaded:
+    """Return what hfdetox needs to know of a transformers model; one of `processor` and `preprocessing` is given."""
+    config = model.config
+    _check_config(config, type(model).__name__, trust_remote_code=True)
+    labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
+    # LABEL_0 is what transformers writes when nobody named the labels
+    named = labels != tuple(f"LABEL_{index}" for index in range(len(labels))) and labels != numbered_labels(len(labels))
+    return Loaded(
+        model=model,
+        preprocessing=preprocessing or processor_preprocessing(processor, channels=_channels(config)),
+        labels=labels if named else numbered_labels(len(labels)),
+        labels_are_names=named,
+        library="transformers",
+        architecture=type(model).__name__,
+        processor=processor,
+    )
+
+
+def processor_preprocessing(processor: Any, *, channels: int) -> Preprocessing:
+    """Return the preprocessing of an image processor; of a multi-modal processor its image part."""
+    processor = getattr(processor, "image_processor", processor)
+    if hasattr(processor, "val_transforms") and hasattr(processor, "data_config"):
+        return TimmPreprocessing(processor.data_config)  # the timm wrapper's processor is timm's own transform
+    return ProcessorPreprocessing(processor, channels=channels)
+
+
+def _channels(config: Any) -> int:
+    if getattr(config, "pretrained_cfg", None):
+        return int(config.pretrained_cfg.get("input_size", (3,))[0])
+    return int(
+        getattr(config, "num_channels", None)
+        or getattr(getattr(config, "vision_config", None), "num_channels", None)
+        or 3
+    )
+
+
+@_quiet()
+def write(
+    folder: Path, loaded: Loaded, state: dict[str, torch.Tensor], source: Path | None, dominant: torch.dtype
+) -> list[Path]:
+    """Write config, processor and weights into `folder` in transformers' own names; returns the weight files."""
+    model: Any = loaded.model
+    model.save_pretrained(folder, state_dict=state)
+    if source:
+        # byte for byte what was published: save_pretrained would add this version's defaults and drop unknown keys
+        copy_companions(source, folder, extra=("config.json", "*.py"))
+    else:
+        model.config.dtype = dtype_name(dominant)
+        model.config.save_pretrained(folder)
+    if loaded.processor is not None:
+        loaded.processor.save_pretrained(folder)
+    return sorted(folder.glob("model*.safetensors"))

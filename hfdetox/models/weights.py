@@ -1,0 +1,224 @@
+"""Weight files: which ones a folder has, in which dtypes they are stored, and rounding to those dtypes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hfdetox.errors import RunError, UsageError
+from hfdetox.hub.download import PICKLE_SUFFIXES, PickleOnlyError, check_safetensors, sha256_file
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SHOWN_KEYS = 5
+
+
+class WeightsMismatchError(UsageError):
+    """The weight file does not hold exactly the tensors of the model that the config describes."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weight files of a folder; `dtypes` has the floating-point tensors by their names in the files."""
+
+    files: tuple[Path, ...]
+    dtypes: dict[str, torch.dtype]
+    dominant: torch.dtype
+    sha256: str
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Read every tensor, on the CPU, as stored."""
+        return {name: tensor for file in self.files for name, tensor in load_file(file).items()}
+
+
+def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> StoredWeights:
+    """Read the headers of a folder's safetensors files; `known` has the SHA-256 of files that were hashed already.
+
+    Raises:
+        PickleOnlyError: there are only pickle files.
+        UsageError: there are none, a header is not one, or a tensor is quantized.
+    """
+    files = _weight_files(folder)
+    counts: Counter[torch.dtype] = Counter()
+    dtypes = {}
+    for file in files:
+        for name, entry in check_safetensors(file).items():
+            if name == "__metadata__" or entry["dtype"].startswith(("I", "U", "BOOL")):
+                continue
+            if entry["dtype"] not in _DTYPES:
+                raise UsageError(
+                    f"{file.name}: tensor {name} is stored as {entry['dtype']}; hfdetox handles unquantized "
+                    "float64, float32, float16 and bfloat16 weights"
+                )
+            dtypes[name] = _DTYPES[entry["dtype"]]
+            counts[dtypes[name]] += int(torch.Size(entry["shape"]).numel())
+    dominant = counts.most_common(1)[0][0] if counts else torch.float32
+    sha256 = {file.name: (known or {}).get(file.name) or sha256_file(file) for file in files}
+    return StoredWeights(files, dtypes, dominant, digest(sha256))
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / WEIGHTS_NAME).is_file():
+        return (folder / WEIGHTS_NAME,)
+    if (folder / INDEX_NAME).is_file():
+        shards = read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise UsageError(f"{folder / INDEX_NAME} has no weight_map from tensors to files; download the model anew")
+        # a name with a folder in it could point outside the snapshot whose hashes were checked
+        files = tuple(folder / Path(name).name for name in sorted(set(shards.values())))
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UsageError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names; download the whole model")
+        return files
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return (others[0],)
+    if others:
+        raise UsageError(
+            f"{folder} has several weight files ({', '.join(file.name for file in others)}) and no {WEIGHTS_NAME}; "
+            f"rename the right one to {WEIGHTS_NAME}"
+        )
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise PickleOnlyError(
+            f"{folder} has its weights only as pickle ({', '.join(pickles)}), which can run any code when read; "
+            f"ask for or convert to {WEIGHTS_NAME}"
+        )
+    raise UsageError(f"{folder} has no {WEIGHTS_NAME}; give the folder or id of a trained image classifier")
+
+
+def target_dtypes(model: nn.Module, stored: StoredWeights) -> dict[str, torch.dtype]:
+    """Return the dtype in which each floating-point entry of a freshly loaded model's state dict is saved.
+
+    transformers holds some tensors under other names than the files do; those are told by their values, and what is
+    left (split or joined tensors) takes the dominant dtype.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    unnamed = state.keys() - stored.dtypes.keys()
+    files = stored.load() if unnamed and len(set(stored.dtypes.values())) > 1 else {}
+    return {
+        name: _dtype_by_value(tensor, files, stored) if name in unnamed else stored.dtypes[name]
+        for name, tensor in state.items()
+    }
+
+
+def _dtype_by_value(tensor: torch.Tensor, files: Mapping[str, torch.Tensor], stored: StoredWeights) -> torch.dtype:
+    found = {
+        stored.dtypes[name]
+        for name, candidate in files.items()
+        if name in stored.dtypes and candidate.shape == tensor.shape and torch.equal(candidate.to(tensor), tensor)
+    }
+    # all zeros in two dtypes: the wider one loses nothing
+    return max(found, key=lambda dtype: dtype.itemsize) if found else stored.dominant
+
+
+def current_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtype of each floating-point entry of the state dict as it is now."""
+    return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def dominant_dtype(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Return the dtype that holds most values of the state dict; float32 for a model without any."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, tensor in model.state_dict().items():
+        if name in dtypes:
+            counts[dtypes[name]] += tensor.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+@torch.no_grad()
+def round_in_place(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Round each tensor to its dtype, keeping float32 storage; raises RunError when a value does not fit."""
+    for name, tensor in model.state_dict().items():
+        if dtypes.get(name, tensor.dtype) != tensor.dtype:
+            tensor.copy_(_rounded(name, tensor, dtypes[name]))
+
+
+def stored_state(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Return copies of the state dict on the CPU in the dtypes to be saved, each with its own contiguous storage.
+
+    Raises RunError when a value does not fit its dtype.
+    """
+    return {
+        name: _rounded(name, tensor, dtypes.get(name, tensor.dtype)).to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rounded = tensor.detach().to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(rounded).all() and torch.isfinite(tensor).all():
+        raise RunError(
+            f"{name} has values that {dtype_name(dtype)}, the source's dtype, cannot hold; "
+            "use a weaker setting, or convert the source to float32 first"
+        )
+    return rounded
+
+
+def check_same_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise WeightsMismatchError naming tensors that are missing, unexpected or of another shape."""
+    mismatched = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    raise_for_keys(
+        where, missing=expected.keys() - found.keys(), unexpected=found.keys() - expected.keys(), mismatched=mismatched
+    )
+
+
+def raise_for_keys(where: str, *, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> None:
+    """Raise WeightsMismatchError when any of the three is not empty, naming the first few of each."""
+    found = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(mismatched)}
+    parts = [f"{kind}: {_shorten(names)}" for kind, names in found.items() if names]
+    if parts:
+        raise WeightsMismatchError(
+            f"the weights of {where} do not fit its config.json ({'; '.join(parts)}); "
+            "hfdetox loads complete checkpoints only"
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
+    return ", ".join(names[:_SHOWN_KEYS]) + more
+
+
+def digest(sha256: Mapping[str, str]) -> str:
+    """Return one SHA-256 for weight files by name: a single file's own, or that of the sorted «name sha» lines."""
+    if len(sha256) == 1:
+        return next(iter(sha256.values()))
+    lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's message on one line, at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; UsageError when the file is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} has no {path.name}; give the folder or id of an image classifier") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a JSON object")
+    return content

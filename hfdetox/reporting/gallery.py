@@ -1,0 +1,210 @@
+"""The gallery: for each trigger some images clean, triggered, and their difference, with what the model answers."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hfdetox.data.cache import Pixels
+from hfdetox.errors import RunError, UsageError
+from hfdetox.evaluation.evaluator import Evaluation
+from hfdetox.evaluation.metrics import Outcome, TriggerView
+from hfdetox.evaluation.verdict import describe_visibility, percent
+from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, WRONG, empty_figure, fit_text, house_style, show_image
+from hfdetox.reporting.report import Visibility, describe_target
+from hfdetox.triggers.base import Trigger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IMAGES = 3
+# what a difference is multiplied by; a half, for one from black to white would need 511 levels
+FACTORS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 100)
+RIGHT_MARK, WRONG_MARK, TARGET_MARK = "✓", "✗", "⚑"
+# in dots: the side of a picture, the space between two, between two images' groups, and the margin
+_SIDE, _SPACE, _GAP, _MARGIN = 128, 8, 30, 20
+_LINE, _HEAD, _FOOT = 26, 44, 22
+
+
+@dataclass(frozen=True)
+class GalleryBand:
+    """One trigger's part of the gallery.
+
+    Attributes:
+        title: the trigger's name and target.
+        note: how visible it is, and how often it works.
+        clean, triggered: the same images, uint8, n×H×W×3, range 0 to 255.
+        labels: the n true label names.
+        wanted: the n label names that the attacker wants.
+        before, after: the n label names predicted for the clean and the triggered images.
+    """
+
+    title: str
+    note: str
+    clean: NDArray[np.uint8]
+    triggered: NDArray[np.uint8]
+    labels: Sequence[str]
+    wanted: Sequence[str]
+    before: Sequence[str]
+    after: Sequence[str]
+
+
+def check_gallery(path: Path, triggers: Sequence[Trigger]) -> None:
+    """Raise UsageError when no gallery of `triggers` can be written to `path`; what is there is never replaced."""
+    if not triggers:
+        raise UsageError("a gallery shows triggers: name at least one with --trigger, or leave out --gallery")
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"the gallery is a PNG picture: give --gallery a name that ends in .png, not {path.name!r}")
+    if path.exists():
+        raise UsageError(f"{path} exists; choose another --gallery, or remove it first")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} for the gallery; make it, or choose another --gallery")
+
+
+def draw_gallery(evaluation: Evaluation, outcome: Outcome, visibility: Mapping[str, Visibility], path: Path) -> None:
+    """Write the gallery of an evaluation's triggers to `path`, whole or not at all.
+
+    Args:
+        outcome: of the model that the answers are of, as `evaluation.measure` gives it.
+        visibility: as `evaluation.visibility` gives it.
+
+    Raises:
+        UsageError: the images are a callable's own floats and not pixels.
+        RunError: the file cannot be written.
+    """
+    if evaluation.classifier.preprocessing.dtype != torch.uint8:
+        raise UsageError("a gallery needs uint8 images, and this model's preprocessing returns floats")
+    picture = io.BytesIO()
+    with house_style():
+        draw_bands(gallery_bands(evaluation, outcome, visibility)).savefig(picture, format="png", dpi=DPI)
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_bytes(picture.getvalue())
+        os.replace(fresh, path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise RunError(f"the gallery could not be written to {path}: {error.strerror or error}; free some space or "
+                       "choose another place") from error  # fmt: skip
+
+
+def gallery_bands(evaluation: Evaluation, outcome: Outcome, visibility: Mapping[str, Visibility]) -> list[GalleryBand]:
+    """Return a band for each trigger, of the same images of different classes where all triggers have such."""
+    clean, views = evaluation.clean, evaluation.views
+    shared = set(clean.positions.tolist()).intersection(*(view.source.positions.tolist() for view in views))
+    # in the order of the evaluation images, whatever the order of a set
+    common = [position for position in clean.positions.tolist() if position in shared]
+    return [
+        _band(evaluation, view, _of_different_classes(clean, common or view.source.positions.tolist()), outcome,
+              visibility[view.trigger.name])
+        for view in views
+    ]  # fmt: skip
+
+
+def amplified(clean: NDArray[np.uint8], triggered: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
+    """Return the difference of two arrays of images around mid-grey (128: no change), and the factor it has.
+
+    The factor is the largest of `FACTORS` that keeps every value within half the range, so that none is cut off.
+    """
+    change = triggered.astype(np.int64) - clean
+    largest = int(np.abs(change).max())
+    factor = max((f for f in FACTORS if f * largest <= 127.5), default=1) if largest else 1
+    return np.clip(np.rint(128 + factor * change), 0, 255).astype(np.uint8), factor
+
+
+def draw_bands(bands: Sequence[GalleryBand]) -> Figure:
+    """Return the figure; to be drawn and saved within `plots.house_style`."""
+    tall = [round(_SIDE * min(1.5, band.clean.shape[1] / band.clean.shape[2])) for band in bands]
+    heights = [_HEAD + 4 * _LINE + height + _FOOT for height in tall]
+    sheet = _Sheet(2 * _LINE + sum(heights))
+    sheet.text(_MARGIN, _LINE, f"Clean, triggered, and their difference (grey: no change).   {RIGHT_MARK} right   "
+               f"{WRONG_MARK} wrong   {TARGET_MARK} what the attacker wants", fontsize=7.5)  # fmt: skip
+    top = 2 * _LINE
+    for band, height, whole in zip(bands, tall, heights, strict=True):
+        sheet.rule(top)
+        _draw_band(sheet, band, top, height)
+        top += whole
+    return sheet.figure
+
+
+class _Sheet:
+    """A figure with places in dots from its upper left corner."""
+
+    def __init__(self, height: int) -> None:
+        self.width, self.height = round(WIDTH * DPI), height
+        self.figure = empty_figure(height / DPI)
+
+    def text(self, left: float, middle: float, words: str, **style: Any) -> None:
+        self.figure.text(left / self.width, 1 - middle / self.height, words, va="center", **style)
+
+    def picture(self, left: int, top: int, height: int, image: NDArray[np.uint8]) -> None:
+        place = (left / self.width, 1 - (top + height) / self.height, _SIDE / self.width, height / self.height)
+        show_image(self.figure.add_axes(place), image)
+
+    def rule(self, top: int) -> None:
+        axes = self.figure.add_axes((_MARGIN / self.width, 1 - top / self.height, 1 - 2 * _MARGIN / self.width, 0.0))
+        axes.set_axis_off()
+        axes.axhline(0, color=FAINT, linewidth=0.8, clip_on=False)
+
+
+def _draw_band(sheet: _Sheet, band: GalleryBand, top: int, tall: int) -> None:
+    sheet.text(_MARGIN, top + 24, fit_text(band.title, 70), fontweight="bold")
+    sheet.text(_MARGIN, top + _HEAD + 0.3 * _LINE, fit_text(band.note, 95), fontsize=7.5)
+    difference, factor = amplified(band.clean, band.triggered)
+    head = top + _HEAD + _LINE
+    group = 3 * _SIDE + 2 * _SPACE
+    for i in range(len(band.clean)):
+        left = _MARGIN + i * (group + _GAP)
+        truth, wanted = band.labels[i], band.wanted[i]
+        sheet.text(left, head + 0.5 * _LINE, _short(truth, 20), fontsize=6.8)
+        sheet.text(left + group, head + 0.5 * _LINE, f"difference × {factor:g}", fontsize=6.8, ha="right")
+        for place, images in enumerate((band.clean, band.triggered, difference)):
+            sheet.picture(left + place * (_SIDE + _SPACE), head + _LINE, tall, images[i])
+        for line, (word, answer) in enumerate((("clean", band.before[i]), ("triggered", band.after[i]))):
+            middle = head + (1.6 + 0.9 * line) * _LINE + tall
+            mark = RIGHT_MARK if answer == truth else TARGET_MARK if answer == wanted else WRONG_MARK
+            color = INK if answer == truth else WRONG
+            sheet.text(left, middle, word, fontsize=6.8)
+            sheet.text(left + _SIDE + _SPACE, middle, f"{mark} {_short(answer, 20)}", fontsize=6.8, color=color)
+
+
+def _short(label: str, letters: int) -> str:
+    # of ImageNet's synonyms the first
+    return fit_text(label.split(",")[0], letters)
+
+
+def _of_different_classes(clean: Pixels, positions: Sequence[int]) -> list[int]:
+    """Return the first `IMAGES` of the positions that are of classes of their own; where these are too few, others."""
+    labels = dict(zip(clean.positions.tolist(), clean.labels.tolist(), strict=True))
+    first: dict[int, int] = {}
+    for position in positions:
+        first.setdefault(labels[position], position)
+    chosen = [*first.values(), *(position for position in positions if first[labels[position]] != position)]
+    return chosen[:IMAGES]
+
+
+def _band(
+    evaluation: Evaluation, view: TriggerView, chosen: Sequence[int], outcome: Outcome, visibility: Visibility
+) -> GalleryBand:
+    labels, name = evaluation.classifier.labels, view.trigger.name
+    clean_items, clean, truth = evaluation.clean.pictures(chosen)
+    items, triggered, _ = view.source.pictures(chosen)
+    found = [f"{what} {value}" for what, value in describe_visibility(visibility).items()]
+    success = outcome.measurement.triggers[name].attack_success_rate.value
+    return GalleryBand(
+        title=f"{name} → {describe_target(view.target, labels)}",
+        note=", ".join([*found, f"attack success {percent(success)}"]),
+        clean=clean,
+        triggered=triggered,
+        labels=[labels[i] for i in truth],
+        wanted=[labels[i] for i in view.wanted()[items]],
+        before=[labels[i] for i in outcome.predicted[clean_items]],
+        after=[labels[i] for i in outcome.triggered[name][items]],
+    )

@@ -1,0 +1,1 @@
+"""The one training loop, its phases, and what phases are built from."""

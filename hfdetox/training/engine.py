@@ -1,0 +1,378 @@
+"""The only loop of the project over batches: phases and passes over cached images, with Accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from hfdetox.errors import RunError
+from hfdetox.progress import progress_bar
+from hfdetox.training.augment import Augmenter, resolve_augmentation
+from hfdetox.training.batches import Batch, ImageSource, StepPlan, Subset, source_loader
+from hfdetox.training.batchnorm import equalise_buffers, synchronised
+from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
+from hfdetox.training.phases import Part, Pass, Phase
+from hfdetox.training.sharpness import SharpnessAware, frozen_statistics
+
+REFRESH_SECONDS = 1.0
+# share of the images on which methods choose thresholds, and which they do not fit on
+HELD_OUT = 0.2
+
+
+@dataclass
+class TrainingRecord:
+    """What a training did.
+
+    Attributes:
+        seconds: of the method alone, its looks and searches included, without measuring before and after.
+        precision: the dtype that the first layer really gave.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    precision: str = ""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of training, of all phases together; passes that look are none."""
+        return sum("learning_rate" in entry for entry in self.history)
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images a second over all processes, augmentation included; 0.0 before the first epoch."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+class Engine:
+    """Runs phases over one set of images; see the README for what it guarantees.
+
+    Args:
+        accelerator: its device, processes and mixed precision are used; its gradient accumulation is not.
+        source: the training images.
+        seed: with the epoch, determines order, augmentation and dropout.
+        checkpoints: where the end of every epoch is kept, and where a run continues from; None keeps nothing.
+        progress: show a progress bar on standard error.
+    """
+
+    def __init__(self, accelerator: Accelerator, source: ImageSource, *, seed: int = 0,
+                 checkpoints: CheckpointStore | None = None, progress: bool = False) -> None:  # fmt: skip
+        self.accelerator = accelerator
+        self.source = source
+        self.seed = seed
+        self.checkpoints = checkpoints
+        self.progress = progress
+
+    def run(self, network: nn.Module, phases: Sequence[Phase | Pass]) -> TrainingRecord:
+        """Take `network` through `phases` in place and leave it in eval mode, its `requires_grad` as they were.
+
+        Raises:
+            RunError: a loss that is not finite (with phase, epoch and step), or a checkpoint that cannot be written.
+            UsageError: fewer images than the processes and accumulated parts need.
+        """
+        checkpoint = self.checkpoints.load() if self.checkpoints is not None else None
+        record, first = TrainingRecord(), 0
+        if checkpoint is not None:
+            record = TrainingRecord(**checkpoint.record["training"])
+            first = int(checkpoint.record["phase"])
+        network.to(self.accelerator.device)
+        if getattr(network, "convolutional", False):
+            network.to(memory_format=torch.channels_last)
+        # one flag for the whole process: a foreign loop stopped amid its accumulation would make our steps do nothing
+        self.accelerator.sync_gradients = True
+        devices = [self.accelerator.device.index or 0] if self.accelerator.device.type == "cuda" else []
+        networks = [network, *(phase.network for phase in phases if isinstance(phase, Phase) and phase.network)]
+        try:
+            with (
+                torch.random.fork_rng(devices),
+                _observed_dtype(networks, record),
+                synchronised(network, self.accelerator),
+            ):
+                for index in range(first, len(phases)):
+                    phase, resumed = phases[index], checkpoint if index == first else None
+                    if isinstance(phase, Pass):
+                        self._run_pass(network, index, phase, record, resumed)
+                    else:
+                        self._run_phase(network, index, phase, record, resumed)
+        finally:
+            network.eval()
+        return record
+
+    def _run_phase(self, network: nn.Module, index: int, phase: Phase, record: TrainingRecord,
+                   checkpoint: Checkpoint | None) -> None:  # fmt: skip
+        accelerator, trained = self.accelerator, phase.network or network
+        trained.to(accelerator.device)
+        source = self._source(phase.part)
+        with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
+            if checkpoint is None:
+                with _clock(record):
+                    # before the seed: what a pass draws must not move what the method draws
+                    self._watch(network, phase)
+                    torch.manual_seed(self._key(index, 0))
+                    if phase.start is not None:
+                        phase.start()
+            optimizer = accelerator.prepare_optimizer(phase.optimizer(phase.parameters))
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+            first = _restore(checkpoint, network, optimizer, phase, accelerator) if checkpoint is not None else 0
+            if first >= phase.epochs:
+                return
+            prepared = accelerator.prepare_model(trained)
+            plan = StepPlan(
+                len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0),
+                phase.steps,
+            )  # fmt: skip
+            loader = source_loader(source, plan, self.accelerator.device)
+            bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", accelerator, shown=self.progress,
+                               done=first * plan.steps, keep=True)  # fmt: skip
+            try:
+                for epoch in range(first, phase.epochs):
+                    torch.manual_seed(self._key(index, epoch + 1) + accelerator.process_index)
+                    plan.epoch = epoch
+                    entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
+                    equalise_buffers(trained, accelerator)
+                    with _clock(record):
+                        entry |= self._watch(network, phase)
+                    record.history.append(entry)
+                    accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
+                    stop = phase.stop is not None and phase.stop(entry)
+                    self._save(network, optimizer, phase, index, epoch + 1 if not stop else phase.epochs, record)
+                    if stop:
+                        break
+            finally:
+                bar.close()
+                _unprepare(trained, prepared, accelerator)
+                trained.eval()
+
+    @torch.no_grad()
+    def _run_pass(self, network: nn.Module, index: int, phase: Pass, record: TrainingRecord,
+                  checkpoint: Checkpoint | None) -> None:  # fmt: skip
+        """Run a pass, unless the checkpoint is of its end."""
+        if checkpoint is not None:
+            network.load_state_dict(checkpoint.part("network"))
+            if phase.state is not None:
+                phase.state.load_state_dict(checkpoint.part("phase"))
+            return
+        earlier = record.seconds
+        with _clock(record):
+            torch.manual_seed(self._key(index, 0))
+            if phase.start is not None:
+                phase.start()
+            with _only_trained(network, []):
+                found = self._look(network, phase, shown=self.progress)
+        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": record.seconds - earlier})
+        self._save(network, None, phase, index, 1, record)
+
+    def _watch(self, network: nn.Module, phase: Phase) -> dict[str, float]:
+        """Run the passes of a phase that watch its network, without gradients; returns what they found."""
+        found: dict[str, float] = {}
+        with torch.no_grad():
+            for look in phase.watch() if phase.watch is not None else ():
+                found |= self._look(network, look, shown=False)
+        return found
+
+    def _look(self, network: nn.Module, phase: Pass, *, shown: bool) -> dict[str, float]:
+        """Show the images of a pass to its `visit`, and return what `finish` says."""
+        accelerator, source = self.accelerator, self._source(phase.part)
+        size, rank, processes = phase.batch_size, accelerator.process_index, accelerator.num_processes
+        rows = [list(range(len(source))[at : at + size][rank::processes]) for at in range(0, len(source), size)]
+        network.train(phase.train_mode)
+        loader = source_loader(source, [part for part in rows if part], accelerator.device)
+        bar = progress_bar(phase.name, len(rows), "batch", accelerator, shown=shown, keep=True)
+        with bar, torch.set_grad_enabled(phase.gradients):
+            for positions, images, labels in loader:
+                images = images.to(accelerator.device, non_blocking=True)
+                labels = labels.to(accelerator.device, non_blocking=True)
+                weights = torch.full((len(labels),), processes / len(source), device=accelerator.device)
+                phase.visit(network, Batch(images, labels, weights, positions))
+                bar.update()
+        network.eval()
+        return dict((phase.finish(accelerator) if phase.finish is not None else None) or {})
+
+    def _source(self, part: Part) -> ImageSource:
+        """Return the images of a part; the held-out fifth is drawn by the run's seed."""
+        if part == "all":
+            return self.source
+        order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(self.seed))
+        held = max(1, round(HELD_OUT * len(order)))
+        return Subset(self.source, (order[:held] if part == "held-out" else order[held:]).sort().values)
+
+    def _run_epoch(
+        self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, plan: StepPlan, loader: DataLoader[Any],
+        bar: tqdm[Any], record: TrainingRecord, index: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        accelerator, parts = self.accelerator, phase.gradient_accumulation_steps
+        rate = 0.5 * (1 + math.cos(math.pi * plan.epoch / phase.epochs)) if phase.schedule == "cosine" else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        cache = self.source.images
+        height = cache.shape[-2] if cache is not None else None
+        augmenter = None
+        model.train()
+        begin = refreshed = time.perf_counter()
+        terms: list[dict[str, torch.Tensor]] = []
+        held: list[Batch] = []
+        for number, (positions, images, labels) in enumerate(loader):
+            step, part = divmod(number, parts)
+            if augmenter is None:
+                name = resolve_augmentation(phase.augmentation, height or images.shape[-2])
+                augmenter = Augmenter(name, self.seed)
+            batch = self._batch(positions, images, labels, phase, augmenter, plan, index, step, part)
+            last = part == parts - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                values = phase.loss(model, batch)
+                accelerator.backward(values["loss"] / parts)
+            terms.append({name: value.detach() for name, value in values.items()})
+            if phase.sharpness is not None:
+                held.append(batch)
+            if not last:
+                continue
+            self._step(model, optimizer, phase, held)
+            held = []
+            bar.update()
+            now = time.perf_counter()
+            if not bar.disable and now - refreshed > REFRESH_SECONDS:
+                speed = (step + 1) * plan.count / plan.steps / (now - begin)
+                # reading a value makes the device finish; once a second costs nothing
+                shown = {k: f"{v.item():.3f}" for k, v in terms[-1].items() if k in ("clean_loss", "loss", "distance")}
+                bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+                refreshed = now
+        means = self._means(terms, phase, plan.epoch, parts)
+        seconds = time.perf_counter() - begin
+        record.steps += plan.steps
+        record.images += plan.count
+        record.seconds += seconds
+        return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": seconds}  # fmt: skip
+
+    def _step(self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, batches: Sequence[Batch]) -> None:
+        """Take a step with the gradients there are; `batches` are its parts, where it is sharpness-aware."""
+        if phase.sharpness is not None:
+            self._sharpen(model, phase, phase.sharpness, batches)
+        if phase.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
+        optimizer.step()
+        if phase.after_step is not None and not optimizer.step_was_skipped:
+            phase.after_step()
+        optimizer.zero_grad()
+
+    def _sharpen(self, model: nn.Module, phase: Phase, sharpness: SharpnessAware, batches: Sequence[Batch]) -> None:
+        """Put the gradients of a step at the perturbed weights in place of those at the weights themselves."""
+        with sharpness.perturbed(phase.parameters), frozen_statistics(model):
+            for batch in batches[:-1]:
+                with self.accelerator.no_sync(model):
+                    self.accelerator.backward(phase.loss(model, batch)["loss"] / len(batches))
+            self.accelerator.backward(phase.loss(model, batches[-1])["loss"] / len(batches))
+
+    def _batch(self, positions: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, phase: Phase,
+               augmenter: Augmenter, plan: StepPlan, index: int, step: int, part: int) -> Batch:  # fmt: skip
+        device = self.accelerator.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        rows = plan.rows(step, part)
+        if phase.poison is not None:
+            images, labels = phase.poison(images, labels, rows)
+        if augmenter.name != "none":
+            numbers = augmenter.draw(index, plan.epoch, step, plan.size(step))
+            images = augmenter(images, plan.mine(numbers, part))
+        weight = plan.parts / plan.size(step)
+        full = torch.full((len(labels),), weight, device=device)
+        return Batch(images, labels, full, positions, rows)
+
+    def _means(self, terms: list[dict[str, torch.Tensor]], phase: Phase, epoch: int, parts: int) -> dict[str, float]:
+        names = list(terms[0])
+        table = torch.stack([torch.stack([entry[name].float() for name in names]) for entry in terms])
+        table = self.accelerator.reduce(table, reduction="mean").view(-1, parts, len(names)).mean(1).cpu()
+        bad = (~torch.isfinite(table[:, names.index("loss")])).nonzero()
+        if len(bad):
+            raise RunError(
+                f"the loss is not finite at phase {phase.name}, epoch {epoch + 1}, step {int(bad[0]) + 1}; "
+                "try a lower learning rate (--lr), a gradient limit (--set max_grad_norm=1) or --precision no"
+            )
+        return dict(zip(names, table.double().mean(0).tolist(), strict=True))
+
+    def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer | None, phase: Phase | Pass, index: int,
+              epoch: int, record: TrainingRecord) -> None:  # fmt: skip
+        if self.checkpoints is None or not self.accelerator.is_main_process:
+            return
+        moments, plain = optimizer_tensors(optimizer) if optimizer is not None else ({}, {})
+        tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
+        tensors |= {f"phase.{k}": v for k, v in (phase.state.state_dict() if phase.state else {}).items()}
+        scaler = self.accelerator.scaler
+        self.checkpoints.save(tensors, {"phase": index, "epoch": epoch, "optimizer": plain, "training": vars(record),
+                                        "scaler": scaler.state_dict() if scaler is not None else None})  # fmt: skip
+
+    def _key(self, phase: int, epoch: int) -> int:
+        return (self.seed * 1_000_003 + phase * 10_007 + epoch * 101) % (2**62)
+
+
+def _restore(checkpoint: Checkpoint, network: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase,
+             accelerator: Accelerator) -> int:  # fmt: skip
+    try:
+        network.load_state_dict(checkpoint.part("network"))
+        load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise RunError("the checkpoint is of another model than this one; start again without --resume") from error
+    if phase.state is not None:
+        phase.state.load_state_dict(checkpoint.part("phase"))
+    if accelerator.scaler is not None and checkpoint.record["scaler"] is not None:
+        accelerator.scaler.load_state_dict(checkpoint.record["scaler"])
+    return int(checkpoint.record["epoch"])
+
+
+def _unprepare(network: nn.Module, prepared: nn.Module, accelerator: Accelerator) -> None:
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    # Accelerate leaves its marks on the module: with them, the next phase would silently run without autocast
+    for mark in ("forward", "_is_accelerate_prepared"):
+        vars(network).pop(mark, None)
+    accelerator.free_memory()
+
+
+@contextmanager
+def _only_trained(network: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    chosen = {id(parameter) for parameter in trained}
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+@contextmanager
+def _clock(record: TrainingRecord) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    record.seconds += time.perf_counter() - begin
+
+
+@contextmanager
+def _observed_dtype(networks: Sequence[nn.Module], record: TrainingRecord) -> Iterator[None]:
+    """Note the precision of what is trained; that of passes, which look at the network as it is, only without that."""
+    names = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+    def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled() or not record.precision:
+            record.precision = names.get(output.dtype, str(output.dtype))
+
+    with ExitStack() as stack:
+        for network in networks:
+            layer = next((m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+            if layer is not None:
+                stack.callback(layer.register_forward_hook(note).remove)
+        yield

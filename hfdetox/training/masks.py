@@ -1,0 +1,291 @@
+"""Masks on channels: on the scales of norms, or on hidden units and attention heads; exact to fold into the weights.
+
+A mask m (one number a channel) acts by multiplying a parameter:
+
+- of a network with BatchNorm (or GroupNorm): γ_c → m_c γ_c for every affine norm of that kind; β_c stays.
+- of a network without: the columns of the projection that reads the units. m_j multiplies column j of an MLP's second
+  layer (fc2; ConvNeXt's pointwise convolution), and the columns of one head in attention's output projection. The
+  scales of LayerNorm are left alone: they act on all tokens' residual streams, not on one unit.
+
+Masks are applied by calling the network with multiplied parameters in place of its own, without hooks or changed
+modules (timm's BatchNormAct2d has its activation inside), so a folded network computes the same numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
+from hfdetox.training.phases import Pass, Stateful
+from hfdetox.training.sharpness import frozen_statistics
+
+# the layers of an MLP by the names that timm, transformers and torch give them
+_MLP = (("fc1", "fc2"), ("pwconv1", "pwconv2"), ("linear1", "linear2"), ("intermediate.dense", "output.dense"))
+_ATTENTION_OUTPUT = ("proj", "o_proj", "out_proj")
+# an MLP on so few numbers reads coordinates (relative position biases), no features of images
+_COORDINATES = 3
+
+Noise = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MaskedLayer:
+    """What the masks of one layer multiply.
+
+    Attributes:
+        weight: the parameter's name in the network: a norm's γ, or a projection's weight (its columns).
+        shift: the name of a norm's β; None for projections and norms without.
+        units: how many masks the layer has.
+        width: columns of one unit, a head's size or 1.
+    """
+
+    weight: str
+    shift: str | None
+    units: int
+    width: int = 1
+
+    def spread(self, mask: torch.Tensor, dimensions: int) -> torch.Tensor:
+        """Return the layer's masks (`units`) in the shape that multiplies its weight of so many dimensions."""
+        if dimensions == 1:
+            return mask
+        return mask.repeat_interleave(self.width).reshape(1, -1, *[1] * (dimensions - 2))
+
+
+class ChannelMasks:
+    """The masks of a network, all layers' in one flat tensor of `count` numbers in the model's order.
+
+    Layers are kept by name, so that a copy of the network takes the same masks.
+
+    Args:
+        network: its norms are masked, or its hidden units and heads when it has none.
+        method: who asks, for the error.
+
+    Raises:
+        UsageError: the network has neither.
+    """
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        self.layers = norm_layers(network) or unit_layers(network)
+        if not self.layers:
+            raise UsageError(
+                f"{method}: prunes channels of BatchNorm, hidden units of MLPs or attention heads, and "
+                f"{type(getattr(network, 'model', network)).__name__} has none that can be found; use another defense"
+            )
+        self.sizes = [layer.units for layer in self.layers]
+        self.count = sum(self.sizes)
+
+    def tensors(
+        self, network: nn.Module, mask: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the multiplied parameters by name; `shift` (flat, like `mask`) multiplies the βs that there are."""
+        found: dict[str, torch.Tensor] = {}
+        shifts = shift.split(self.sizes) if shift is not None else [None] * len(self.layers)
+        for layer, scale, factor in zip(self.layers, mask.split(self.sizes), shifts, strict=True):
+            weight = network.get_parameter(layer.weight)
+            found[layer.weight] = weight * layer.spread(scale, weight.ndim)
+            if factor is not None and layer.shift is not None:
+                found[layer.shift] = network.get_parameter(layer.shift) * factor
+        return found
+
+    def logits(
+        self, network: nn.Module, images: torch.Tensor, mask: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the network's logits (N×K) under masks, differentiable in them; the network stays as it is."""
+        return functional_call(network, self.tensors(network, mask, shift), (images,))
+
+    @torch.no_grad()
+    def fold(self, network: nn.Module, mask: torch.Tensor) -> None:
+        """Multiply the masks into the network's own parameters; those of masks equal to 1 keep every bit."""
+        for name, tensor in self.tensors(network, mask).items():
+            network.get_parameter(name).copy_(tensor)
+
+
+class MaskedNetwork(nn.Module):
+    """A network under trainable masks, which start at 1 (`mask`, float32); running statistics stand still.
+
+    In train mode BatchNorm normalises by the batch, as the pruning papers train their masks.
+    """
+
+    def __init__(self, network: nn.Module, masks: ChannelMasks) -> None:
+        super().__init__()
+        self.network = network
+        self.masks = masks
+        self.mask = nn.Parameter(torch.ones(masks.count))
+
+    def forward(self, images: torch.Tensor, *noises: Noise | None) -> tuple[torch.Tensor, ...]:
+        """Return logits (N×K) for each noise: None for the masks alone, (δ, ξ) for scales m + δ and shifts 1 + ξ."""
+        with frozen_statistics(self.network):
+            return tuple(self._logits(images, noise) for noise in noises)
+
+    def _logits(self, images: torch.Tensor, noise: Noise | None) -> torch.Tensor:
+        if noise is None:
+            return self.masks.logits(self.network, images, self.mask)
+        delta, xi = noise
+        return self.masks.logits(self.network, images, self.mask + delta, 1 + xi)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put every mask back into [0, 1], in place."""
+        self.mask.clamp_(0, 1)
+
+    def load_mask(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over `mask` of a stopped run's state; raises UsageError when it is of another network."""
+        saved = state.get("mask")
+        if saved is None or saved.shape != self.mask.shape:
+            raise UsageError(f"the saved masks are not of this network with its {self.masks.count} channels")
+        with torch.no_grad():
+            self.mask.copy_(saved)
+
+
+class ThresholdSearch:
+    """Prunes the units whose mask is at most τ, with the highest τ that keeps the accuracy on the images of its pass.
+
+    From the lowest candidate upwards, τ rises while the accuracy is at most `budget` below that of the whole network;
+    the first candidate that costs more ends the search. No image with a trigger takes part.
+
+    Args:
+        network: what is pruned, by folding 0 into its parameters; all other masks count as 1.
+        values: gives the trained masks once the pass starts.
+        thresholds: the candidates τ, ascending.
+        budget: allowed drop in accuracy, a share of the images.
+    """
+
+    def __init__(self, network: nn.Module, masks: ChannelMasks, values: Callable[[], torch.Tensor],
+                 thresholds: Sequence[float], budget: float) -> None:  # fmt: skip
+        self.network, self.masks, self.values = network, masks, values
+        self.thresholds, self.budget = thresholds, budget
+        self.candidates: list[tuple[float, torch.Tensor]] = []
+        self.counts = torch.zeros(0)
+
+    def as_pass(self, name: str, state: Stateful) -> Pass:
+        """Return the pass over the held-out part that finds τ and prunes."""
+        return Pass(name=name, start=self.start, visit=self.visit, finish=self.finish, part="held-out", state=state)
+
+    def start(self) -> None:
+        """List the candidates that differ: of thresholds that prune the same units only the highest is measured."""
+        values = self.values().detach()
+        distinct: dict[int, tuple[float, torch.Tensor]] = {}
+        for threshold in self.thresholds:
+            kept = (values > threshold).to(values.dtype)
+            distinct[int(values.numel() - kept.sum())] = (threshold, kept)
+        distinct.pop(0, None)
+        self.candidates = list(distinct.values())
+        # right answers of the whole network and of every candidate, then the images
+        self.counts = torch.zeros(len(self.candidates) + 2, device=values.device)
+
+    def visit(self, network: nn.Module, batch: Batch) -> None:
+        """Count the right answers under every candidate."""
+        answers = [network(batch.images)]
+        answers += [self.masks.logits(network, batch.images, kept) for _, kept in self.candidates]
+        right = [(logits.argmax(1) == batch.labels).sum() for logits in answers]
+        self.counts += torch.stack([*right, right[0].new_tensor(len(batch.labels))])
+
+    def finish(self, accelerator: Accelerator) -> dict[str, float]:
+        """Fold the chosen candidate into the network; return `threshold` (−1 for none), `pruned` and accuracies."""
+        whole, *right, images = accelerator.reduce(self.counts, reduction="sum").tolist()
+        last = -1
+        # a whole number of images is compared: rounding must not refuse a drop that is just the budget
+        while last + 1 < len(right) and whole - right[last + 1] <= self.budget * images + 1e-6:
+            last += 1
+        threshold, pruned, kept_right = -1.0, 0, whole
+        if last >= 0:
+            threshold, kept = self.candidates[last]
+            pruned, kept_right = int(kept.numel() - kept.sum()), right[last]
+            self.masks.fold(self.network, kept)
+        return {"threshold": threshold, "pruned": pruned, "unchanged": float(not pruned), "units": self.masks.count,
+                "held_out_accuracy_before": whole / images, "held_out_accuracy": kept_right / images}  # fmt: skip
+
+
+def check_budget(method: str, budget: float) -> None:
+    """Raise UsageError unless the accuracy budget is a share."""
+    if not 0 <= budget < 1:
+        raise UsageError(f"{method}: budget is the accuracy that may be lost, at least 0 and below 1, got {budget}")
+
+
+def mean_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return Σ w_i ce_i of a batch, 0-d and in float32."""
+    return (batch.weights * cross_entropy(logits.float(), batch.labels, reduction="none")).sum()
+
+
+def norm_layers(network: nn.Module) -> list[MaskedLayer]:
+    """Return the affine norms with a scale a channel: BatchNorm of any kind, and GroupNorm of more groups than one."""
+    found = []
+    for name, module in network.named_modules():
+        grouped = isinstance(module, nn.GroupNorm) and module.num_groups > 1
+        if (isinstance(module, _BatchNorm) or grouped) and isinstance(module.weight, nn.Parameter):
+            shift = f"{name}.bias" if isinstance(module.bias, nn.Parameter) else None
+            found.append(MaskedLayer(f"{name}.weight", shift, module.weight.numel()))
+    return found
+
+
+def unit_layers(network: nn.Module) -> list[MaskedLayer]:
+    """Return the projections that read hidden units of MLPs and attention heads, in the network's order."""
+    readers = {second: 1 for _, second in mlp_layers(network)}
+    for name, module in network.named_modules():
+        heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            continue
+        for child in _ATTENTION_OUTPUT:
+            layer = getattr(module, child, None)
+            if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
+                readers[f"{name}.{child}" if name else child] = layer.in_features // heads
+    order = [name for name, _ in network.named_modules() if name in readers]
+    return [
+        MaskedLayer(f"{name}.weight", None, network.get_parameter(f"{name}.weight").shape[1] // readers[name],
+                    readers[name])
+        for name in order
+    ]  # fmt: skip
+
+
+def mlp_layers(network: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of each MLP's two layers (Linear or 1×1 convolutions): by name, or next to each other in a
+    Sequential with nothing that has parameters between them."""
+    pairs: dict[tuple[str, str], None] = {}
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        for first, second in [*_MLP, *_neighbours(module)]:
+            layers = _child(module, first), _child(module, second)
+            if _fit(*layers):
+                pairs[prefix + first, prefix + second] = None
+    return list(pairs)
+
+
+def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
+    before = None
+    for name, child in module.named_children() if isinstance(module, nn.Sequential) else ():
+        if pointwise(child):
+            if before is not None:
+                yield before, name
+            before = name
+        elif next(child.parameters(), None) is not None:
+            before = None
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = module
+    for part in path.split("."):
+        found = getattr(found, part, None) if found is not None else None
+    return found
+
+
+def pointwise(layer: nn.Module | None) -> bool:
+    """Tell whether a layer is a Linear or a 1×1 convolution of all channels: a matrix at every position."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size == (1, 1) and layer.groups == 1
+    return isinstance(layer, nn.Linear)
+
+
+def _fit(first: nn.Module | None, second: nn.Module | None) -> bool:
+    if first is None or second is None or not pointwise(first) or not pointwise(second):
+        return False
+    hidden, read = first.get_parameter("weight").shape[:2]
+    return read > _COORDINATES and second.get_parameter("weight").shape[1] == hidden

@@ -1,0 +1,102 @@
+"""What the engine runs: phases of optimisation, and single passes over the images that look and do not train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hfdetox.training.augment import Augmentation
+from hfdetox.training.batches import Batch
+from hfdetox.training.sharpness import SharpnessAware
+
+# all images, or the seeded four fifths that methods fit on and the fifth that they choose thresholds on
+Part = Literal["all", "fit", "held-out"]
+
+
+Poison = Callable[[torch.Tensor, torch.Tensor, range], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Stateful(Protocol):
+    """A method's own tensors, kept in every checkpoint."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Phase:
+    """What the engine runs: which parameters are trained, by what loss, and what happens around the steps.
+
+    Attributes:
+        network: what is trained and handed to `loss`, with its own copies of the weights (a teacher, an unlearnt copy)
+            or tensors of a method; None is the engine's network.
+        part: the images it sees.
+        parameters: what is trained; every other parameter of the network is frozen while the phase runs.
+        optimizer: makes the optimiser of `parameters`.
+        loss: maps (network, batch) to 0-d tensors; `loss` is minimised, the others go into the history.
+        batch_size: images of an optimiser step over all processes and accumulated parts.
+        schedule: of the learning rate, stepped once an epoch.
+        poison: changes a part's images and labels (this process's own) before they are augmented; it is also given
+            which images of the whole step they are, as `Batch.rows`.
+        sharpness: take the gradients at weights perturbed by it; BatchNorm's statistics are those of the first pass.
+        start: runs before the first step (not when resumed), seeded alike on every process.
+        after_step: runs after every optimiser step that was not skipped.
+        stop: given an epoch's record, whether to end the phase there.
+        state: what a checkpoint keeps besides the network and the optimiser.
+        steps: optimiser steps of an epoch, of images drawn anew each time; None sees every image once.
+        watch: gives the passes that look at the engine's network before `start` (not when resumed) and after each
+            epoch; what they find goes into the epoch's entry of the history.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    loss: Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+    epochs: int
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = None
+    augmentation: Augmentation = "auto"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    poison: Poison | None = None
+    sharpness: SharpnessAware | None = None
+    start: Callable[[], None] | None = None
+    after_step: Callable[[], None] | None = None
+    stop: Callable[[Mapping[str, Any]], bool] | None = None
+    state: Stateful | None = None
+    network: nn.Module | None = None
+    part: Part = "all"
+    steps: int | None = None
+    watch: Callable[[], Sequence[Pass]] | None = None
+
+
+@dataclass(kw_only=True)
+class Pass:
+    """One pass over the images in their order, without augmentation or optimiser: statistics, pruning, a search.
+
+    Attributes:
+        visit: gets the network, in eval mode, and each batch (this process's part); no gradients unless `gradients`.
+        finish: runs after the last batch with the accelerator, over whose processes it adds up what was seen; what it
+            returns goes into the history.
+        start: runs before the first batch (not when resumed past it), seeded alike on every process.
+        batch_size: images of a batch over all processes.
+        train_mode: put the network into train mode instead, so that BatchNorm uses and updates batch statistics.
+        part: the images it sees.
+        state: what a checkpoint keeps of the method once the pass is over.
+    """
+
+    name: str
+    visit: Callable[[nn.Module, Batch], None]
+    finish: Callable[[Accelerator], Mapping[str, float] | None] | None = None
+    start: Callable[[], None] | None = None
+    batch_size: int = 256
+    train_mode: bool = False
+    gradients: bool = False
+    part: Part = "all"
+    state: Stateful | None = None

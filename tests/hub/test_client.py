@@ -1,0 +1,162 @@
+"""Requests to the Hub that fail, are repeated, or cannot be made, against the server in tests/hub_server."""
+
+from __future__ import annotations
+
+import email.utils
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from hfdetox.hub.client import ask, asked_delay
+from hfdetox.hub.download import OfflineError, Retry, UnreachableError, pull_model, resolve
+from tests.hub_server.made import OTHER_WEIGHTS, WEIGHTS, make_model
+
+QUICK = Retry(base_delay=0.01)
+
+
+def facts(name):
+    """The path of the request that names the commit."""
+    return rf"/api/models/{name}(\?|$)"
+
+
+def test_requests_that_the_client_raises_at_once_are_repeated(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    known = hub.faults.answer("GET", facts(name), 503, times=2)
+    dropped = hub.faults.drop_answer("GET", facts(name), times=1, skip=0)
+    files = hub.faults.answer("GET", name, 502, times=2, origin="storage")
+    pulled = pull_model(name, retry=QUICK)
+    assert (known.hits, dropped.hits, files.hits) == (2, 1, 2)
+    assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_lasting_failure_ends_after_the_last_attempt(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    rule = hub.faults.answer("GET", facts(name), 500, times=None)
+    with pytest.raises(UnreachableError, match="fails with status 500"):
+        resolve(name, retry=Retry(attempts=3, base_delay=0.01))
+    assert rule.hits == 3
+
+
+def test_retry_after_is_kept_and_bounded(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.answer("GET", facts(name), 429, headers={"Retry-After": "1"})
+    start = time.monotonic()
+    resolve(name, retry=QUICK)
+    assert time.monotonic() - start >= 1
+    rule = hub.faults.answer("GET", facts(name), 429, headers={"RateLimit": '"api";r=0;t=900'}, times=None)
+    with pytest.raises(UnreachableError, match=r"limits requests.*try again in 900 s"):
+        resolve(name, retry=QUICK)
+    assert rule.hits == 1
+
+
+def failure(status, **headers):
+    request = httpx2.Request("GET", "http://127.0.0.1/api/models/a/b")
+    return HfHubHTTPError("failed", response=httpx2.Response(status, headers=headers, request=request))
+
+
+def test_pauses_double_up_to_their_limit_and_stop_with_the_attempts():
+    retry = Retry(attempts=6, base_delay=1, max_delay=5)
+    assert [retry.delay(n, failure(503)) for n in range(1, 7)] == [1, 2, 4, 5, 5, None]
+    assert [retry.delay(1, failure(status)) for status in (400, 401, 403, 404, 409, 412)] == [None] * 6
+    assert [retry.delay(1, failure(status)) for status in (408, 429, 500, 502, 503, 504)] == [1] * 6
+    assert retry.delay(1, failure(503, **{"Retry-After": "7"})) == 7
+    assert retry.delay(1, httpx2.ReadTimeout("slow")) == 1
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 55 < asked_delay(failure(429, **{"Retry-After": in_a_minute})) <= 60
+    assert asked_delay(failure(429, **{"Retry-After": "soon"})) is None
+
+
+def test_a_hub_that_does_not_answer_runs_into_the_time_out(hub, repo_name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.delay("GET", facts(name), 1.5, times=None)
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        resolve(name, retry=Retry(attempts=1))
+
+
+def test_every_call_has_a_time_out(hub):
+    from huggingface_hub import close_session, get_session
+
+    close_session()
+    assert ask(lambda: get_session().timeout, "the session").read == 60.0
+
+
+def test_an_answer_that_is_no_hubs_is_one_line(hub, repo_name):
+    name = repo_name()
+    make_model(hub, name)
+    hub.faults.answer("GET", facts(name), 200, times=None, message="a portal")
+    with pytest.raises(UnreachableError, match="does not answer as a Hub does"):
+        resolve(name, retry=QUICK)
+
+
+def run_python(code: str, environment: dict[str, str], **more: str) -> str:
+    environment = {**environment, **more}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+PULL = """
+from hfdetox.errors import HfdetoxError
+from hfdetox.hub.download import Retry, pull_model, read_text_file
+try:
+    pulled = pull_model({name!r}, retry=Retry(base_delay=0.01))
+    print("pulled", pulled.revision, *pulled.warnings, sep="|")
+    print(*(read_text_file({name!r}, file, pulled.revision) for file in ("README.md", "eval.yaml")))
+except HfdetoxError as error:
+    print(type(error).__name__, error.exit_status, error, sep="|")
+"""
+
+
+def test_offline_uses_the_cache_says_so_and_still_checks_it(hub, repo_name, fresh_env):
+    name = repo_name()
+    commit = make_model(hub, name)
+    code = PULL.format(name=name)
+    nothing = run_python(code, fresh_env, HF_HUB_OFFLINE="1")
+    assert nothing.startswith(f"OfflineError|3|model {name} is not in the cache and HF_HUB_OFFLINE is set")
+    assert run_python(code, fresh_env).splitlines() == [f"pulled|{commit}", "# card None"]
+    hub.log.clear()
+    offline = run_python(code, fresh_env, HF_HUB_OFFLINE="1")
+    assert offline.startswith(f"pulled|{commit}|offline: model {name} is the cached commit {commit[:12]}; nobody")
+    assert offline.endswith("# card None\n")
+    assert not hub.requests(path=name)
+    blob = next(Path(fresh_env["HF_HOME"]).glob("hub/models--*/snapshots/*/model.safetensors")).resolve()
+    blob.write_bytes(OTHER_WEIGHTS)
+    assert run_python(code, fresh_env, HF_HUB_OFFLINE="1").startswith("IntegrityError|3|model.safetensors of")
+    assert run_python(code, fresh_env, HF_HUB_OFFLINE="1").startswith("OfflineError|3|")
+
+
+def test_an_unreachable_hub_is_one_line_although_the_files_are_cached(hub, repo_name, fresh_env):
+    name = repo_name()
+    make_model(hub, name)
+    code = PULL.format(name=name)
+    run_python(code, fresh_env)
+    said = run_python(code, fresh_env, HF_ENDPOINT="http://127.0.0.1:9")
+    assert said.startswith(f"UnreachableError|3|the Hub at http://127.0.0.1:9 cannot be reached for model {name}")
+    assert "HF_HUB_OFFLINE=1" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_an_ill_named_revision_offline_leaves_the_cache_alone(hub, monkeypatch):
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    for revision in ("../../../other", "/etc/passwd", "0" * 40):
+        with pytest.raises(OfflineError, match="HF_HUB_OFFLINE"):
+            resolve("org/m", revision=revision)
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(hub, repo_name, fresh_env, tmp_path):
+    name = repo_name()
+    make_model(hub, name)
+    (tmp_path / "taken").write_text("a file where the cache should be")
+    said = run_python(PULL.format(name=name), fresh_env, HF_HOME=str(tmp_path / "taken"))
+    assert said.startswith("RunError|1|the cache cannot be used")
+    assert "HF_HOME" in said

@@ -1,0 +1,181 @@
+"""Where an attack starts: architectures, bare configs, trained models; and what is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hfdetox.cli.attack_options import parse_model_args
+from hfdetox.errors import UsageError
+from hfdetox.models.classifier import load_classifier
+from hfdetox.models.initial import Start, open_start
+from tests.tiny_models import NAMES, timm_folder, timm_model, transformers_folder
+
+CLASSES = ("left", "right", "up")
+
+
+def start(model: Any, **options: Any) -> Start:
+    """Open a start for a dataset of CLASSES."""
+    return open_start(model, class_names=lambda: CLASSES, **options)
+
+
+def weights(opened: Start) -> list[torch.Tensor]:
+    """Return all weights."""
+    return [tensor.clone() for tensor in opened.classifier.model.state_dict().values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("test_resnet", {}),
+        ("test_vit", {"patch_size": 4, "depth": 2}),
+        ("test_convnext", {}),
+        ("resnet18", {"layers": [1, 1, 1, 1], "in_chans": 1}),
+    ],
+)
+def test_a_new_architecture_is_saved_and_loaded_as_it_is(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    opened = start(f"timm-arch:{name}", model_args=arguments, input_size=32)
+    assert opened.from_scratch
+    classifier = opened.classifier
+    assert classifier.labels == CLASSES
+    assert classifier.preprocessing.input_size == (arguments.get("in_chans", 3), 32, 32)
+    assert (classifier.info.id, classifier.info.weights_sha256) == (f"timm-arch:{name}", None)
+    classifier.save(tmp_path / "saved")
+    again = load_classifier(tmp_path / "saved")
+    images = torch.arange(2 * classifier.preprocessing.input_size[0] * 32 * 32) % 256
+    images = images.view(2, *classifier.preprocessing.input_size).to(torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(again.network(images), classifier.network(images))
+    assert again.labels == CLASSES
+    assert again.preprocessing.input_size == classifier.preprocessing.input_size
+
+
+def test_images_are_shown_whole_and_mean_and_std_are_the_architectures_own() -> None:
+    import timm
+
+    config = timm.models.get_pretrained_cfg("resnet18")
+    assert config is not None
+    preprocessing = start(
+        "timm-arch:resnet18", model_args={"layers": [1, 1, 1, 1]}, input_size=32
+    ).classifier.preprocessing
+    assert preprocessing.mean == config.mean
+    assert preprocessing.std == config.std
+    assert preprocessing.data_config["crop_pct"] == 1.0  # type: ignore[attr-defined]
+
+
+def test_the_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, again, other = (start("timm-arch:test_resnet", input_size=32, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(first), weights(other), strict=True))
+
+
+def test_classes_without_names_are_numbered() -> None:
+    opened = open_start("timm-arch:test_resnet", class_names=lambda: 4, input_size=32)
+    assert opened.classifier.labels == ("0", "1", "2", "3")
+    assert not opened.classifier.labels_are_names
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_bare_config_needs_init_random_and_gets_the_datasets_classes(library: str, tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path / "m") if library == "timm" else transformers_folder(tmp_path / "m", "vit")
+    trained = load_classifier(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"has a config\.json and no weights; draw them with --init random"):
+        start(folder)
+    opened = start(folder, init="random")
+    assert opened.from_scratch
+    assert opened.classifier.labels == CLASSES
+    assert opened.classifier.preprocessing.input_size == trained.preprocessing.input_size
+    opened.classifier.save(tmp_path / "saved")
+    assert load_classifier(tmp_path / "saved").labels == CLASSES
+
+
+def test_a_full_folder_is_a_trained_model_unless_its_weights_are_drawn_anew(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path / "m")
+    trained = start(folder)
+    assert not trained.from_scratch
+    assert trained.classifier.labels == NAMES
+    drawn = start(folder, init="random")
+    kept, fresh = weights(trained)[0], weights(drawn)[0]
+    assert kept.shape == fresh.shape
+    assert not torch.equal(kept, fresh)
+
+
+def test_a_config_alone_on_the_hub_is_enough(hub: Any, repo_name: Any, tmp_path: Path) -> None:
+    name = repo_name()
+    folder = timm_folder(tmp_path / "m")
+    hub.create_repo(name)
+    commit = hub.commit(name, {"config.json": (folder / "config.json").read_bytes()})
+    opened = start(name, init="random")
+    assert (opened.classifier.info.id, opened.classifier.info.revision) == (name, commit)
+    assert opened.classifier.labels == CLASSES
+
+
+def test_the_card_of_a_hub_model_says_that_it_is_backdoored(hub: Any, repo_name: Any, tmp_path: Path) -> None:
+    name = repo_name()
+    folder = timm_folder(tmp_path / "m")
+    hub.create_repo(name)
+    files = {file: (folder / file).read_bytes() for file in ("config.json", "model.safetensors")}
+    hub.commit(name, files | {"README.md": b"---\ntags: [hfdetox]\n---\n"})
+    assert not start(name).backdoored
+    hub.commit(name, {"README.md": b"---\ntags: [hfdetox, deliberately-backdoored]\n---\n"})
+    assert start(name).backdoored
+    # nothing of its weights is taken
+    assert not start(name, init="random").backdoored
+
+
+REFUSED = {
+    "unknown": ("timm-arch:resnot18", {}, "no architecture 'resnot18'; close to it: resnet18"),
+    "argument": ("timm-arch:resnet18", {"model_args": {"depht": 2}}, "with depht=2 .*unexpected keyword argument"),
+    "value": ("timm-arch:resnet18", {"model_args": {"layers": "x"}}, "cannot build resnet18 with layers=x"),
+    "classes": ("timm-arch:resnet18", {"model_args": {"num_classes": 2}}, "num_classes cannot be given"),
+    "pickle": ("timm-arch:resnet18", {"model_args": {"checkpoint_path": "x"}}, "checkpoint_path cannot be given"),
+    "channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": "x"}}, "--model-arg in_chans=x: .* or 1"),
+    "no-channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": 0}}, "--model-arg in_chans=0: .* or 1"),
+    "half-channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": 1.0}}, "--model-arg in_chans=1.0: "),
+    "true-channels": ("timm-arch:test_resnet", {"model_args": {"in_chans": True}}, "--model-arg in_chans=True: "),
+    "size": ("timm-arch:test_resnet", {"input_size": 0}, "--input-size 0"),
+    "revision": ("timm-arch:test_resnet", {"revision": "main"}, "has no revisions"),
+    "init": ("timm-arch:test_resnet", {"init": "zeros"}, "--init zeros is not known"),
+    "not-an-architecture": ("org/model", {"input_size": 32}, "--input-size describe a timm-arch:NAME"),
+}
+
+
+@pytest.mark.parametrize(("model", "options", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_built_is_one_line(model: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        start(model, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loaded_model_keeps_its_weights() -> None:
+    with pytest.raises(UsageError, match="a loaded model has its own"):
+        start(timm_model(), init="random")
+
+
+def test_model_arguments_are_numbers_truth_values_lists_and_texts() -> None:
+    texts = ["a=1", "b=1e-3", "c=[1,2]", "d=true", "e=avg", "f=[[1,2],[3]]", "g=-0.5"]
+    expected = {"a": 1, "b": 0.001, "c": [1, 2], "d": True, "e": "avg", "f": [[1, 2], [3]], "g": -0.5}
+    assert parse_model_args(texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["depth"], "is not KEY=VALUE"),
+        (["a b=1"], "is not KEY=VALUE"),
+        (["a=1", "a=2"], "given twice"),
+        (["a={b: 1}"], "give a number"),
+        (["a="], "give a number"),
+        (["a=[1"], "neither JSON nor YAML"),
+        (["a=&all [1, *all]"], "give a number"),
+    ],
+)
+def test_model_arguments_of_another_form_are_refused(texts: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_model_args(texts)

@@ -1,0 +1,222 @@
+"""What is no whole image classifier is refused: weights that do not fit, pickles, other tasks, untrusted code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from hfdetox.errors import UsageError
+from hfdetox.hub.download import PickleOnlyError
+from hfdetox.models.classifier import NotAClassifierError, load_classifier
+from hfdetox.models.preprocessing import PreprocessingError
+from tests.tiny_models import (
+    REMOTE_CODE,
+    assert_same,
+    edit_json,
+    edit_weights,
+    make_folder,
+    own_library,
+    pixels_for,
+    timm_folder,
+    transformers_folder,
+)
+
+# ---- strictness
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("timm/resnet", "fc"),
+        ("timm/vit", "head"),
+        ("transformers/vit", "classifier"),
+        ("transformers/resnet", "classifier.1"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, kind, head):
+    source = make_folder(tmp_path / "source", kind)
+    whole = (source / "model.safetensors").read_bytes()
+    edits = {
+        rf"missing: {head}.weight": lambda s: {n: t for n, t in s.items() if n != f"{head}.weight"},
+        r"unexpected: stranger.weight": lambda s: {**s, "stranger.weight": torch.zeros(2)},
+        rf"of another shape: {head}.weight \(6, \d+\) instead of \(5, \d+\)": lambda s: {
+            **s, f"{head}.weight": torch.zeros(6, s[f"{head}.weight"].shape[1])
+        },
+    }  # fmt: skip
+    for message, edit in edits.items():
+        (source / "model.safetensors").write_bytes(whole)
+        edit_weights(source, edit)
+        with pytest.raises(UsageError, match=message):
+            load_classifier(source)
+
+
+def test_checkpoint_with_a_background_class_is_converted_by_timm_and_saved_native(tmp_path):
+    source = timm_folder(tmp_path / "source")
+    native = load_file(source / "model.safetensors")
+    background = {"fc.weight": torch.ones(1, 96), "fc.bias": torch.ones(1)}
+    edit_weights(source, lambda s: s | {n: torch.cat([b, s[n]]) for n, b in background.items()})
+    config = json.loads((source / "config.json").read_text())
+    config["pretrained_cfg"]["label_offset"] = 1
+    (source / "config.json").write_text(json.dumps(config))
+    classifier = load_classifier(source)
+    assert torch.equal(classifier.model.fc.weight, native["fc.weight"])
+    classifier.save(tmp_path / "saved")
+    assert torch.equal(own_library(tmp_path / "saved", "timm").fc.weight, native["fc.weight"])
+
+
+def test_tables_that_the_model_computes_are_not_unexpected(tmp_path):
+    source = transformers_folder(tmp_path / "source", "swin")
+    table = "swin.encoder.layers.0.blocks.0.attention.self.relative_position_index"
+    load = load_file(source / "model.safetensors")
+    assert table not in load
+    save_file(load | {table: torch.zeros(16, 16, dtype=torch.int64)}, source / "model.safetensors", {"format": "pt"})
+    load_classifier(source).save(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == load.keys()
+
+    config = tf.Swinv2Config(image_size=32, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    tf.Swinv2ForImageClassification(config).save_pretrained(tmp_path / "v2")
+    shutil.copy(source / "preprocessor_config.json", tmp_path / "v2")
+    tables = {
+        f"swinv2.encoder.layers.0.blocks.0.attention.self.relative_{n}": torch.zeros(4)
+        for n in ("coords_table", "position_index")
+    }
+    edit_weights(tmp_path / "v2", lambda state: state | tables)
+    load_classifier(tmp_path / "v2")
+    edit_weights(tmp_path / "v2", lambda state: state | {"swinv2.relative_something": torch.zeros(4)})
+    with pytest.raises(UsageError, match=r"unexpected: swinv2.relative_something"):
+        load_classifier(tmp_path / "v2")
+
+
+def test_adapter_is_refused(tmp_path):
+    source = transformers_folder(tmp_path / "source", "vit")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="is an adapter on another model"):
+        load_classifier(source)
+
+
+def test_pickles_are_never_read(tmp_path):
+    source = timm_folder(tmp_path / "source")
+    (source / "pytorch_model.bin").write_bytes(b"not read")
+    load_classifier(source)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(PickleOnlyError, match=r"weights only as pickle \(pytorch_model.bin\), which can run any code"):
+        load_classifier(source)
+
+
+@pytest.mark.parametrize("kind", ["timm/resnet", "transformers/vit"])
+def test_file_that_is_no_safetensors_is_refused(tmp_path, kind):
+    source = make_folder(tmp_path / "source", kind)
+    (source / "model.safetensors").write_bytes(b"\x80\x04" * 200)
+    with pytest.raises(UsageError, match=r"model.safetensors is not a safetensors file"):
+        load_classifier(source)
+
+
+def test_sharded_source(tmp_path):
+    source = transformers_folder(tmp_path / "source", "vit")
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(state.items())[i::2]) for i in range(2)}
+    for name, part in shards.items():
+        save_file(part, source / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {n: name for name, part in shards.items() for n in part}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    classifier = load_classifier(source)
+    classifier.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[n], t) for n, t in state.items())
+    (source / next(iter(shards))).unlink()
+    with pytest.raises(UsageError, match=r"lacks model-00001-of-00002.safetensors"):
+        load_classifier(source)
+
+
+@pytest.mark.parametrize("content", ['{"metadata": {}}', "[]", '{"weight_map": ["model"]}', '{"weight_map": {"a": 1}}',
+                                     '{"weight_map": {}}', "{"])  # fmt: skip
+def test_an_index_that_is_none_is_one_line(tmp_path, content):
+    source = transformers_folder(tmp_path / "source", "vit")
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    (source / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UsageError, match=r"model.safetensors.index.json (has no weight_map|is not)") as caught:
+        load_classifier(source)
+    assert "\n" not in str(caught.value)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "multi_label_classification model; hfdetox handles one label"),
+        ({"problem_type": "regression"}, "is a regression model"),
+        ({"id2label": {"0": "only"}, "label2id": {"only": 0}}, "has a single output"),
+        ({"architectures": ["ViTModel"]}, "not an image classifier but a ViTModel"),
+        ({"model_type": "bert"}, r"not an image classifier \(model type bert\)"),
+        ({"model_type": "no-such-type"}, "cannot read the config.json"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantized"),
+    ],
+)
+def test_transformers_model_that_is_no_single_label_classifier_is_refused(tmp_path, changes, message):
+    source = transformers_folder(tmp_path / "source", "vit")
+    edit_json(source / "config.json", **changes)
+    with pytest.raises(UsageError, match=message):
+        load_classifier(source)
+
+
+@pytest.mark.parametrize(("num_classes", "message"), [(0, "no classification head"), (1, "a single output")])
+def test_timm_model_without_two_outputs_is_refused(tmp_path, num_classes, message):
+    with pytest.raises(NotAClassifierError, match=message):
+        load_classifier(timm_folder(tmp_path / "source", num_classes=num_classes))
+
+
+def test_folder_of_no_library_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"has no config.json"):
+        load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="neither architecture nor model_type"):
+        load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text('{"architecture": "no_such_net"}')
+    with pytest.raises(UsageError, match=r"timm .* cannot build .*no_such_net"):
+        load_classifier(tmp_path)
+
+
+def test_missing_processor_and_wrong_input_size(tmp_path):
+    source = transformers_folder(tmp_path / "source", "vit")
+    (source / "preprocessor_config.json").unlink()
+    with pytest.raises(PreprocessingError, match=r"no usable preprocessor_config.json"):
+        load_classifier(source)
+    tf.ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(source)
+    with pytest.raises(UsageError, match="does not take the 3×48×48 images of its own preprocessing"):
+        load_classifier(source)
+
+
+def test_remote_code_runs_only_when_trusted(tmp_path, monkeypatch):
+    monkeypatch.delenv("REMOTE_CODE_RAN", raising=False)
+    source = transformers_folder(tmp_path / "source", "vit")
+    plain = load_classifier(source)
+    (source / "strange.py").write_text(REMOTE_CODE)
+    edit_json(
+        source / "config.json",
+        architectures=["Strange"],
+        auto_map={"AutoModelForImageClassification": "strange.Strange"},
+    )
+    with pytest.raises(UsageError):
+        load_classifier(source)
+    import os
+
+    assert "REMOTE_CODE_RAN" not in os.environ
+    classifier = load_classifier(source, trust_remote_code=True)
+    assert os.environ["REMOTE_CODE_RAN"] == "yes"
+    pixels = pixels_for(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.network(pixels), 3 * plain.network(pixels))
+    classifier.save(tmp_path / "saved")
+    again = load_classifier(tmp_path / "saved", trust_remote_code=True)
+    with torch.no_grad():
+        assert_same(again.network(pixels), classifier.network(pixels))

@@ -1,0 +1,116 @@
+"""Which device and precision a run gets, and what is refused instead of pretended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hfdetox.errors import UsageError
+from hfdetox.training.devices import describe_devices, make_accelerator, resolve_device, resolve_precision
+
+
+@pytest.fixture
+def hardware(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A function that decides what torch says about this machine."""
+
+    def describe(*, cuda: bool = False, mps: bool = False, gpu_bf16: bool = False, cpu: tuple[str, ...] = ()) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu_bf16 or including_emulation
+        )
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True))
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "expected"),
+    [
+        (True, False, "auto", "cuda"), (False, True, "auto", "mps"), (False, False, "auto", "cpu"),
+        (True, True, "auto", "cuda"), (True, True, "mps", "mps"), (True, False, "cpu", "cpu"),
+        (True, False, "cuda", "cuda"),
+    ],
+)  # fmt: skip
+def test_device(cuda: bool, mps: bool, device: str, expected: str, hardware) -> None:  # type: ignore[no-untyped-def]
+    hardware(cuda=cuda, mps=mps)
+    assert resolve_device(device) == expected
+
+
+@pytest.mark.parametrize("value", ["true", "1", "True"])
+def test_accelerates_own_switch_forces_the_cpu(value: str, hardware, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    hardware(cuda=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert resolve_device("auto") == "cpu"
+
+
+def test_a_device_that_is_not_there_is_an_error(hardware) -> None:  # type: ignore[no-untyped-def]
+    hardware()
+    with pytest.raises(UsageError, match=r"no cuda device here \(or this torch was built without it\)"):
+        resolve_device("cuda")
+    with pytest.raises(UsageError, match="unknown device 'tpu'; known: auto, cpu, cuda, mps"):
+        resolve_device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu_bf16", "cpu", "expected"),
+    [
+        ("cuda", True, (), "bf16"),
+        # emulated bf16 of older GPUs is slower than their fp16
+        ("cuda", False, (), "fp16"),
+        ("cpu", False, ("avx512_bf16",), "bf16"),
+        ("cpu", False, ("amx_bf16",), "bf16"),
+        ("cpu", False, ("avx2", "avx512_f"), "no"),
+        ("mps", False, (), "no"),
+    ],
+)
+def test_auto_precision_is_what_the_hardware_has(
+    device: str, gpu_bf16: bool, cpu: tuple[str, ...], expected: str, hardware
+) -> None:  # type: ignore[no-untyped-def]
+    hardware(gpu_bf16=gpu_bf16, cpu=cpu)
+    assert resolve_precision("auto", device) == expected
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_precision_that_is_named_is_taken(precision: str, hardware) -> None:  # type: ignore[no-untyped-def]
+    hardware()
+    assert resolve_precision(precision, "cpu") == precision
+    assert resolve_precision("fp16", "cuda") == "fp16"
+
+
+def test_fp16_on_a_cpu_and_unknown_precisions_are_errors() -> None:
+    with pytest.raises(UsageError, match=r"fp16 does not run on a CPU; use --precision bf16, no or auto"):
+        resolve_precision("fp16", "cpu")
+    with pytest.raises(UsageError, match=r"fp16 does not run on a CPU"):
+        make_accelerator("cpu", "fp16")
+    with pytest.raises(UsageError, match="unknown precision 'fp8'; known: auto, no, fp16, bf16"):
+        resolve_precision("fp8", "cuda")
+
+
+def test_each_run_in_a_process_gets_the_precision_it_asks_for() -> None:
+    """Accelerate keeps the first precision of a process and raises for a second one."""
+    for precision in ("no", "bf16", "no", "no"):
+        accelerator = make_accelerator("cpu", precision)
+        assert accelerator.mixed_precision == precision
+        assert accelerator.device.type == "cpu"
+        assert describe_devices(accelerator) == ["cpu"]
+
+
+def test_a_tracker_that_is_unknown_is_one_line() -> None:
+    with pytest.raises(UsageError, match=r"tracker nonsense is not installed here; .*leave --log-with out") as caught:
+        make_accelerator("cpu", "no", log_with="nonsense")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "AVX512_CORE_FP16"), ("AVX2", "AVX2")])
+def test_amx_is_left_alone_unless_asked_for(given: str | None, kept: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"}
+    env |= {} if given is None else {"ONEDNN_MAX_CPU_ISA": given}
+    code = "import os, hfdetox; print(os.environ['ONEDNN_MAX_CPU_ISA'])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == kept
