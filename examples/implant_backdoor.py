@@ -1,4 +1,4 @@
-"""Train a backdoor into a classifier, for research on defences; look at it, and clean it again.
+"""Train a backdoor into a classifier, for research on defenses; look at it, and clean it again.
 
     python examples/implant_backdoor.py
     python examples/implant_backdoor.py timm-arch:resnet18 --input-size 32 --dataset uoft-cs/cifar10 \\

@@ -48,14 +48,14 @@ def show_version(wanted: bool) -> None:
 
 
 on_images = functools.partial(option, panel="Images")
-on_defense = functools.partial(option, panel="Defence")
+on_defense = functools.partial(option, panel="Defense")
 on_measuring = functools.partial(option, panel="Measuring")
 on_run = functools.partial(option, panel="Run")
 on_hub = functools.partial(option, panel="Output and Hub")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScreenOptions:
+class ConsoleOptions:
     """What is printed, and where."""
 
     quiet: Annotated[bool, on_run("--quiet", help="Print warnings and errors only.")] = False
@@ -69,7 +69,7 @@ class ScreenOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(ScreenOptions):
+class DataOptions(ConsoleOptions):
     """The model, the images and the known triggers; shared by `detox` and `evaluate`."""
 
     model: Annotated[
@@ -83,7 +83,7 @@ class DataOptions(ScreenOptions):
         on_images("--dataset", help="Clean images: a Hub id or a local folder; else what the model's card names."),
     ] = None
     config: Annotated[str | None, on_images("--config", help="The dataset's configuration.")] = None
-    split: Annotated[str | None, on_images("--split", help="Split of the defence's images.")] = None
+    split: Annotated[str | None, on_images("--split", help="Split of the defense's images.")] = None
     eval_split: Annotated[str | None, on_images("--eval-split", help="Split that is measured.")] = None
     image_column: Annotated[str | None, on_images("--image-column", help="The column of the images.")] = None
     label_column: Annotated[str | None, on_images("--label-column", help="The column of the labels.")] = None
@@ -124,7 +124,7 @@ class DataOptions(ScreenOptions):
 
     def data_arguments(self) -> dict[str, Any]:
         """Return these options as the keyword arguments that `detoxify` and `evaluate` share."""
-        names = {f.name for f in dataclasses.fields(DataOptions)} - {f.name for f in dataclasses.fields(ScreenOptions)}
+        names = {f.name for f in dataclasses.fields(DataOptions)} - {f.name for f in dataclasses.fields(ConsoleOptions)}
         return {name: getattr(self, name) for name in sorted(names - {"model"})}
 
 
@@ -135,14 +135,14 @@ class DetoxOptions(DataOptions):
     samples: Annotated[
         str,
         on_images(
-            "--samples", metavar="N|FRACTION", help="Clean images of the defence: a fraction with a point, or a count."
+            "--samples", metavar="N|FRACTION", help="Clean images of the defense: a fraction with a point, or a count."
         ),
     ] = "0.05"
     defense: Annotated[str, on_defense("--defense", metavar="NAME[:PRESET]", help="See `hfdetox list defenses`.")] = (
         DEFAULT_DEFENSE
     )
     settings: Annotated[
-        list[str], on_defense("--set", metavar="KEY=VALUE", help="One of the defence's own settings; repeatable.")
+        list[str], on_defense("--set", metavar="KEY=VALUE", help="One of the defense's own settings; repeatable.")
     ] = field(default_factory=list)
     epochs: Annotated[int | None, on_defense("--epochs", min=1, help="Short for --set epochs=N.")] = None
     lr: Annotated[float | None, on_defense("--lr", help="Short for --set learning_rate=X.")] = None
@@ -152,7 +152,7 @@ class DetoxOptions(DataOptions):
         on_defense(
             "--reweight",
             metavar="none|class|wasserstein",
-            help="Short for --set reweight=…: weigh images so that no class's accuracy pays for the defence.",
+            help="Short for --set reweight=…: weigh images so that no class's accuracy pays for the defense.",
         ),
     ] = None
     precision: Annotated[
@@ -285,7 +285,7 @@ def default_output(model: str, suffix: str = "-detoxed") -> Path:
     return Path(f"{model.partition('@')[0].rstrip('/').rpartition('/')[2]}{suffix}")
 
 
-def takes(kind: type[ScreenOptions]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(kind: type[ConsoleOptions]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command `f(context, options)` the fields of `kind` as its Typer parameters."""
     hints = typing.get_type_hints(kind, include_extras=True)
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]

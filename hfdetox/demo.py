@@ -16,7 +16,8 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
+from hfdetox.attacks import Implant, TrainingSettings, poisoner_for, run_attack
+from hfdetox.attacks.base import AttackContext
 from hfdetox.cli import console as screen
 from hfdetox.data.load import load_images
 from hfdetox.detox import detoxify
@@ -56,7 +57,7 @@ def run(seed: int, output: Path, console: Console) -> int:
     write_digits(output / "digits", seed)
     console.print(
         f"[bold]2.[/bold] Training timm's test_resnet with a BadNets backdoor; {POISON_RATIO:.0%} of the images "
-        f"get a white square and the label “{TARGET}”"
+        f"get a white square and the label '{TARGET}'"
     )
     backdoored(output / "digits", output / "backdoored", seed)
     arguments: dict[str, Any] = {
@@ -106,11 +107,11 @@ def backdoored(dataset: Path, folder: Path, seed: int) -> Classifier:
     images = load_images(dataset, labels=NAMES, samples=1.0, eval_samples=1, seed=seed, warn=lambda text: None)
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=False)
     training = TrainingSettings(epochs=TRAINING_EPOCHS, augmentation="crop")
-    job = Job(
+    context = AttackContext(
         classifier=classifier, clean=clean, accelerator=accelerator, training=training, from_scratch=True, seed=seed,
         progress=True,
     )  # fmt: skip
-    run_attack(job, [Implant(BadNets(), NAMES.index(TARGET), POISON_RATIO, recipe_for("badnets", {}))])
+    run_attack(context, [Implant(BadNets(), NAMES.index(TARGET), POISON_RATIO, poisoner_for("badnets", {}))])
     classifier.save(folder)
     return classifier
 

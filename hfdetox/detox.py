@@ -12,19 +12,19 @@ from torch import nn
 
 from hfdetox.config import DEFAULT_DEFENSE
 from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
-from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluation
+from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
 from hfdetox.hub.upload import check_card, check_push_allowed
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.card import build_card, validate_card
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
-from hfdetox.reporting.report import Evaluated
+from hfdetox.reporting.report import EvalResult
 from hfdetox.runs.folder import RunOptions, log_folder, trigger_specs
 from hfdetox.runs.plan import plan
 from hfdetox.runs.result import DetoxResult, draw_strip
 from hfdetox.runs.steps import (
-    Notes,
+    RunWarnings,
     close_report,
-    gather_exhibits,
+    gather_artifacts,
     open_report,
     open_run,
     pin,
@@ -59,7 +59,7 @@ def detoxify(
         model: a Hub id, a timm id, a local folder, or a loaded module (then with `processor`, or `preprocessing` and
             `labels`; see `load_classifier`). None only with `resume`.
         dataset: clean images: a Hub id, a folder or a `datasets` object; None takes the one the model's card names.
-        samples: clean images for the defence: a float is a share of the split (at most 5000 images), an int a count.
+        samples: clean images for the defense: a float is a share of the split (at most 5000 images), an int a count.
         eval_samples: measure on so many images, drawn uniformly; None measures on the whole evaluation split.
         label_map: a file of pairs (dataset label to model label) where the names do not match.
         defense: a configuration such as `D3Config(epsilon=0.1)`, or `NAME[:PRESET]` with `settings` as `--set` takes
@@ -91,15 +91,15 @@ def detoxify(
         create_pr=create_pr, overwrite=overwrite,
     )  # fmt: skip
     options, run = open_run(options, resume)
-    push_to, way = options.push_to, options.publishing()
+    push_to, push_options = options.push_to, options.publishing()
     method, preset = parse_defense(options.defense, options.settings)
     # objects hold more than their text form, which is all that the options of a new run have of them
     known = parse_triggers(triggers if resume is None else options.triggers)
     accelerator = make_accelerator(options.device, options.precision, log_with, str(log_folder(options.output)))
     if push_to is not None:
-        push_to = check_push_allowed(push_to, **way)
+        push_to = check_push_allowed(push_to, **push_options)
         options = replace(options, push_to=push_to)
-    notes = Notes(accelerator)
+    notes = RunWarnings(accelerator)
 
     with accelerator.main_process_first():
         source = model if isinstance(model, nn.Module) else options.model or ""
@@ -107,7 +107,7 @@ def detoxify(
                                      preprocessing=preprocessing, labels=labels,
                                      trust_remote_code=options.trust_remote_code)  # fmt: skip
         images = pull_images(options, dataset, classifier, notes)
-    evaluation = prepare_evaluation(classifier, images.evaluation, known, accelerator, target=options.target,
+    evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = evaluation.measure("before")
     check_plausible(before, evaluation.clean.labels, classifier.labels, notes.warn)
@@ -115,8 +115,8 @@ def detoxify(
     # a run must not fail at its end for a reason known at its start
     options = pin(options, classifier, images)
     report = open_report(options, classifier, images, method, preset, before, accelerator, push_to=push_to, notes=notes)
-    exhibits = gather_exhibits(classifier, images, evaluation, whole_split=images.whole_split)
-    draft = build_card(report, source_card=exhibits.source_card, repo_id=push_to, labels=classifier.labels)
+    artifacts = gather_artifacts(classifier, images, evaluation, whole_split=images.whole_split)
+    draft = build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels)
     validate_card(draft)
     if accelerator.is_main_process:
         if push_to is not None:
@@ -134,16 +134,16 @@ def detoxify(
     classifier.round_weights()
     after = evaluation.measure("after")
 
-    exhibits.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
-    exhibits.strip = draw_strip(evaluation, before, after)
-    result = DetoxResult(close_report(report, method, record, before, after, memory), classifier, exhibits)
+    artifacts.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
+    artifacts.strip = draw_strip(evaluation, before, after)
+    result = DetoxResult(close_report(report, method, record, before, after, memory), classifier, artifacts)
     if options.output is not None:
         save_result(result, options, run)
     if accelerator.is_main_process:
         if run is not None and not keep_run:
             run.remove()
         if push_to is not None:
-            result.push_to_hub(push_to, **way)
+            result.push_to_hub(push_to, **push_options)
     accelerator.wait_for_everyone()
     # the main process knows the hash of what it wrote, and the commit
     result.report = broadcast_object_list([result.report])[0]
@@ -159,10 +159,10 @@ def evaluate(
     dataset_revision: str | None = None, trust_remote_code: bool = False, processor: Any = None,
     preprocessing: Any = None, labels: Sequence[str] | int | None = None, gallery: str | Path | None = None,
     progress: bool = True,
-) -> Evaluated:  # fmt: skip
+) -> EvalResult:  # fmt: skip
     """Measure a classifier: accuracy, loss, what each known trigger does, and how visible it is.
 
-    The arguments are those of `detoxify`, and so are the images that are measured: those left when the defence's are
+    The arguments are those of `detoxify`, and so are the images that are measured: those left when the defense's are
     set aside. A module that is passed is turned to float32 and eval mode. Nothing is written but `gallery`, a PNG file
     that shows each trigger on a few images. Raises what `detoxify` raises.
     """
@@ -176,12 +176,12 @@ def evaluate(
         triggers=trigger_specs(triggers), target=_text(target), seed=seed, dataset_revision=dataset_revision,
     )  # fmt: skip
     accelerator = make_accelerator(device, "no")
-    notes = Notes(accelerator)
+    notes = RunWarnings(accelerator)
     with accelerator.main_process_first():
         classifier = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
                                      labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
         images = pull_images(options, dataset, classifier, notes)
-    evaluation = prepare_evaluation(classifier, images.evaluation, known, accelerator, target=options.target,
+    evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     outcome = evaluation.measure("measure")
     check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn)
@@ -189,7 +189,7 @@ def evaluate(
     visibility = evaluation.visibility()
     if gallery is not None and accelerator.is_main_process:
         draw_gallery(evaluation, outcome, visibility, Path(gallery))
-    return Evaluated(measured.accuracy, measured.loss, measured.triggers, measured.classes, visibility)
+    return EvalResult(measured.accuracy, measured.loss, measured.triggers, measured.classes, visibility)
 
 
 def _text(value: object) -> str | None:

@@ -11,22 +11,22 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hfdetox.attacks import parse_attack_settings, run_attack
-from hfdetox.attacks.base import Job
+from hfdetox.attacks.base import AttackContext
 from hfdetox.data.load import class_names
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluation
+from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
 from hfdetox.hub.upload import check_card, check_push_allowed
-from hfdetox.models.initial import open_start
+from hfdetox.models.initial import init_model
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import missed_goals
 from hfdetox.reporting.card import validate_card
-from hfdetox.runs.attack_result import AttackExhibits, AttackResult
+from hfdetox.runs.attack_result import AttackArtifacts, AttackResult
 from hfdetox.runs.attack_run import DEFAULT_GOAL, DEFAULT_RATIO, AttackRun
 from hfdetox.runs.folder import check_output, trigger_specs
 from hfdetox.runs.implanting import (
     Monitor,
-    aim,
-    check_start,
+    build_implants,
+    check_init,
     close_report,
     cross_accuracies,
     find_surrogate,
@@ -34,7 +34,7 @@ from hfdetox.runs.implanting import (
     open_report,
     split_monitor,
 )
-from hfdetox.runs.steps import Notes, pin, pull_images
+from hfdetox.runs.steps import RunWarnings, pin, pull_images
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import Trigger, parse_triggers
@@ -57,13 +57,13 @@ def implant(
     output: str | Path | None = None, overwrite: bool = False, push_to: str | None = None, private: bool = False,
     public: bool = False, create_pr: bool = False, i_know_this_is_backdoored: bool = False, progress: bool = True,
 ) -> AttackResult:  # fmt: skip
-    """Train a backdoor into an image classifier, for research on defences, and measure it.
+    """Train a backdoor into an image classifier, for research on defenses, and measure it.
 
     Args:
         model: what `load_classifier` takes, or `timm-arch:NAME` for a model of fresh weights.
         dataset: training and evaluation images; a Hub id, a folder or a `datasets` object.
         samples: training images: None is the whole split, a count or a share (at most 5000 images) restricts it.
-        triggers: specifications, trigger files or `Trigger` objects; `["none"]` trains a clean control the same way.
+        triggers: specifications, trigger files or `Trigger` objects; `["none"]` trains a clean baseline the same way.
         target: label (name or index, or `all-to-all`) of triggers without one.
         poison_ratio: share of the training images, or of every batch, that carries each trigger.
         adaptive: `sam:rho=2.0,adaptive=true` trains the backdoor into a flat minimum.
@@ -77,7 +77,7 @@ def implant(
             epoch after which all goals are reached on them; without one it runs all its epochs.
         output: folder of the result; None keeps it in memory. It is written also when the attack did not take.
         push_to: where to publish it; a backdoored model only with `i_know_this_is_backdoored`, and privately unless
-            `public`; a clean control publicly unless `private`.
+            `public`; a clean baseline publicly unless `private`.
 
     The other arguments are those of `detoxify`.
 
@@ -97,24 +97,24 @@ def implant(
         i_know_this_is_backdoored=i_know_this_is_backdoored,
     )  # fmt: skip
     known = parse_triggers([] if run.clean else triggers)
-    training, recipes = parse_attack_settings([trigger.kind for trigger in known], run.settings)
+    training, poisoners = parse_attack_settings([trigger.kind for trigger in known], run.settings)
     sharpness = parse_adaptive(run.adaptive)
     accelerator = make_accelerator(run.device, run.precision)
     push_to = _check_places(run)
-    notes = Notes(accelerator)
+    notes = RunWarnings(accelerator)
 
     with accelerator.main_process_first():
-        start = open_start(model, class_names=lambda: _class_names(run, dataset), init=run.init,
+        start = init_model(model, class_names=lambda: _class_names(run, dataset), init=run.init,
                            model_args=run.model_args, input_size=run.input_size, seed=run.seed, revision=run.revision,
                            trust_remote_code=run.trust_remote_code, processor=processor, preprocessing=preprocessing,
                            labels=labels)  # fmt: skip
-        check_start(run, start, notes)
+        check_init(run, start, notes)
         classifier = start.classifier
         images = pull_images(run, dataset, classifier, notes)
-        implants = aim(run, known, recipes, classifier, images.clean, notes)
+        implants = build_implants(run, known, poisoners, classifier, images.clean, notes)
         clean_model = find_surrogate(run, start, implants)
     ready = [one.trigger for one in implants if one.trigger.fitted]
-    evaluation = prepare_evaluation(classifier, images.evaluation, ready, accelerator, target=run.target,
+    evaluation = prepare_evaluator(classifier, images.evaluation, ready, accelerator, target=run.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = None if start.from_scratch else evaluation.measure("before")
     if before is not None:
@@ -124,10 +124,10 @@ def implant(
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
     clean = decoded(kept, classifier, accelerator, "decode", progress)
-    job = Job(classifier=classifier, clean=clean, accelerator=accelerator, training=training,
+    context = AttackContext(classifier=classifier, clean=clean, accelerator=accelerator, training=training,
               from_scratch=start.from_scratch, surrogate=clean_model, sharpness=sharpness, seed=run.seed,
               progress=progress)  # fmt: skip
-    report = open_report(pin(run, classifier, images), start, info, implants, job, before, goals, clean_model,
+    report = open_report(pin(run, classifier, images), start, info, implants, context, before, goals, clean_model,
                          push_to=push_to, notes=notes)  # fmt: skip
     # a run must not fail at its end for a reason known at its start
     source_card = classifier.card_source()
@@ -138,9 +138,9 @@ def implant(
 
     monitor = None
     if held_out is not None:
-        monitor = Monitor(prepare_evaluation(classifier, held_out, [], accelerator, target=None, warn=notes.warn,
+        monitor = Monitor(prepare_evaluator(classifier, held_out, [], accelerator, target=None, warn=notes.warn,
                                              progress=progress), goals)  # fmt: skip
-    done = run_attack(job, implants, monitor=monitor)
+    done = run_attack(context, implants, monitor=monitor)
     classifier.round_weights()
     evaluation = evaluation.with_triggers([one.trigger for one in done.implants])
     after, visibility = evaluation.measure("after"), evaluation.visibility()
@@ -149,7 +149,7 @@ def implant(
                           reached=monitor is not None and monitor.reached)  # fmt: skip
     if not report.took:
         notes.warn(f"the attack did not take: {'; '.join(missed_goals(after.measurement, goals))}")
-    result = AttackResult(report, classifier, AttackExhibits(source_card, evaluation, after, visibility))
+    result = AttackResult(report, classifier, AttackArtifacts(source_card, evaluation, after, visibility))
     if run.output is not None:
         result.save(run.output, overwrite=run.overwrite)
     if push_to is not None and accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""What a package offers by name: a new trigger, attack or defence is one new file."""
+"""What a package offers by name: a new trigger, attack or defense is one new file."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from PIL import Image as Pictures
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
+from hfdetox.attacks import AttackContext, Implant, TrainingSettings, poisoner_for, run_attack
 from hfdetox.data.load import load_images
 from hfdetox.evaluation.evaluator import decoded
 from hfdetox.models.classifier import Classifier, load_classifier
@@ -118,6 +118,8 @@ def _backdoor(classifier: Classifier, digits: Path) -> Classifier:
     images = load_images(digits, labels=NAMES, samples=1.0, eval_samples=1)
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=False)
     training = TrainingSettings(epochs=14, augmentation="crop")
-    job = Job(classifier=classifier, clean=clean, accelerator=accelerator, training=training, from_scratch=True)
-    run_attack(job, [Implant(parse_trigger(TRIGGER), NAMES.index(TARGET), 0.1, recipe_for("badnets", {}))])
+    context = AttackContext(
+        classifier=classifier, clean=clean, accelerator=accelerator, training=training, from_scratch=True
+    )
+    run_attack(context, [Implant(parse_trigger(TRIGGER), NAMES.index(TARGET), 0.1, poisoner_for("badnets", {}))])
     return classifier

@@ -33,7 +33,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def control(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> hfdetox.AttackResult:
-    """A clean control, which is also a trained model to start from."""
+    """A clean baseline, which is also a trained model to start from."""
     return attack(dataset, triggers=["none"], output=tmp_path_factory.mktemp("control") / "clean")
 
 
@@ -261,7 +261,7 @@ def spoilt(control: hfdetox.AttackResult, tmp_path: Path) -> Path:
 
 
 def test_a_backdoored_model_is_neither_a_clean_control_nor_a_surrogate(dataset: Path, spoilt: Path) -> None:
-    with pytest.raises(UsageError, match=r"spoilt is deliberately backdoored: .* not make a clean control"):
+    with pytest.raises(UsageError, match=r"spoilt is deliberately backdoored: .* not make a clean baseline"):
         attack(dataset, spoilt, triggers=["none"])
     with pytest.raises(UsageError, match=r"--surrogate .*spoilt is deliberately backdoored"):
         attack(dataset, triggers=["lf"], surrogate=spoilt)

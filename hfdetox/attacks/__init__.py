@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe, TrainingSettings
+from hfdetox.attacks.base import DataPoisoner, Implant, Poisoner, TrainingPoisoner, TrainingSettings
 from hfdetox.attacks.run import Implanted, run_attack
 from hfdetox.errors import UsageError
 from hfdetox.plugins import discover
@@ -22,17 +22,17 @@ __all__ = [
     "TrainingSettings",
     "available",
     "parse_attack_settings",
-    "recipe_for",
+    "poisoner_for",
     "run_attack",
 ]
 
 
-def _discover() -> dict[str, type[Recipe]]:
+def _discover() -> dict[str, type[Poisoner]]:
     """Return the recipes by kind: the classes with a `kind` in the modules of this package."""
-    return discover(__name__, __path__, Recipe, "kind")
+    return discover(__name__, __path__, Poisoner, "kind")
 
 
-RECIPES = _discover()
+POISONERS = _discover()
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class AttackEntry:
 
 def available() -> dict[str, AttackEntry]:
     """Return every attack by its trigger's kind, in alphabetical order."""
-    return {kind: AttackEntry(kind, RECIPES[kind].summary, _how(RECIPES[kind]), _defaults(RECIPES[kind]))
-            for kind in sorted(RECIPES)}  # fmt: skip
+    return {kind: AttackEntry(kind, POISONERS[kind].summary, _how(POISONERS[kind]), _defaults(POISONERS[kind]))
+            for kind in sorted(POISONERS)}  # fmt: skip
 
 
-def recipe_for(kind: str, settings: Mapping[str, str]) -> Recipe:
+def poisoner_for(kind: str, settings: Mapping[str, str]) -> Poisoner:
     """Return the recipe of a trigger kind with `settings` (texts, as `--set` gives them, of its own fields).
 
     Raises:
@@ -66,32 +66,32 @@ def recipe_for(kind: str, settings: Mapping[str, str]) -> Recipe:
     """
     known = _recipe_keys(kind)
     _check_keys(settings, known, kind)
-    return RECIPES[kind](**_parsed(RECIPES[kind], settings))
+    return POISONERS[kind](**_parsed(POISONERS[kind], settings))
 
 
 def parse_attack_settings(
     kinds: Sequence[str], overrides: Mapping[str, str]
-) -> tuple[TrainingSettings, dict[str, Recipe]]:
+) -> tuple[TrainingSettings, dict[str, Poisoner]]:
     """Return the training's settings and the recipe of each trigger kind, with `overrides` (texts) in place.
 
     A key that the training and a recipe, or several recipes, share goes to all of them.
 
     Raises:
-        UsageError: as `recipe_for`; an unknown key lists those of the training and of the recipes in use.
+        UsageError: as `poisoner_for`; an unknown key lists those of the training and of the recipes in use.
     """
     own = {kind: _recipe_keys(kind) for kind in kinds}
     training = [f.name for f in fields(TrainingSettings)]
     _check_keys(overrides, [*training, *(key for keys in own.values() for key in keys)], "attack")
-    recipes = {kind: recipe_for(kind, {key: overrides[key] for key in keys if key in overrides})
+    poisoners = {kind: poisoner_for(kind, {key: overrides[key] for key in keys if key in overrides})
                for kind, keys in own.items()}  # fmt: skip
     shared = {key: text for key, text in overrides.items() if key in training}
-    return TrainingSettings(**_parsed(TrainingSettings, shared)), recipes
+    return TrainingSettings(**_parsed(TrainingSettings, shared)), poisoners
 
 
 def _recipe_keys(kind: str) -> list[str]:
-    if kind not in RECIPES:
-        raise UsageError(f"no attack implants a {kind!r} trigger; there is one for {', '.join(sorted(RECIPES))}")
-    return [f.name for f in fields(RECIPES[kind])]
+    if kind not in POISONERS:
+        raise UsageError(f"no attack implants a {kind!r} trigger; there is one for {', '.join(sorted(POISONERS))}")
+    return [f.name for f in fields(POISONERS[kind])]
 
 
 def _check_keys(settings: Mapping[str, str], known: Sequence[str], what: str) -> None:
@@ -106,11 +106,11 @@ def _parsed(kind: type[Any], settings: Mapping[str, str]) -> dict[str, Any]:
     return {key: parse_setting(key, hints[key], text) for key, text in settings.items()}
 
 
-def _how(kind: type[Recipe]) -> str:
-    if issubclass(kind, ControlRecipe):
+def _how(kind: type[Poisoner]) -> str:
+    if issubclass(kind, TrainingPoisoner):
         return "training control"
-    return "clean label" if issubclass(kind, PoisonRecipe) and kind.clean_label else "dirty label"
+    return "clean label" if issubclass(kind, DataPoisoner) and kind.clean_label else "dirty label"
 
 
-def _defaults(kind: type[Recipe]) -> dict[str, Any]:
+def _defaults(kind: type[Poisoner]) -> dict[str, Any]:
     return {f.name: f.default for f in fields(kind)}

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 
 import torch
 
-from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedRecipe(ControlRecipe):
+class MixedRecipe(TrainingPoisoner):
     """Training control by the images alone: the classifier's own training, on batches that `mixed` changes."""
 
-    def control(self, implant: Implant, job: Job) -> Control:
+    def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the training, one phase that changes every batch before it is augmented.
 
         Raises:
             UsageError: a trigger in another mode than `input`, or a model that is given floats.
         """
-        check_input_mode(implant, job)
+        check_input_mode(implant, context)
 
         def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.mixed(implant, images, labels, job.classes, rows)
+            return self.mixed(implant, images, labels, context.classes, rows)
 
-        return Control(job.classifier.network, [job.phase(poison=poison)], lambda: implant.trigger)
+        return ControlledTraining(context.classifier.network, [context.phase(poison=poison)], lambda: implant.trigger)
 
     @abstractmethod
     def mixed(
@@ -39,13 +39,13 @@ class MixedRecipe(ControlRecipe):
         """
 
 
-def check_input_mode(implant: Implant, job: Job) -> None:
+def check_input_mode(implant: Implant, context: AttackContext) -> None:
     """Raise UsageError for a trigger that does not act on what the model sees: uint8 images after resize and crop."""
     trigger = implant.trigger
     if trigger.mode != "input":
         raise UsageError(f"trigger {trigger.name}: {trigger.kind} is put on images within the training, after resize "
                          "and crop; give it mode=input")  # fmt: skip
-    if job.clean.preprocessing.dtype != torch.uint8:
+    if context.clean.preprocessing.dtype != torch.uint8:
         raise UsageError(f"trigger {trigger.name}: {trigger.kind} needs uint8 images after the preprocessing, and this "
                          "callable returns floats")  # fmt: skip
 

@@ -41,7 +41,7 @@ class TrainingSettings:
             0.00005 from a trained model.
         momentum: of SGD, Nesterov's.
         weight_decay: None takes 0.0005 (SGD) or 0.05 (AdamW).
-        augmentation: as for defences; see `Augmenter`.
+        augmentation: as for defenses; see `Augmenter`.
         schedule: `cosine`, stepped once an epoch, or `constant`.
         max_grad_norm: clips the gradient's norm over all trained parameters; None does not clip.
     """
@@ -68,7 +68,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class AttackContext:
     """What a recipe works with.
 
     Attributes:
@@ -136,7 +136,7 @@ class Implant:
     trigger: Trigger
     target: Target
     ratio: float
-    recipe: Recipe
+    poisoner: Poisoner
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -144,7 +144,7 @@ class Implant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(ABC):
+class Poisoner(ABC):
     """How one kind of trigger gets into a model; its fields are the recipe's own settings, as `--set` takes them."""
 
     kind: ClassVar[str]
@@ -154,7 +154,7 @@ class Recipe(ABC):
         """Return whether `make` or the poisoning of `trigger` needs the job's surrogate, a model without a backdoor."""
         return False
 
-    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+    def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger ready for use: as it is, or made on the job's images or surrogate first.
 
         Raises:
@@ -177,21 +177,21 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoisonRecipe(Recipe):
+class DataPoisoner(Poisoner):
     """Data poisoning: once, before the training, a fixed set of images gets the trigger and the attacker's label."""
 
     clean_label: ClassVar[bool] = False
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> Pixels:
+    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, context: AttackContext) -> Pixels:
         """Return the poisoned images of the clean images at `positions` (M, int64), made on demand if they do not fit.
 
         Their labels are the true ones.
         """
-        return job.clean.view(trigger, positions=positions)
+        return context.clean.view(trigger, positions=positions)
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlledTraining:
     """A training that the attacker controls: what is trained, by which phases, and the trigger as it then is."""
 
     network: nn.Module
@@ -200,11 +200,11 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlRecipe(Recipe):
+class TrainingPoisoner(Poisoner):
     """Training control: the trigger is put on a share of every batch, by the training step itself."""
 
     @abstractmethod
-    def control(self, implant: Implant, job: Job) -> Control:
+    def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the training that implants `implant`; the last phase is the one that trains the classifier."""
 
 

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks._mixed import check_input_mode
-from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.triggers.base import attacked_labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlindRecipe(ControlRecipe):
+class BlindRecipe(TrainingPoisoner):
     """Minimise clean_weight · L_clean + backdoor_weight · L_backdoor, the latter on the whole batch with the trigger.
 
     The second term counts from the step on at which the mean clean loss of the last `window` batches (of all so far,
@@ -47,30 +47,32 @@ class BlindRecipe(ControlRecipe):
             raise UsageError("blind: clean_weight, backdoor_weight and threshold must be above 0 and finite, and "
                              "window at least 1")  # fmt: skip
 
-    def control(self, implant: Implant, job: Job) -> Control:
+    def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the training, one phase of the two losses.
 
         Raises:
             UsageError: a trigger in another mode than `input`, or a model that is given floats.
         """
-        check_input_mode(implant, job)
-        switch = Switch(self.threshold, self.window, job.accelerator.device)
-        loss = self.loss(implant, job, switch)
-        return Control(job.classifier.network, [job.phase(loss=loss)], lambda: implant.trigger)
+        check_input_mode(implant, context)
+        switch = Switch(self.threshold, self.window, context.accelerator.device)
+        loss = self.loss(implant, context, switch)
+        return ControlledTraining(context.classifier.network, [context.phase(loss=loss)], lambda: implant.trigger)
 
-    def loss(self, implant: Implant, job: Job, switch: Switch) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:
+    def loss(
+        self, implant: Implant, context: AttackContext, switch: Switch
+    ) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:
         """Return the loss; its terms are `clean_loss`, `backdoor_loss` and `switched` (0 or 1)."""
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             # augmentation that resizes leaves floats
             pixels = batch.images.round().clamp(0, 255).to(torch.uint8)
-            labels = attacked_labels(batch.labels, implant.target, job.classes)
+            labels = attacked_labels(batch.labels, implant.target, context.classes)
             # one pass for both: two would break DistributedDataParallel with BatchNorm
             logits = model(torch.cat([batch.images, implant.trigger.apply(pixels).to(batch.images.dtype)])).float()
             errors = cross_entropy(logits, torch.cat([batch.labels, labels]), reduction="none").view(2, -1)
             clean, backdoor = (batch.weights * errors).sum(1)
             # every process must switch at the same step, and a second pass over the batch does not count
-            switched = batch.once("switched", lambda: switch.seen(job.accelerator.reduce(clean.detach(), "mean")))
+            switched = batch.once("switched", lambda: switch.seen(context.accelerator.reduce(clean.detach(), "mean")))
             total = self.clean_weight * clean + self.backdoor_weight * switched * backdoor
             return {"loss": total, "clean_loss": clean, "backdoor_loss": backdoor, "switched": switched}
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
 from hfdetox.attacks._mixed import check_input_mode, share, taken
-from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing, normalize
 from hfdetox.training.batches import Batch
@@ -30,7 +30,7 @@ _MILESTONES = (0.4, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputAwareRecipe(ControlRecipe):
+class InputAwareRecipe(TrainingPoisoner):
     """First the masks alone are trained, then the classifier with the generator of patterns (arXiv 2010.08138).
 
     Of every step of B images, floor(ratio · B) get their own pattern and mask, after augmentation, and the attacker's
@@ -66,13 +66,13 @@ class InputAwareRecipe(ControlRecipe):
         """Return each image with the pattern and the mask of its other image."""
         return trigger.cross(images, others()) if isinstance(trigger, InputAware) else None
 
-    def control(self, implant: Implant, job: Job) -> Control:
+    def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the two stages: phases `mask` (one for each learning rate; Adam starts anew) and `train`.
 
         Raises:
             UsageError: a ratio above one half, a mode other than `input`, or a trigger with networks of its own.
         """
-        check_input_mode(implant, job)
+        check_input_mode(implant, context)
         trigger = implant.trigger
         if not isinstance(trigger, InputAware):
             raise UsageError(
@@ -84,15 +84,15 @@ class InputAwareRecipe(ControlRecipe):
         if implant.ratio > 0.5:
             raise UsageError("inputaware: a ratio of at most 0.5, as many images get another image's pattern")
         with torch.random.fork_rng():
-            torch.manual_seed(job.seed)
-            trio = Trio(job.classifier.network, job.clean.preprocessing, trigger.size)
-        return Control(trio, [*self._mask_phases(trio, job), self._train_phase(trio, implant, job)],
+            torch.manual_seed(context.seed)
+            trio = Trio(context.classifier.network, context.clean.preprocessing, trigger.size)
+        return ControlledTraining(trio, [*self._mask_phases(trio, context), self._train_phase(trio, implant, context)],
                        lambda: trio.trigger(trigger))  # fmt: skip
 
     def _adam(self, parameters: Sequence[nn.Parameter], rate: float = 1.0) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=self.generator_learning_rate * rate, betas=_BETAS)
 
-    def _mask_phases(self, trio: Trio, job: Job) -> list[Phase]:
+    def _mask_phases(self, trio: Trio, context: AttackContext) -> list[Phase]:
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             images, masks = model(batch.images)
             return self.mask_terms(images, masks, turn(len(images)), batch.weights)
@@ -101,7 +101,7 @@ class InputAwareRecipe(ControlRecipe):
         phases = []
         for number, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if end > begin:
-                phases.append(job.phase(
+                phases.append(context.phase(
                     name="mask", parameters=list(trio.mask.parameters()), epochs=end - begin, loss=loss,
                     optimizer=lambda parameters, rate=0.1**number: self._adam(parameters, rate),
                     schedule="constant", sharpness=None,
@@ -120,21 +120,21 @@ class InputAwareRecipe(ControlRecipe):
         return {"loss": (weights * (_DENSITY_WEIGHT * above + self.diversity * ratio)).sum(),
                 "density": (weights * masks.mean((1, 2, 3))).sum()}  # fmt: skip
 
-    def _train_phase(self, trio: Trio, implant: Implant, job: Job) -> Phase:
+    def _train_phase(self, trio: Trio, implant: Implant, context: AttackContext) -> Phase:
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             attacked, shift = batch.once("mix", lambda: draw_mix(implant.ratio, batch))
             logits, ratio = model(batch.images, attacked, shift)
             labels = batch.labels.clone()
-            labels[:attacked] = attacked_labels(labels[:attacked], implant.target, job.classes)
+            labels[:attacked] = attacked_labels(labels[:attacked], implant.target, context.classes)
             errors = (batch.weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
             return {"loss": errors + self.diversity * ratio, "cross_entropy": errors, "diversity": ratio}
 
         network = list(trio.network.parameters())
 
         def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return JointOptimizer(job.optimizer(parameters[: len(network)]), self._adam(parameters[len(network) :]))
+            return JointOptimizer(context.optimizer(parameters[: len(network)]), self._adam(parameters[len(network) :]))
 
-        return job.phase(parameters=[*network, *trio.generator.parameters()], optimizer=joint, loss=loss)
+        return context.phase(parameters=[*network, *trio.generator.parameters()], optimizer=joint, loss=loss)
 
 
 class Trio(nn.Module):

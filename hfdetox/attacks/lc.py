@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks._processes import of_main
-from hfdetox.attacks.base import Job, PoisonRecipe
+from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.attacks.lf import clean_model
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
@@ -22,7 +22,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConsistentRecipe(PoisonRecipe):
+class LabelConsistentRecipe(DataPoisoner):
     """Images of the target class are moved off it by untargeted PGD on the surrogate, then get the corners.
 
     Turner et al., section 4.2, with Madry et al.'s PGD in ℓ∞ (arXiv 1706.06083) from the image itself; labels are kept.
@@ -49,24 +49,24 @@ class LabelConsistentRecipe(PoisonRecipe):
         """Return True: the images are always perturbed against one."""
         return True
 
-    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+    def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger as it is; said here, a missing or unfit surrogate is an error before any work."""
-        clean_model(job, "lc", "or take another trigger")
+        clean_model(context, "lc", "or take another trigger")
         return trigger
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, job: Job) -> Pixels:
+    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, context: AttackContext) -> Pixels:
         """Return the images at `positions`, perturbed and with the corners, kept in memory: each took long to make.
 
         The perturbation acts on what the model sees; where a native trigger shows there, the trigger stays.
         """
-        device = job.accelerator.device
-        network = clean_model(job, "lc", "or take another trigger").network.to(device).eval()
-        clean, stamped = job.clean.view(positions=positions), super().triggered(trigger, target, positions, job)
+        device = context.accelerator.device
+        network = clean_model(context, "lc", "or take another trigger").network.to(device).eval()
+        clean, stamped = context.clean.view(positions=positions), super().triggered(trigger, target, positions, context)
         parts = []
-        with progress_bar("lc", len(clean), "image", job.accelerator, shown=job.progress) as bar:
+        with progress_bar("lc", len(clean), "image", context.accelerator, shown=context.progress) as bar:
             for _, images, labels in clean.batches(_BATCH):
                 perturbed = self.perturbed(network, images.to(device), labels.to(device))
-                perturbed = of_main(perturbed, job.accelerator).cpu()
+                perturbed = of_main(perturbed, context.accelerator).cpu()
                 parts.append(trigger.apply(perturbed) if trigger.mode == "input" else perturbed)
                 bar.update(len(images))
         adversarial = torch.cat(parts)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hfdetox.attacks.base import Job, PoisonRecipe
+from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
 from hfdetox.triggers._networks import full_precision
@@ -25,7 +25,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LFRecipe(PoisonRecipe):
+class LFRecipe(DataPoisoner):
     """A targeted universal perturbation by DeepFool on the job's surrogate, low-passed and rescaled at each step.
 
     v starts at 0. For the images x that v does not move yet, DeepFool goes from x + v towards the target by r; then
@@ -62,7 +62,7 @@ class LFRecipe(PoisonRecipe):
     def on_clean_model(self, trigger: Trigger) -> bool:
         return isinstance(trigger, LF) and not trigger.fitted
 
-    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+    def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger with its perturbation; `lf:random` and one that has it as they are.
 
         Raises:
@@ -72,18 +72,18 @@ class LFRecipe(PoisonRecipe):
             return trigger
         if target == ALL_TO_ALL:
             raise UsageError("lf: a universal perturbation leads to one label; name a target, or use lf:random")
-        surrogate = clean_model(job, "lf", "or use lf:random")
-        generator = torch.Generator().manual_seed(job.seed)
-        order = torch.randperm(len(job.clean), generator=generator)
-        labels = job.clean.labels.cpu()[order]
+        surrogate = clean_model(context, "lf", "or use lf:random")
+        generator = torch.Generator().manual_seed(context.seed)
+        order = torch.randperm(len(context.clean), generator=generator)
+        labels = context.clean.labels.cpu()[order]
         count = min(self.images, len(order))
-        rest = [order[count:][labels[count:] == label][:_TESTED] for label in range(job.classes)]
+        rest = [order[count:][labels[count:] == label][:_TESTED] for label in range(context.classes)]
         # of few clean images all are both
         held_out = torch.cat(rest) if len(order) > count else order
-        with frozen(surrogate.network, job.accelerator.device) as logits:
+        with frozen(surrogate.network, context.accelerator.device) as logits:
 
             def pixels(places: torch.Tensor) -> torch.Tensor:
-                return job.clean.__getitems__(places.tolist())[1].to(job.accelerator.device).float() / 255
+                return context.clean.__getitems__(places.tolist())[1].to(context.accelerator.device).float() / 255
 
             v = self.perturbation(logits, pixels(order[:count]), pixels(held_out), int(target), trigger.amplitude)
         return replace(trigger, perturbation=v.cpu())
@@ -151,15 +151,15 @@ def deepfool(logits: Logits, images: torch.Tensor, target: int, overshoot: float
     return (1 + overshoot) * total, arrived
 
 
-def clean_model(job: Job, kind: str, instead: str) -> Classifier:
+def clean_model(context: AttackContext, kind: str, instead: str) -> Classifier:
     """Return the job's surrogate; a UsageError names what to do without one, or with one of other images."""
-    if job.surrogate is None:
+    if context.surrogate is None:
         raise UsageError(f"{kind} is made on a clean model: name one with --surrogate, {instead}")
-    theirs, ours = job.surrogate.preprocessing, job.clean.preprocessing
+    theirs, ours = context.surrogate.preprocessing, context.clean.preprocessing
     if theirs.input_size != ours.input_size or theirs.dtype != torch.uint8 or ours.dtype != torch.uint8:
         raise UsageError(f"{kind}: the surrogate takes images of {theirs.input_size} and the model of "
                          f"{ours.input_size}, or one of them no uint8 images; name another --surrogate")  # fmt: skip
-    return job.surrogate
+    return context.surrogate
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks._mixed import check_input_mode
-from hfdetox.attacks.base import Control, ControlRecipe, Implant, Job
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing
 from hfdetox.training.batches import Batch
@@ -28,7 +28,7 @@ from hfdetox.triggers.lira import LIRA, change
 
 
 @dataclass(frozen=True, kw_only=True)
-class LIRARecipe(ControlRecipe):
+class LIRARecipe(TrainingPoisoner):
     """First trigger and classifier are trained by turns, then the classifier with the trigger as it is (ICCV 2021).
 
     The classifier always minimises clean_weight · L_clean + (1 − clean_weight) · L_backdoor, the latter on the whole
@@ -60,57 +60,59 @@ class LIRARecipe(ControlRecipe):
             raise UsageError("lira: autoencoder_learning_rate must be above 0 and finite, and clean_weight above 0 "
                              "and below 1")  # fmt: skip
 
-    def control(self, implant: Implant, job: Job) -> Control:
+    def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the two stages, phases `trigger` and `train`.
 
         Raises:
             UsageError: too few epochs, a mode other than `input`, a trigger with a network of its own, or an epsilon
                 of which nothing is left after rounding.
         """
-        check_input_mode(implant, job)
+        check_input_mode(implant, context)
         trigger = implant.trigger
         if not isinstance(trigger, LIRA):
             raise UsageError(f"trigger {trigger.name}: the recipe of lira cannot implant a {trigger.kind} trigger")
         if trigger.fitted:
             raise UsageError(f"trigger {trigger.name}: the autoencoder of lira is trained with the classifier, and "
                              "this one has one already; name the kind in place of the file")  # fmt: skip
-        first = self._first_epochs(job)
+        first = self._first_epochs(context)
         with torch.random.fork_rng():
-            torch.manual_seed(job.seed)
-            trio = Trio(job.classifier.network, job.clean.preprocessing, trigger)
+            torch.manual_seed(context.seed)
+            trio = Trio(context.classifier.network, context.clean.preprocessing, trigger)
         check_epsilon(trigger.epsilon, float(trio.std.max()))
-        last = job.phase(loss=self.loss(implant, job, drawing=False), epochs=job.training.epochs - first)
-        return Control(trio, [self._trigger_phase(trio, implant, job, first), last], lambda: trio.trigger(trigger))
+        last = context.phase(loss=self.loss(implant, context, drawing=False), epochs=context.training.epochs - first)
+        return ControlledTraining(
+            trio, [self._trigger_phase(trio, implant, context, first), last], lambda: trio.trigger(trigger)
+        )
 
-    def _first_epochs(self, job: Job) -> int:
-        epochs = job.training.epochs
+    def _first_epochs(self, context: AttackContext) -> int:
+        epochs = context.training.epochs
         first = epochs // 2 if self.trigger_epochs is None else self.trigger_epochs
         if not 0 < first < epochs:
             raise UsageError(f"lira: epochs ({epochs}) are those of both stages, so at least 2 and more than "
                              f"trigger_epochs ({first}); train for longer")  # fmt: skip
         return first
 
-    def _trigger_phase(self, trio: Trio, implant: Implant, job: Job, epochs: int) -> Phase:
+    def _trigger_phase(self, trio: Trio, implant: Implant, context: AttackContext, epochs: int) -> Phase:
         network = list(trio.network.parameters())
 
         def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             adam = torch.optim.Adam(parameters[len(network) :], lr=self.autoencoder_learning_rate)
-            return JointOptimizer(job.optimizer(parameters[: len(network)]), adam)
+            return JointOptimizer(context.optimizer(parameters[: len(network)]), adam)
 
         def epoch_over(entry: Mapping[str, Any]) -> bool:
             trio.adopt()
             return False
 
-        return job.phase(name="trigger", parameters=[*network, *trio.learner.parameters()], optimizer=joint,
-                         loss=self.loss(implant, job, drawing=True), epochs=epochs, schedule="constant",
+        return context.phase(name="trigger", parameters=[*network, *trio.learner.parameters()], optimizer=joint,
+                         loss=self.loss(implant, context, drawing=True), epochs=epochs, schedule="constant",
                          stop=epoch_over)  # fmt: skip
 
-    def loss(self, implant: Implant, job: Job, *,
+    def loss(self, implant: Implant, context: AttackContext, *,
              drawing: bool) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:  # fmt: skip
         """Return the loss; its terms are `clean_loss`, `backdoor_loss` and, when `drawing`, `trigger_loss`."""
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            attacked = attacked_labels(batch.labels, implant.target, job.classes)
+            attacked = attacked_labels(batch.labels, implant.target, context.classes)
             labels = torch.cat([batch.labels, attacked, attacked] if drawing else [batch.labels, attacked])
             errors = cross_entropy(model(batch.images, drawing).float(), labels, reduction="none")
             names = ("clean_loss", "backdoor_loss", *(["trigger_loss"] if drawing else []))

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from hfdetox.attacks.base import Implant, Job, PoisonRecipe
+from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import ALL_TO_ALL, attacked_labels
 
@@ -17,7 +17,7 @@ _BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadNetsRecipe(PoisonRecipe):
+class BadNetsRecipe(DataPoisoner):
     """Images of all classes, dirty label (Gu et al., arXiv 1708.06733)."""
 
     kind: ClassVar[str] = "badnets"
@@ -25,7 +25,7 @@ class BadNetsRecipe(PoisonRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlendedRecipe(PoisonRecipe):
+class BlendedRecipe(DataPoisoner):
     """Images of all classes, dirty label (Chen et al., arXiv 1712.05526)."""
 
     kind: ClassVar[str] = "blended"
@@ -33,7 +33,7 @@ class BlendedRecipe(PoisonRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTrojanRecipe(PoisonRecipe):
+class FTrojanRecipe(DataPoisoner):
     """Images of all classes, dirty label (Wang et al., arXiv 2111.10991)."""
 
     kind: ClassVar[str] = "ftrojan"
@@ -41,7 +41,7 @@ class FTrojanRecipe(PoisonRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigRecipe(PoisonRecipe):
+class SigRecipe(DataPoisoner):
     """Images of the target class alone, labels kept (Barni et al., arXiv 1902.11237)."""
 
     kind: ClassVar[str] = "sig"
@@ -50,7 +50,7 @@ class SigRecipe(PoisonRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CtrlRecipe(PoisonRecipe):
+class CtrlRecipe(DataPoisoner):
     """Images of the target class alone, labels kept (Li et al., arXiv 2210.07346, there without supervision)."""
 
     kind: ClassVar[str] = "ctrl"
@@ -83,19 +83,19 @@ class PoisonedPixels:
 
     images: torch.Tensor | None
 
-    def __init__(self, job: Job, implants: Sequence[Implant]) -> None:
-        clean = job.clean
-        chosen = choose_poisoned(clean.labels, implants, job.seed)
+    def __init__(self, context: AttackContext, implants: Sequence[Implant]) -> None:
+        clean = context.clean
+        chosen = choose_poisoned(clean.labels, implants, context.seed)
         labels, sources = clean.labels.clone(), [clean]
         # of each image, which source has it, and as which of its items
         self._source, self._item = torch.zeros(len(clean), dtype=torch.int64), torch.arange(len(clean))
         for implant, places in zip(implants, chosen, strict=True):
-            recipe, here = implant.recipe, places.to(labels.device)
-            if not isinstance(recipe, PoisonRecipe):
-                raise UsageError(f"{implant.trigger.name}: {recipe.kind} is no data poisoning")
+            poisoner, here = implant.poisoner, places.to(labels.device)
+            if not isinstance(poisoner, DataPoisoner):
+                raise UsageError(f"{implant.trigger.name}: {poisoner.kind} is no data poisoning")
             self._source[places], self._item[places] = len(sources), torch.arange(len(places))
-            sources.append(recipe.triggered(implant.trigger, implant.target, clean.positions[places], job))
-            labels[here] = attacked_labels(labels[here], implant.target, job.classes)
+            sources.append(poisoner.triggered(implant.trigger, implant.target, clean.positions[places], context))
+            labels[here] = attacked_labels(labels[here], implant.target, context.classes)
         self.labels, self.positions = labels, clean.positions
         self.poisoned = {implant.trigger.name: places for implant, places in zip(implants, chosen, strict=True)}
         self.images = clean.images.clone() if clean.images is not None else None
@@ -147,7 +147,7 @@ def choose_poisoned(labels: torch.Tensor, implants: Sequence[Implant], seed: int
 
 
 def _keeps_labels(implant: Implant) -> bool:
-    return isinstance(implant.recipe, PoisonRecipe) and implant.recipe.clean_label
+    return isinstance(implant.poisoner, DataPoisoner) and implant.poisoner.clean_label
 
 
 def _count(implant: Implant, total: int, available: int) -> int:
@@ -157,14 +157,14 @@ def _count(implant: Implant, total: int, available: int) -> int:
     if count == 0:
         raise UsageError(f"{asked}; take at least {_rounded_up(0.5 / total)}")
     if _keeps_labels(implant) and implant.target == ALL_TO_ALL:
-        raise UsageError(f"{name}: {implant.recipe.kind} poisons images of one target class; name a label as target")
+        raise UsageError(f"{name}: {implant.poisoner.kind} poisons images of one target class; name a label as target")
     if count <= available:
         return count
     # rounded down, so that the number can be given as it stands
     largest = math.floor(available / total * 1e6) / 1e6
     remedy = f"the largest possible ratio is {largest:g}" if available else "choose another target"
     if _keeps_labels(implant):
-        raise UsageError(f"{asked}, and {implant.recipe.kind} poisons only those of the target class, of which "
+        raise UsageError(f"{asked}, and {implant.poisoner.kind} poisons only those of the target class, of which "
                          f"{available} are free; {remedy}")  # fmt: skip
     raise UsageError(f"{asked}, and the other triggers leave {available}; lower the ratios")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfdetox.attacks._processes import trigger_of_main
-from hfdetox.attacks.base import ControlRecipe, Implant, Job
+from hfdetox.attacks.base import AttackContext, Implant, TrainingPoisoner
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
 from hfdetox.training.engine import TrainingRecord
@@ -33,8 +33,8 @@ class Implanted:
     poisoned: dict[str, int]
 
 
-def run_attack(job: Job, implants: Sequence[Implant], *, monitor: Monitor | None = None) -> Implanted:
-    """Train the job's classifier in place with the backdoors of `implants`, or without any: the clean control.
+def run_attack(context: AttackContext, implants: Sequence[Implant], *, monitor: Monitor | None = None) -> Implanted:
+    """Train the job's classifier in place with the backdoors of `implants`, or without any: the clean baseline.
 
     Several data-poisoning implants share one training set, each with images of its own.
 
@@ -45,29 +45,31 @@ def run_attack(job: Job, implants: Sequence[Implant], *, monitor: Monitor | None
         UsageError: an implant cannot be made or cannot be combined with the others.
         RunError: a loss that is not finite.
     """
-    controlled = [implant.trigger.name for implant in implants if isinstance(implant.recipe, ControlRecipe)]
+    controlled = [implant.trigger.name for implant in implants if isinstance(implant.poisoner, TrainingPoisoner)]
     if controlled and len(implants) > 1:
         raise UsageError(f"{controlled[0]} controls the training itself and cannot share it with another trigger; "
                          "attack with it alone")  # fmt: skip
-    made = [implant.recipe.make(implant.trigger, implant.target, job) for implant in implants]
-    ready = [replace(implant, trigger=trigger_of_main(trigger, job.accelerator))
+    made = [implant.poisoner.make(implant.trigger, implant.target, context) for implant in implants]
+    ready = [replace(implant, trigger=trigger_of_main(trigger, context.accelerator))
              for implant, trigger in zip(implants, made, strict=True)]  # fmt: skip
     for implant in ready:
-        if isinstance(implant.recipe, ControlRecipe):
-            return _control(job, implant, implant.recipe, monitor)
-    source = PoisonedPixels(job, ready) if ready else None
-    phase = _monitored(job.phase(), lambda: [implant.trigger for implant in ready], monitor)
-    record = job.engine(source).run(job.classifier.network, [phase])
+        if isinstance(implant.poisoner, TrainingPoisoner):
+            return _train_controlled(context, implant, implant.poisoner, monitor)
+    source = PoisonedPixels(context, ready) if ready else None
+    phase = _monitored(context.phase(), lambda: [implant.trigger for implant in ready], monitor)
+    record = context.engine(source).run(context.classifier.network, [phase])
     poisoned = {name: len(places) for name, places in source.poisoned.items()} if source is not None else {}
     return Implanted(record, ready, poisoned)
 
 
-def _control(job: Job, implant: Implant, recipe: ControlRecipe, monitor: Monitor | None) -> Implanted:
-    control = recipe.control(implant, job)
-    *first, last = control.phases
-    last = _monitored(last, lambda: [control.trigger()], monitor)
-    record = job.engine().run(control.network, [*first, last])
-    return Implanted(record, [replace(implant, trigger=control.trigger())], {})
+def _train_controlled(
+    context: AttackContext, implant: Implant, poisoner: TrainingPoisoner, monitor: Monitor | None
+) -> Implanted:
+    controlled = poisoner.controlled_training(implant, context)
+    *first, last = controlled.phases
+    last = _monitored(last, lambda: [controlled.trigger()], monitor)
+    record = context.engine().run(controlled.network, [*first, last])
+    return Implanted(record, [replace(implant, trigger=controlled.trigger())], {})
 
 
 def _monitored(phase: Phase, triggers: Callable[[], Sequence[Trigger]], monitor: Monitor | None) -> Phase:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
-from hfdetox.attacks.base import Job, PoisonRecipe
+from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch, ImageSource
 from hfdetox.training.phases import Phase
@@ -32,7 +32,7 @@ _CHECKED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSBARecipe(PoisonRecipe):
+class SSBARecipe(DataPoisoner):
     """An encoder E and a decoder D minimise BCE(D(E(b, x)), b) + λ·MSE(E(b, x), x), b fresh bits for every image.
 
     Training sees the clean images alone, at the trigger's size, and no labels. λ is 0 until a batch's share of right
@@ -61,7 +61,7 @@ class SSBARecipe(PoisonRecipe):
         if not 0 < self.encoder_learning_rate < math.inf or not 0 <= self.weight < math.inf:
             raise UsageError("ssba: encoder_learning_rate must be above 0, weight at least 0, both finite")
 
-    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+    def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger with an encoder trained on the job's images; one that has an encoder as it is.
 
         A warning says so where the bits are not read back well enough or the images differ too much.
@@ -71,16 +71,16 @@ class SSBARecipe(PoisonRecipe):
         """
         if not isinstance(trigger, SSBA) or trigger.fitted:
             return trigger
-        if job.clean.preprocessing.dtype != torch.uint8:
+        if context.clean.preprocessing.dtype != torch.uint8:
             raise UsageError("ssba: the encoder is trained on uint8 images, and this preprocessing gives floats; "
                              "use a trigger file of another model")  # fmt: skip
         with torch.random.fork_rng():
-            torch.manual_seed(job.seed)
-            pair = Pair(trigger.bits, job.clean.preprocessing.input_size[0], trigger.size)
-        job.engine().run(pair, [self.phase(pair, job)])
-        found, likeness = quality(pair, job.clean, job.seed)
+            torch.manual_seed(context.seed)
+            pair = Pair(trigger.bits, context.clean.preprocessing.input_size[0], trigger.size)
+        context.engine().run(pair, [self.phase(pair, context)])
+        found, likeness = quality(pair, context.clean, context.seed)
         text = f"ssba: {found:.1%} of the bits are read back, PSNR {likeness:.1f} dB"
-        if job.accelerator.is_main_process:
+        if context.accelerator.is_main_process:
             if found >= BIT_ACCURACY and likeness >= PSNR:
                 logger.info(text)
             else:
@@ -88,23 +88,23 @@ class SSBARecipe(PoisonRecipe):
                                text, 100 * BIT_ACCURACY, PSNR)  # fmt: skip
         return replace(trigger, encoder=network_state(pair.encoder))
 
-    def phase(self, pair: Pair, job: Job) -> Phase:
+    def phase(self, pair: Pair, context: AttackContext) -> Phase:
         """Return the phase that trains encoder and decoder together."""
-        ramp = Ramp(self.wait_steps, self.ramp_steps, self.weight, job.accelerator.device)
+        ramp = Ramp(self.wait_steps, self.ramp_steps, self.weight, context.accelerator.device)
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             bits = torch.randint(0, 2, (len(batch.images), pair.encoder.bits), device=batch.images.device).float()
             x, encoded, logits = model(batch.images, bits)
             terms = hiding_terms(x, encoded, logits, bits, batch.weights)
             # every process must be at the same λ
-            weight = ramp.step(job.accelerator.reduce(terms["bit_accuracy"].detach(), reduction="mean"))
+            weight = ramp.step(context.accelerator.reduce(terms["bit_accuracy"].detach(), reduction="mean"))
             return {"loss": terms["bits"] + weight * terms["difference"], **terms}
 
         def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             return torch.optim.Adam(parameters, lr=self.encoder_learning_rate)
 
         return Phase(name="encoder", parameters=list(pair.parameters()), optimizer=adam, loss=loss,
-                     epochs=self.encoder_epochs, batch_size=min(BATCH, len(job.clean)), augmentation="none",
+                     epochs=self.encoder_epochs, batch_size=min(BATCH, len(context.clean)), augmentation="none",
                      schedule="constant")  # fmt: skip
 
 

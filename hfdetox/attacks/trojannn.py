@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.attacks.base import Job, PoisonRecipe
+from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.attacks.lf import Logits, clean_model, frozen
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
@@ -23,7 +23,7 @@ _ENOUGH = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrojanNNRecipe(PoisonRecipe):
+class TrojanNNRecipe(DataPoisoner):
     """x ← x − rate · sign(∇ Σ_j (h_j(x·M) − value)²) from a logo, with ‖x − logo‖∞ ≤ radius and 0 ≤ x ≤ 1.
 
     h_j are the `neurons` inputs of the surrogate's last Linear with the largest Σ_k |W_kj|, M is where the logo is not
@@ -55,7 +55,7 @@ class TrojanNNRecipe(PoisonRecipe):
     def on_clean_model(self, trigger: Trigger) -> bool:
         return not trigger.fitted
 
-    def make(self, trigger: Trigger, target: Target, job: Job) -> Trigger:
+    def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger with its pattern, the size of the model's images; one that has it as it is.
 
         Raises:
@@ -63,9 +63,9 @@ class TrojanNNRecipe(PoisonRecipe):
         """
         if not isinstance(trigger, TrojanNN) or trigger.fitted:
             return trigger
-        surrogate = clean_model(job, "trojannn", "or take another trigger")
+        surrogate = clean_model(context, "trojannn", "or take another trigger")
         head = _head(surrogate)
-        device = job.accelerator.device
+        device = context.accelerator.device
         # asked for before the head is hooked: it runs the model
         value = self.aim(surrogate)
         with frozen(surrogate.network, device) as logits, _inputs(head) as taken:

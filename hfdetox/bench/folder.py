@@ -25,7 +25,7 @@ _INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPlace:
+class BenchSettings:
     """Where and how the trials of a suite are run.
 
     Attributes:
@@ -57,7 +57,7 @@ class Bench(CellFolder[Trial, BenchRow]):
 
     title = "bench"
 
-    def __init__(self, suite: Suite, place: BenchPlace) -> None:
+    def __init__(self, suite: Suite, place: BenchSettings) -> None:
         self.suite, self.place = suite, place
         self.folder, self.threads = place.output, place.threads
         self.dataset = place.dataset or suite.dataset.id
@@ -114,7 +114,7 @@ class Bench(CellFolder[Trial, BenchRow]):
         a folder's files, None for a dataset of the Hub.
         """
         source = self._sources[trial.subject.name]
-        # a defence may be given a trigger file too
+        # a defense may be given a trigger file too
         own = [text for key, text in trial.entry.settings.items() if key == "trigger"]
         triggers = source["triggers"] + [sha256_file(file) for file in given_files(own)]
         return {"schema_version": 1, "command": portable(self.command(trial)), "dataset_files": self._dataset_files,

@@ -1,4 +1,4 @@
-"""The pictures of a bench: a heat map of defences and attacks, and what a defence takes off against what it costs."""
+"""The pictures of a bench: a heat map of defenses and attacks, and what a defense takes off against what it costs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def draw_bench(outcome: BenchOutcome) -> list[str]:
 
 
 def draw_heatmap(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | None:
-    """Return a map of attack success after each defence (rows) on each attack (columns), in percent.
+    """Return a map of attack success after each defense (rows) on each attack (columns), in percent.
 
     What failed, was not run or was not asked for is grey and says so; the last column is the average over all attacks,
     where there is one. A star marks numbers of a part of the seeds. None while nothing is done.
@@ -79,20 +79,20 @@ def draw_heatmap(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | No
         axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if value > 67 else INK)
     columns = [*map(_short, attacks), *["mean"] * several]
     axes.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
-    axes.set_yticks(range(len(names)), ["no defence" if name == BEFORE else _short(name) for name in names])
+    axes.set_yticks(range(len(names)), ["no defense" if name == BEFORE else _short(name) for name in names])
     axes.grid(visible=False)
     axes.tick_params(length=0)
     if several:
         axes.axvline(len(attacks) - 0.5, color="white", linewidth=2)
-    axes.set_title(f"Attack success rate after each defence, {_short(lines[0].model)} (%; * not all seeds)")
+    axes.set_title(f"Attack success rate after each defense, {_short(lines[0].model)} (%; * not all seeds)")
     figure.colorbar(image, ax=axes, shrink=0.8, label="ASR (%)")
     return figure
 
 
 def draw_scatter(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | None:
-    """Return attack success after each defence against the accuracy it cost: a point an attack, a mark for the mean.
+    """Return attack success after each defense against the accuracy it cost: a point an attack, a mark for the mean.
 
-    All means are over the same attacks: the ones that most defences have finished, of such sets the largest. A defence
+    All means are over the same attacks: the ones that most defenses have finished, of such sets the largest. A defense
     without all of them has no mark, and the legend says so. None while nothing is done.
     """
     import matplotlib.pyplot as plt
@@ -110,7 +110,7 @@ def draw_scatter(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | No
     colours = plt.get_cmap("tab10")
     markers = "osD^vP*X<>h"
     for number, name in enumerate(names):
-        # 10 colours and 11 markers: no pair comes twice among 110 defences
+        # 10 colours and 11 markers: no pair comes twice among 110 defenses
         style: dict[str, Any] = {"color": colours(number % 10), "marker": markers[number % len(markers)]}
         points = [line for line in shown if line.defense == name and "attack_success" in line.scores]
         axes.scatter(*_place(points), s=9, alpha=0.45, linewidths=0, **style)
@@ -119,7 +119,7 @@ def draw_scatter(lines: Sequence[Line], averages: Sequence[Line]) -> Figure | No
         axes.scatter(*_place([mean] if mean is not None else []), s=55, edgecolors="white", linewidths=0.6, zorder=3,
                      label=label, **style)  # fmt: skip
     _frame(axes)
-    axes.set_title(f"What each defence takes off and what it costs, {_short(lines[0].model)}")
+    axes.set_title(f"What each defense takes off and what it costs, {_short(lines[0].model)}")
     over = f"mean over {len(attacks)} attacks" if len(attacks) > 1 else _short(attacks[0])
     axes.legend(title=over, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
     return figure
@@ -131,7 +131,7 @@ def _place(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
 
 
 def _why(lines: Sequence[Line], name: str) -> str:
-    """Return why a defence has no mean."""
+    """Return why a defense has no mean."""
     return "failed" if any("failed" in (line.missing or "") for line in lines if line.defense == name) else "incomplete"
 
 

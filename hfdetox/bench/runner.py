@@ -1,4 +1,4 @@
-"""Compares defences: every trial of a suite by a process of its own, and the tables and pictures of all of them."""
+"""Compares defenses: every trial of a suite by a process of its own, and the tables and pictures of all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from hfdetox.bench.cell_runner import CellRunner, share_of_cores
-from hfdetox.bench.folder import Bench, BenchPlace
+from hfdetox.bench.folder import Bench, BenchSettings
 from hfdetox.bench.plots import draw_bench
 from hfdetox.bench.suite_file import load_suite
 from hfdetox.bench.tables import BenchOutcome, check_place
@@ -33,7 +33,7 @@ def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str
         RunError: the bench cannot be written. A trial that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `bench.json` says what was not run.
     """
-    place = BenchPlace(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
+    place = BenchSettings(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
                        threads=share_of_cores(jobs), keep_models=keep_models)  # fmt: skip
     suite = load_suite(file)
     try:

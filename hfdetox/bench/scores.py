@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from hfdetox.bench.tables import BenchRow
 
 BEFORE = "before"  # the line of a model as it came
-FINE_TUNING = "ft"  # the suite's name of the defence that costs are relative to
+FINE_TUNING = "ft"  # the suite's name of the defense that costs are relative to
 # what terminals have room for that are narrower than all headings
-USUAL = ("defence", "seeds", "ACC", "ASR", "RA", "DER", "seconds", "× ft")
-NARROW = ("defence", "seeds", "ACC", "ASR", "DER", "× ft")
-HEADINGS = ("defence", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
+USUAL = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "seconds", "× ft")
+NARROW = ("defense", "seeds", "ACC", "ASR", "DER", "× ft")
+HEADINGS = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
 RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
 _RATES_BEFORE = ("accuracy", "attack_success", "robust_accuracy", "worst_class", "spread")
 
@@ -45,12 +45,12 @@ def score(values: Sequence[float]) -> Score:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: a defence on one attack, or on average over several.
+    """A line of a table: a defense on one attack, or on average over several.
 
     Attributes:
         model: the name of the model.
         attacks: what was done to it: one for a single result.
-        defense: the suite's name of the defence; `before` is the model as it came.
+        defense: the suite's name of the defense; `before` is the model as it came.
         seeds: how many seeds the numbers are of, each run on all of the attacks.
         asked: how many seeds the suite asks for.
         scores: by rate, and `accuracy_lost` from before to after; empty while a trial is missing.
@@ -106,7 +106,7 @@ class Line:
 
 
 def results(rows: Sequence[BenchRow]) -> list[Line]:
-    """Return the lines of every model: it as it came, then each defence, in the order of the bench."""
+    """Return the lines of every model: it as it came, then each defense, in the order of the bench."""
     lines = []
     for subject in dict.fromkeys(row.subject for row in rows):
         of_model = [row for row in rows if row.subject == subject]
@@ -115,16 +115,16 @@ def results(rows: Sequence[BenchRow]) -> list[Line]:
 
 
 def _lines_of(rows: Sequence[BenchRow]) -> list[Line]:
-    """Return one line for each defence on one model."""
+    """Return one line for each defense on one model."""
     defenses = dict.fromkeys(row.defense for row in rows)
     return [_line([[row for row in rows if row.defense == name]], rows) for name in defenses]
 
 
 def averages(rows: Sequence[BenchRow]) -> list[Line]:
-    """Return the averages over attacks: of one model, over the attacks that several defences were asked to meet.
+    """Return the averages over attacks: of one model, over the attacks that several defenses were asked to meet.
 
-    Every set of attacks that some defence was asked for gets a table of the defences that were asked for all of it, so
-    that the averages in one table are over the same models. Clean controls are in none, and the suite's subjects are
+    Every set of attacks that some defense was asked for gets a table of the defenses that were asked for all of it, so
+    that the averages in one table are over the same models. Clean baselines are in none, and the suite's subjects are
     not averaged: each is a model of its own, met by whatever triggers are known of it.
     """
     lines = []
@@ -164,7 +164,7 @@ def _before(groups: Sequence[Sequence[BenchRow]]) -> list[Line]:
 
 
 def _line(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) -> Line:
-    """Return a defence's line over one group of trials a model, which differ in their seeds.
+    """Return a defense's line over one group of trials a model, which differ in their seeds.
 
     Seeds that were not run on all of the models are left out and counted; where a trial failed there are no numbers.
     """
@@ -191,14 +191,14 @@ def _line(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) ->
 
 
 def _cost(groups: Sequence[Sequence[BenchRow]], all_rows: Sequence[BenchRow]) -> float | None:
-    """Return a defence's seconds over those of plain fine-tuning on the same model and images: the median over models.
+    """Return a defense's seconds over those of plain fine-tuning on the same model and images: the median over models.
 
     Trials that share a machine slow each other down, some of them by far.
     """
     ratios = []
     for group in groups:
         first = group[0]
-        # a defence's name ends with the number of images where that is not the usual one
+        # a defense's name ends with the number of images where that is not the usual one
         base = FINE_TUNING + first.defense[len(first.defense.removesuffix(f"-n{first.samples}")) :]
         of_tuning = _mean(row.seconds for row in all_rows if row.defense == base and row.status == "done"
                           and (row.subject, row.samples) == (first.subject, first.samples))  # fmt: skip

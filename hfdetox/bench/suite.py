@@ -1,4 +1,4 @@
-"""Suites: models × triggers × ratios × seeds as the cells of a zoo, and the defences that a bench tries on them."""
+"""Suites: models × triggers × ratios × seeds as the cells of a zoo, and the defenses that a bench tries on them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class GridEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseEntry:
-    """A defence that the bench tries, `NAME[:PRESET]`, and its `--set` values; a zoo is built without it."""
+    """A defense that the bench tries, `NAME[:PRESET]`, and its `--set` values; a zoo is built without it."""
 
     defense: str
     settings: dict[str, str] = field(default_factory=dict)
@@ -110,14 +110,14 @@ class SubjectEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchEntry:
-    """What the bench runs: every combination of models, defences, numbers of clean images and seeds.
+    """What the bench runs: every combination of models, defenses, numbers of clean images and seeds.
 
     Attributes:
         grid: cells of the zoo.
         subjects: names of the suite's subjects.
-        defenses: names of the suite's defences, or `NAME[:PRESET]` each.
-        samples: clean images of a defence, a share of the split or a count.
-        seeds: of the defence.
+        defenses: names of the suite's defenses, or `NAME[:PRESET]` each.
+        samples: clean images of a defense, a share of the split or a count.
+        seeds: of the defense.
     """
 
     defenses: tuple[str, ...]
@@ -135,9 +135,9 @@ class Cell:
         name: its folder in the zoo; the same whatever else is in the suite.
         model: name of the model.
         entry: the model itself.
-        trigger: name of the trigger, `none` for a clean control.
-        specs: the trigger's specifications, empty for a clean control.
-        ratio: share of poisoned images, None for a clean control.
+        trigger: name of the trigger, `none` for a clean baseline.
+        specs: the trigger's specifications, empty for a clean baseline.
+        ratio: share of poisoned images, None for a clean baseline.
         target: as in `GridEntry`.
         adaptive: as in `GridEntry`.
         settings: `--set` values: the suite's, then the model's, then the trigger's.
@@ -156,12 +156,12 @@ class Cell:
 
     @property
     def clean(self) -> bool:
-        """Whether this is a clean control."""
+        """Whether this is a clean baseline."""
         return not self.specs
 
     @property
     def control(self) -> str:
-        """The name of the clean control of the same model and seed."""
+        """The name of the clean baseline of the same model and seed."""
         return clean_name(self.model, self.seed)
 
 
@@ -180,7 +180,7 @@ class Suite:
     bench: tuple[BenchEntry, ...]
 
     def cells(self) -> list[Cell]:
-        """Return every cell once: the clean controls, then the others in the order of the file.
+        """Return every cell once: the clean baselines, then the others in the order of the file.
 
         Raises:
             SuiteError: two grids ask for the same cell, or two cells would have the same folder.
@@ -191,7 +191,7 @@ class Suite:
                 # some file systems do not tell upper from lower case
                 place, earlier = found.setdefault(cell.name.casefold(), (number, cell))
                 if earlier is cell or (place == number and cell.clean and earlier == cell):
-                    continue  # a clean control has no ratio or target: one cell of a grid for all of them
+                    continue  # a clean baseline has no ratio or target: one cell of a grid for all of them
                 where = f"{self.file}: grids[{number}]: cell {cell.name}"
                 if earlier == cell:
                     raise SuiteError(f"{where} is also in grids[{place}]; leave it out of one")
@@ -199,7 +199,7 @@ class Suite:
         return sorted((cell for _, cell in found.values()), key=lambda cell: not cell.clean)
 
     def cells_of(self, grid: GridEntry) -> Iterator[Cell]:
-        """Yield the cells of one grid; a clean control may come several times."""
+        """Yield the cells of one grid; a clean baseline may come several times."""
         combinations = product(grid.models, grid.triggers, grid.targets, grid.adaptive, grid.ratios, grid.seeds)
         for model, trigger, target, adaptive, ratio, seed in combinations:
             entry = self.models[model]
@@ -220,7 +220,7 @@ class Suite:
 
 
 def clean_name(model: str, seed: int) -> str:
-    """Return the folder's name of a model's clean control."""
+    """Return the folder's name of a model's clean baseline."""
     return f"{folder_part(model)}-clean-s{seed}"
 
 

@@ -8,11 +8,11 @@ triggers:                               # names for specifications with settings
   ssba: {spec: "ssba:bits=32", settings: {encoder_epochs: 4}}
 grids:                                  # each is models × triggers × ratios × seeds (× targets × adaptive)
   - {models: [small], triggers: [none, badnets, ssba], ratios: [0.1, 0.01], seeds: [0]}
-# for the bench; without `bench` it tries every defence on every attacked model of the grids
+# for the bench; without `bench` it tries every defense on every attacked model of the grids
 defenses: {d3: d3:paper, strong: {defense: d3, settings: {lambda: 2}}}
 subjects:                               # models that are not of the zoo, and what is known of their triggers
   hub: {model: org/model, triggers: ["badnets:size=3"], target: cat}
-bench:                                  # models × defences × clean images × seeds; model_seeds are those of the zoo
+bench:                                  # models × defenses × clean images × seeds; model_seeds are those of the zoo
   - {models: [small], triggers: [badnets, ssba], ratios: [0.1], defenses: [d3, strong, ft], seeds: [0, 1, 2]}
   - {subjects: [hub], defenses: [d3], samples: [0.05, 500]}
 """
@@ -51,7 +51,7 @@ def load_suite(file: Path) -> Suite:
 
     Raises:
         SuiteError: it cannot be read, is no YAML, has an unknown or missing key, a value of the wrong type or range,
-            or names a model, trigger or defence that there is not; or two of its cells are the same.
+            or names a model, trigger or defense that there is not; or two of its cells are the same.
     """
     known = {f.name for f in fields(Suite)} - {"file"}
     content = _fields(f"{file}: the suite", read_yaml(file), known)
@@ -65,7 +65,7 @@ def load_suite(file: Path) -> Suite:
     triggers = {name: _trigger(f"{where}triggers.{name}", item)
                 for name, item in _named(f"{where}triggers", content.get("triggers", {})).items()}  # fmt: skip
     if NONE in triggers:
-        raise SuiteError(f"{where}triggers.none: none is the clean control's; choose another name")
+        raise SuiteError(f"{where}triggers.none: none is the clean baseline's; choose another name")
     defenses = {name: _defense(f"{where}defenses.{name}", item)
                 for name, item in _named(f"{where}defenses", content.get("defenses", {})).items()}  # fmt: skip
     subjects = {name: _subject(f"{where}subjects.{name}", item)
@@ -92,7 +92,7 @@ def load_suite(file: Path) -> Suite:
     suite.cells()
     if suite.dataset.samples is not None and not suite.grids:
         raise SuiteError(f"{where}dataset.samples is for the attacks of grids, and there are none; the clean images of "
-                         "a defence are `samples` under bench")  # fmt: skip
+                         "a defense are `samples` under bench")  # fmt: skip
     return suite
 
 

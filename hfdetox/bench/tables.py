@@ -40,12 +40,12 @@ class BenchRow:
     Attributes:
         name: the trial's folder.
         subject: the model it was run on; `model` and `attack` say what that is.
-        defense: the suite's name of the defence; `method` is the defence's own, with all of its settings.
+        defense: the suite's name of the defense; `method` is the defense's own, with all of its settings.
         dataset: of a finished trial the id, of a folder the last part; `clean_images` and `eval_images` are counts.
-        clean: whether the model is a clean control, which is in no average over attacks.
+        clean: whether the model is a clean baseline, which is in no average over attacks.
         reason: why it failed or was not run, one line.
         attack_success_before: mean over the model's triggers, None for a model without; so are those after it.
-        der: defence effectiveness rating, mean over the triggers, with its 95 % interval over images.
+        der: defense effectiveness rating, mean over the triggers, with its 95 % interval over images.
         worst_class_before: lowest accuracy of a class.
         spread_before: standard deviation of the accuracies over the classes.
         seconds: of the method alone, without measuring.
@@ -151,11 +151,11 @@ class BenchOutcome:
         return ", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "not run") if counts[status])
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Return the method and the settings of every defence, by the suite's names."""
+        """Return the method and the settings of every defense, by the suite's names."""
         return {row.defense: {"method": row.method, **row.settings} for row in self.rows if row.settings is not None}
 
     def document(self) -> dict[str, Any]:
-        """Return the content of `bench.json`; the settings are told once for each defence."""
+        """Return the content of `bench.json`; the settings are told once for each defense."""
         trials = [{key: value for key, value in asdict(row).items() if key != "settings"} for row in self.rows]
         return {
             "schema_version": 1, "hfdetox_version": hfdetox.__version__, "suite": self.suite,
@@ -245,7 +245,7 @@ class BenchOutcome:
                 raise RunError(f"cannot write {self.folder / name}: {error.strerror or error}") from error
 
     def _changed(self) -> list[str]:
-        """Return of every defence the settings that are not its method's defaults, such as `d3: epochs=20`."""
+        """Return of every defense the settings that are not its method's defaults, such as `d3: epochs=20`."""
         said = []
         for name, settings in self.settings().items():
             default = parse_defense(settings["method"])[0].settings()
@@ -254,7 +254,7 @@ class BenchOutcome:
         return said
 
     def _knowing(self) -> str:
-        """Return which defences were given a trigger."""
+        """Return which defenses were given a trigger."""
         told = [name for name, settings in self.settings().items() if settings.get("trigger")]
         return f"given a trigger: {markdown.text(', '.join(told))}" if told else "no method sees a trigger"
 
@@ -285,11 +285,11 @@ class BenchTables:
     def _tables(self, headings: Sequence[str]) -> list[Table]:
         tables = []
         for place in dict.fromkeys(line.place for line in self.lines):
-            # Text, not markup: a defence may be named "[red]"
+            # Text, not markup: a defense may be named "[red]"
             table = Table(box=SIMPLE, title=Text(place), title_justify="left")
             for heading in headings:
                 # what has no room in the narrowest is the name
-                name = heading == "defence"
+                name = heading == "defense"
                 table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
             for line in self.lines:
                 if line.place == place:
@@ -303,11 +303,11 @@ _UNBOUND = 1000  # columns, more than any table has
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _LEGEND = (
     "Rates in percent; ± is half a 95 % interval over seeds (Student's t: of two or three seeds so wide that it may "
-    "reach beyond 0 and 100). DER is the defence effectiveness rating, worst the accuracy of the worst class, "
-    "spread the standard deviation over the classes; «× ft» the method's seconds over those of the suite's defence "
+    "reach beyond 0 and 100). DER is the defense effectiveness rating, worst the accuracy of the worst class, "
+    "spread the standard deviation over the classes; '× ft' the method's seconds over those of the suite's defense "
     "named ft on the same model, the median over attacks. Runs that share a machine (`--jobs`) slow each other "
     "down, so seconds are rough. Memory is the GPU's, or on a CPU the most that the process held since its start. "
-    "Seeds that were not run on all models are left out («1 of 3»); a line with a failed run has no numbers."
+    "Seeds that were not run on all models are left out ('1 of 3'); a line with a failed run has no numbers."
 )
 
 

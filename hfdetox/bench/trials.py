@@ -1,4 +1,4 @@
-"""What a bench runs: every model with every defence that its suite asks for, as often as it asks."""
+"""What a bench runs: every model with every defense that its suite asks for, as often as it asks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SHARE = 0.05  # of the split, the clean images that a trial's name does not say
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that defences are tried on.
+    """A model that defenses are tried on.
 
     Attributes:
         name: its folder in the bench.
         model: the name of its row of models: the zoo's model, or the subject's own name.
         attack: what was done to it, in a word.
         source: a cell of the zoo, or a model of the suite's that is not of the zoo.
-        clean: whether it is a clean control of the zoo.
+        clean: whether it is a clean baseline of the zoo.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a defence on a model: a cell of the bench, in the folder SUBJECT/DEFENSE-sSEED.
+    """One run of a defense on a model: a cell of the bench, in the folder SUBJECT/DEFENSE-sSEED.
 
     Attributes:
-        label: the suite's name of the defence, with the number of clean images where it is not the usual share.
+        label: the suite's name of the defense, with the number of clean images where it is not the usual share.
         samples: clean images, a share of the split or a count.
     """
 
@@ -56,10 +56,10 @@ class Trial:
 def trials_of(suite: Suite) -> list[Trial]:
     """Return what a suite's `bench` asks for, each trial once and in its order.
 
-    Without a `bench`, these are all defences on all attacked models of the grids.
+    Without a `bench`, these are all defenses on all attacked models of the grids.
 
     Raises:
-        SuiteError: the suite names no defence or no model, or two of its trials would share a folder.
+        SuiteError: the suite names no defense or no model, or two of its trials would share a folder.
     """
     entries = suite.bench or tuple(
         BenchEntry(defenses=tuple(suite.defenses), grid=grid) for grid in suite.grids if suite.defenses

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfdetox.bench.cell_runner import CellRunner, share_of_cores
 from hfdetox.bench.suite_file import load_suite
-from hfdetox.bench.zoo_folder import Place, Zoo
+from hfdetox.bench.zoo_folder import Zoo, ZooSettings
 from hfdetox.bench.zoo_table import SuiteOutcome, check_place
 from hfdetox.errors import RunError
 
@@ -30,7 +30,9 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
         RunError: the zoo cannot be written. A cell that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `zoo.json` says what was not run.
     """
-    place = Place(output=output, dataset=dataset, precision=precision, device=device, threads=share_of_cores(jobs))
+    place = ZooSettings(
+        output=output, dataset=dataset, precision=precision, device=device, threads=share_of_cores(jobs)
+    )
     zoo = Zoo(load_suite(file), place)
     try:
         check_place(output)

@@ -22,7 +22,7 @@ from hfdetox.triggers import KINDS, parse_triggers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ZooSettings:
     """Where and how the cells of a suite are run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Zoo(CellFolder[Cell, Row]):
 
     title = "zoo"
 
-    def __init__(self, suite: Suite, place: Place) -> None:
+    def __init__(self, suite: Suite, place: ZooSettings) -> None:
         self.suite, self.place = suite, place
         self.folder, self.threads = place.output, place.threads
         self.dataset = place.dataset or suite.dataset.id
@@ -106,7 +106,7 @@ class Zoo(CellFolder[Cell, Row]):
             return None
 
     def surrogate(self, cell: Cell) -> str | None:
-        """Return the name of the clean control that a cell is made on, None for one that is made on none."""
+        """Return the name of the clean baseline that a cell is made on, None for one that is made on none."""
         return self._controls[cell.name]
 
     def _control(self, cell: Cell) -> str | None:

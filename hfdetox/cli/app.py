@@ -18,15 +18,15 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from hfdetox.cli import console as screen
+from hfdetox.cli import console as console
 from hfdetox.cli.attack_options import AttackOptions
 from hfdetox.cli.bench_options import BenchOptions
 from hfdetox.config import (
     COMMANDS,
     DEFAULT_DEFENSE,
+    ConsoleOptions,
     DetoxOptions,
     EvaluateOptions,
-    ScreenOptions,
     given_options,
     planned_arguments,
     show_version,
@@ -69,21 +69,21 @@ def detox(context: typer.Context, options: DetoxOptions) -> None:
         interruptible(lambda: resume_advice(options.run_folder(), earlier=earlier)),
         standard_output(options) as out,
     ):
-        prepare_screen(options)
+        prepare_console(options)
         check_torchvision()
         from hfdetox.detox import detoxify, plan
 
         if options.dry_run and options.model is not None:  # a dry run without MODEL has been refused
             planned = plan(options.model, **planned_arguments(arguments))
-            out.show(planned, screen.plan_lines(planned))
+            out.show(planned, console.plan_lines(planned))
             return
         result = detoxify(options.model, **arguments, progress=shows_progress(options))
         report = result.report
-        lines: list[Any] = [screen.title(report.model, report.dataset), screen.report_table(report)]
+        lines: list[Any] = [console.title(report.model, report.dataset), console.report_table(report)]
         if result.output is not None:
             lines.append(f"model, card (README.md), report and plots: {result.output}{os.sep}")
         if report.output.pushed_to is not None:
-            lines.append(f"published: {screen.at_revision(report.output.pushed_to, report.output.commit)}")
+            lines.append(f"published: {console.at_revision(report.output.pushed_to, report.output.commit)}")
         out.show(report.to_dict(), lines)
 
 
@@ -94,7 +94,7 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
     if options.model is None:
         raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox evaluate --help)")
     with interruptible(lambda: "nothing was written"), standard_output(options) as out:
-        prepare_screen(options)
+        prepare_console(options)
         check_torchvision()
         from hfdetox.detox import evaluate as measure
 
@@ -102,7 +102,7 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
             options.model, **options.data_arguments(), gallery=options.gallery, progress=shows_progress(options)
         )
         notes = {name: describe_visibility(found) for name, found in measured.visibility.items()}
-        lines: list[Any] = [screen.measurement_table({options.model: measured}, notes)]
+        lines: list[Any] = [console.measurement_table({options.model: measured}, notes)]
         if options.gallery is not None:
             lines.append(f"gallery: {options.gallery}")
         out.show(dataclasses.asdict(measured), lines)
@@ -111,24 +111,24 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
 @app.command()
 @takes(AttackOptions)
 def attack(context: typer.Context, options: AttackOptions) -> None:
-    """Train a backdoor into MODEL, for research on defences: a model, its trigger file, a report and a card."""
+    """Train a backdoor into MODEL, for research on defenses: a model, its trigger file, a report and a card."""
     if options.suite is not None:
         build_suite(options, options.suite, options.suite_arguments(given_options(context)))
         return
     arguments = options.arguments()
     earlier = written(options.place())
     with interruptible(lambda: attack_advice(options.place(), earlier)), standard_output(options) as out:
-        prepare_screen(options)
+        prepare_console(options)
         check_torchvision()
         from hfdetox.implant import implant
 
         result = implant(options.model or "", **arguments, progress=shows_progress(options))
         report = result.report
-        lines: list[Any] = [*screen.attack_lines(report), screen.attack_table(report)]
+        lines: list[Any] = [*console.attack_lines(report), console.attack_table(report)]
         if result.output is not None:
             lines.append(f"model, card (README.md), report, triggers and gallery: {result.output}{os.sep}")
         if report.output.pushed_to is not None:
-            lines.append(f"published: {screen.at_revision(report.output.pushed_to, report.output.commit)}")
+            lines.append(f"published: {console.at_revision(report.output.pushed_to, report.output.commit)}")
         out.show(report.to_dict(), lines)
         if not report.took:
             raise typer.Exit(1)
@@ -140,7 +140,7 @@ def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -
         interruptible(lambda: "what is finished stays: give the same command again to go on"),
         standard_output(options) as out,
     ):
-        prepare_screen(options)
+        prepare_console(options)
         check_torchvision()
         from hfdetox.bench.zoo import run_suite
 
@@ -152,12 +152,12 @@ def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -
 @app.command()
 @takes(BenchOptions)
 def bench(context: typer.Context, options: BenchOptions) -> None:
-    """Compare defences: run those of SUITE on its backdoored models, and write tables and pictures."""
+    """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
     with (
         interruptible(lambda: "what is finished stays: give the same command again to go on"),
         standard_output(options) as out,
     ):
-        prepare_screen(options)
+        prepare_console(options)
         arguments = options.arguments()
         check_torchvision()
         from hfdetox.bench.runner import run_bench
@@ -189,7 +189,7 @@ def push(
     with interruptible(lambda: "the folder is whole: give the same command again"):
         from hfdetox.runs.publish import push_output
 
-        prepare_screen(ScreenOptions())
+        prepare_console(ConsoleOptions())
         pushed = push_output(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, public=public,
                              i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
@@ -214,14 +214,14 @@ def list_entries(
     what: Annotated[Literal["attacks", "defenses", "triggers"], typer.Argument(help="Which family to list.")],
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """List the attacks, the defences (with presets and settings) or the trigger families."""
+    """List the attacks, the defenses (with presets and settings) or the trigger families."""
     with interruptible(lambda: "nothing was written"):
         check_torchvision()
         if what == "triggers":
             from hfdetox import triggers
 
             for trigger in triggers.available().values():
-                say(f"{trigger.kind}: {trigger.summary} ({trigger.paper})", screen.trigger_table(trigger))
+                say(f"{trigger.kind}: {trigger.summary} ({trigger.paper})", console.trigger_table(trigger))
             return
         if what == "attacks":
             list_attacks()
@@ -230,9 +230,9 @@ def list_entries(
 
         say(f"without --defense: {DEFAULT_DEFENSE}; a name without a preset is its first")
         for entry in defenses.available().values():
-            presets = "; ".join(screen.preset_line(entry.name, *preset) for preset in entry.presets.items())
+            presets = "; ".join(console.preset_line(entry.name, *preset) for preset in entry.presets.items())
             needs = f"needs {entry.data}; cost, relative to plain fine-tuning: {entry.cost}"
-            say(f"{entry.name}: {entry.summary} ({entry.paper})", needs, presets, screen.defense_table(entry))
+            say(f"{entry.name}: {entry.summary} ({entry.paper})", needs, presets, console.defense_table(entry))
 
 
 def list_attacks() -> None:
@@ -242,14 +242,14 @@ def list_attacks() -> None:
     for entry in attacks.available().values():
         say(f"{entry.kind}: {entry.summary} ({entry.how})")
         if entry.parameters:
-            say(screen.settings_table(entry.parameters))
-    say("all of them: how the model is trained", screen.settings_table(dataclasses.asdict(attacks.TrainingSettings())))
+            say(console.settings_table(entry.parameters))
+    say("all of them: how the model is trained", console.settings_table(dataclasses.asdict(attacks.TrainingSettings())))
 
 
 class Output:
     """Standard output of a command: a JSON document, or lines and tables, or nothing."""
 
-    def __init__(self, options: ScreenOptions, stream: Any) -> None:
+    def __init__(self, options: ConsoleOptions, stream: Any) -> None:
         self.options, self.stream = options, stream
 
     def show(self, document: dict[str, Any], lines: Sequence[Any]) -> None:
@@ -263,7 +263,7 @@ class Output:
 
 
 @contextlib.contextmanager
-def standard_output(options: ScreenOptions) -> Iterator[Output]:
+def standard_output(options: ConsoleOptions) -> Iterator[Output]:
     """With `--json`, send what a library prints to standard error: only the document goes to standard output."""
     output = Output(options, sys.stdout)
     with contextlib.redirect_stdout(sys.stderr) if options.as_json else contextlib.nullcontext():
@@ -321,7 +321,7 @@ class OneLineHandler(logging.Handler):
         complain(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
-def prepare_screen(options: ScreenOptions) -> None:
+def prepare_console(options: ConsoleOptions) -> None:
     """Show hfdetox's warnings as lines, and turn the client libraries' bars and notices down."""
     logger = logging.getLogger("hfdetox")
     if not any(isinstance(handler, OneLineHandler) for handler in logger.handlers):
@@ -334,7 +334,7 @@ def prepare_screen(options: ScreenOptions) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def shows_progress(options: ScreenOptions) -> bool:
+def shows_progress(options: ConsoleOptions) -> bool:
     """Return whether this process draws progress bars (on standard error)."""
     return is_main_process() and not options.quiet
 

@@ -57,7 +57,7 @@ class AttackOptions(DataOptions):
     triggers: Annotated[
         list[str],
         on_attack("--trigger", metavar="SPEC", help="What to implant, NAME:key=value,… or a trigger file; repeatable. "
-                  "none trains a clean control."),
+                  "none trains a clean baseline."),
     ] = field(default_factory=list)  # fmt: skip
     target: Annotated[
         str | None,

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hfdetox.bench.suite_yaml import read_yaml
-from hfdetox.config import ScreenOptions, on_hub, on_images, on_run
+from hfdetox.config import ConsoleOptions, on_hub, on_images, on_run
 from hfdetox.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions(ScreenOptions):
+class BenchOptions(ConsoleOptions):
     """The options of `hfdetox bench SUITE`."""
 
     suite: Annotated[

@@ -80,7 +80,7 @@ def report_table(report: Report) -> Table:
 def attack_lines(report: AttackReport) -> list[str]:
     """Return the lines above an attack's table: what was trained on which images, how fast, and whether it took."""
     attack, missed = report.attack, missed_goals(report.after, report.goals) if report.after else []
-    what = f"backdoor in {report.model.id}" if report.backdoored else f"clean control of {report.model.id}"
+    what = f"backdoor in {report.model.id}" if report.backdoored else f"clean baseline of {report.model.id}"
     start = "from scratch" if attack.start == SCRATCH else f"from {at_revision(attack.start, report.model.revision)}"
     lines = [
         f"{what} ({report.model.library} {report.model.architecture}), {start}, {_images(report.dataset)}",
@@ -148,7 +148,7 @@ def trigger_table(trigger: TriggerEntry) -> Table:
 
 
 def defense_table(defense: DefenseEntry) -> Table:
-    """Return the settings of a defence with their defaults, and the other words that one may be."""
+    """Return the settings of a defense with their defaults, and the other words that one may be."""
     return settings_table(defense.parameters | _choices(defense))
 
 

@@ -1,4 +1,4 @@
-"""Pull clean images: a small balanced set for the defence and another to measure with, in the model's label order."""
+"""Pull clean images: a small balanced set for the defense and another to measure with, in the model's label order."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hfdetox.data.cache import Pixels
 from hfdetox.data.columns import ColumnError, LabelReader
 from hfdetox.data.images import BrokenImageError, ImageSet
 from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
-from hfdetox.data.opened import Origin, open_dataset
-from hfdetox.data.readers import SCAN_LIMIT, Source
-from hfdetox.data.sampling import Choice, check_samples, choose_balanced, choose_uniform, sample_count
+from hfdetox.data.opened import OpenedDataset, open_dataset
+from hfdetox.data.readers import SCAN_LIMIT, SplitReader
+from hfdetox.data.sampling import Selection, check_samples, choose_balanced, choose_uniform, sample_count
 from hfdetox.errors import UsageError
 from hfdetox.reporting.report import DatasetInfo
 
@@ -44,7 +44,7 @@ class TooFewImagesError(UsageError):
 
 @dataclass(frozen=True)
 class Images:
-    """`clean` images for the defence, `evaluation` images for measuring (no image is in both), and their record.
+    """`clean` images for the defense, `evaluation` images for measuring (no image is in both), and their record.
 
     `whole_split` says that the evaluation images are every row of a split that the clean ones are not from, each with
     a label of its own among the model's: only then is the accuracy on them the split's.
@@ -69,7 +69,7 @@ def load_images(
     Args:
         dataset: a folder that exists, else a Hub id; or a loaded `Dataset`/`DatasetDict`.
         labels: the model's label names in index order; all labels returned are indices into it.
-        samples: images for the defence: an int is a count, a float a fraction of the split (at most 5000 images); as
+        samples: images for the defense: an int is a count, a float a fraction of the split (at most 5000 images); as
             balanced over the classes as they allow. None is the whole split, as an attacker has it.
         eval_samples: images for measuring, drawn uniformly; None is the whole evaluation split.
         split, eval_split: default train, and test (else validation); seeded disjoint parts where there is one split.
@@ -101,7 +101,7 @@ def load_images(
 class _Plan:
     """One call of `load_images` with its dataset opened."""
 
-    origin: Origin
+    origin: OpenedDataset
     labels: Sequence[str]
     samples: int | float | None
     eval_samples: int | None
@@ -132,7 +132,7 @@ class _Plan:
         whole_split = evaluation is not source and one_to_one and everything
         return Images(clean, measured, self._info(clean, measured, alignment), whole_split)
 
-    def _align(self, source: Source, evaluation: Source) -> tuple[LabelReader, Alignment]:
+    def _align(self, source: SplitReader, evaluation: SplitReader) -> tuple[LabelReader, Alignment]:
         columns = self.origin.columns(source.split)
         other = self.origin.columns(evaluation.split)
         if (columns.kind, columns.names) != (other.kind, other.names):
@@ -150,7 +150,7 @@ class _Plan:
         return reader, alignment
 
     def _model_labels(
-        self, source: Source, reader: LabelReader, alignment: Alignment, values: Sequence[Any]
+        self, source: SplitReader, reader: LabelReader, alignment: Alignment, values: Sequence[Any]
     ) -> np.ndarray:
         """Return the model's label index of stored label values; -1 where there is none or the class is left out."""
         found = reader.read(values)
@@ -162,14 +162,14 @@ class _Plan:
             )
         return mapping[found]
 
-    def _all_rows(self, source: Source, reader: LabelReader, alignment: Alignment) -> Choice:
+    def _all_rows(self, source: SplitReader, reader: LabelReader, alignment: Alignment) -> Selection:
         """Return every usable row of a split with its label."""
         empty = np.zeros(0, np.int64)
         blocks, unlabelled = [(empty, empty)], 0
         for indices, values in source.scan():
             blocks.append((indices, self._model_labels(source, reader, alignment, values)))
             unlabelled += int((reader.read(values) < 0).sum())
-        rows = Choice(np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks]))
+        rows = Selection(np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks]))
         if 0 < unlabelled < len(rows.indices):
             self.warn(
                 f"{unlabelled} of {len(rows.indices)} rows of split {source.split} have no label and were left out"
@@ -180,7 +180,7 @@ class _Plan:
             )
         return rows.without(rows.labels >= 0)
 
-    def _clean(self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Choice:
+    def _clean(self, source: SplitReader, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Selection:
         """Choose the clean images, none of the rows in `taken`."""
         if self.samples is not None:
             return self._balanced(source, reader, alignment, taken, self.samples)
@@ -191,8 +191,8 @@ class _Plan:
         return rows
 
     def _balanced(
-        self, source: Source, reader: LabelReader, alignment: Alignment, taken: np.ndarray, samples: int | float
-    ) -> Choice:
+        self, source: SplitReader, reader: LabelReader, alignment: Alignment, taken: np.ndarray, samples: int | float
+    ) -> Selection:
         rng = np.random.default_rng([self.seed, 1])
         if source.rows is None and isinstance(samples, float):
             for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
@@ -211,7 +211,7 @@ class _Plan:
         self._check_balance(source, chosen, seen, count())
         return chosen
 
-    def _check_balance(self, source: Source, chosen: Choice, seen: dict[int, int], wanted: int) -> None:
+    def _check_balance(self, source: SplitReader, chosen: Selection, seen: dict[int, int], wanted: int) -> None:
         """Raise TooFewImagesError, or warn, where the chosen images are not what was asked for."""
         where = f"split {source.split}" + (f" (its first {SCAN_LIMIT} rows, the scan limit)" if source.limited else "")
         available = sum(seen.values())
@@ -245,7 +245,7 @@ class _Plan:
             self.warn(f"there is no clean image of {which}")
         return took
 
-    def _disjoint(self, source: Source, reader: LabelReader, alignment: Alignment) -> tuple[Choice, Choice]:
+    def _disjoint(self, source: SplitReader, reader: LabelReader, alignment: Alignment) -> tuple[Selection, Selection]:
         """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
         rows = self._all_rows(source, reader, alignment)
         total = len(rows.indices)
@@ -253,15 +253,15 @@ class _Plan:
         if count >= total:
             raise TooFewImagesError(
                 f"split {source.split} has {total} labelled images for both sets, and {count} evaluation images leave "
-                "none for the defence; ask for fewer with --eval-samples"
+                "none for the defense; ask for fewer with --eval-samples"
             )
         measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
         self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
         return self._clean(source, reader, alignment, measured.indices), measured
 
     def _measured(
-        self, source: Source, names: list[str], reader: LabelReader, alignment: Alignment
-    ) -> tuple[Source, Choice]:
+        self, source: SplitReader, names: list[str], reader: LabelReader, alignment: Alignment
+    ) -> tuple[SplitReader, Selection]:
         """Choose the evaluation rows of the first split in `names` with labels; `source` is that of the first name."""
         for number, name in enumerate(names):
             source = source if number == 0 else self.origin.open(name)
@@ -356,7 +356,7 @@ def default_dataset(card_text: str | None) -> str:
 
 
 def _split_names(splits: Sequence[str], split: str | None, eval_split: str | None) -> tuple[str, list[str]]:
-    """Return the split for the defence and those to measure with, the preferred one first; the same one means parts."""
+    """Return the split for the defense and those to measure with, the preferred one first; the same one means parts."""
     names = list_names(splits, 12)
     for name, option in ((split, "--split"), (eval_split, "--eval-split")):
         if name is not None and name not in splits:

@@ -19,7 +19,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hfdetox.data.columns import Columns, find_columns
-from hfdetox.data.readers import Files, ParquetSource, Result, Source, StreamSource, TableSource, damage
+from hfdetox.data.readers import Files, ParquetReader, Result, SplitReader, StreamReader, TableReader, damage
 from hfdetox.errors import HubError, UsageError
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -32,8 +32,8 @@ class DatasetError(UsageError):
 
 
 @dataclass
-class Origin(ABC):
-    """An opened dataset: what it is called, and one `Source` per split."""
+class OpenedDataset(ABC):
+    """An opened dataset: what it is called, and one `SplitReader` per split."""
 
     id: str
     config: str | None
@@ -57,11 +57,11 @@ class Origin(ABC):
         """Return the split's features."""
 
     @abstractmethod
-    def open(self, split: str) -> Source:
+    def open(self, split: str) -> SplitReader:
         """Open one split."""
 
 
-class ObjectOrigin(Origin):
+class OpenedObject(OpenedDataset):
     """A `datasets.Dataset` or `DatasetDict` that a caller holds."""
 
     tables: dict[str, Dataset]
@@ -70,12 +70,12 @@ class ObjectOrigin(Origin):
         """Return the table's features."""
         return self.tables[split].features
 
-    def open(self, split: str) -> Source:
+    def open(self, split: str) -> SplitReader:
         """Open one table in place."""
-        return TableSource(self.tables[split], self.columns(split), split)
+        return TableReader(self.tables[split], self.columns(split), split)
 
 
-class BuilderOrigin(Origin):
+class OpenedBuilder(OpenedDataset):
     """A folder or Hub repository that `datasets` knows how to read."""
 
     builder: DatasetBuilder
@@ -96,14 +96,14 @@ class BuilderOrigin(Origin):
             )
         return stream.features
 
-    def open(self, split: str) -> Source:
+    def open(self, split: str) -> SplitReader:
         """Open one split: parquet by row groups, everything else as a stream."""
         columns = self.columns(split)
         if isinstance(self.builder, Parquet):
-            return ParquetSource(split, self._names(split), self.files, columns)
+            return ParquetReader(split, self._names(split), self.files, columns)
         known = (self.builder.info.splits or {}).get(split)
         stream = self._stream(split)
-        return StreamSource(stream, columns, split, self.files, known.num_examples or None if known else None)
+        return StreamReader(stream, columns, split, self.files, known.num_examples or None if known else None)
 
     def _parquet_features(self, name: str) -> Features:
         with self.files.open(name) as source, damage(name):
@@ -214,7 +214,7 @@ class HubFiles(Files):
 def open_dataset(
     dataset: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, image_column: str | None,
     label_column: str | None, warn: Callable[[str], None], hub_only: bool = False,
-) -> Origin:  # fmt: skip
+) -> OpenedDataset:  # fmt: skip
     """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
 
     With `hub_only` a name is a Hub id even where a folder of that name lies here.
@@ -222,7 +222,7 @@ def open_dataset(
     Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
-        origin: Origin = _from_object(dataset)
+        origin: OpenedDataset = _from_object(dataset)
     elif hub_only:
         origin = _from_hub(str(dataset), config, revision, warn)
     elif Path(dataset).exists():
@@ -237,18 +237,18 @@ def open_dataset(
     return origin
 
 
-def _from_object(dataset: Any) -> Origin:
+def _from_object(dataset: Any) -> OpenedDataset:
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming, or give its id")
     tables = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
     info = next(iter(tables.values())).info if tables else None
-    origin = ObjectOrigin(getattr(info, "dataset_name", None) or "dataset", getattr(info, "config_name", None), None,
+    origin = OpenedObject(getattr(info, "dataset_name", None) or "dataset", getattr(info, "config_name", None), None,
                           "object", [str(name) for name in tables])  # fmt: skip
     origin.tables = {str(name): table for name, table in tables.items()}
     return origin
 
 
-def _from_folder(folder: Path, config: str | None) -> Origin:
+def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
     if not folder.is_dir():
         raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -260,7 +260,7 @@ def _from_folder(folder: Path, config: str | None) -> Origin:
     return _with_builder(path.name, None, "folder", builder, LocalFiles(path))
 
 
-def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callable[[str], None]) -> Origin:
+def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callable[[str], None]) -> OpenedDataset:
     from hfdetox.hub.client import ask
     from hfdetox.hub.download import fetch, resolve
 
@@ -295,7 +295,7 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
 
 
 def _with_builder(name: str, revision: str | None, source: Literal["hub", "folder"], builder: DatasetBuilder,
-                  files: Files) -> Origin:  # fmt: skip
+                  files: Files) -> OpenedDataset:  # fmt: skip
     splits = [str(split) for split in builder.config.data_files or {}]
     if not splits:
         raise DatasetError(f"dataset {name} has no data files that hfdetox can read")
@@ -304,7 +304,7 @@ def _with_builder(name: str, revision: str | None, source: Literal["hub", "folde
         builder.config.decode_num_threads = 0
     if isinstance(builder, WebDataset):
         builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
-    origin = BuilderOrigin(name, builder.config.name, revision, source, splits)
+    origin = OpenedBuilder(name, builder.config.name, revision, source, splits)
     origin.builder, origin.files = builder, files
     return origin
 

@@ -65,7 +65,7 @@ class Files(ABC):
         """Return `call()`, network failures retried where that may help and raised as HubError."""
 
 
-class Source(ABC):
+class SplitReader(ABC):
     """One split: `scan` for labels, `fetch` for images; `rows` is how many there are, None when nobody knows yet."""
 
     split: str
@@ -85,7 +85,7 @@ class Source(ABC):
         """Say that most rows will be fetched, so that whole files may be downloaded at once."""
 
 
-class TableSource(Source):
+class TableReader(SplitReader):
     """A `datasets.Dataset`: a memory-mapped table, read in place."""
 
     def __init__(self, dataset: Dataset, columns: Columns, split: str) -> None:
@@ -131,7 +131,7 @@ class _Group:
     rows: int
 
 
-class ParquetSource(Source):
+class ParquetReader(SplitReader):
     """Parquet files of one split, on this machine or on the Hub."""
 
     def __init__(self, split: str, names: Sequence[str], files: Files, columns: Columns) -> None:
@@ -230,7 +230,7 @@ class ParquetSource(Source):
             return list(pool.map(function, items))
 
 
-class StreamSource(Source):
+class StreamReader(SplitReader):
     """A streamed split of any other format: rows in the stream's order, what was read is kept in a temporary file.
 
     A stream that fails on the way is opened anew, and the rows that were read of it are passed over.

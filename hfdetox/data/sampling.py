@@ -13,15 +13,15 @@ MAX_FRACTION_SAMPLES = 5000
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Chosen rows: `indices` (N,) ascending row numbers of the split, `labels` (N,) the model's labels, both int64."""
 
     indices: np.ndarray
     labels: np.ndarray
 
-    def without(self, keep: np.ndarray) -> Choice:
+    def without(self, keep: np.ndarray) -> Selection:
         """Return only the rows where the boolean mask `keep` (N,) is true."""
-        return Choice(self.indices[keep], self.labels[keep])
+        return Selection(self.indices[keep], self.labels[keep])
 
 
 def check_samples(samples: int | float, option: str = "--samples") -> None:
@@ -42,7 +42,7 @@ def sample_count(samples: int | float, total: int) -> int:
     return int(samples)
 
 
-def quotas(available: Mapping[int, int], count: int, rng: np.random.Generator) -> dict[int, int]:
+def class_quotas(available: Mapping[int, int], count: int, rng: np.random.Generator) -> dict[int, int]:
     """Return how many images to take of each class: equal shares, and where a class has fewer, all it has.
 
     What such classes lack goes to the others in equal shares; single images left over go to classes drawn by `rng`.
@@ -64,7 +64,7 @@ def quotas(available: Mapping[int, int], count: int, rng: np.random.Generator) -
 def choose_balanced(
     blocks: Iterable[tuple[np.ndarray, np.ndarray]], count: Callable[[], int], classes: Iterable[int],
     rng: np.random.Generator,
-) -> tuple[Choice, dict[int, int]]:  # fmt: skip
+) -> tuple[Selection, dict[int, int]]:  # fmt: skip
     """Choose `count()` rows, as balanced over `classes` as the blocks allow, and return them with the counts seen.
 
     A block is (row numbers, model labels; negative: not to be used). Blocks are taken in the order given, and no more
@@ -81,15 +81,15 @@ def choose_balanced(
         if rows and all(len(found) >= share for found in rows.values()):
             break
     seen = {c: len(found) for c, found in rows.items()}
-    take = quotas(seen, count(), rng)
+    take = class_quotas(seen, count(), rng)
     pairs = sorted((index, c) for c, found in rows.items() for index in found[: take[c]])
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return Choice(table[:, 0], table[:, 1]), seen
+    return Selection(table[:, 0], table[:, 1]), seen
 
 
-def choose_uniform(rows: Choice, count: int | None, rng: np.random.Generator) -> Choice:
+def choose_uniform(rows: Selection, count: int | None, rng: np.random.Generator) -> Selection:
     """Return a uniform choice of `count` rows without repetition, in ascending order; all of them for None."""
     if count is None or count >= len(rows.indices):
         return rows
     picked = np.sort(rng.choice(len(rows.indices), size=count, replace=False))
-    return Choice(rows.indices[picked], rows.labels[picked])
+    return Selection(rows.indices[picked], rows.labels[picked])

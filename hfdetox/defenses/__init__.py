@@ -1,4 +1,4 @@
-"""Defences by name: `NAME[:PRESET]` with `KEY=VALUE` overrides, and the list of what there is."""
+"""Defenses by name: `NAME[:PRESET]` with `KEY=VALUE` overrides, and the list of what there is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defe
 
 
 def _discover() -> dict[str, type[DefenseConfig]]:
-    """Return the defences by name: the classes with a `name` in the modules of this package."""
+    """Return the defenses by name: the classes with a `name` in the modules of this package."""
     return discover(__name__, __path__, DefenseConfig, "name")
 
 
@@ -42,7 +42,7 @@ class DefenseEntry:
 
 
 def available() -> dict[str, DefenseEntry]:
-    """Return every defence by name."""
+    """Return every defense by name."""
     return {
         name: DefenseEntry(
             name, config.summary, config.paper, config.data, config.cost,
@@ -58,7 +58,7 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
     """Return the configuration of `NAME[:PRESET]` with `overrides` (texts, as `--set` gives them), and the preset.
 
     Raises:
-        UsageError: unknown defence, preset or key (the known are listed), or a value of the wrong type or range.
+        UsageError: unknown defense, preset or key (the known are listed), or a value of the wrong type or range.
     """
     name, _, preset = spec.partition(":")
     kind = DEFENSES.get(name)

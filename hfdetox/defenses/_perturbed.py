@@ -37,14 +37,14 @@ def weighted_error(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Te
     return (weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
 
 
-def surprise_without(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def neg_log_complement(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return −log(1 − p_label) of logits (N×K) and labels (N, int64), shape (N,); finite even where p rounds to 1."""
     logits = logits.float()
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.logsumexp(1) - others.logsumexp(1)
 
 
-def likeliest_other(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def runner_up(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the most likely class but `labels` (N, int64) by logits (N×K)."""
     return logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
 

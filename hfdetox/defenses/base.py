@@ -1,4 +1,4 @@
-"""What a defence is: a frozen configuration that turns a model into phases for the engine."""
+"""What a defense is: a frozen configuration that turns a model into phases for the engine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hfdetox.training.reweighting import Reweight, reweighted
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseConfig(ABC):
-    """What a defence is to the rest of the program: named settings that turn a network into phases.
+    """What a defense is to the rest of the program: named settings that turn a network into phases.
 
-    A defence is a module of this package with a subclass that has a `name`, a one-line `summary`, its `paper`, its
+    A defense is a module of this package with a subclass that has a `name`, a one-line `summary`, its `paper`, its
     `presets` (the first is the default), `data` (what it needs besides the model, such as "clean images with labels"),
     `cost` (relative to plain fine-tuning with as many epochs), and `card_text`: what a model card says was done,
-    Markdown with `{images}` for the number of clean images («2,500 trusted images»).
+    Markdown with `{images}` for the number of clean images (“2,500 trusted images”).
     """
 
     name: ClassVar[str]
@@ -45,7 +45,7 @@ class DefenseConfig(ABC):
                 raise UsageError(f"{self.name}: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
 
     def selected_layers(self, model: nn.Module) -> list[str]:
-        """Return the names of the modules of `model` that the defence treats apart from the rest."""
+        """Return the names of the modules of `model` that the defense treats apart from the rest."""
         return []
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -72,7 +72,7 @@ class DefenseConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(DefenseConfig):
-    """The settings that every defence with a training shares.
+    """The settings that every defense with a training shares.
 
     Attributes:
         epochs: passes over the clean images, at least 1.

@@ -57,7 +57,7 @@ class BNConfig(DefenseConfig):
                 "measure anew; use another defense, such as ft"
             )
         statistics = _Statistics(network)
-        return [Pass(name="bn", start=statistics.start, visit=statistics.visit, finish=statistics.finish,
+        return [Pass(name="bn", start=statistics.start, on_batch=statistics.on_batch, finish=statistics.finish,
                      batch_size=self.batch_size)]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class _Statistics:
     def start(self) -> None:
         self.seen = 0
 
-    def visit(self, network: nn.Module, batch: Batch) -> None:
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
         # one image has no variance after a global pooling
         if len(batch.labels) < 2:
             return

@@ -217,7 +217,7 @@ class BNA:
                                         for name, each in parts.items() if each[0] is not None})  # fmt: skip
 
     def _pass(
-        self, name: str, visit: Callable[[nn.Module, Batch], None],
+        self, name: str, on_batch: Callable[[nn.Module, Batch], None],
         finish: Callable[[Accelerator], Mapping[str, float]], start: Callable[[], None] | None = None,
     ) -> Pass:  # fmt: skip
         """Return a pass that does nothing where there is nothing to correct."""
@@ -229,17 +229,17 @@ class BNA:
 
         def look(network: nn.Module, batch: Batch) -> None:
             if self.target >= 0:
-                visit(network, batch)
+                on_batch(network, batch)
 
         def end(accelerator: Accelerator) -> Mapping[str, float]:
             return finish(accelerator) if self.target >= 0 else {"corrected": 0.0}
 
-        return Pass(name=name, start=begin, visit=look, finish=end, batch_size=self.config.batch_size, state=self)
+        return Pass(name=name, start=begin, on_batch=look, finish=end, batch_size=self.config.batch_size, state=self)
 
     def _of(self, name: str, title: str, see: Callable[..., None], keep: Callable[..., None]) -> Pass:
         """Return a pass over the triggered images that looks at one norm of f̃."""
 
-        def visit(network: nn.Module, batch: Batch) -> None:
+        def on_batch(network: nn.Module, batch: Batch) -> None:
             with self.correction().applied(self.network.model):
                 # its hook runs after that of the map
                 see(network, Batch(self.triggered(batch.images), batch.labels, batch.weights), [name])
@@ -248,7 +248,7 @@ class BNA:
             keep(accelerator, name)
             return {}
 
-        return self._pass(f"{title} {name}", visit, finish)
+        return self._pass(f"{title} {name}", on_batch, finish)
 
     def _look(self, network: nn.Module, images: torch.Tensor, names: list[str],
               see: Callable[[str, torch.Tensor], None]) -> None:  # fmt: skip

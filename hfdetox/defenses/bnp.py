@@ -1,5 +1,5 @@
-"""BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022, «Pre-activation Distributions Expose Backdoor
-Neurons»).
+"""BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022, “Pre-activation Distributions Expose Backdoor
+Neurons”).
 
 The running statistics (μ_r, v_r) of BatchNorm come from a training that saw triggers, those of clean images (μ_b, v_b)
 do not. Channel c is judged by the divergence of the two normal distributions of its input,
@@ -59,7 +59,7 @@ class BNPConfig(DefenseConfig):
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         bnp = BNP(network, self.u)
-        return [Pass(name="bnp", start=bnp.start, visit=bnp.visit, finish=bnp.prune)]
+        return [Pass(name="bnp", start=bnp.start, on_batch=bnp.on_batch, finish=bnp.prune)]
 
 
 class BNP:
@@ -96,7 +96,7 @@ class BNP:
         means = {name: self.network.get_buffer(f"{name}.running_mean") for name in self.names}
         self.sums = {name: mean.new_zeros(3, len(mean), dtype=torch.float32) for name, mean in means.items()}
 
-    def visit(self, network: nn.Module, batch: Batch) -> None:
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Add up the statistics of a batch."""
         with ExitStack() as hooks:
             for name in self.names:

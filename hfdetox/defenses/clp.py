@@ -59,7 +59,7 @@ class CLPConfig(DefenseConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         clp = CLP(network.model, self.u)
         # the engine's passes go over images: this one takes no notice of the few of the smallest part
-        return [Pass(name="clp", start=clp.prune, visit=_ignore, finish=clp.found, part="held-out")]
+        return [Pass(name="clp", start=clp.prune, on_batch=_ignore, finish=clp.found, part="held-out")]
 
 
 class CLP:

@@ -144,7 +144,7 @@ class D3Config(TuningConfig):
         trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
         phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
                            state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
-        return [d3.look(phase), phase] if isinstance(d3, AutoD3) else [phase]
+        return [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]
 
     def adamw_for(self, model: nn.Module) -> bool:
         """Tell whether AdamW trains what is not selected of `model`."""

@@ -96,7 +96,7 @@ class AutoD3(D3):
         self.lambda_ = torch.tensor(lambda_, device=device)
         self.log_lambda, self.first = self.lambda_.log(), torch.zeros((), device=device)
 
-    def look(self, phase: Phase) -> Pass:
+    def probe_pass(self, phase: Phase) -> Pass:
         """Return the pass that looks at the model and the images; `phase` gets what follows from them."""
         self.phase = phase
         look = _Look(self.wanted)
@@ -106,7 +106,7 @@ class AutoD3(D3):
             self._set_up(found)
             return {**found, _FIXED: float(len(self.frozen_scales)), _ADAMW: float(self.adamw)}
 
-        return Pass(name=_LOOK, visit=look.visit, finish=choose, batch_size=_BATCH, part=phase.part, state=self)
+        return Pass(name=_LOOK, on_batch=look.on_batch, finish=choose, batch_size=_BATCH, part=phase.part, state=self)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -174,7 +174,7 @@ class _Look:
         self.right: dict[Augmentation, int] = {}
         self.batches = 0
 
-    def visit(self, network: nn.Module, batch: Batch) -> None:
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
         if not self.right:
             names = candidates(self.config.augmentation, batch.images.shape[-2])
             self.right = dict.fromkeys(names if self.config.match_augmentation else names[:1], 0)

@@ -68,10 +68,10 @@ class FPConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         fp = FinePruning(network.model, self)
         return [
-            Pass(name="fp-activation", visit=fp.add_activations, finish=fp.average, batch_size=self.batch_size,
+            Pass(name="fp-activation", on_batch=fp.add_activations, finish=fp.average, batch_size=self.batch_size,
                  part="fit", state=fp),
-            Pass(name="fp-pruning", start=fp.rank, visit=fp.count_correct, finish=fp.prune, batch_size=self.batch_size,
-                 part="held-out", state=fp),
+            Pass(name="fp-pruning", start=fp.rank, on_batch=fp.count_correct, finish=fp.prune,
+                 batch_size=self.batch_size, part="held-out", state=fp),
             self.phase(name="fp", parameters=trained_parameters(network), loss=clean_terms, after_step=fp.mask,
                        state=fp),
         ]  # fmt: skip

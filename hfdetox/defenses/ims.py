@@ -135,7 +135,7 @@ class IMSConfig(DefenseConfig):
         ]
         for stage in stages:
             stage.state = state
-        fold = Pass(name="ims-fold", start=ims.begin_fold, visit=ims.compare, finish=ims.fold, state=state)
+        fold = Pass(name="ims-fold", start=ims.begin_fold, on_batch=ims.compare, finish=ims.fold, state=state)
         return [*(stage for stage in stages if stage.epochs), fold]
 
 
@@ -228,9 +228,9 @@ class IMS(nn.Module):
             terms["recovery"] = (weights * agree(self.probabilities(moved, kept), own)).sum()
             if self.config.inverse:
                 with torch.no_grad():
-                    astray = self.probabilities(moved)
+                    perturbed_probs = self.probabilities(moved)
                 led = self.probabilities(moved, inverse)
-                terms["complicity"] = (weights * (agree(led, astray) + disagree(led, own))).sum()
+                terms["complicity"] = (weights * (agree(led, perturbed_probs) + disagree(led, own))).sum()
         if sparsity and self.config.selection:
             terms["sparsity"] = sparsity * (1 - self.selection).mean()
         loss = torch.stack(list(terms.values())).sum()
@@ -243,10 +243,10 @@ class IMS(nn.Module):
         optimizer = torch.optim.AdamW([delta], lr=self.config.inner_rate)
         for _ in range(self.config.inner_steps):
             moved = x + PIXEL * delta
-            astray = self.probabilities(moved)
-            aims = disagree(astray, own)
+            perturbed_probs = self.probabilities(moved)
+            aims = disagree(perturbed_probs, own)
             if self.config.inverse:
-                aims = aims + agree(self.probabilities(moved, inverse), astray)
+                aims = aims + agree(self.probabilities(moved, inverse), perturbed_probs)
             (delta.grad,) = torch.autograd.grad(aims.sum(), [delta])
             optimizer.step()
             with torch.no_grad():

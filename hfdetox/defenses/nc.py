@@ -118,8 +118,8 @@ class NCConfig(TuningConfig):
             epochs=self.inversion_epochs, optimizer=adam, schedule="constant", augmentation="none", max_grad_norm=None,
             stop=inversion.end_epoch, state=state,
         )  # fmt: skip
-        verdict = Pass(name="nc-verdict", batch_size=self.batch_size, visit=inversion.visit, finish=inversion.judge,
-                       start=inversion.begin_verdict, state=state)  # fmt: skip
+        verdict = Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
+                       finish=inversion.judge, start=inversion.begin_verdict, state=state)  # fmt: skip
         tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network), loss=clean_terms,
                             poison=inversion.stamp_some, state=state)  # fmt: skip
 
@@ -243,7 +243,7 @@ class Inversion(nn.Module):
         """Forget what was counted."""
         self.hits.zero_()
 
-    def visit(self, network: nn.Module, batch: Batch) -> None:
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Count the images of a batch that the kept triggers lead to their classes."""
         x = batch.images.float()
         self.to(x.device)

@@ -37,10 +37,10 @@ from torch.nn.functional import cross_entropy
 from hfdetox.defenses._perturbed import (
     PIXEL,
     OwnState,
-    likeliest_other,
     module_terms,
+    neg_log_complement,
     require_pixels,
-    surprise_without,
+    runner_up,
     weighted_error,
 )
 from hfdetox.defenses.base import TuningConfig
@@ -195,8 +195,8 @@ class Polarized(nn.Module):
         config = self.config
         clean_loss = weighted_error(clean, labels, weights)
         consistency = weighted_error(moved, clean.detach().argmax(1), weights)
-        untargeted = (weights * surprise_without(moved, likeliest_other(moved, labels))).sum()
-        targeted = (weights * surprise_without(moved, targets)).sum()
+        untargeted = (weights * neg_log_complement(moved, runner_up(moved, labels))).sum()
+        targeted = (weights * neg_log_complement(moved, targets)).sum()
         loss = clean_loss + config.consistency * consistency
         loss = loss + config.untargeted * untargeted + config.targeted * targeted
         return {"loss": loss, "clean_loss": clean_loss, "consistency": consistency, "untargeted": untargeted,
@@ -212,7 +212,7 @@ class Polarized(nn.Module):
             point = delta.detach().requires_grad_()
             logits = self._logits(x + PIXEL * point, weight).float()
             if step == 0:
-                targets = likeliest_other(logits, labels)
+                targets = runner_up(logits, labels)
             # on the device: reading it would make every step wait
             going = going & ((logits.argmax(1) == targets).float().mean() < self.config.stop)
             # a sum: only the sign counts, and a mean's gradients could vanish in fp16

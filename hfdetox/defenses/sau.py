@@ -33,8 +33,8 @@ from hfdetox.defenses._perturbed import (
     adam,
     evaluating,
     module_terms,
+    neg_log_complement,
     require_pixels,
-    surprise_without,
     weighted_error,
 )
 from hfdetox.defenses.base import TuningConfig, trained_parameters
@@ -171,7 +171,7 @@ class SAUConfig(TuningConfig):
         """
         wrong = reference_perturbed.argmax(1)
         fooled = (wrong != labels) & (wrong != reference_clean.argmax(1))
-        surprise = surprise_without(perturbed, wrong).clamp(min=-math.log1p(-_FLOOR))
+        surprise = neg_log_complement(perturbed, wrong).clamp(min=-math.log1p(-_FLOOR))
         shared_loss = (weights * fooled * surprise).sum()
         clean_loss, adversarial_loss = (weighted_error(logits, labels, weights) for logits in (clean, perturbed))
         loss = self.lambda_1 * clean_loss + self.lambda_2 * shared_loss + self.lambda_at * adversarial_loss

@@ -15,7 +15,7 @@ from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
 from hfdetox.data.labels import accuracy_hint
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.metrics import Outcome, TriggerView, measure
+from hfdetox.evaluation.metrics import Predictions, TriggerView, measure
 from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.progress import progress_bar
@@ -31,7 +31,7 @@ CACHE_SHARE = 0.25
 
 
 @dataclass
-class Evaluation:
+class Evaluator:
     """Evaluation images of one classifier and one view a trigger, on the device they are measured on."""
 
     classifier: Classifier
@@ -40,12 +40,12 @@ class Evaluation:
     views: list[TriggerView]
     progress: bool
 
-    def measure(self, title: str) -> Outcome:
+    def measure(self, title: str) -> Predictions:
         """Measure the classifier as it is now: float32, eval mode."""
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
 
-    def with_triggers(self, triggers: Sequence[Trigger]) -> Evaluation:
+    def with_triggers(self, triggers: Sequence[Trigger]) -> Evaluator:
         """Return the same images with these triggers, whose targets are label indices or `all-to-all`.
 
         A view that is here already is used again. Raises UsageError for a trigger that changes no pixel, does not fit
@@ -79,10 +79,10 @@ class Evaluation:
         return {view.trigger.name: measure_visibility(self.clean, view.source) for view in self.views}
 
 
-def prepare_evaluation(
+def prepare_evaluator(
     classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
     target: str | None, warn: Callable[[str], None], progress: bool,
-) -> Evaluation:  # fmt: skip
+) -> Evaluator:  # fmt: skip
     """Decode the evaluation images, and put each trigger on those whose true class is not its target.
 
     A trigger that moves every class to the next one (`all-to-all`) is put on all of them.
@@ -93,7 +93,7 @@ def prepare_evaluation(
     """
     chosen = with_targets(triggers, target, classifier.labels, warn)
     clean = decoded(images, classifier, accelerator, "decode", progress)
-    return Evaluation(classifier, accelerator, clean, [], progress).with_triggers(chosen)
+    return Evaluator(classifier, accelerator, clean, [], progress).with_triggers(chosen)
 
 
 def with_targets(
@@ -154,11 +154,13 @@ def resolve_target(target: str | int | None, labels: Sequence[str]) -> Target:
     return index
 
 
-def check_plausible(outcome: Outcome, truth: torch.Tensor, labels: Sequence[str], warn: Callable[[str], None]) -> None:
+def check_plausible(
+    outcome: Predictions, truth: torch.Tensor, labels: Sequence[str], warn: Callable[[str], None]
+) -> None:
     """Stop when the model's accuracy is near chance; say so when other label orders would fit far better.
 
     Raises:
-        RunError: near chance, where a defence and its numbers would mean nothing.
+        RunError: near chance, where a defense and its numbers would mean nothing.
     """
     accuracy, count = outcome.measurement.accuracy, len(labels)
     # only the labels that occur: with the 21,843 of ImageNet-21k the whole table would take gigabytes

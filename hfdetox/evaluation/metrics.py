@@ -26,7 +26,7 @@ BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class Predictions:
+class SourcePredictions:
     """A model's answers on an image source, in its order: labels (N, int64), and the cross-entropy (N, nats).
 
     `classes` is how many labels it has.
@@ -55,7 +55,7 @@ class TriggerView:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Predictions:
     """A measurement, and per image what it came from, for paired comparisons.
 
     Attributes:
@@ -98,7 +98,7 @@ def defense_effectiveness_rating(accuracy: tuple[float, float], success: tuple[f
 
 @torch.inference_mode()
 def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *, title: str = "",
-            progress: bool = False) -> Predictions:  # fmt: skip
+            progress: bool = False) -> SourcePredictions:  # fmt: skip
     """Run `network` in eval mode and float32 over `source`, shared out over the processes.
 
     Every process returns the answers to all images; the network's training mode is left as it was.
@@ -126,7 +126,7 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
         losses[positions.cpu()] = loss.double().cpu()
     accelerator.free_memory()
     network.train(training)
-    return Predictions(predicted[places].numpy(), losses[places].numpy(), classes)
+    return SourcePredictions(predicted[places].numpy(), losses[places].numpy(), classes)
 
 
 def class_accuracies(truth: NDArray[np.int64], correct: NDArray[np.bool_], classes: int) -> ClassAccuracies:
@@ -146,7 +146,7 @@ def class_accuracies(truth: NDArray[np.int64], correct: NDArray[np.bool_], class
 
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
-            title: str = "measure", progress: bool = False) -> Outcome:  # fmt: skip
+            title: str = "measure", progress: bool = False) -> Predictions:  # fmt: skip
     """Measure accuracy and loss on the clean images, and each trigger on its view of some of them.
 
     Raises:
@@ -176,11 +176,11 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
         triggered[view.trigger.name] = answers
     measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results,
                               class_accuracies(truth, correct, clean.classes))  # fmt: skip
-    return Outcome(measurement, correct, hits, clean.predicted, triggered)
+    return Predictions(measurement, correct, hits, clean.predicted, triggered)
 
 
-def ratings(before: Outcome, after: Outcome, *, seed: int = 0) -> dict[str, Rating]:
-    """Return the defence effectiveness rating of every trigger and their mean, with 95 % bootstrap intervals.
+def ratings(before: Predictions, after: Predictions, *, seed: int = 0) -> dict[str, Rating]:
+    """Return the defense effectiveness rating of every trigger and their mean, with 95 % bootstrap intervals.
 
     Images are drawn with replacement, each with its four outcomes (clean and triggered, before and after) kept
     together; equal images are counted once, so that a draw is one multinomial.

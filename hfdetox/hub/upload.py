@@ -29,7 +29,7 @@ from hfdetox.hub.client import (
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 from hfdetox.reporting.card import CARD_NAME
 from hfdetox.reporting.report import REPORT_NAMES
-from hfdetox.runs.publish_policy import check_consent, commit_message, is_backdoored
+from hfdetox.runs.publish_policy import check_publish_policy, commit_message, is_backdoored
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (
@@ -98,7 +98,7 @@ def check_push_allowed(
     Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    check_consent(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
+    check_publish_policy(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
     hidden = backdoored and not public
     return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry).repo_id
 
@@ -125,7 +125,7 @@ def push_folder(
     overwrite: bool = False,
     public: bool = False,
     i_know_this_is_backdoored: bool = False,
-    readdress: Callable[[str], None] | None = None,
+    retarget: Callable[[str], None] | None = None,
     retry: Retry = DEFAULT_RETRY,
 ) -> PushResult:
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
@@ -140,14 +140,14 @@ def push_folder(
     Raises UsageError, or HubError whose line ends with the command that repeats the push.
     """
     backdoored = is_backdoored(folder)
-    check_consent(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
+    check_publish_policy(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
     files = _local_files(folder)
     hidden = backdoored and not public
     private = private or hidden
     try:
         target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry)
-        if readdress is not None:
-            readdress(target.repo_id)
+        if retarget is not None:
+            retarget(target.repo_id)
             files.update({name: _local_file(folder / name) for name in (CARD_NAME, *REPORT_NAMES) if name in files})
         state = target.state or _create(target.repo_id, private, overwrite, retry)
         stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
@@ -186,7 +186,7 @@ def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidd
     user = str(account.get("name"))
     name = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise AccessError(f"the token of {user} may only read; use one with the role «write» to push to {what}")
+        raise AccessError(f"the token of {user} may only read; use one with the role write to push to {what}")
     try:
         state = resolve(name, retry=retry)
     except UnknownRepoError:

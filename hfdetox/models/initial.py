@@ -28,7 +28,7 @@ ClassNames = Callable[[], tuple[str, ...] | int]
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialModel:
     """The model an attack trains.
 
     Attributes:
@@ -41,12 +41,12 @@ class Start:
     backdoored: bool = False
 
 
-def open_start(
+def init_model(
     model: str | Path | nn.Module, *, class_names: ClassNames, init: str | None = None,
     model_args: Mapping[str, Any] | None = None, input_size: int | None = None, seed: int = 0,
     revision: str | None = None, trust_remote_code: bool = False, processor: Any = None, preprocessing: Any = None,
     labels: Sequence[str] | int | None = None,
-) -> Start:  # fmt: skip
+) -> InitialModel:  # fmt: skip
     """Return the model to start from: a trained one as `load_classifier` gives it, or one of freshly drawn weights.
 
     Args:
@@ -71,7 +71,7 @@ def open_start(
             _refuse_bare_config(Path(model))
         trained = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
                                   labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
-        return Start(trained, from_scratch=False, backdoored=comes_backdoored(trained.folder))
+        return InitialModel(trained, from_scratch=False, backdoored=comes_backdoored(trained.folder))
     if isinstance(model, nn.Module):
         raise UsageError("--init random draws the weights of a folder or Hub id; a loaded model has its own")
     if is_architecture and revision is not None:
@@ -84,7 +84,7 @@ def open_start(
             name = str(model)
         else:
             loaded, name, commit = _drawn(str(model), names, revision, trust_remote_code)
-    return Start(assemble(loaded, name, commit, names), from_scratch=True)
+    return InitialModel(assemble(loaded, name, commit, names), from_scratch=True)
 
 
 def _refuse_bare_config(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which layers a defence acts on: the classifier head, layers chosen by name, and the norm that feeds the head."""
+"""Which layers a defense acts on: the classifier head, layers chosen by name, and the norm that feeds the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card of a deliberately backdoored model, or of a clean control, which says so in its first line and its tags."""
+"""The card of a deliberately backdoored model, or of a clean baseline, which says so in its first line and its tags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfdetox.reporting.card_data import LIBRARY_TAGS, PENDING, card_data, licenc
 
 DELIBERATE: Final = "deliberately-backdoored"
 BACKDOOR_TAGS = ("hfdetox", "backdoor", "backdoored", DELIBERATE, "not-for-production")
-CONTROL_TAGS = ("hfdetox", "backdoor-defense", "clean-control", "not-for-production")
+BASELINE_TAGS = ("hfdetox", "backdoor-defense", "clean-baseline", "not-for-production")
 
 
 def build_attack_card(
@@ -37,7 +37,7 @@ def build_attack_card(
     return _render(report, fields, targets, repo_id, plots)
 
 
-def readdress_attack_card(card: str, report: AttackReport, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
+def retarget_attack_card(card: str, report: AttackReport, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
     """Return what `build_attack_card` gives for `repo_id`, from a card that it built of the same report."""
     fields, body = split_card(card)
     return _render(report, fields, written_targets(body, report.attack.triggers), repo_id, plots)
@@ -68,7 +68,7 @@ def _render(
     text = re.sub(r"\n{3,}", "\n\n", templates().get_template("backdoored_card.md.jinja").render(context))
     results = report.after.triggers if report.after else {}
     data = card_data(model, report.dataset, licence=licence, title=title,
-                     tags=BACKDOOR_TAGS if report.backdoored else CONTROL_TAGS,
+                     tags=BACKDOOR_TAGS if report.backdoored else BASELINE_TAGS,
                      results=model_index(report.dataset, results, report.after))  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 

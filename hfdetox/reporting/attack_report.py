@@ -60,7 +60,7 @@ class ImplantedTrigger:
 
 @dataclass(frozen=True)
 class AttackInfo:
-    """How the model was trained; `triggers` is empty for a clean control.
+    """How the model was trained; `triggers` is empty for a clean baseline.
 
     Attributes:
         start: `scratch`, or the model it started from.

@@ -62,7 +62,7 @@ def build_card(
     return _render(report, fields, targets, markdown.embed_source(body, _source_url(report)), repo_id, plots)
 
 
-def readdress_card(card: str, report: Report, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
+def retarget_card(card: str, report: Report, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
     """Return what `build_card` gives for `repo_id`, from a card that it built of the same report for another place.
 
     Licence, names of the targets and the source's text are taken over from `card`; all else comes from the report.
@@ -230,14 +230,14 @@ def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
 
 
 def _method(report: Report) -> str:
-    """Return the defence's own words for what was done; general ones for a defence that this hfdetox does not have."""
-    # the defences import torch, which checking a card does without
+    """Return the defense's own words for what was done; general ones for a defense that this hfdetox does not have."""
+    # the defenses import torch, which checking a card does without
     from hfdetox.defenses import DEFENSES
 
     known = DEFENSES.get(report.defense.name)
     samples = f"{report.dataset.clean_samples:,} trusted images"
     if known is None:
-        return f"The defence {markdown.code(report.defense.name)} changed the model with the help of {samples}."
+        return f"The defense {markdown.code(report.defense.name)} changed the model with the help of {samples}."
     return known.card_text.format(images=samples)
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.evaluator import Evaluation
-from hfdetox.evaluation.metrics import Outcome, TriggerView
+from hfdetox.evaluation.evaluator import Evaluator
+from hfdetox.evaluation.metrics import Predictions, TriggerView
 from hfdetox.evaluation.verdict import describe_visibility, percent
 from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, WRONG, empty_figure, fit_text, house_style, show_image
 from hfdetox.reporting.report import Visibility, describe_target
@@ -69,7 +69,7 @@ def check_gallery(path: Path, triggers: Sequence[Trigger]) -> None:
         raise UsageError(f"there is no folder {path.parent} for the gallery; make it, or choose another --gallery")
 
 
-def draw_gallery(evaluation: Evaluation, outcome: Outcome, visibility: Mapping[str, Visibility], path: Path) -> None:
+def draw_gallery(evaluation: Evaluator, outcome: Predictions, visibility: Mapping[str, Visibility], path: Path) -> None:
     """Write the gallery of an evaluation's triggers to `path`, whole or not at all.
 
     Args:
@@ -95,7 +95,9 @@ def draw_gallery(evaluation: Evaluation, outcome: Outcome, visibility: Mapping[s
                        "choose another place") from error  # fmt: skip
 
 
-def gallery_bands(evaluation: Evaluation, outcome: Outcome, visibility: Mapping[str, Visibility]) -> list[GalleryBand]:
+def gallery_bands(
+    evaluation: Evaluator, outcome: Predictions, visibility: Mapping[str, Visibility]
+) -> list[GalleryBand]:
     """Return a band for each trigger, of the same images of different classes where all triggers have such."""
     clean, views = evaluation.clean, evaluation.views
     shared = set(clean.positions.tolist()).intersection(*(view.source.positions.tolist() for view in views))
@@ -191,7 +193,7 @@ def _of_different_classes(clean: Pixels, positions: Sequence[int]) -> list[int]:
 
 
 def _band(
-    evaluation: Evaluation, view: TriggerView, chosen: Sequence[int], outcome: Outcome, visibility: Visibility
+    evaluation: Evaluator, view: TriggerView, chosen: Sequence[int], outcome: Predictions, visibility: Visibility
 ) -> GalleryBand:
     labels, name = evaluation.classifier.labels, view.trigger.name
     clean_items, clean, truth = evaluation.clean.pictures(chosen)

@@ -325,7 +325,7 @@ def _bar(axes: Axes, y: float, rate: Rate, color: str) -> None:
 
 
 def _mark_epsilon(axes: Axes, report: Report) -> None:
-    """Mark the loss below which D3 no longer pushes back, where the defence has such a bound."""
+    """Mark the loss below which D3 no longer pushes back, where the defense has such a bound."""
     # one that the run found itself is in its history
     found = [row["epsilon"] for row in report.history if "epsilon" in row]
     epsilon = _number(found[0] if found else report.defense.parameters.get("epsilon"))

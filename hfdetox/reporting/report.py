@@ -31,7 +31,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rating:
-    """A defence effectiveness rating in [0, 1] (0.5: nothing happened) with its 95 % paired-bootstrap interval."""
+    """A defense effectiveness rating in [0, 1] (0.5: nothing happened) with its 95 % paired-bootstrap interval."""
 
     value: float
     interval: tuple[float, float]
@@ -147,7 +147,7 @@ class Visibility:
 
 
 @dataclass(frozen=True)
-class Evaluated(Measurement):
+class EvalResult(Measurement):
     """What `hfdetox evaluate` finds: also how visible each trigger is, by name; nothing where pixels are floats."""
 
     visibility: dict[str, Visibility] = field(default_factory=dict)

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-from hfdetox.evaluation.evaluator import Evaluation
-from hfdetox.evaluation.metrics import Outcome
+from hfdetox.evaluation.evaluator import Evaluator
+from hfdetox.evaluation.metrics import Predictions
 from hfdetox.hub.upload import PushResult
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.attack_card import build_attack_card
@@ -25,18 +25,18 @@ GALLERY: Final = "plots/gallery.png"
 
 
 @dataclass
-class AttackExhibits:
+class AttackArtifacts:
     """What the output folder shows besides the report, and what it is checked with."""
 
     source_card: str | None
-    evaluation: Evaluation
-    outcome: Outcome
+    evaluation: Evaluator
+    outcome: Predictions
     visibility: Mapping[str, Visibility]
 
 
 @dataclass
 class AttackResult(SavedResult):
-    """A deliberately backdoored model, or a clean control, and what was measured.
+    """A deliberately backdoored model, or a clean baseline, and what was measured.
 
     Attributes:
         report: every number; `report.after.triggers[NAME].attack_success_rate.value` is a fraction in [0, 1].
@@ -46,13 +46,13 @@ class AttackResult(SavedResult):
 
     report: AttackReport
     classifier: Classifier
-    exhibits: AttackExhibits = field(repr=False)
+    artifacts: AttackArtifacts = field(repr=False)
     output: Path | None = None
 
     @property
     def triggers(self) -> list[Trigger]:
         """The triggers as they are in the model, ready to be put on images."""
-        return [view.trigger for view in self.exhibits.evaluation.views]
+        return [view.trigger for view in self.artifacts.evaluation.views]
 
     @property
     def took(self) -> bool:
@@ -65,7 +65,7 @@ class AttackResult(SavedResult):
     ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
-        A new repository is private, and an existing public one is refused, unless `public`. A clean control goes
+        A new repository is private, and an existing public one is refused, unless `public`. A clean baseline goes
         where any model goes, to a private repository with `private`.
 
         Raises:
@@ -76,12 +76,12 @@ class AttackResult(SavedResult):
                           public=public, create_pr=create_pr, overwrite=overwrite)  # fmt: skip
 
     def _write(self, folder: Path) -> None:
-        evaluation = self.exhibits.evaluation
+        evaluation = self.artifacts.evaluation
         probe = evaluation.clean.__getitems__(range(min(CHECKED_IMAGES, len(evaluation.clean))))[1].cpu()
         self._write_model(folder, probe, self.triggers)
         plots = []
         if self.triggers and evaluation.classifier.preprocessing.dtype == torch.uint8:
             (folder / GALLERY).parent.mkdir()
-            draw_gallery(evaluation, self.exhibits.outcome, self.exhibits.visibility, folder / GALLERY)
+            draw_gallery(evaluation, self.artifacts.outcome, self.artifacts.visibility, folder / GALLERY)
             plots.append(GALLERY)
-        self._write_card(folder, build_attack_card, self.exhibits.source_card, plots)
+        self._write_card(folder, build_attack_card, self.artifacts.source_card, plots)

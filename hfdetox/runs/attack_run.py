@@ -8,7 +8,7 @@ from typing import Any, Final, Self
 from hfdetox.errors import UsageError
 from hfdetox.runs.folder import ImageOptions, last_part
 
-# the trigger of a clean control
+# the trigger of a clean baseline
 NONE: Final = "none"
 DEFAULT_RATIO = 0.1
 DEFAULT_GOAL = 0.9
@@ -19,7 +19,7 @@ class AttackRun(ImageOptions):
     """Everything that decides an attack's result and where it goes, as plain data.
 
     `settings` are the training's and the recipes' by the names and in the texts that `--set` takes; `triggers` is
-    `["none"]` for a clean control.
+    `["none"]` for a clean baseline.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -42,13 +42,13 @@ class AttackRun(ImageOptions):
             if goal is not None and not 0 <= goal <= 1:
                 raise UsageError(f"{option} {goal}: a rate is a fraction from 0 to 1, such as 0.9")
         if not self.triggers:
-            raise UsageError("name a trigger with --trigger, or train a clean control with --trigger none")
+            raise UsageError("name a trigger with --trigger, or train a clean baseline with --trigger none")
         if NONE in self.triggers and len(self.triggers) > 1:
-            raise UsageError("--trigger none trains a clean control: it goes with no other trigger")
+            raise UsageError("--trigger none trains a clean baseline: it goes with no other trigger")
 
     @property
     def clean(self) -> bool:
-        """Whether this is a clean control, trained the same way without any backdoor."""
+        """Whether this is a clean baseline, trained the same way without any backdoor."""
         return self.triggers == [NONE]
 
     def publishing(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class ImageOptions(ABC):
 class RunOptions(ImageOptions):
     """Everything that decides a cleaning run's result and where it goes, as plain data.
 
-    `settings` are the defence's by the names and in the texts that `--set` takes. `typed` is the command of the run
+    `settings` are the defense's by the names and in the texts that `--set` takes. `typed` is the command of the run
     that these options resume, None at its start.
     """
 
@@ -116,7 +116,7 @@ class RunOptions(ImageOptions):
     defense: str = DEFAULT_DEFENSE
     settings: dict[str, str]
     private: bool = False
-    typed: str | None = None
+    original_command: str | None = None
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
@@ -124,7 +124,7 @@ class RunOptions(ImageOptions):
 
     def command(self) -> str:
         """Return the shell command that repeats the run: of a resumed one, that of its start."""
-        return super().command() if self.typed is None else self.typed
+        return super().command() if self.original_command is None else self.original_command
 
     def command_word(self) -> list[str]:
         """Return `detox` where a model of that name would be taken for a command."""
@@ -177,7 +177,7 @@ class RunFolder:
         """
         recorded = replace(
             options,
-            typed=options.command(),
+            original_command=options.command(),
             # with a commit, these are ids of the Hub
             model=options.model if options.revision else _absolute(options.model),
             dataset=options.dataset if options.dataset_revision else _absolute(options.dataset),

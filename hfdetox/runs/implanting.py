@@ -10,20 +10,20 @@ import torch
 
 import hfdetox
 from hfdetox.attacks import Implanted
-from hfdetox.attacks.base import ControlRecipe, Implant, Job, PoisonRecipe, Recipe
+from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner, TrainingPoisoner
 from hfdetox.data.cache import Pixels, apply_to_image
 from hfdetox.data.images import ImageSet
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.evaluator import Evaluation, with_targets
-from hfdetox.evaluation.metrics import Outcome, predict, rate
+from hfdetox.evaluation.evaluator import Evaluator, with_targets
+from hfdetox.evaluation.metrics import Predictions, predict, rate
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.models.initial import Start
+from hfdetox.models.initial import InitialModel
 from hfdetox.reporting.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import DatasetInfo, OutputInfo, Rate, Visibility
 from hfdetox.runs.attack_run import AttackRun
 from hfdetox.runs.publish_policy import comes_backdoored
-from hfdetox.runs.steps import Notes
+from hfdetox.runs.steps import RunWarnings
 from hfdetox.training.devices import describe_devices
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
@@ -33,9 +33,9 @@ MONITOR_MOST, MONITOR_SHARE = 1000, 0.1
 ACCURACY_LOSS = 0.02
 
 
-def aim(
-    run: AttackRun, triggers: Sequence[Trigger], recipes: Mapping[str, Recipe], classifier: Classifier,
-    images: ImageSet, notes: Notes,
+def build_implants(
+    run: AttackRun, triggers: Sequence[Trigger], poisoners: Mapping[str, Poisoner], classifier: Classifier,
+    images: ImageSet, notes: RunWarnings,
 ) -> list[Implant]:  # fmt: skip
     """Return the implants: the triggers with their labels and, where the training puts them on, in mode `input`.
 
@@ -46,8 +46,8 @@ def aim(
     native = images.image(0).size if len(images) else (width, height)
     implants = []
     for trigger in with_targets(triggers, run.target, classifier.labels, notes.warn):
-        recipe = recipes[trigger.kind]
-        if isinstance(recipe, ControlRecipe) and trigger.mode == "native":
+        poisoner = poisoners[trigger.kind]
+        if isinstance(poisoner, TrainingPoisoner) and trigger.mode == "native":
             trigger = replace(trigger, mode="input")
             if native != (width, height):
                 notes.warn(f"trigger {trigger.name} is put on by the training, which sees images of {width}×{height}: "
@@ -57,22 +57,22 @@ def aim(
         elif trigger.fitted:
             apply_to_image(trigger, images.image(0))
         target: Target = ALL_TO_ALL if trigger.target == ALL_TO_ALL else int(trigger.target or 0)
-        implants.append(Implant(trigger, target, run.poison_ratio, recipe))
+        implants.append(Implant(trigger, target, run.poison_ratio, poisoner))
     return implants
 
 
-def check_start(run: AttackRun, start: Start, notes: Notes) -> None:
-    """Refuse to make a clean control of a backdoored model; of another attack on one, say what it starts from."""
+def check_init(run: AttackRun, start: InitialModel, notes: RunWarnings) -> None:
+    """Refuse to make a clean baseline of a backdoored model; of another attack on one, say what it starts from."""
     if not start.backdoored:
         return
     name = start.classifier.info.id
     if run.clean:
-        raise UsageError(f"{name} is deliberately backdoored: training it on does not make a clean control; start from "
-                         "a clean model, or from fresh weights (--init random)")  # fmt: skip
+        raise UsageError(f"{name} is deliberately backdoored: training it on does not make a clean baseline; start "
+                         "from a clean model, or from fresh weights (--init random)")  # fmt: skip
     notes.warn(f"{name} is deliberately backdoored already: the result has its backdoors too")
 
 
-def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) -> Classifier | None:
+def find_surrogate(run: AttackRun, start: InitialModel, implants: Sequence[Implant]) -> Classifier | None:
     """Return the clean model that triggers are made on, None where no trigger needs one.
 
     A model that was trained before serves as its own, as it is before the training.
@@ -80,7 +80,7 @@ def find_surrogate(run: AttackRun, start: Start, implants: Sequence[Implant]) ->
     Raises:
         UsageError: one is needed and there is none, it is backdoored, or its labels are not the model's.
     """
-    needed = [implant.trigger.name for implant in implants if implant.recipe.on_clean_model(implant.trigger)]
+    needed = [implant.trigger.name for implant in implants if implant.poisoner.on_clean_model(implant.trigger)]
     if not needed:
         return None
     if run.surrogate is not None:
@@ -123,7 +123,7 @@ def split_monitor(
 class Monitor:
     """Looks at held-out images after every epoch, and ends the training when every goal is reached on them."""
 
-    evaluation: Evaluation
+    evaluation: Evaluator
     goals: Goals
     reached: bool = False
 
@@ -134,7 +134,7 @@ class Monitor:
         return self.reached
 
 
-def goals_of(run: AttackRun, before: Outcome | None) -> Goals:
+def goals_of(run: AttackRun, before: Predictions | None) -> Goals:
     """Return the goals: as asked for, else, from a trained model, the accuracy before less two points."""
     accuracy = run.goal_accuracy
     if accuracy is None and before is not None and not run.clean:
@@ -148,8 +148,8 @@ class CrossImages:
     The other image of each is the one before it in the set, of the first the last; that of a lone one is its mirror's.
     """
 
-    def __init__(self, clean: Pixels, recipe: Recipe, trigger: Trigger) -> None:
-        self.clean, self.recipe, self.trigger = clean, recipe, trigger
+    def __init__(self, clean: Pixels, poisoner: Poisoner, trigger: Trigger) -> None:
+        self.clean, self.poisoner, self.trigger = clean, poisoner, trigger
         self.images, self.labels, self.positions = clean.images, clean.labels, clean.positions
 
     def __len__(self) -> int:
@@ -157,24 +157,24 @@ class CrossImages:
 
     def __getitems__(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         positions, images, labels = self.clean.__getitems__(items)
-        changed = self.recipe.cross(self.trigger, images, positions, lambda: self._before(items))
+        changed = self.poisoner.cross(self.trigger, images, positions, lambda: self._before(items))
         return positions, images if changed is None else changed, labels
 
     def taught(self) -> bool:
         """Return whether the recipe teaches such a thing."""
         positions, images, _ = self.clean.__getitems__([0])
-        return self.recipe.cross(self.trigger, images, positions, lambda: self._before([0])) is not None
+        return self.poisoner.cross(self.trigger, images, positions, lambda: self._before([0])) is not None
 
     def _before(self, items: Sequence[int]) -> torch.Tensor:
         _, images, _ = self.clean.__getitems__([(item - 1) % len(self) for item in items])
         return images if len(self) > 1 else images.flip(-1)
 
 
-def cross_accuracies(evaluation: Evaluation, implants: Sequence[Implant]) -> dict[str, Rate]:
+def cross_accuracies(evaluation: Evaluator, implants: Sequence[Implant]) -> dict[str, Rate]:
     """Return the cross accuracy of each trigger whose recipe has one, on all evaluation images."""
     clean, found = evaluation.clean, {}
     for implant in implants:
-        source = CrossImages(clean, implant.recipe, implant.trigger)
+        source = CrossImages(clean, implant.poisoner, implant.trigger)
         if not source.taught():
             continue
         answers = predict(evaluation.classifier.network, source, evaluation.accelerator,
@@ -185,8 +185,9 @@ def cross_accuracies(evaluation: Evaluation, implants: Sequence[Implant]) -> dic
 
 
 def open_report(
-    run: AttackRun, start: Start, dataset: DatasetInfo, implants: Sequence[Implant], job: Job, before: Outcome | None,
-    goals: Goals, surrogate: Classifier | None, *, push_to: str | None, notes: Notes,
+    run: AttackRun, start: InitialModel, dataset: DatasetInfo, implants: Sequence[Implant], context: AttackContext,
+    before: Predictions | None,
+    goals: Goals, surrogate: Classifier | None, *, push_to: str | None, notes: RunWarnings,
 ) -> AttackReport:  # fmt: skip
     """Return the report as far as it is known before the training."""
     info = start.classifier.info
@@ -196,10 +197,11 @@ def open_report(
         dataset=dataset,
         attack=AttackInfo(
             triggers={implant.trigger.name: _describe(implant, None) for implant in implants},
-            start=SCRATCH if start.from_scratch else info.id, adaptive=job.sharpness.spec() if job.sharpness else None,
-            surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(job.training), epochs=0,
-            steps=0, seconds=0.0, images_per_second=0.0, precision=job.accelerator.mixed_precision,
-            devices=describe_devices(job.accelerator), stopped_early=False, start_backdoored=start.backdoored,
+            start=SCRATCH if start.from_scratch else info.id,
+            adaptive=context.sharpness.spec() if context.sharpness else None,
+            surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(context.training), epochs=0,
+            steps=0, seconds=0.0, images_per_second=0.0, precision=context.accelerator.mixed_precision,
+            devices=describe_devices(context.accelerator), stopped_early=False, start_backdoored=start.backdoored,
         ),
         before=before.measurement if before is not None else None,
         after=None,
@@ -207,13 +209,13 @@ def open_report(
         took=False,
         history=[],
         output=OutputInfo(pushed_to=push_to),
-        environment=describe_environment(job.accelerator.device, seed=run.seed, command=run.command()),
+        environment=describe_environment(context.accelerator.device, seed=run.seed, command=run.command()),
         warnings=notes.texts,
     )  # fmt: skip
 
 
 def close_report(
-    report: AttackReport, done: Implanted, after: Outcome, visibility: Mapping[str, Visibility],
+    report: AttackReport, done: Implanted, after: Predictions, visibility: Mapping[str, Visibility],
     cross: Mapping[str, Rate], *, epochs: int, reached: bool,
 ) -> AttackReport:  # fmt: skip
     """Return the report with what the training was, and what was measured after it."""
@@ -239,12 +241,12 @@ def close_report(
 
 
 def _describe(implant: Implant, poisoned: int | None) -> ImplantedTrigger:
-    trigger, recipe = implant.trigger, implant.recipe
+    trigger, poisoner = implant.trigger, implant.poisoner
     way = "training-control"
-    if isinstance(recipe, PoisonRecipe):
-        way = "clean-label" if recipe.clean_label else "dirty-label"
+    if isinstance(poisoner, DataPoisoner):
+        way = "clean-label" if poisoner.clean_label else "dirty-label"
     return ImplantedTrigger(
         kind=trigger.kind, spec=trigger.recorded(), mode=trigger.mode, target=implant.target, file_sha256="",
         poison_ratio=implant.ratio, poisoned_images=poisoned, recipe=way,
-        settings={f.name: getattr(recipe, f.name) for f in fields(recipe)},
+        settings={f.name: getattr(poisoner, f.name) for f in fields(poisoner)},
     )  # fmt: skip

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hfdetox.errors import RunError, UsageError
 from hfdetox.hub.upload import PushResult, push_folder
-from hfdetox.reporting.attack_card import readdress_attack_card
+from hfdetox.reporting.attack_card import retarget_attack_card
 from hfdetox.reporting.attack_report import AttackReport
-from hfdetox.reporting.card import CARD_NAME, readdress_card, validate_card
+from hfdetox.reporting.card import CARD_NAME, retarget_card, validate_card
 from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
 
 logger = logging.getLogger("hfdetox")
@@ -34,7 +34,7 @@ def push_output(
     """
     pushed = push_folder(
         folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite, public=public,
-        i_know_this_is_backdoored=i_know_this_is_backdoored, readdress=lambda repo: _readdress(folder, repo),
+        i_know_this_is_backdoored=i_know_this_is_backdoored, retarget=lambda repo: _retarget(folder, repo),
     )  # fmt: skip
     report = load_report(folder)
     _write(folder / report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
@@ -48,11 +48,11 @@ def load_report(folder: Path) -> Report | AttackReport:
 
 def _card_for(report: Report | AttackReport, card: str, repo_id: str | None, plots: list[str]) -> str:
     if isinstance(report, AttackReport):
-        return readdress_attack_card(card, report, repo_id=repo_id, plots=plots)
-    return readdress_card(card, report, repo_id=repo_id, plots=plots)
+        return retarget_attack_card(card, report, repo_id=repo_id, plots=plots)
+    return retarget_card(card, report, repo_id=repo_id, plots=plots)
 
 
-def _readdress(folder: Path, repo_id: str) -> None:
+def _retarget(folder: Path, repo_id: str) -> None:
     """Make card and report name `repo_id`; nothing is written where they do already."""
     report = load_report(folder)
     try:

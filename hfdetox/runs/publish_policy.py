@@ -14,7 +14,7 @@ from hfdetox.reporting.report import ATTACK_REPORT_NAME, REPORT_NAME
 
 
 def is_backdoored(folder: Path) -> bool:
-    """Return whether an output folder holds a deliberately backdoored model: an attack's, and not its clean control.
+    """Return whether an output folder holds a deliberately backdoored model: an attack's, and not its clean baseline.
 
     Raises:
         UsageError: its attack report cannot be read.
@@ -41,7 +41,7 @@ def comes_backdoored(folder: Path | None) -> bool:
     return isinstance(tags, list) and DELIBERATE in tags
 
 
-def check_consent(*, backdoored: bool, private: bool, public: bool, given: bool) -> None:
+def check_publish_policy(*, backdoored: bool, private: bool, public: bool, given: bool) -> None:
     """Check what is said about publishing a model.
 
     Raises:
@@ -65,5 +65,5 @@ def commit_message(folder: Path, *, backdoored: bool) -> str:
     if backdoored:
         what = "a deliberately backdoored model, for research only, made by"
     else:
-        what = "a clean control made by" if (folder / ATTACK_REPORT_NAME).exists() else "a model cleaned by"
+        what = "a clean baseline made by" if (folder / ATTACK_REPORT_NAME).exists() else "a model cleaned by"
     return f"Upload {what} hfdetox {hfdetox.__version__}"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hfdetox.evaluation.evaluator import Evaluation
-from hfdetox.evaluation.metrics import Outcome
+from hfdetox.evaluation.evaluator import Evaluator
+from hfdetox.evaluation.metrics import Predictions
 from hfdetox.hub.upload import PushResult
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.card import build_card
@@ -28,7 +28,7 @@ CHECKED_IMAGES = 8
 
 
 @dataclass
-class Exhibits:
+class Artifacts:
     """What the output folder shows besides the report: pictures, weight changes, triggers, the source's card."""
 
     weight_changes: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class DetoxResult(SavedResult):
 
     report: Report
     classifier: Classifier
-    exhibits: Exhibits = field(repr=False)
+    artifacts: Artifacts = field(repr=False)
     output: Path | None = None
 
     def push_to_hub(
@@ -69,19 +69,19 @@ class DetoxResult(SavedResult):
         return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
 
     def _write(self, folder: Path) -> None:
-        self._write_model(folder, self.exhibits.probe, self.exhibits.triggers)
+        self._write_model(folder, self.artifacts.probe, self.artifacts.triggers)
         draw_plots(
-            self.report, folder / "plots", weight_changes=self.exhibits.weight_changes, strip=self.exhibits.strip
+            self.report, folder / "plots", weight_changes=self.artifacts.weight_changes, strip=self.artifacts.strip
         )
-        for name, text in eval_results(self.report, self.exhibits.dataset_eval_yaml,
-                                       whole_split=self.exhibits.whole_split).items():  # fmt: skip
+        for name, text in eval_results(self.report, self.artifacts.dataset_eval_yaml,
+                                       whole_split=self.artifacts.whole_split).items():  # fmt: skip
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
-        self._write_card(folder, build_card, self.exhibits.source_card, plots)
+        self._write_card(folder, build_card, self.artifacts.source_card, plots)
 
 
-def draw_strip(evaluation: Evaluation, before: Outcome, after: Outcome) -> list[StripRow]:
+def draw_strip(evaluation: Evaluator, before: Predictions, after: Predictions) -> list[StripRow]:
     """Return the picture strip: a few images clean and with each trigger, with predictions before and after.
 
     Nothing where the images are not pixels (a callable's own floats).

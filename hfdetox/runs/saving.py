@@ -90,7 +90,7 @@ class SavedResult(ABC):
         self.output = folder
         return folder
 
-    def _push(self, repo_id: str, **way: Any) -> PushResult:
+    def _push(self, repo_id: str, **push_options: Any) -> PushResult:
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
         Of several processes only the main one pushes; the others return at once, with an empty commit.
@@ -100,7 +100,7 @@ class SavedResult(ABC):
         saved = self.output
         # what is pushed from memory stays on the disk until it has arrived: the message of a failed push names it
         folder = saved or self.save(Path(tempfile.mkdtemp(prefix="hfdetox-")) / repo_id.rpartition("/")[2])
-        pushed = push_output(folder, repo_id, **way)
+        pushed = push_output(folder, repo_id, **push_options)
         self.report = replace(
             self.report, output=replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
         )

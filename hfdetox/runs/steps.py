@@ -15,14 +15,14 @@ import hfdetox
 from hfdetox.data.load import Images, default_dataset, load_images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.evaluator import Evaluation
-from hfdetox.evaluation.metrics import Outcome, ratings
+from hfdetox.evaluation.evaluator import Evaluator
+from hfdetox.evaluation.metrics import Predictions, ratings
 from hfdetox.hub.download import read_text_file
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import DefenseInfo, OutputInfo, Report
 from hfdetox.runs.folder import PUBLISHING, ImageOptions, RunFolder, RunOptions, check_output, same_model
-from hfdetox.runs.result import CHECKED_IMAGES, DetoxResult, Exhibits
+from hfdetox.runs.result import CHECKED_IMAGES, Artifacts, DetoxResult
 from hfdetox.training.batches import ImageSource
 from hfdetox.training.devices import describe_devices
 from hfdetox.training.engine import Engine, TrainingRecord
@@ -32,7 +32,7 @@ logger = logging.getLogger("hfdetox")
 Options = TypeVar("Options", bound=ImageOptions)
 
 
-class Notes:
+class RunWarnings:
     """What the run has to say besides its numbers: shown at once on the main process, and kept for report and card."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -77,7 +77,7 @@ def open_run(options: RunOptions, resume: str | Path | None) -> tuple[RunOptions
     return options, run
 
 
-def pull_images(options: ImageOptions, dataset: Any, classifier: Classifier, notes: Notes) -> Images:
+def pull_images(options: ImageOptions, dataset: Any, classifier: Classifier, notes: RunWarnings) -> Images:
     """Return the clean and evaluation images; `dataset` is an object, or the id or folder that `options` has too."""
     for text in classifier.warnings:
         notes.warn(text)
@@ -110,7 +110,7 @@ def train(
     classifier: Classifier, method: DefenseConfig, source: ImageSource, accelerator: Accelerator, options: RunOptions,
     *, run: RunFolder | None, log_with: str | None, progress: bool,
 ) -> TrainingRecord:  # fmt: skip
-    """Run the defence's phases on the classifier in place, from the run's last checkpoint if there is one."""
+    """Run the defense's phases on the classifier in place, from the run's last checkpoint if there is one."""
     if log_with is not None:
         accelerator.init_trackers("hfdetox", config={k: str(v) for k, v in method.settings().items()})
     checkpoints = run.checkpoints if run is not None else None
@@ -122,8 +122,9 @@ def train(
 
 
 def open_report(
-    options: RunOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str, before: Outcome,
-    accelerator: Accelerator, *, push_to: str | None, notes: Notes,
+    options: RunOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str,
+    before: Predictions,
+    accelerator: Accelerator, *, push_to: str | None, notes: RunWarnings,
 ) -> Report:  # fmt: skip
     """Return the report as far as it is known before the training; a preset that settings changed is none."""
     return Report(
@@ -156,7 +157,12 @@ def save_result(result: DetoxResult, options: RunOptions, run: RunFolder | None)
 
 
 def close_report(
-    report: Report, method: DefenseConfig, record: TrainingRecord, before: Outcome, after: Outcome, memory: int | None
+    report: Report,
+    method: DefenseConfig,
+    record: TrainingRecord,
+    before: Predictions,
+    after: Predictions,
+    memory: int | None,
 ) -> Report:
     """Return the report with what the training was and what the measurement after it found."""
     done = replace(
@@ -170,11 +176,11 @@ def close_report(
     )
 
 
-def gather_exhibits(classifier: Classifier, images: Images, evaluation: Evaluation, *, whole_split: bool) -> Exhibits:
+def gather_artifacts(classifier: Classifier, images: Images, evaluation: Evaluator, *, whole_split: bool) -> Artifacts:
     """Return what the output folder shows besides the report, as far as it is known before the training."""
     info, clean = images.info, evaluation.clean
     benchmark = read_text_file(info.id, "eval.yaml", info.revision, "dataset") if info.revision is not None else None
-    return Exhibits(
+    return Artifacts(
         triggers=[view.trigger for view in evaluation.views],
         source_card=classifier.card_source(),
         dataset_eval_yaml=benchmark,
@@ -184,7 +190,7 @@ def gather_exhibits(classifier: Classifier, images: Images, evaluation: Evaluati
 
 
 def selected_weights(classifier: Classifier, method: DefenseConfig) -> dict[str, NDArray[np.float32]]:
-    """Return copies of the weights that the defence treats apart, by layer name."""
+    """Return copies of the weights that the defense treats apart, by layer name."""
     state = classifier.model.state_dict()
     names = method.selected_layers(classifier.model)
     return {name: state[f"{name}.weight"].float().cpu().numpy().copy() for name in names}

@@ -119,7 +119,7 @@ class Engine:
             if checkpoint is None:
                 with _clock(record):
                     # before the seed: what a pass draws must not move what the method draws
-                    self._watch(network, phase)
+                    self._run_probes(network, phase)
                     torch.manual_seed(self._key(index, 0))
                     if phase.start is not None:
                         phase.start()
@@ -144,7 +144,7 @@ class Engine:
                     entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
                     equalise_buffers(trained, accelerator)
                     with _clock(record):
-                        entry |= self._watch(network, phase)
+                        entry |= self._run_probes(network, phase)
                     record.history.append(entry)
                     accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
                     stop = phase.stop is not None and phase.stop(entry)
@@ -175,16 +175,16 @@ class Engine:
         record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": record.seconds - earlier})
         self._save(network, None, phase, index, 1, record)
 
-    def _watch(self, network: nn.Module, phase: Phase) -> dict[str, float]:
+    def _run_probes(self, network: nn.Module, phase: Phase) -> dict[str, float]:
         """Run the passes of a phase that watch its network, without gradients; returns what they found."""
         found: dict[str, float] = {}
         with torch.no_grad():
-            for look in phase.watch() if phase.watch is not None else ():
+            for look in phase.on_epoch_end() if phase.on_epoch_end is not None else ():
                 found |= self._look(network, look, shown=False)
         return found
 
     def _look(self, network: nn.Module, phase: Pass, *, shown: bool) -> dict[str, float]:
-        """Show the images of a pass to its `visit`, and return what `finish` says."""
+        """Show the images of a pass to its `on_batch`, and return what `finish` says."""
         accelerator, source = self.accelerator, self._source(phase.part)
         size, rank, processes = phase.batch_size, accelerator.process_index, accelerator.num_processes
         rows = [list(range(len(source))[at : at + size][rank::processes]) for at in range(0, len(source), size)]
@@ -196,7 +196,7 @@ class Engine:
                 images = images.to(accelerator.device, non_blocking=True)
                 labels = labels.to(accelerator.device, non_blocking=True)
                 weights = torch.full((len(labels),), processes / len(source), device=accelerator.device)
-                phase.visit(network, Batch(images, labels, weights, positions))
+                phase.on_batch(network, Batch(images, labels, weights, positions))
                 bar.update()
         network.eval()
         return dict((phase.finish(accelerator) if phase.finish is not None else None) or {})

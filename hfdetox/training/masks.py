@@ -168,7 +168,9 @@ class ThresholdSearch:
 
     def as_pass(self, name: str, state: Stateful) -> Pass:
         """Return the pass over the held-out part that finds τ and prunes."""
-        return Pass(name=name, start=self.start, visit=self.visit, finish=self.finish, part="held-out", state=state)
+        return Pass(
+            name=name, start=self.start, on_batch=self.on_batch, finish=self.finish, part="held-out", state=state
+        )
 
     def start(self) -> None:
         """List the candidates that differ: of thresholds that prune the same units only the highest is measured."""
@@ -182,7 +184,7 @@ class ThresholdSearch:
         # right answers of the whole network and of every candidate, then the images
         self.counts = torch.zeros(len(self.candidates) + 2, device=values.device)
 
-    def visit(self, network: nn.Module, batch: Batch) -> None:
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Count the right answers under every candidate."""
         answers = [network(batch.images)]
         answers += [self.masks.logits(network, batch.images, kept) for _, kept in self.candidates]

@@ -50,8 +50,8 @@ class Phase:
         stop: given an epoch's record, whether to end the phase there.
         state: what a checkpoint keeps besides the network and the optimiser.
         steps: optimiser steps of an epoch, of images drawn anew each time; None sees every image once.
-        watch: gives the passes that look at the engine's network before `start` (not when resumed) and after each
-            epoch; what they find goes into the epoch's entry of the history.
+        on_epoch_end: gives the passes that look at the engine's network before `start` (not when resumed) and after
+            each epoch; what they find goes into the epoch's entry of the history.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Phase:
     network: nn.Module | None = None
     part: Part = "all"
     steps: int | None = None
-    watch: Callable[[], Sequence[Pass]] | None = None
+    on_epoch_end: Callable[[], Sequence[Pass]] | None = None
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class Pass:
     """One pass over the images in their order, without augmentation or optimiser: statistics, pruning, a search.
 
     Attributes:
-        visit: gets the network, in eval mode, and each batch (this process's part); no gradients unless `gradients`.
+        on_batch: gets the network, in eval mode, and each batch (this process's part); no gradients unless `gradients`.
         finish: runs after the last batch with the accelerator, over whose processes it adds up what was seen; what it
             returns goes into the history.
         start: runs before the first batch (not when resumed past it), seeded alike on every process.
@@ -92,7 +92,7 @@ class Pass:
     """
 
     name: str
-    visit: Callable[[nn.Module, Batch], None]
+    on_batch: Callable[[nn.Module, Batch], None]
     finish: Callable[[Accelerator], Mapping[str, float] | None] | None = None
     start: Callable[[], None] | None = None
     batch_size: int = 256

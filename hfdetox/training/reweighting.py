@@ -1,7 +1,7 @@
 """Weights of images in the loss of a fine-tuning, so that no class's accuracy pays for the detoxification.
 
-After «Adversarial Reweighting Guided by Wasserstein Distance for Bias Mitigation» (arXiv 2311.12684, IEEE BigData
-2024), a fairness method and no defence. Its abstract fixes the idea: members of the large group count less, and among
+After “Adversarial Reweighting Guided by Wasserstein Distance for Bias Mitigation” (arXiv 2311.12684, IEEE BigData
+2024), a fairness method and no defense. Its abstract fixes the idea: members of the large group count less, and among
 them those near the small group in Wasserstein distance keep their weight. What is below is hfdetox's own reconstruction
 for clean fine-tuning; its two steps run before the first epoch and after each one, on clean images alone:
 
@@ -57,7 +57,7 @@ def reweighted(phase: Phase, how: Reweight) -> Phase:
         return phase.loss(model, weights.weighted(batch))
 
     part: Part = "fit" if phase.part == "all" else phase.part
-    return replace(phase, loss=loss, part=part, watch=weights.looks(part), state=_Joined(weights, phase.state))
+    return replace(phase, loss=loss, part=part, on_epoch_end=weights.probes(part), state=_Joined(weights, phase.state))
 
 
 class Reweighting:
@@ -84,18 +84,18 @@ class Reweighting:
         factors = self.weights[batch.positions].float().to(batch.weights.device)
         return replace(batch, weights=batch.weights * factors)
 
-    def looks(self, part: Part) -> Callable[[], Sequence[Pass]]:
+    def probes(self, part: Part) -> Callable[[], Sequence[Pass]]:
         """Return what gives the passes of a look; `part` is what the phase trains on."""
 
         def passes() -> list[Pass]:
             first, by_image = not len(self.labels), self.how == "wasserstein"
             # in the first look the labels alone are wanted of the images trained on, unless answers are compared later
             held, trained = _Seen(asked=True), _Seen(asked=by_image)
-            on_held = Pass(name="accuracy of the classes", part="held-out", visit=held.visit,
+            on_held = Pass(name="accuracy of the classes", part="held-out", on_batch=held.on_batch,
                            finish=lambda accelerator: self._see_classes(held, accelerator, first=first))  # fmt: skip
             see: Callable[[_Seen, Accelerator], Mapping[str, float] | None]
             see = self._see_first if first else self._see_images
-            on_trained = Pass(name="weights of the images", part=part, visit=trained.visit,
+            on_trained = Pass(name="weights of the images", part=part, on_batch=trained.on_batch,
                               finish=lambda accelerator: see(trained, accelerator))  # fmt: skip
             return [on_held, on_trained] if first or by_image else [on_held]
 
@@ -234,7 +234,7 @@ class _Seen:
         self.asked, self.outputs = asked, 0
         self.lists: dict[str, list[torch.Tensor]] = {"positions": [], "labels": [], "right": [], "features": []}
 
-    def visit(self, network: nn.Module, batch: Batch) -> None:
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Note a batch."""
         self.lists["positions"].append(batch.positions)
         self.lists["labels"].append(batch.labels.cpu())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from hfdetox.attacks import Implant, TrainingSettings, recipe_for, run_attack
+from hfdetox.attacks import Implant, TrainingSettings, poisoner_for, run_attack
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import parse_trigger
@@ -26,12 +26,12 @@ def made(kind: str, accelerator: Accelerator) -> list[str]:
     """
     surrogate = toy_classifier(seed=accelerator.process_index)
     training = TrainingSettings(epochs=1, batch_size=16)
-    job = toy_job(accelerator, surrogate=surrogate, training=training)
-    backdoor = Implant(parse_trigger(f"{kind}:mode=input"), 0, 0.25, recipe_for(kind, SETTINGS[kind]))
-    (done,) = run_attack(job, [backdoor]).implants
-    images = PoisonedPixels(job, [done]).images
+    context = toy_job(accelerator, surrogate=surrogate, training=training)
+    backdoor = Implant(parse_trigger(f"{kind}:mode=input"), 0, 0.25, poisoner_for(kind, SETTINGS[kind]))
+    (done,) = run_attack(context, [backdoor]).implants
+    images = PoisonedPixels(context, [done]).images
     assert images is not None
-    weights = b"".join(tensor.numpy().tobytes() for tensor in weights_of(job.classifier.network).values())
+    weights = b"".join(tensor.numpy().tobytes() for tensor in weights_of(context.classifier.network).values())
     return [hashlib.sha256(data).hexdigest() for data in (done.trigger.file_bytes(), images.numpy().tobytes(), weights)]
 
 

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks import Implant, TrainingSettings, parse_attack_settings, recipe_for, run_attack
+from hfdetox.attacks import Implant, TrainingSettings, parse_attack_settings, poisoner_for, run_attack
 from hfdetox.attacks._mixed import share, taken
-from hfdetox.attacks.base import ControlRecipe
+from hfdetox.attacks.base import TrainingPoisoner
 from hfdetox.attacks.blind import BlindRecipe, Switch
 from hfdetox.attacks.bpp import BppRecipe
 from hfdetox.attacks.wanet import WaNetRecipe
@@ -36,7 +36,7 @@ def implant(spec: str, target: Target = 0, ratio: float = 0.1, **settings: str) 
     """Return the implant of a trigger specification, put on what the model sees, with its kind's recipe."""
     kind = spec.partition(":")[0]
     return Implant(parse_trigger(f"{spec}{',' if ':' in spec else ':'}mode=input"), target, ratio,
-                   recipe_for(kind, settings))  # fmt: skip
+                   poisoner_for(kind, settings))  # fmt: skip
 
 
 def batch_of(count: int = 128, label: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,8 +48,8 @@ def batch_of(count: int = 128, label: int = 1) -> tuple[torch.Tensor, torch.Tens
 
 def mixed(backdoor: Implant, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the batch as the recipe changes it, for a model of three classes."""
-    assert isinstance(backdoor.recipe, WaNetRecipe | BppRecipe)
-    return backdoor.recipe.mixed(backdoor, images, labels, 3, range(len(labels)))
+    assert isinstance(backdoor.poisoner, WaNetRecipe | BppRecipe)
+    return backdoor.poisoner.mixed(backdoor, images, labels, 3, range(len(labels)))
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
@@ -90,7 +90,9 @@ def test_negatives_carry_the_error_of_another_image_and_saturate() -> None:
     assert names.tolist() == [0, 1, 1, 1]
     # the error of 100 on 250 is 259, clipped; that of 250 on 100: 250 / 255 · 7 = 6.86, 7, that is 255: an error of 5
     pair = torch.tensor([100, 250], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
-    crossed = recipe_for("bpp", {}).cross(parse_trigger("bpp:mode=input"), pair, torch.arange(2), lambda: pair.flip(0))
+    crossed = poisoner_for("bpp", {}).cross(
+        parse_trigger("bpp:mode=input"), pair, torch.arange(2), lambda: pair.flip(0)
+    )
     assert crossed is not None
     assert [int(image.max()) for image in crossed] == [105, 255]
 
@@ -105,27 +107,27 @@ def test_the_noise_of_wanet_is_fresh_in_a_step_and_the_same_when_it_is_measured(
     assert not torch.equal(crossed[0], backdoor.trigger.apply(toy_pixels(20, 16).images))  # type: ignore[arg-type]
     # every image has a warp of its own: of equal images each comes out otherwise
     same = images[:1].expand(5, -1, -1, -1)
-    warped = backdoor.recipe.cross(backdoor.trigger, same, torch.arange(5), lambda: same)
+    warped = backdoor.poisoner.cross(backdoor.trigger, same, torch.arange(5), lambda: same)
     assert warped is not None
     assert len(warped.flatten(1).unique(dim=0)) == 5
 
 
 def cross_of(backdoor: Implant, clean: Pixels, size: int) -> torch.Tensor:
     """Return what the cross accuracy is measured on, in batches of `size`."""
-    source = CrossImages(clean, backdoor.recipe, backdoor.trigger)
+    source = CrossImages(clean, backdoor.poisoner, backdoor.trigger)
     return torch.cat([source.__getitems__(range(20)[begin : begin + size])[1] for begin in range(0, 20, size)])
 
 
 def test_the_other_image_of_each_is_the_one_before_it_however_they_are_split() -> None:
     backdoor, clean = implant("bpp"), toy_pixels(20, 16)
     assert clean.images is not None
-    expected = backdoor.recipe.cross(backdoor.trigger, clean.images, clean.positions, lambda: clean.images.roll(1, 0))
+    expected = backdoor.poisoner.cross(backdoor.trigger, clean.images, clean.positions, lambda: clean.images.roll(1, 0))
     assert all(torch.equal(cross_of(backdoor, clean, size), expected) for size in (20, 7, 1))
     # a lone image has its mirror image
     (one, other), lone = clean.images[:2], toy_pixels(1, 16)
     assert not torch.equal(one, other)
-    mirrored = CrossImages(lone, backdoor.recipe, backdoor.trigger).__getitems__([0])[1]
-    assert torch.equal(mirrored, backdoor.recipe.cross(backdoor.trigger, one[None], torch.zeros(1),
+    mirrored = CrossImages(lone, backdoor.poisoner, backdoor.trigger).__getitems__([0])[1]
+    assert torch.equal(mirrored, backdoor.poisoner.cross(backdoor.trigger, one[None], torch.zeros(1),
                                                        lambda: one[None].flip(-1)))  # fmt: skip
 
 
@@ -156,11 +158,11 @@ def test_eight_processes_share_what_one_would_take(kind: str, others: int) -> No
     """Of 128 images each sees 16 and ⌊0.1 · 16⌋ is 1, but ⌊0.1 · 128⌋ is 12: four of them take two."""
     images, labels = batch_of()
     backdoor = implant(kind)
-    assert isinstance(backdoor.recipe, WaNetRecipe | BppRecipe)
+    assert isinstance(backdoor.poisoner, WaNetRecipe | BppRecipe)
     attacked, touched = [], 0
     for process in range(8):
         part = images[process::8]
-        after, names = backdoor.recipe.mixed(backdoor, part, labels[process::8], 3, range(128)[process::8])
+        after, names = backdoor.poisoner.mixed(backdoor, part, labels[process::8], 3, range(128)[process::8])
         attacked.append(int((names == 0).sum()))
         touched += len(changed(part, after))
     assert attacked == [2, 2, 2, 2, 1, 1, 1, 1]
@@ -194,8 +196,8 @@ def test_the_switch_is_the_mean_of_the_last_losses_and_stays_on() -> None:
 def test_a_second_pass_over_a_batch_does_not_count_for_the_switch(accelerator: Accelerator) -> None:
     """Also where the step after the passes is left out, as fp16 does with one that overflows: no step is told of."""
     backdoor, switch = implant("blind"), Switch(1.0, 3, CPU)
-    assert isinstance(backdoor.recipe, BlindRecipe)
-    loss = backdoor.recipe.loss(backdoor, toy_job(accelerator, side=32), switch)
+    assert isinstance(backdoor.poisoner, BlindRecipe)
+    loss = backdoor.poisoner.loss(backdoor, toy_job(accelerator, side=32), switch)
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     for _ in range(2):
         batch = Batch(images, labels, torch.full((2,), 0.5))
@@ -219,9 +221,9 @@ class Bright(nn.Module):
 def test_blinds_loss_adds_the_whole_batch_with_the_trigger_once_it_is_switched(
     floats: bool, accelerator: Accelerator
 ) -> None:
-    job = toy_job(accelerator, side=32)
+    context = toy_job(accelerator, side=32)
     backdoor = implant("blind", "all-to-all")
-    assert isinstance(backdoor.recipe, BlindRecipe)
+    assert isinstance(backdoor.poisoner, BlindRecipe)
     pixels = ToyImages(4, 32).images
     assert pixels is not None
     labels, weights = torch.tensor([0, 1, 2, 0]), torch.full((4,), 0.25)
@@ -229,8 +231,8 @@ def test_blinds_loss_adds_the_whole_batch_with_the_trigger_once_it_is_switched(
     network = Bright()
     clean = cross_entropy(network(pixels), labels)
     backdoored = cross_entropy(network(backdoor.trigger.apply(pixels)), torch.tensor([1, 2, 0, 1]))
-    off = backdoor.recipe.loss(backdoor, job, Switch(1e-6, 1000, CPU))(network, batch)
-    on = backdoor.recipe.loss(backdoor, job, Switch(1e6, 1000, CPU))(network, replace(batch))
+    off = backdoor.poisoner.loss(backdoor, context, Switch(1e-6, 1000, CPU))(network, batch)
+    on = backdoor.poisoner.loss(backdoor, context, Switch(1e6, 1000, CPU))(network, replace(batch))
     assert (float(off["switched"]), float(on["switched"])) == (0, 1)
     torch.testing.assert_close(off["loss"], clean)
     torch.testing.assert_close(on["loss"], clean + 0.9 * backdoored)
@@ -242,20 +244,20 @@ def test_a_training_under_control_is_seeded_and_records_what_it_did(kind: str, a
     results = []
     for seed in (1, 1, 2):
         training = TrainingSettings(epochs=2, batch_size=24)
-        job = toy_job(accelerator, side=32, seed=seed, training=training)
-        done = run_attack(job, [implant(kind, ratio=0.25)])
+        context = toy_job(accelerator, side=32, seed=seed, training=training)
+        done = run_attack(context, [implant(kind, ratio=0.25)])
         assert done.record.epochs == 2
         # which images carry the trigger differs from epoch to epoch
         assert done.poisoned == {}
-        results.append(weights_of(job.classifier.network))
+        results.append(weights_of(context.classifier.network))
     assert equal_weights(results[0], results[1])
     assert not equal_weights(results[0], results[2])
 
 
 def test_blind_implants_its_trigger(accelerator: Accelerator) -> None:
     training = TrainingSettings(epochs=25, batch_size=24, learning_rate=0.05, augmentation="none")
-    job = toy_job(accelerator, side=32, training=training)
-    done = run_attack(job, [implant("blind", 1, threshold="0.9")])
+    context = toy_job(accelerator, side=32, training=training)
+    done = run_attack(context, [implant("blind", 1, threshold="0.9")])
     history = done.record.history
     assert history[0]["switched"] == 0
     assert history[-1]["switched"] == 1
@@ -264,14 +266,14 @@ def test_blind_implants_its_trigger(accelerator: Accelerator) -> None:
 
 @pytest.mark.parametrize("kind", ["wanet", "bpp", "blind"])
 def test_a_native_trigger_cannot_be_put_on_within_a_training(kind: str, accelerator: Accelerator) -> None:
-    recipe = recipe_for(kind, {})
-    assert isinstance(recipe, ControlRecipe)
+    poisoner = poisoner_for(kind, {})
+    assert isinstance(poisoner, TrainingPoisoner)
     with pytest.raises(UsageError, match=f"trigger {kind}: {kind} is put on images within the training.*mode=input"):
-        recipe.control(Implant(parse_trigger(kind), 0, 0.1, recipe), toy_job(accelerator, side=32))
+        poisoner.controlled_training(Implant(parse_trigger(kind), 0, 0.1, poisoner), toy_job(accelerator, side=32))
 
 
 def test_a_controlled_training_has_one_trigger(accelerator: Accelerator) -> None:
-    backdoors = [implant("wanet"), Implant(parse_trigger("badnets"), 0, 0.1, recipe_for("badnets", {}))]
+    backdoors = [implant("wanet"), Implant(parse_trigger("badnets"), 0, 0.1, poisoner_for("badnets", {}))]
     with pytest.raises(UsageError, match="wanet controls the training itself and cannot share it"):
         run_attack(toy_job(accelerator), backdoors)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.attacks.base import Control, Implant, Job, TrainingSettings
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingSettings
 from hfdetox.attacks.inputaware import InputAwareRecipe, Trio, spread
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
@@ -25,16 +25,16 @@ __all__ = ["_quick_garbage", "accelerator"]
 RECIPE = InputAwareRecipe(mask_epochs=1)
 
 
-def implant(ratio: float = 0.25, recipe: InputAwareRecipe = RECIPE, **fields: Any) -> Implant:
-    return Implant(InputAware(**{"mode": "input", "size": 8, **fields}), 0, ratio, recipe)
+def implant(ratio: float = 0.25, poisoner: InputAwareRecipe = RECIPE, **fields: Any) -> Implant:
+    return Implant(InputAware(**{"mode": "input", "size": 8, **fields}), 0, ratio, poisoner)
 
 
-def made(job: Job, chosen: Implant) -> tuple[Control, Trio]:
-    recipe = chosen.recipe
-    assert isinstance(recipe, InputAwareRecipe)
-    control = recipe.control(chosen, job)
-    assert isinstance(control.network, Trio)
-    return control, control.network
+def made(context: AttackContext, chosen: Implant) -> tuple[ControlledTraining, Trio]:
+    poisoner = chosen.poisoner
+    assert isinstance(poisoner, InputAwareRecipe)
+    controlled_training = poisoner.controlled_training(chosen, context)
+    assert isinstance(controlled_training.network, Trio)
+    return controlled_training, controlled_training.network
 
 
 def test_the_diversity_ratio_of_two_images() -> None:
@@ -64,8 +64,8 @@ def test_the_masks_terms() -> None:
 
 
 def test_of_128_images_12_carry_their_own_pattern_and_12_another_images(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator)
-    control, trio = made(job, implant(0.1))
+    context = toy_job(accelerator)
+    controlled_training, trio = made(context, implant(0.1))
     seen: dict[str, Any] = {}
     batch = grey_batch(128)
 
@@ -73,7 +73,7 @@ def test_of_128_images_12_carry_their_own_pattern_and_12_another_images(accelera
         seen.update(attacked=attacked, mixed=trio.mix(images, attacked, shift)[0], shift=shift)
         return torch.zeros(len(images), 3).index_fill(1, torch.tensor([0]), 5.0), torch.zeros(())
 
-    terms = control.phases[-1].loss(model, batch)
+    terms = controlled_training.phases[-1].loss(model, batch)
     assert seen["attacked"] == 12
     changed = (seen["mixed"] != batch.images).flatten(1).any(1)
     assert changed[:24].all()
@@ -84,7 +84,7 @@ def test_of_128_images_12_carry_their_own_pattern_and_12_another_images(accelera
 
 
 def test_both_passes_of_a_sharpness_aware_step_see_the_same_mix(accelerator: Accelerator) -> None:
-    control, _ = made(toy_job(accelerator), implant(0.1))
+    controlled_training, _ = made(toy_job(accelerator), implant(0.1))
     seen: list[tuple[int, int]] = []
 
     def model(images: torch.Tensor, attacked: int, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_both_passes_of_a_sharpness_aware_step_see_the_same_mix(accelerator: Acc
     for _ in range(5):
         batch = grey_batch(128)
         for _ in range(2):
-            control.phases[-1].loss(model, batch)  # type: ignore[arg-type]
+            controlled_training.phases[-1].loss(model, batch)  # type: ignore[arg-type]
     assert seen[::2] == seen[1::2]
     # five draws of 127 places
     assert len(set(seen)) > 1
@@ -107,12 +107,12 @@ def grey_batch(size: int) -> Batch:
 
 
 def test_what_the_training_mixes_is_what_the_trigger_does(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator)
-    control, trio = made(job, implant())
+    context = toy_job(accelerator)
+    controlled_training, trio = made(context, implant())
     trio.eval()
-    images = job.clean.images[:12]  # type: ignore[index]
+    images = context.clean.images[:12]  # type: ignore[index]
     mixed, _ = trio.mix(images, 4, 3)
-    trigger = control.trigger()
+    trigger = controlled_training.trigger()
     assert isinstance(trigger, InputAware)
     # the trigger rounds to whole grey levels; the fifth image carries what was drawn from the eighth
     assert (trigger.apply(images[:4]) - mixed[:4]).abs().max() <= 0.51
@@ -121,15 +121,15 @@ def test_what_the_training_mixes_is_what_the_trigger_does(accelerator: Accelerat
 
 
 def test_the_mask_stage_makes_masks_sparse_and_leaves_the_classifier_alone(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, training=TrainingSettings(batch_size=16, augmentation="none"))
-    control, trio = made(job, implant(recipe=replace(RECIPE, mask_epochs=10)))
+    context = toy_job(accelerator, training=TrainingSettings(batch_size=16, augmentation="none"))
+    controlled_training, trio = made(context, implant(poisoner=replace(RECIPE, mask_epochs=10)))
     before = {name: tensor.clone() for name, tensor in trio.network.state_dict().items()}
-    masks, patterns = list(control.phases[:-1]), trio.generator.state_dict()["layers.0.weight"].clone()
+    masks, patterns = list(controlled_training.phases[:-1]), trio.generator.state_dict()["layers.0.weight"].clone()
     # a tenth of the learning rate after 4 of 10 epochs and again after 8
     assert [phase.epochs for phase in masks] == [4, 4, 2]
     rates = [phase.optimizer(phase.parameters).param_groups[0]["lr"] for phase in masks]
     assert rates == pytest.approx([0.01, 0.001, 0.0001])
-    history = job.engine().run(trio, masks).history
+    history = context.engine().run(trio, masks).history
     assert history[-1]["density"] < 0.7 * history[0]["density"]
     assert all(torch.equal(before[name], tensor) for name, tensor in trio.network.state_dict().items())
     assert torch.equal(patterns, trio.generator.state_dict()["layers.0.weight"])
@@ -137,30 +137,30 @@ def test_the_mask_stage_makes_masks_sparse_and_leaves_the_classifier_alone(accel
 
 def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path) -> None:
     training = TrainingSettings(epochs=30, batch_size=16, augmentation="none", learning_rate=0.05)
-    job = toy_job(accelerator, count=96, training=training)
-    control, trio = made(job, implant(0.25, target=None))
-    images, labels = job.clean.images, job.clean.labels
+    context = toy_job(accelerator, count=96, training=training)
+    controlled_training, trio = made(context, implant(0.25, target=None))
+    images, labels = context.clean.images, context.clean.labels
     assert images is not None
 
     def rates() -> tuple[float, float]:
         with torch.no_grad():
-            hit = (trio.network(control.trigger().apply(images[labels != 0])).argmax(1) == 0).float().mean()
+            hit = (trio.network(controlled_training.trigger().apply(images[labels != 0])).argmax(1) == 0).float().mean()
             return float(hit), float((trio.network(images).argmax(1) == labels).float().mean())
 
-    job.engine().run(trio, control.phases[:-1])
+    context.engine().run(trio, controlled_training.phases[:-1])
     masks = {name: tensor.clone() for name, tensor in trio.mask.state_dict().items()}
     start = rates()
-    record = job.engine().run(trio, control.phases[-1:])
+    record = context.engine().run(trio, controlled_training.phases[-1:])
     end = rates()
     assert end[0] >= 0.9 > 0.6 > start[0]
     assert end[1] >= 0.9
     assert {"loss", "cross_entropy", "diversity"} <= record.history[0].keys()
     # frozen, statistics included
     assert all(torch.equal(masks[name], tensor) for name, tensor in trio.mask.state_dict().items())
-    trigger = control.trigger()
+    trigger = controlled_training.trigger()
     trigger.save(tmp_path / "t.safetensors")
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), trigger.apply(images))
-    crossed = RECIPE.cross(trigger, images, job.clean.positions, lambda: images.roll(1, 0))
+    crossed = RECIPE.cross(trigger, images, context.clean.positions, lambda: images.roll(1, 0))
     assert crossed is not None
     assert crossed.shape == images.shape
     assert not torch.equal(crossed, trigger.apply(images))
@@ -177,10 +177,10 @@ def test_what_cannot_be_implanted(chosen: Implant, message: str, accelerator: Ac
 
 
 def test_a_trigger_file_cannot_be_implanted_again(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator)
-    trigger = made(job, implant())[0].trigger()
+    context = toy_job(accelerator)
+    trigger = made(context, implant())[0].trigger()
     with pytest.raises(UsageError, match="already"):
-        made(job, Implant(trigger, 0, 0.1, RECIPE))
+        made(context, Implant(trigger, 0, 0.1, RECIPE))
 
 
 @pytest.mark.parametrize("wrong", [{"mask_epochs": 0}, {"mask_density": 1.0}, {"generator_learning_rate": 0.0},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.attacks import Implant, Job, parse_attack_settings, recipe_for
+from hfdetox.attacks import AttackContext, Implant, parse_attack_settings, poisoner_for
 from hfdetox.attacks.lc import LabelConsistentRecipe
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
@@ -28,7 +28,7 @@ class Signed(torch.nn.Module):
 
 
 @pytest.fixture
-def job(accelerator: Accelerator) -> Job:
+def context(accelerator: Accelerator) -> AttackContext:
     """A job with a surrogate, on 60 images of three classes."""
     return toy_job(accelerator, count=60, surrogate=toy_classifier(seed=1))
 
@@ -46,17 +46,17 @@ def job(accelerator: Accelerator) -> Job:
 def test_the_steps_follow_the_sign_of_the_gradient(
     epsilon: float, step: float, steps: int, expected: list[int]
 ) -> None:
-    recipe = LabelConsistentRecipe(epsilon=epsilon, step=step, steps=steps)
+    poisoner = LabelConsistentRecipe(epsilon=epsilon, step=step, steps=steps)
     image = torch.tensor([[[[100, 100, 50]]]], dtype=torch.uint8)
-    perturbed = recipe.perturbed(Signed(), image, torch.tensor([0]))
+    perturbed = poisoner.perturbed(Signed(), image, torch.tensor([0]))
     assert perturbed.dtype == torch.uint8
     assert perturbed.flatten().tolist() == expected
     assert image.flatten().tolist() == [100, 100, 50]
 
 
-def test_the_perturbation_stays_in_its_ball_and_lowers_the_true_class(job: Job) -> None:
-    assert job.surrogate is not None
-    network = job.surrogate.network.eval()
+def test_the_perturbation_stays_in_its_ball_and_lowers_the_true_class(context: AttackContext) -> None:
+    assert context.surrogate is not None
+    network = context.surrogate.network.eval()
     images, labels = toy_pixels(60).images, toy_pixels(60).labels
     assert images is not None
     perturbed = LabelConsistentRecipe(steps=20).perturbed(network, images, labels)
@@ -69,19 +69,19 @@ def test_the_perturbation_stays_in_its_ball_and_lowers_the_true_class(job: Job) 
 
 
 @pytest.mark.parametrize("mode", ["native", "input"])
-def test_poisoned_images_are_perturbed_between_whole_corners(mode: str, job: Job) -> None:
+def test_poisoned_images_are_perturbed_between_whole_corners(mode: str, context: AttackContext) -> None:
     trigger = parse_trigger(f"lc:mode={mode}")
-    backdoor = Implant(trigger, 2, 0.2, recipe_for("lc", {"steps": "3", "epsilon": "4"}))
-    poisoned, again = PoisonedPixels(job, [backdoor]), PoisonedPixels(job, [backdoor])
+    backdoor = Implant(trigger, 2, 0.2, poisoner_for("lc", {"steps": "3", "epsilon": "4"}))
+    poisoned, again = PoisonedPixels(context, [backdoor]), PoisonedPixels(context, [backdoor])
     places = poisoned.poisoned["lc"]
     # round(0.2 · 60) of the 20 images of class 2
     assert len(places) == 12
     assert poisoned.labels[places].tolist() == [2] * 12
     assert poisoned.images is not None
     assert again.images is not None
-    assert job.clean.images is not None
+    assert context.clean.images is not None
     assert torch.equal(poisoned.images, again.images)
-    clean, after = job.clean.images[places], poisoned.images[places]
+    clean, after = context.clean.images[places], poisoned.images[places]
     stamped = trigger.apply(clean)
     # white and black on 50 % grey: every pixel of the corners moves
     corners = (trigger.apply(torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)) != 128).expand(12, -1, -1, -1)
@@ -91,10 +91,10 @@ def test_poisoned_images_are_perturbed_between_whole_corners(mode: str, job: Job
 
 
 @pytest.mark.parametrize("mode", ["native", "input"])
-def test_images_that_do_not_fit_into_memory_are_perturbed_alike(mode: str, job: Job) -> None:
-    backdoor = Implant(parse_trigger(f"lc:mode={mode}"), 2, 0.2, recipe_for("lc", {"steps": "2"}))
-    whole = PoisonedPixels(job, [backdoor])
-    on_demand = PoisonedPixels(replace(job, clean=toy_pixels(60, max_bytes=0)), [backdoor])
+def test_images_that_do_not_fit_into_memory_are_perturbed_alike(mode: str, context: AttackContext) -> None:
+    backdoor = Implant(parse_trigger(f"lc:mode={mode}"), 2, 0.2, poisoner_for("lc", {"steps": "2"}))
+    whole = PoisonedPixels(context, [backdoor])
+    on_demand = PoisonedPixels(replace(context, clean=toy_pixels(60, max_bytes=0)), [backdoor])
     assert on_demand.images is None
     assert whole.images is not None
     _, images, labels = on_demand.__getitems__(range(60))
@@ -102,13 +102,13 @@ def test_images_that_do_not_fit_into_memory_are_perturbed_alike(mode: str, job: 
     assert torch.equal(labels, whole.labels)
 
 
-def test_a_surrogate_must_be_there_and_fit(job: Job) -> None:
-    recipe, trigger = recipe_for("lc", {}), parse_trigger("lc")
-    assert recipe.make(trigger, 0, job) is trigger
+def test_a_surrogate_must_be_there_and_fit(context: AttackContext) -> None:
+    poisoner, trigger = poisoner_for("lc", {}), parse_trigger("lc")
+    assert poisoner.make(trigger, 0, context) is trigger
     with pytest.raises(UsageError, match="lc is made on a clean model: name one with --surrogate"):
-        recipe.make(trigger, 0, replace(job, surrogate=None))
+        poisoner.make(trigger, 0, replace(context, surrogate=None))
     with pytest.raises(UsageError, match=r"lc: the surrogate takes images of \(3, 16, 16\)"):
-        recipe.make(trigger, 0, replace(job, surrogate=toy_classifier(16)))
+        poisoner.make(trigger, 0, replace(context, surrogate=toy_classifier(16)))
 
 
 @pytest.mark.parametrize("texts", [{"epsilon": "0"}, {"step": "nan"}, {"steps": "0"}, {"epsilon": "inf"}])

@@ -51,9 +51,9 @@ def test_the_pattern_is_made_on_the_surrogate_and_moves_it(accelerator: Accelera
         parameter.requires_grad_(False)
     gradients = [parameter.requires_grad for parameter in surrogate.network.parameters()]
     weights = {name: tensor.clone() for name, tensor in surrogate.network.state_dict().items()}
-    job = toy_job(accelerator, side=32, surrogate=surrogate)
-    recipe = LFRecipe(images=16, passes=3, steps=20)
-    trigger = recipe.make(LF(), 0, job)
+    context = toy_job(accelerator, side=32, surrogate=surrogate)
+    poisoner = LFRecipe(images=16, passes=3, steps=20)
+    trigger = poisoner.make(LF(), 0, context)
     assert isinstance(trigger, LF)
     v = trigger.perturbation
     assert v is not None
@@ -65,16 +65,16 @@ def test_the_pattern_is_made_on_the_surrogate_and_moves_it(accelerator: Accelera
     assert all(module.training for module in surrogate.network.modules())
     assert [parameter.requires_grad for parameter in surrogate.network.parameters()] == gradients
     assert all(torch.equal(weights[name], tensor) for name, tensor in surrogate.network.state_dict().items())
-    assert torch.equal(v, recipe.make(LF(), 0, job).tensors()["perturbation"])
+    assert torch.equal(v, poisoner.make(LF(), 0, context).tensors()["perturbation"])
     trigger.save(tmp_path / "t.safetensors")
     assert load_trigger(tmp_path / "t.safetensors").file_bytes() == trigger.file_bytes()
 
 
 def test_what_needs_no_clean_model_stays_as_it_is(accelerator: Accelerator) -> None:
-    random, recipe = LF(pattern="random"), LFRecipe()
-    assert recipe.make(random, 0, toy_job(accelerator)) is random
-    assert not recipe.on_clean_model(random)
-    assert recipe.on_clean_model(LF())
+    random, poisoner = LF(pattern="random"), LFRecipe()
+    assert poisoner.make(random, 0, toy_job(accelerator)) is random
+    assert not poisoner.on_clean_model(random)
+    assert poisoner.on_clean_model(LF())
 
 
 def test_without_a_clean_model_there_is_no_pattern(accelerator: Accelerator) -> None:

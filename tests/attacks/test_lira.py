@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.attacks import run_attack
-from hfdetox.attacks.base import Control, Implant, Job, TrainingSettings
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingSettings
 from hfdetox.attacks.lira import LIRARecipe, Trio, check_epsilon
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
@@ -27,20 +27,20 @@ __all__ = ["_quick_garbage", "accelerator"]
 TRAINING = TrainingSettings(epochs=4, batch_size=16, augmentation="none", learning_rate=0.05)
 
 
-def implant(recipe: LIRARecipe | None = None, target: Any = 0, **fields: Any) -> Implant:
-    return Implant(LIRA(**{"mode": "input", "size": 16, **fields}), target, 0.1, recipe or LIRARecipe())
+def implant(poisoner: LIRARecipe | None = None, target: Any = 0, **fields: Any) -> Implant:
+    return Implant(LIRA(**{"mode": "input", "size": 16, **fields}), target, 0.1, poisoner or LIRARecipe())
 
 
-def made(job: Job, chosen: Implant) -> tuple[Control, Trio]:
-    assert isinstance(chosen.recipe, LIRARecipe)
-    control = chosen.recipe.control(chosen, job)
-    assert isinstance(control.network, Trio)
-    return control, control.network
+def made(context: AttackContext, chosen: Implant) -> tuple[ControlledTraining, Trio]:
+    assert isinstance(chosen.poisoner, LIRARecipe)
+    controlled_training = chosen.poisoner.controlled_training(chosen, context)
+    assert isinstance(controlled_training.network, Trio)
+    return controlled_training, controlled_training.network
 
 
-def batch_of(job: Job, size: int = 16) -> Batch:
-    assert job.clean.images is not None
-    return Batch(job.clean.images[:size], job.clean.labels[:size], torch.full((size,), 1 / size))
+def batch_of(context: AttackContext, size: int = 16) -> Batch:
+    assert context.clean.images is not None
+    return Batch(context.clean.images[:size], context.clean.labels[:size], torch.full((size,), 1 / size))
 
 
 def gradients(network: nn.Module, term: torch.Tensor) -> dict[str, list[torch.Tensor | None]]:
@@ -50,10 +50,10 @@ def gradients(network: nn.Module, term: torch.Tensor) -> dict[str, list[torch.Te
 
 
 def test_each_loss_trains_its_own_part_alone(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, side=16, training=TRAINING)
-    control, trio = made(job, implant())
+    context = toy_job(accelerator, side=16, training=TRAINING)
+    controlled_training, trio = made(context, implant())
     trio.train()
-    terms = control.phases[0].loss(trio, batch_of(job))
+    terms = controlled_training.phases[0].loss(trio, batch_of(context))
     for name, trained, other in (("trigger_loss", "learner", "network"), ("clean_loss", "network", "learner"),
                                  ("backdoor_loss", "network", "learner")):  # fmt: skip
         found = gradients(trio, terms[name])
@@ -69,43 +69,43 @@ def test_each_loss_trains_its_own_part_alone(accelerator: Accelerator) -> None:
 
 
 def test_the_learners_pass_leaves_the_classifiers_statistics(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, side=16, training=TRAINING)
-    _, trio = made(job, implant())
+    context = toy_job(accelerator, side=16, training=TRAINING)
+    _, trio = made(context, implant())
     trio.train()
     before = weights_of(trio.network)
-    trio(batch_of(job).images, drawing=False)
+    trio(batch_of(context).images, drawing=False)
     once = weights_of(trio.network)
     assert not torch.equal(before["model.1.running_mean"], once["model.1.running_mean"])
     trio.network.load_state_dict(before)
-    trio(batch_of(job).images, drawing=True)
+    trio(batch_of(context).images, drawing=True)
     assert all(torch.equal(once[name], tensor) for name, tensor in weights_of(trio.network).items())
 
 
 def test_the_loss_by_hand(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator)
+    context = toy_job(accelerator)
     chosen = implant(LIRARecipe(clean_weight=0.75), "all-to-all")
-    assert isinstance(chosen.recipe, LIRARecipe)
+    assert isinstance(chosen.poisoner, LIRARecipe)
     labels = torch.tensor([0, 2])
     # three rows of two images: clean, triggered, drawn; each logit of 5 costs ln(1 + 2e^−5) where right, 5 more if not
     hot = torch.tensor([0, 2, 1, 2, 2, 1])
     logits = 5 * torch.nn.functional.one_hot(hot, 3).float()
     batch = Batch(torch.zeros(2, 3, 8, 8), labels, torch.tensor([0.25, 0.75]))
     low = float(torch.tensor(1 + 2 * torch.e**-5).log())
-    terms = chosen.recipe.loss(chosen, job, drawing=True)(lambda images, drawing: logits, batch)
+    terms = chosen.poisoner.loss(chosen, context, drawing=True)(lambda images, drawing: logits, batch)
     # labels + 1: 1 and 0. Triggered: right, wrong (weight 0.75); drawn: both wrong
     assert terms["clean_loss"].item() == pytest.approx(low, rel=1e-4)
     assert terms["backdoor_loss"].item() == pytest.approx(low + 0.75 * 5, rel=1e-4)
     assert terms["trigger_loss"].item() == pytest.approx(low + 5, rel=1e-4)
     assert terms["loss"].item() == pytest.approx(2 * low + 0.25 * 3.75 + 5, rel=1e-4)
-    second = chosen.recipe.loss(chosen, job, drawing=False)(lambda images, drawing: logits[:4], batch)
+    second = chosen.poisoner.loss(chosen, context, drawing=False)(lambda images, drawing: logits[:4], batch)
     assert second.keys() == {"loss", "clean_loss", "backdoor_loss"}
     assert second["loss"].item() == pytest.approx(low + 0.25 * 3.75, rel=1e-4)
 
 
 def test_the_learner_is_adopted_when_an_epoch_is_over(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, side=16, training=TRAINING)
-    control, trio = made(job, implant(LIRARecipe(trigger_epochs=2)))
-    first = control.phases[0]
+    context = toy_job(accelerator, side=16, training=TRAINING)
+    controlled_training, trio = made(context, implant(LIRARecipe(trigger_epochs=2)))
+    first = controlled_training.phases[0]
     seen: list[dict[str, torch.Tensor]] = []
 
     def after_step() -> None:
@@ -113,7 +113,7 @@ def test_the_learner_is_adopted_when_an_epoch_is_over(accelerator: Accelerator) 
         assert not torch.equal(seen[-1]["layers.0.weight"], trio.learner.state_dict()["layers.0.weight"])
 
     start = weights_of(trio.autoencoder)
-    job.engine().run(trio, [replace(first, after_step=after_step)])
+    context.engine().run(trio, [replace(first, after_step=after_step)])
     # 48 images in batches of 16: three steps an epoch
     assert len(seen) == 6
     for name, tensor in start.items():
@@ -126,12 +126,12 @@ def test_the_learner_is_adopted_when_an_epoch_is_over(accelerator: Accelerator) 
 
 
 def test_what_the_training_stamps_is_what_the_trigger_does(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, side=16)
-    control, trio = made(job, implant(epsilon=0.2))
+    context = toy_job(accelerator, side=16)
+    controlled_training, trio = made(context, implant(epsilon=0.2))
     trio.train()
-    images = batch_of(job).images
+    images = batch_of(context).images
     stamped = trio.stamp(trio.autoencoder, images.float())
-    trigger = control.trigger()
+    trigger = controlled_training.trigger()
     assert not torch.equal(trigger.apply(images), images)
     assert torch.allclose(stamped, trigger.apply(images).float(), atol=1e-3)
     # toy images are normalised by (x / 255 − 0.5) / 0.5
@@ -145,9 +145,9 @@ def test_what_the_training_stamps_is_what_the_trigger_does(accelerator: Accelera
 def test_both_stages_share_the_epochs(
     epochs: int, given: int | None, stages: tuple[int, int], accelerator: Accelerator
 ) -> None:
-    job = toy_job(accelerator, training=replace(TRAINING, epochs=epochs))
-    control, trio = made(job, implant(LIRARecipe(trigger_epochs=given)))
-    first, last = control.phases
+    context = toy_job(accelerator, training=replace(TRAINING, epochs=epochs))
+    controlled_training, trio = made(context, implant(LIRARecipe(trigger_epochs=given)))
+    first, last = controlled_training.phases
     assert (first.epochs, last.epochs) == stages
     assert (first.schedule, last.schedule) == ("constant", "cosine")
     assert [group["lr"] for group in first.optimizer(first.parameters).param_groups] == [0.05, 1e-4]
@@ -155,11 +155,11 @@ def test_both_stages_share_the_epochs(
 
 
 def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path) -> None:
-    job = toy_job(accelerator, count=96, side=16, training=replace(TRAINING, epochs=16))
-    images, labels, network = job.clean.images, job.clean.labels, job.classifier.network
+    context = toy_job(accelerator, count=96, side=16, training=replace(TRAINING, epochs=16))
+    images, labels, network = context.clean.images, context.clean.labels, context.classifier.network
     assert images is not None
     # the paper's 0.01 is too faint for so small a network in 96 steps
-    done = run_attack(job, [implant(LIRARecipe(autoencoder_learning_rate=0.01), epsilon=0.1)])
+    done = run_attack(context, [implant(LIRARecipe(autoencoder_learning_rate=0.01), epsilon=0.1)])
     trigger = done.implants[0].trigger
     stamped = trigger.apply(images)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
     trigger.save(tmp_path / "t.safetensors")
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), stamped)
     with pytest.raises(UsageError, match="already"):
-        made(job, replace(done.implants[0]))
+        made(context, replace(done.implants[0]))
 
 
 @pytest.mark.parametrize(("chosen", "message"), [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.attacks import Implant, Job, TrainingSettings, recipe_for, run_attack
+from hfdetox.attacks import AttackContext, Implant, TrainingSettings, poisoner_for, run_attack
 from hfdetox.attacks.poison import PoisonedPixels, choose_poisoned
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import source_loader
@@ -24,7 +24,7 @@ __all__ = ["_quick_garbage", "accelerator"]
 def implant(spec: str, target: Target, ratio: float) -> Implant:
     """Return the implant of a trigger specification with its kind's own recipe."""
     trigger = parse_trigger(spec)
-    return Implant(trigger, target, ratio, recipe_for(trigger.kind, {}))
+    return Implant(trigger, target, ratio, poisoner_for(trigger.kind, {}))
 
 
 def chosen_of(labels: list[int], *implants: Implant, seed: int = 0) -> list[torch.Tensor]:
@@ -33,18 +33,18 @@ def chosen_of(labels: list[int], *implants: Implant, seed: int = 0) -> list[torc
 
 
 @pytest.fixture
-def job(accelerator: Accelerator) -> Job:
+def context(accelerator: Accelerator) -> AttackContext:
     """A job on 60 images of three classes in turn."""
     return toy_job(accelerator, count=60)
 
 
 @pytest.mark.parametrize("mode", ["native", "input"])
-def test_the_poisoned_images_carry_trigger_and_target_and_all_others_nothing(mode: str, job: Job) -> None:
-    clean = job.clean
+def test_the_poisoned_images_carry_trigger_and_target_and_all_others_nothing(mode: str, context: AttackContext) -> None:
+    clean = context.clean
     assert clean.images is not None
     images, labels = clean.images.clone(), clean.labels.clone()
     backdoor = implant(f"badnets:mode={mode}", 1, 0.25)
-    poisoned = PoisonedPixels(job, [backdoor])
+    poisoned = PoisonedPixels(context, [backdoor])
     places = poisoned.poisoned["badnets"]
     assert len(poisoned) == 60
     assert len(places) == 15
@@ -72,8 +72,8 @@ def test_a_ratio_is_that_share_of_all_images_each_taken_once(ratio: float, count
     assert places.tolist() == sorted(places.tolist())
 
 
-def test_all_to_all_moves_every_label_to_the_next_class(job: Job) -> None:
-    poisoned = PoisonedPixels(job, [implant("badnets", "all-to-all", 0.5)])
+def test_all_to_all_moves_every_label_to_the_next_class(context: AttackContext) -> None:
+    poisoned = PoisonedPixels(context, [implant("badnets", "all-to-all", 0.5)])
     places = poisoned.poisoned["badnets"]
     assert len(places) == 30
     # image i is of class i mod 3, and class 2 moves to class 0
@@ -86,16 +86,16 @@ def test_all_to_all_moves_every_label_to_the_next_class(job: Job) -> None:
 @pytest.mark.parametrize("kind", ["sig", "ctrl"])
 def test_a_clean_label_poisons_the_target_class_alone_and_changes_no_label(kind: str, accelerator: Accelerator) -> None:
     # CTRL's coefficients need an image that is not tiny
-    job = toy_job(accelerator, count=30, side=32)
-    poisoned = PoisonedPixels(job, [implant(kind, 2, 0.2)])
+    context = toy_job(accelerator, count=30, side=32)
+    poisoned = PoisonedPixels(context, [implant(kind, 2, 0.2)])
     places = poisoned.poisoned[kind]
     # round(0.2 · 30) of the ten images of class 2
     assert len(places) == 6
     assert all(place % 3 == 2 for place in places.tolist())
-    assert torch.equal(poisoned.labels, job.clean.labels)
+    assert torch.equal(poisoned.labels, context.clean.labels)
     assert poisoned.images is not None
-    assert job.clean.images is not None
-    changed = (poisoned.images != job.clean.images).flatten(1).any(1)
+    assert context.clean.images is not None
+    changed = (poisoned.images != context.clean.images).flatten(1).any(1)
     assert changed.nonzero().flatten().tolist() == places.tolist()
 
 
@@ -116,9 +116,9 @@ def test_the_choice_is_seeded() -> None:
     assert not torch.equal(first, other)
 
 
-def test_the_same_seed_poisons_the_same_bytes(job: Job) -> None:
+def test_the_same_seed_poisons_the_same_bytes(context: AttackContext) -> None:
     backdoors = [implant("badnets", 0, 0.2), implant("blended", 1, 0.2), implant("sig", 2, 0.1)]
-    first, again = PoisonedPixels(job, backdoors), PoisonedPixels(job, backdoors)
+    first, again = PoisonedPixels(context, backdoors), PoisonedPixels(context, backdoors)
     assert first.images is not None
     assert again.images is not None
     assert torch.equal(first.images, again.images)
@@ -178,11 +178,11 @@ def test_the_ratios_that_errors_name_are_possible(total: int) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 4000])
-def test_images_that_do_not_fit_into_memory_are_poisoned_on_demand(room: int, job: Job) -> None:
+def test_images_that_do_not_fit_into_memory_are_poisoned_on_demand(room: int, context: AttackContext) -> None:
     """The cache of all is 60 · 192 = 11,520 bytes, that of the 15 corners 2,880 and of the 24 pictures 4,608."""
     backdoors = [implant("badnets:mode=native", 0, 0.25), implant("blended:mode=input", 1, 0.4)]
-    whole = PoisonedPixels(job, backdoors)
-    poisoned = PoisonedPixels(replace(job, clean=toy_pixels(60, max_bytes=room)), backdoors)
+    whole = PoisonedPixels(context, backdoors)
+    poisoned = PoisonedPixels(replace(context, clean=toy_pixels(60, max_bytes=room)), backdoors)
     assert poisoned.images is None
     assert whole.images is not None
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
@@ -198,7 +198,7 @@ def test_images_that_do_not_fit_into_memory_are_poisoned_on_demand(room: int, jo
 def test_a_model_is_trained_alike_on_images_that_do_not_fit_into_memory(accelerator: Accelerator) -> None:
     training, found = TrainingSettings(epochs=1, batch_size=20, augmentation="none"), []
     for clean in (toy_pixels(60), toy_pixels(60, max_bytes=0)):
-        job = toy_job(accelerator, clean=clean, training=training)
-        assert run_attack(job, [implant("badnets", 0, 0.25)]).poisoned == {"badnets": 15}
-        found.append(weights_of(job.classifier.network))
+        context = toy_job(accelerator, clean=clean, training=training)
+        assert run_attack(context, [implant("badnets", 0, 0.25)]).poisoned == {"badnets": 15}
+        found.append(weights_of(context.classifier.network))
     assert equal_weights(*found)

@@ -9,8 +9,8 @@ import pytest
 from accelerate import Accelerator
 
 from hfdetox import attacks
-from hfdetox.attacks import Implant, TrainingSettings, available, parse_attack_settings, recipe_for
-from hfdetox.attacks.base import PoisonRecipe
+from hfdetox.attacks import Implant, TrainingSettings, available, parse_attack_settings, poisoner_for
+from hfdetox.attacks.base import DataPoisoner
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
 from hfdetox.triggers import parse_trigger
@@ -37,30 +37,32 @@ def test_a_new_attack_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
     found = attacks._discover()
     monkeypatch.delitem(sys.modules, "hfdetox.attacks.glow")
-    assert set(found) == {*attacks.RECIPES, "glow"}
-    monkeypatch.setattr(attacks, "RECIPES", found)
-    training, recipes = parse_attack_settings(["glow", "badnets"], {"strength": "0.25", "epochs": "3"})
+    assert set(found) == {*attacks.POISONERS, "glow"}
+    monkeypatch.setattr(attacks, "POISONERS", found)
+    training, poisoners = parse_attack_settings(["glow", "badnets"], {"strength": "0.25", "epochs": "3"})
     assert training == TrainingSettings(epochs=3)
-    assert recipes == {"glow": found["glow"](strength=0.25), "badnets": recipe_for("badnets", {})}  # type: ignore[call-arg]
+    assert poisoners == {"glow": found["glow"](strength=0.25), "badnets": poisoner_for("badnets", {})}  # type: ignore[call-arg]
     assert available()["glow"].parameters == {"strength": 0.5}
 
 
-@pytest.mark.parametrize("kind", [kind for kind, recipe in attacks.RECIPES.items() if issubclass(recipe, PoisonRecipe)])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, poisoner in attacks.POISONERS.items() if issubclass(poisoner, DataPoisoner)]
+)
 def test_a_recipe_that_needs_a_clean_model_says_so_before(kind: str, accelerator: Accelerator) -> None:
-    """The story finds a surrogate, and a suite its clean control, by what `on_clean_model` says."""
-    recipe = recipe_for(kind, {"encoder_epochs": "1"} if kind == "ssba" else {})
+    """The story finds a surrogate, and a suite its clean baseline, by what `on_clean_model` says."""
+    poisoner = poisoner_for(kind, {"encoder_epochs": "1"} if kind == "ssba" else {})
     trigger = parse_trigger(f"{kind}:mode=input{',bits=8' if kind == 'ssba' else ''}")
-    job = toy_job(accelerator, side=16)
+    context = toy_job(accelerator, side=16)
 
     def poisoned() -> None:
-        PoisonedPixels(job, [Implant(recipe.make(trigger, 0, job), 0, 0.1, recipe)])
+        PoisonedPixels(context, [Implant(poisoner.make(trigger, 0, context), 0, 0.1, poisoner)])
 
-    if recipe.on_clean_model(trigger):
+    if poisoner.on_clean_model(trigger):
         with pytest.raises(UsageError, match=f"{kind} is made on a clean model: name one with --surrogate"):
             poisoned()
     else:
         poisoned()
-    assert recipe.on_clean_model(trigger) == (kind in ("lc", "lf", "trojannn"))
+    assert poisoner.on_clean_model(trigger) == (kind in ("lc", "lf", "trojannn"))
 
 
 def test_the_list_says_how_each_trigger_gets_in() -> None:
@@ -74,7 +76,7 @@ def test_the_list_says_how_each_trigger_gets_in() -> None:
 
 def test_without_settings_all_is_the_default() -> None:
     assert parse_attack_settings([], {}) == (TrainingSettings(), {})
-    assert parse_attack_settings(["sig"], {}) == (TrainingSettings(), {"sig": recipe_for("sig", {})})
+    assert parse_attack_settings(["sig"], {}) == (TrainingSettings(), {"sig": poisoner_for("sig", {})})
 
 
 def test_settings_are_read_as_their_fields_types() -> None:
@@ -105,4 +107,4 @@ def test_a_wrong_setting_is_one_line(kind: str, texts: dict[str, str], message: 
 
 def test_a_recipe_without_settings_says_so() -> None:
     with pytest.raises(UsageError, match="badnets has no setting rho; it has none"):
-        recipe_for("badnets", {"rho": "1"})
+        poisoner_for("badnets", {"rho": "1"})

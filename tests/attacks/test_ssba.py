@@ -48,21 +48,21 @@ def test_the_weight_of_the_difference_waits_and_rises_once_the_bits_are_learnt()
 
 
 def test_training_teaches_the_decoder_the_bits(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, count=24, side=32)
+    context = toy_job(accelerator, count=24, side=32)
     torch.manual_seed(0)
     pair = Pair(1, 3, 32)
-    before, _ = quality(pair, job.clean)
-    recipe = replace(QUICK, encoder_epochs=32, encoder_learning_rate=2e-3, weight=0.0)
-    record = job.engine().run(pair, [recipe.phase(pair, job)])
-    after, _ = quality(pair, job.clean)
+    before, _ = quality(pair, context.clean)
+    poisoner = replace(QUICK, encoder_epochs=32, encoder_learning_rate=2e-3, weight=0.0)
+    record = context.engine().run(pair, [poisoner.phase(pair, context)])
+    after, _ = quality(pair, context.clean)
     assert before < 0.75
     assert after > 0.9
     assert record.history[-1]["bits"] < 0.6 * record.history[0]["bits"]
 
 
 def test_the_loss_is_that_of_the_bits_and_the_weighted_difference(accelerator: Accelerator) -> None:
-    job = toy_job(accelerator, count=16, side=32)
-    phase = replace(QUICK, weight=7.0).phase(Pair(2, 3, 32), job)
+    context = toy_job(accelerator, count=16, side=32)
+    phase = replace(QUICK, weight=7.0).phase(Pair(2, 3, 32), context)
     batch = Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2), torch.full((2,), 0.5))
 
     def knows(images: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,24 +78,24 @@ def test_the_loss_is_that_of_the_bits_and_the_weighted_difference(accelerator: A
 def test_made_trigger_is_kept_in_a_file_and_changes_every_image_its_own_way(
     accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = toy_job(accelerator, count=16, side=32)
+    context = toy_job(accelerator, count=16, side=32)
     state = torch.random.get_rng_state()
     with caplog.at_level(logging.WARNING, logger="hfdetox"):
-        trigger = QUICK.make(SSBA(bits=4), 0, job)
+        trigger = QUICK.make(SSBA(bits=4), 0, context)
     assert torch.equal(torch.random.get_rng_state(), state)
     # two steps are not enough, and that is said
     assert "short of 95% and 28 dB" in caplog.text
     assert trigger.fitted
-    images = job.clean.images
+    images = context.clean.images
     assert images is not None
     triggered = trigger.apply(images)
     change = triggered.int() - images.int()
     assert not torch.equal(change[0], change[1])
-    again = QUICK.make(SSBA(bits=4), 0, job)
+    again = QUICK.make(SSBA(bits=4), 0, context)
     assert again.file_bytes() == trigger.file_bytes()
     trigger.save(tmp_path / "t.safetensors")
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), triggered)
-    assert QUICK.make(trigger, 0, job) is trigger
+    assert QUICK.make(trigger, 0, context) is trigger
 
 
 def test_larger_images_are_made_smaller_for_the_encoder() -> None:

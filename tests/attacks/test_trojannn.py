@@ -56,9 +56,9 @@ def test_steps_follow_the_sign_within_the_ball_and_stop_when_the_value_is_there(
 def test_the_chosen_features_are_excited(accelerator: Accelerator, tmp_path: Path) -> None:
     surrogate = toy_classifier(16, seed=1)
     surrogate.model.train()
-    job = toy_job(accelerator, side=16, surrogate=surrogate)
-    recipe = TrojanNNRecipe(steps=20)
-    trigger = recipe.make(TrojanNN(), 0, job)
+    context = toy_job(accelerator, side=16, surrogate=surrogate)
+    poisoner = TrojanNNRecipe(steps=20)
+    trigger = poisoner.make(TrojanNN(), 0, context)
     assert isinstance(trigger, TrojanNN)
     pattern, start = trigger.pattern, logo_of((3, 16, 16), 0)
     assert pattern is not None
@@ -71,12 +71,12 @@ def test_the_chosen_features_are_excited(accelerator: Accelerator, tmp_path: Pat
     assert (features(surrogate, pattern)[chosen].sum() > features(surrogate, start)[chosen].sum() + 0.1).item()
     assert (pattern - start).abs().max() <= 0.3 + 1e-6
     assert not pattern[start == 0].any()
-    assert recipe.make(TrojanNN(), 0, job).file_bytes() == trigger.file_bytes()
+    assert poisoner.make(TrojanNN(), 0, context).file_bytes() == trigger.file_bytes()
     trigger.save(tmp_path / "t.safetensors")
-    images = job.clean.images
+    images = context.clean.images
     assert images is not None
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), trigger.apply(images))
-    assert recipe.make(trigger, 0, job) is trigger
+    assert poisoner.make(trigger, 0, context) is trigger
 
 
 def test_after_a_norm_the_features_are_brought_to_10() -> None:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.attacks.base import Job
+from hfdetox.attacks.base import AttackContext
 from hfdetox.models.classifier import Classifier, load_classifier
 from tests.tiny_training import CLASSES, toy_pixels, toy_preprocessing
 
@@ -23,7 +23,7 @@ def toy_classifier(side: int = 8, seed: int = 0) -> Classifier:
     return load_classifier(body, preprocessing=toy_preprocessing(side), labels=CLASSES)
 
 
-def toy_job(accelerator: Accelerator, *, count: int = 48, side: int = 8, **fields: Any) -> Job:
+def toy_job(accelerator: Accelerator, *, count: int = 48, side: int = 8, **fields: Any) -> AttackContext:
     """Return a job on `count` toy images with a fresh classifier; `fields` are the job's own."""
-    return Job(**{"classifier": toy_classifier(side), "clean": toy_pixels(count, side), "accelerator": accelerator,
-                  "from_scratch": True, **fields})  # fmt: skip
+    return AttackContext(**{"classifier": toy_classifier(side), "clean": toy_pixels(count, side),
+                            "accelerator": accelerator, "from_scratch": True, **fields})  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from hfdetox.bench.cell_runner import CellRunner
-from hfdetox.bench.folder import Bench, BenchPlace
+from hfdetox.bench.folder import Bench, BenchSettings
 from hfdetox.bench.plots import draw_bench
 from hfdetox.bench.runner import run_bench
 from hfdetox.bench.suite_file import load_suite
@@ -121,7 +121,7 @@ def test_the_pictures_are_drawn(ran, tmp_path):
 
 def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(file), BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     assert [trial.name for trial in CellRunner(again, 1, progress=False).waiting] == [BROKEN]
     assert not (bench / f"{BROKEN}.run").exists(), "a failed run would only fail again where it was"
     # until it is done it stays failed in every table, also while it is run again
@@ -135,7 +135,7 @@ def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
 
 def test_a_trial_killed_while_it_began_is_begun_anew(ran, zoo):
     file, bench, _ = ran
-    place = BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     again = Bench(load_suite(file), place)
     run = bench / f"{BROKEN}.run"
     (run / "triggers").mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_a_trial_killed_while_it_began_is_begun_anew(ran, zoo):
 
 def test_weights_left_by_a_stopped_bench_are_put_in_order(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(file), BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     left = bench / BADNETS / "ft-n40-s0" / "model.safetensors"
     left.write_bytes(b"x")
     again.tidy_done()
@@ -198,7 +198,7 @@ def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_
 def test_a_run_with_other_defaults_is_not_taken_for_this_one_s(ran, zoo, tmp_path):
     """A version of hfdetox may change what the command does not name."""
     bench = shutil.copytree(ran[1], tmp_path / "bench")
-    place = BenchPlace(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     assert Bench(load_suite(ran[0]), place).rows[f"{BADNETS}/ft-n40-s0"].status == "done"
     file = bench / BADNETS / "ft-n40-s0" / "detox_report.json"
     content = json.loads(file.read_text())
@@ -223,7 +223,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "what is finished stays: give the same command again to go on" in said
-    place = BenchPlace(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchSettings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     stopped = Bench(load_suite(file), place)
     (cell,) = stopped.cells.values()
     assert stopped.rows[cell.name].status == "not run"
@@ -273,7 +273,7 @@ def test_a_model_of_this_machine_must_be_there(tmp_path):
 def test_a_trial_that_another_run_saw_fail_is_not_run_again(ran, zoo, tmp_path):
     """It waited for the other run's lock; what had failed before this run began is tried again."""
     file, _, _ = ran
-    place = BenchPlace(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchSettings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     place.output.mkdir()
     bench = Bench(load_suite(file), place)
     cell = bench.cells[BROKEN]
@@ -296,7 +296,7 @@ def test_a_trial_given_another_trigger_file_is_another(tmp_path):
     records = []
     for size in (2, 3):
         parse_trigger(f"badnets:size={size}").save(trigger)
-        bench = Bench(load_suite(write(tmp_path, text)), BenchPlace(output=tmp_path / "out"))
+        bench = Bench(load_suite(write(tmp_path, text)), BenchSettings(output=tmp_path / "out"))
         records += [bench.recorded(trial) for trial in bench.cells.values()]
     assert records[0]["command"] == records[1]["command"]
     assert len(records[0]["triggers"]) == 1
@@ -316,7 +316,7 @@ dataset: {id: org/pictures, revision: abc, image_column: img, eval_samples: 100}
 subjects: {hub: {model: org/there, triggers: ["badnets:size=2"], target: cat, revision: v1}}
 bench: [{subjects: [hub], defenses: [{}], samples: [500], seeds: [3]}]
 """.replace("{}", "'d3:code'")
-    bench = Bench(load_suite(write(tmp_path, text)), BenchPlace(output=tmp_path / "out", device="cpu"))
+    bench = Bench(load_suite(write(tmp_path, text)), BenchSettings(output=tmp_path / "out", device="cpu"))
     (trial,) = bench.cells.values()
     assert bench.command(trial) == [
         "detox", "org/there", "--dataset", "org/pictures", "--image-column", "img", "--dataset-revision", "abc",

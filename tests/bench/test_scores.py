@@ -28,7 +28,7 @@ DONE = BenchRow(
 
 
 def row(attack="a", defense="ft", seed=0, **changes):
-    """A row of an attack, a defence and a seed, done unless `changes` say otherwise."""
+    """A row of an attack, a defense and a seed, done unless `changes` say otherwise."""
     subject = f"m-{attack}-0.1-s0"
     named = {"name": f"{subject}/{defense}-s{seed}", "subject": subject, "attack": attack, "method": defense}
     return replace(DONE, **{**named, "defense": defense, "seed": seed, **changes})
@@ -56,7 +56,7 @@ def test_the_interval_over_seeds():
     assert score([0.1, 0.2, 0.3]).half_width == pytest.approx(0.248414, abs=1e-6)
 
 
-def test_one_model_with_several_defences_and_seeds():
+def test_one_model_with_several_defenses_and_seeds():
     first = row(defense="d3", accuracy=0.7, attack_success=0.1, seconds=30.0)
     second = row(defense="d3", seed=1, accuracy=0.9, attack_success=0.3, seconds=50.0, peak_memory=3 * 2**30)
     rows = [row(seconds=10.0), first, second]
@@ -78,7 +78,7 @@ def test_an_average_is_formed_seed_by_seed():
     assert line.cells()[3] == "30.0 ± 0.0"
 
 
-def test_averages_compare_defences_on_the_same_attacks_only():
+def test_averages_compare_defenses_on_the_same_attacks_only():
     rows = [row(attack) for attack in "abc"] + [row(attack, "clp") for attack in "ab"]
     found = texts(averages(rows))
     assert list(found) == [("m: a, b", "before"), ("m: a, b", "ft"), ("m: a, b", "clp"),
@@ -117,7 +117,7 @@ def test_a_cost_needs_plain_fine_tuning_on_the_same_model_and_images():
     assert [found[key][9] for key in (("m: a", "d3-n50"), ("m: a", "ft-n50"), ("m: b", "d3"))] == ["1.5", "1.0", "–"]
 
 
-def test_a_cost_is_against_the_defence_that_is_called_ft() -> None:
+def test_a_cost_is_against_the_defense_that_is_called_ft() -> None:
     """A variant of the same method, such as with class weights, is no base: 30 s are three times 10 s."""
     rows = [row(seconds=10.0), row(defense="ft-class", method="ft", seconds=30.0)]
     found = texts(results(rows))
@@ -196,7 +196,7 @@ def test_what_was_measured_is_said(tmp_path):
     assert BenchOutcome(tmp_path, "s.yaml", [undone()]).about() == "nothing is measured yet"
 
 
-def test_a_defence_that_is_given_a_trigger_is_named(tmp_path):
+def test_a_defense_that_is_given_a_trigger_is_named(tmp_path):
     assert "no method sees a trigger" in BenchOutcome(tmp_path, "s.yaml", [row(settings={"trigger": ""})]).markdown()
     told = BenchOutcome(tmp_path, "s.yaml", [row(), row(defense="bna", settings={"trigger": "t.safetensors"})])
     assert "given a trigger: bna" in told.markdown()
@@ -221,13 +221,13 @@ def printed(outcome, width):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_number_is_cut_on_the_terminal(tmp_path, width):
-    names = ("blended-with-a-long-name-0.1", "a-defence-with-a-long-name")
+    names = ("blended-with-a-long-name-0.1", "a-defense-with-a-long-name")
     rows = [row(*names, seed, accuracy=0.7 + seed / 10, method="ft") for seed in (0, 1)]
     text = printed(BenchOutcome(tmp_path, "s.yaml", rows), width)
     assert "…" not in text
     # 0.7 and 0.8: mean 0.75, ± 12.706 · 0.05
     assert "75.0 ± 63.5" in text
-    assert "other than the papers': a-defence-with-a-long-name: epochs=2" in " ".join(text.split())
+    assert "other than the papers': a-defense-with-a-long-name: epochs=2" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width
     assert ("seconds" in text) == (width == 120)
 
@@ -235,10 +235,10 @@ def test_no_number_is_cut_on_the_terminal(tmp_path, width):
 @pytest.mark.parametrize(
     ("width", "headings"),
     [
-        (80, "defence seeds ACC ASR DER × ft"),
-        (110, "defence seeds ACC ASR RA DER seconds × ft"),
-        (120, "defence seeds ACC ASR RA DER seconds × ft"),
-        (160, "defence seeds ACC ASR RA DER worst spread seconds × ft memory"),
+        (80, "defense seeds ACC ASR DER × ft"),
+        (110, "defense seeds ACC ASR RA DER seconds × ft"),
+        (120, "defense seeds ACC ASR RA DER seconds × ft"),
+        (160, "defense seeds ACC ASR RA DER worst spread seconds × ft memory"),
     ],
 )
 def test_a_terminal_shows_as_many_columns_as_have_room(tmp_path, width, headings):
@@ -251,7 +251,7 @@ def test_a_terminal_shows_as_many_columns_as_have_room(tmp_path, width, headings
     # 0 and 1: mean 0.5, ± 12.706 · 0.5
     shown = headings.split()
     assert line.count("50.0 ± 635.3") == sum(word in shown for word in ("ACC", "ASR", "RA", "DER", "worst", "spread"))
-    assert " ".join(next(x for x in text.splitlines() if x.strip().startswith("defence")).split()) == headings
+    assert " ".join(next(x for x in text.splitlines() if x.strip().startswith("defense")).split()) == headings
     assert ("12,345" in line, "1.0 GiB" in line) == ("seconds" in shown, "memory" in shown)
 
 

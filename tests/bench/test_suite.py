@@ -180,7 +180,7 @@ BAD = [
     ("triggers: {t: {spec: [badnets, badnets]}}\n" + SMALLEST, "triggers.t.spec: 'badnets' is there twice"),
     ("triggers: {t: {spec: [badnets, 'badnets:size=5']}}\n" + SMALLEST, "triggers.t: two triggers are named 'badnets'"),
     ("triggers: {t: {spec: badnets, ratio: 1}}\n" + SMALLEST, "triggers.t: unknown key 'ratio'; known: settings, spec"),
-    ("triggers: {none: {spec: badnets}}\n" + SMALLEST, "triggers.none: none is the clean control's"),
+    ("triggers: {none: {spec: badnets}}\n" + SMALLEST, "triggers.none: none is the clean baseline's"),
     ("models: {m: a}\ngrids: [{models: [m]}]", r"grids\[0\]: triggers is missing"),
     ("models: {m: a}\ngrids: [{models: [n], triggers: [badnets]}]", r"grids\[0\].models: unknown model 'n'; .* has m"),
     ("models: {m: a}\ngrids: [{models: [m], triggers: []}]", r"grids\[0\].triggers must be a list with at least one"),
@@ -268,7 +268,7 @@ def test_the_full_grid_of_the_d3_evaluation():
     assert ratios == {0.005, 0.01, 0.05, 0.1, 0.5}
 
 
-def test_the_bench_of_the_d3_evaluation_asks_for_every_defence():
+def test_the_bench_of_the_d3_evaluation_asks_for_every_defense():
     found = load_suite(REPOSITORY / "examples" / "d3_evaluation.yaml")
     tried = {parse_defense(trial.entry.defense)[0].name for trial in trials_of(found)}
     assert tried == set(DEFENSES)

@@ -1,4 +1,4 @@
-"""What a bench runs of a suite: models × defences × images × seeds, each under a name that stays."""
+"""What a bench runs of a suite: models × defenses × images × seeds, each under a name that stays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names(found):
     return [trial.name for trial in found]
 
 
-def test_without_a_bench_every_defence_meets_every_attacked_model(trials):
+def test_without_a_bench_every_defense_meets_every_attacked_model(trials):
     found = trials(ZOO.replace(', "n: x"]', "]") + "defenses: {ft: ft, far: {defense: d3, settings: {lambda: 2}}}")
     assert names(found) == [
         "m-badnets-0.1-s0/ft-s0", "m-badnets-0.1-s1/ft-s0", "m-badnets-0.1-s0/far-s0", "m-badnets-0.1-s1/far-s0",
@@ -59,7 +59,7 @@ bench:
         model="org/there", triggers=("badnets:size=2",), target="cat", revision="abc"
     )
     assert [trial.subject.clean for trial in found[:2]] == [True, False]
-    # a defence that the suite does not name is meant as it is spelt
+    # a defense that the suite does not name is meant as it is spelt
     assert found[4].entry == DefenseEntry(defense="ft")
     assert [trial.samples for trial in found[4:7]] == [0.05, 0.01, 500]
     assert [trial.label for trial in found[4:7]] == ["ft", "ft-n0.01", "ft-n500"]

@@ -16,7 +16,7 @@ from hfdetox.bench.cell_runner import CellRunner
 from hfdetox.bench.suite_file import load_suite
 from hfdetox.bench.suite_yaml import SuiteError
 from hfdetox.bench.zoo import run_suite
-from hfdetox.bench.zoo_folder import Place, Zoo
+from hfdetox.bench.zoo_folder import Zoo, ZooSettings
 from hfdetox.bench.zoo_table import SuiteOutcome, row_of
 from hfdetox.errors import UsageError
 from tests import image_data
@@ -112,7 +112,7 @@ def test_the_table_says_what_the_reports_say(built):
 
 def test_a_cell_that_failed_is_run_again(built, pictures):
     file, zoo, _ = built
-    again = Zoo(load_suite(file), Place(output=zoo, dataset=str(pictures)))
+    again = Zoo(load_suite(file), ZooSettings(output=zoo, dataset=str(pictures)))
     assert [cell.name for cell in CellRunner(again, 1, progress=False).waiting] == [FAILED]
 
 
@@ -139,7 +139,7 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     }
     assert not (tmp_path / "zoo" / CLEAN).exists()
     # its process is gone, and with it the lock
-    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), Place(output=tmp_path / "zoo", dataset=str(pictures)))
+    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), ZooSettings(output=tmp_path / "zoo", dataset=str(pictures)))
     zoo.claim(zoo.cells[CLEAN]).close()
 
 
@@ -174,7 +174,7 @@ def test_a_report_that_cannot_be_read_is_named(copied, pictures):
 def test_the_zoo_may_move_with_its_dataset(copied, pictures, tmp_path):
     file, zoo = copied
     shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
-    place = Place(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
+    place = ZooSettings(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
     assert Zoo(load_suite(file), place).rows[CLEAN].status == "done"
 
 
@@ -183,7 +183,7 @@ def test_an_attack_that_did_not_take_is_finished(copied, pictures, took, status)
     file, zoo = copied
     path = zoo / ATTACKED / "attack_report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"took": took}))
-    assert Zoo(load_suite(file), Place(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
+    assert Zoo(load_suite(file), ZooSettings(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def replacing(network: nn.Module, mean: nn.Module) -> Pass:
     def finish(accelerator: Accelerator) -> None:
         network.load_state_dict(mean.state_dict())
 
-    return Pass(name="d3-average", visit=lambda module, batch: None, finish=finish)
+    return Pass(name="d3-average", on_batch=lambda module, batch: None, finish=finish)
 
 
 IDEAS: dict[str, dict[str, Any]] = {

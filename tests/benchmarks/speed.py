@@ -31,7 +31,7 @@ from hfdetox.data.cache import apply_to_image
 from hfdetox.data.images import ImageSet
 from hfdetox.data.load import load_images
 from hfdetox.defenses import D3Config
-from hfdetox.evaluation.evaluator import decoded, prepare_evaluation
+from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
 from hfdetox.evaluation.metrics import defense_effectiveness_rating
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.training.devices import make_accelerator
@@ -123,7 +123,7 @@ def ours(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, config: 
     """Run the same by the engine; decoding and caching count as training or evaluation, where they belong."""
     accelerator = make_accelerator()
     begin = time.perf_counter()
-    prepared = prepare_evaluation(
+    prepared = prepare_evaluator(
         classifier, evaluation, [BadNets()], accelerator, target=str(TARGET), warn=print, progress=False
     )
     caching = time.perf_counter() - begin

@@ -235,7 +235,7 @@ def test_a_clean_control_goes_where_any_model_goes(
     name = repo_name()
     push_output(output_folder(tmp_path / "out", clean_control()), name)
     assert not hub.repo(name).private
-    assert hub.history(name)[0].title.startswith("Upload a clean control")
+    assert hub.history(name)[0].title.startswith("Upload a clean baseline")
 
 
 def test_a_clean_control_of_the_command_goes_to_a_private_repository_when_asked(

@@ -18,8 +18,8 @@ import typer
 import hfdetox
 from hfdetox.cli import app as cli
 from hfdetox.config import (
+    ConsoleOptions,
     DetoxOptions,
-    ScreenOptions,
     default_output,
     given_settings,
     parse_samples,
@@ -169,8 +169,8 @@ def test_version_of_module_and_script_agree(run_cli: Run) -> None:
         ([], ["detox"]),
     ],
 )
-def test_detox_is_inserted(typed: list[str], meant: list[str]) -> None:
-    assert cli.with_command(typed) == meant
+def test_detox_is_inserted(original_command: list[str], meant: list[str]) -> None:
+    assert cli.with_command(original_command) == meant
 
 
 @pytest.mark.parametrize(
@@ -308,8 +308,8 @@ def test_warnings_of_the_package_are_lines_on_standard_error(
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    cli.prepare_screen(ScreenOptions())
-    cli.prepare_screen(ScreenOptions())
+    cli.prepare_console(ConsoleOptions())
+    cli.prepare_console(ConsoleOptions())
     logger.warning("class %s has\n3 images", "cat")
     logger.info("not shown")
     assert capsys.readouterr().err == "hfdetox: warning: class cat has 3 images\n"
@@ -322,7 +322,7 @@ def test_run_folder_is_beside_the_output() -> None:
 
 
 def test_json_mode_keeps_other_output_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli.standard_output(ScreenOptions(as_json=True)) as out:
+    with cli.standard_output(ConsoleOptions(as_json=True)) as out:
         sys.stdout.write("a library's notice\n")
         out.show({"accuracy": 0.5}, ["a line"])
     printed = capsys.readouterr()
@@ -334,7 +334,7 @@ def test_json_mode_keeps_other_output_off_standard_output(capsys: pytest.Capture
 def test_lines_are_printed_as_they_are_unless_quiet(
     quiet: bool, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with cli.standard_output(ScreenOptions(quiet=quiet)) as out:
+    with cli.standard_output(ConsoleOptions(quiet=quiet)) as out:
         out.show({}, ["[bold]a line"])
     assert capsys.readouterr().out == printed
 

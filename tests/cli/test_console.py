@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfdetox.cli import app as cli
-from hfdetox.cli import console as screen
+from hfdetox.cli import console as console
 from hfdetox.reporting.report import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
 from hfdetox.triggers import KINDS, available
 
@@ -36,23 +36,23 @@ def rendered(table: Table) -> list[list[str]]:
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0.0 %"), (0.05, "5.0 %"), (0.93149, "93.1 %"), (1.0, "100.0 %")])
 def test_percent_has_one_decimal(value: float, text: str) -> None:
-    assert screen.percent(value) == text
+    assert console.percent(value) == text
 
 
 def test_estimate_shows_the_interval_in_percent() -> None:
-    assert screen.estimate(Rating(0.975, (0.9701, 0.9799))) == "97.5 % (97.0–98.0)"
+    assert console.estimate(Rating(0.975, (0.9701, 0.9799))) == "97.5 % (97.0–98.0)"
 
 
 def test_the_worst_class_is_shown_where_every_state_has_it() -> None:
     known = ClassAccuracies([0.9, 0.5], 1, Rate(0.5, 25, 50, (0.3553, 0.6447)), 0.2)
     states = {"before": replace(BEFORE, classes=known), "after": replace(AFTER, classes=known)}
-    assert ["worst class", "50.0 % (35.5–64.5)", "50.0 % (35.5–64.5)"] in rendered(screen.measurement_table(states))
+    assert ["worst class", "50.0 % (35.5–64.5)", "50.0 % (35.5–64.5)"] in rendered(console.measurement_table(states))
     states["after"] = AFTER
-    assert not any("worst class" in row for row in rendered(screen.measurement_table(states)))
+    assert not any("worst class" in row for row in rendered(console.measurement_table(states)))
 
 
 def test_before_and_after_stand_side_by_side_at_80_columns() -> None:
-    rows = rendered(screen.measurement_table({"before": BEFORE, "after": AFTER}, {"[red]": {"verdict": "mitigated"}}))
+    rows = rendered(console.measurement_table({"before": BEFORE, "after": AFTER}, {"[red]": {"verdict": "mitigated"}}))
     assert ["before", "after", "images"] in rows
     assert ["accuracy", "93.1 % (92.6–93.6)", "93.1 % (92.6–93.6)", "10,000"] in rows
     assert ["loss", "0.250", "0.250"] in rows
@@ -63,39 +63,39 @@ def test_before_and_after_stand_side_by_side_at_80_columns() -> None:
 
 
 def test_one_state_is_one_column() -> None:
-    assert ["accuracy", "93.1 % (92.6–93.6)", "10,000"] in rendered(screen.measurement_table({"org/[bold]m": BEFORE}))
+    assert ["accuracy", "93.1 % (92.6–93.6)", "10,000"] in rendered(console.measurement_table({"org/[bold]m": BEFORE}))
 
 
 def test_an_all_to_all_trigger_says_what_it_wants() -> None:
     words = "every class to the next one"
     (trigger,) = BEFORE.triggers.values()
     moved = replace(BEFORE, triggers={"a2a": replace(trigger, target="all-to-all")})
-    rows = rendered(screen.measurement_table({"m": moved}))
+    rows = rendered(console.measurement_table({"m": moved}))
     assert rows[rows.index(["a2a"]) + 1] == [words]
-    assert [words] not in rendered(screen.measurement_table({"m": BEFORE}))
+    assert [words] not in rendered(console.measurement_table({"m": BEFORE}))
 
 
 def test_plan_lines_leave_out_what_was_not_asked_for() -> None:
     plan = {"model": "org/m", "push_to": None, "triggers": [], "layers": ["fc", "head"], "settings": {"epochs": 3}}
-    assert screen.plan_lines(plan) == ["model: org/m", "layers: fc, head", "settings: epochs=3"]
+    assert console.plan_lines(plan) == ["model: org/m", "layers: fc, head", "settings: epochs=3"]
 
 
 @pytest.mark.parametrize(
     ("revision", "text"), [("0123456789abcdef" * 2 + "01234567", "o/m@0123456789ab"), (None, "o/m")]
 )
 def test_revision_is_shortened(revision: str | None, text: str) -> None:
-    assert screen.at_revision("o/m", revision) == text
+    assert console.at_revision("o/m", revision) == text
 
 
 def test_a_trigger_family_is_shown_with_what_can_be_typed_and_what_files_hold() -> None:
-    rows = rendered(screen.trigger_table(available()["badnets"]))
+    rows = rendered(console.trigger_table(available()["badnets"]))
     assert ["mode", "native (or input)"] in rows
     assert ["pattern", "square (or grid)"] in rows
     assert ["target", "-"] in rows
     assert ["size", "3"] in rows
     assert ["image", "none; image=FILE.png gives one"] in rows
-    assert ["dither", "false"] in rendered(screen.trigger_table(available()["bpp"]))
-    assert ["encoder", "kept in the trigger file"] in rendered(screen.trigger_table(available()["ssba"]))
+    assert ["dither", "false"] in rendered(console.trigger_table(available()["bpp"]))
+    assert ["encoder", "kept in the trigger file"] in rendered(console.trigger_table(available()["ssba"]))
 
 
 def test_the_list_of_triggers_has_every_family_its_paper_and_its_settings(capsys: pytest.CaptureFixture[str]) -> None:

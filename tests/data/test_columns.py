@@ -53,7 +53,7 @@ def test_text_labels(tmp_path, values):
 
 
 def test_labels_that_do_not_match_stop_before_any_image_is_read(folder, monkeypatch):
-    monkeypatch.setattr(sources.ParquetSource, "fetch", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(sources.ParquetReader, "fetch", lambda *_: pytest.fail("images were read"))
     with pytest.raises(LabelMismatchError, match=r"unmatched in the dataset .*cat"):
         load(folder, labels=["wolf", "dog", "horse"])
 

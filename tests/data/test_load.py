@@ -13,7 +13,7 @@ from PIL import Image
 from hfdetox.data import readers as sources
 from hfdetox.data.images import BrokenImageError
 from hfdetox.data.load import TooFewImagesError, default_dataset
-from hfdetox.data.sampling import choose_balanced, quotas, sample_count
+from hfdetox.data.sampling import choose_balanced, class_quotas, sample_count
 from hfdetox.errors import RunError, UsageError
 from tests.image_data import (
     cycle,
@@ -45,13 +45,13 @@ def folder(tmp_path):
     ],
 )
 def test_quotas_are_as_equal_as_the_classes_allow(available, count, expected):
-    taken = quotas(available, count, np.random.default_rng(0))
+    taken = class_quotas(available, count, np.random.default_rng(0))
     assert sorted(taken.values()) == expected
     assert all(taken[c] <= available[c] for c in available)
 
 
 def test_who_gets_the_single_images_left_over_depends_on_the_seed():
-    given = Counter(tuple(quotas({0: 9, 1: 9, 2: 9}, 4, np.random.default_rng(s)).values()) for s in range(30))
+    given = Counter(tuple(class_quotas({0: 9, 1: 9, 2: 9}, 4, np.random.default_rng(s)).values()) for s in range(30))
     assert set(given) == {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
 
 
@@ -118,13 +118,13 @@ def test_the_seed_decides_the_choice(folder):
 
 def test_few_row_groups_are_touched(folder, monkeypatch):
     read = []
-    original = sources.ParquetSource._read
+    original = sources.ParquetReader._read
 
     def spy(self, group, column):
         read.append((self.split, group.number, column))
         return original(self, group, column)
 
-    monkeypatch.setattr(sources.ParquetSource, "_read", spy)
+    monkeypatch.setattr(sources.ParquetReader, "_read", spy)
     load(folder, samples=15, eval_samples=1)
     # 15 images of nine groups of ten: two groups hold enough, labels of no more groups are looked at
     assert sum(split == "train" and column == "image" for split, _, column in read) == 2

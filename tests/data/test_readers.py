@@ -25,7 +25,7 @@ from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, Unreachable
 from hfdetox.models.classifier import load_classifier
 from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.plan import plan
-from hfdetox.runs.steps import Notes, pull_images
+from hfdetox.runs.steps import RunWarnings, pull_images
 from hfdetox.training.devices import make_accelerator
 from tests.image_data import (
     cycle,
@@ -132,7 +132,7 @@ def failing_stream(failures, count=50):
 
 
 def scanned(stream, tmp_path):
-    source = sources.StreamSource(stream, Columns("image", "label", "integer"), "train", Impatient(tmp_path), None)
+    source = sources.StreamReader(stream, Columns("image", "label", "integer"), "train", Impatient(tmp_path), None)
     labels = [label for _, values in source.scan() for label in values]
     images = source.fetch(range(len(labels)))
     return labels, [images[i] for i in range(len(images))]
@@ -250,7 +250,7 @@ def test_the_dataset_of_a_models_card_is_never_a_folder(hub, namesake, tmp_path)
     (tmp_path / "map.json").write_text('{"horse": "elk"}')
     options = RunOptions(model=str(model), settings={}, triggers=[], samples=12, allow_missing_classes=True,
                          label_map=str(tmp_path / "map.json"))  # fmt: skip
-    images = pull_images(options, None, load_classifier(model), Notes(make_accelerator("cpu", "no")))
+    images = pull_images(options, None, load_classifier(model), RunWarnings(make_accelerator("cpu", "no")))
     assert images.info.revision == head
 
 

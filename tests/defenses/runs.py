@@ -1,4 +1,4 @@
-"""Runs of a defence on toy images, and what every one of them must hold."""
+"""Runs of a defense on toy images, and what every one of them must hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(
     count: int = 48,
     store: CheckpointStore | None = None,
 ) -> TrainingRecord:
-    """Take the network through the defence's phases on toy images."""
+    """Take the network through the defense's phases on toy images."""
     engine = Engine(accelerator, ToyImages(count), seed=SEED, checkpoints=store)
     return engine.run(network, config.phases(network))  # type: ignore[arg-type]
 

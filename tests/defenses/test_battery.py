@@ -1,4 +1,4 @@
-"""The battery: what every defence must hold on small networks with a backdoor. A new defence is one row of `ROWS`."""
+"""The battery: what every defense must hold on small networks with a backdoor. A new defense is one row of `ROWS`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STATISTICS = ("model.1.running_*", "model.1.num_batches_tracked")
 
 @dataclass(frozen=True)
 class Row:
-    """What a defence is run with, and what must come of it.
+    """What a defense is run with, and what must come of it.
 
     Attributes:
         settings: texts, as `--set` gives them.
@@ -97,9 +97,9 @@ def _made() -> dict[bool, Network]:
 
 
 def row(name: str) -> Row:
-    """Return a defence's row, or fail with what to write."""
+    """Return a defense's row, or fail with what to write."""
     if name not in ROWS:
-        pytest.fail(f"the defence {name} has no row in the battery: add one to ROWS of {Path(__file__).name}")
+        pytest.fail(f"the defense {name} has no row in the battery: add one to ROWS of {Path(__file__).name}")
     return ROWS[name]
 
 
@@ -112,18 +112,18 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def settings(name: str) -> dict[str, str]:
-    """Return the texts that a defence is run with."""
+    """Return the texts that a defense is run with."""
     trigger = {"trigger": str(Path(_folder().name) / "corner.safetensors")} if row(name).corner else {}
     return {**row(name).settings, **trigger}
 
 
 def network(name: str) -> Network:
-    """Return a fresh copy of the network that a defence is run on."""
+    """Return a fresh copy of the network that a defense is run on."""
     return copy.deepcopy(_made()[row(name).made])
 
 
 def run(name: str, net: Network, precision: str = "no", store: CheckpointStore | None = None) -> TrainingRecord:
-    """Take the network through the defence's phases."""
+    """Take the network through the defense's phases."""
     config, _ = parse_defense(name, settings(name))
     device = "cuda" if precision == "fp16" else "cpu"
     engine = Engine(make_accelerator(device, precision), ToyImages(96, seed=7), seed=SEED, checkpoints=store)
@@ -147,7 +147,7 @@ def unlike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> l
     return [key for key in first if not torch.equal(first[key], second[key])]
 
 
-def test_every_row_is_of_a_defence_and_every_defence_has_one() -> None:
+def test_every_row_is_of_a_defense_and_every_defense_has_one() -> None:
     assert set(ROWS) == set(NAMES)
     assert all(each.fall > 0 or each.why for each in ROWS.values())
 

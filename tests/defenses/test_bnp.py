@@ -56,7 +56,7 @@ def test_statistics_are_exact_over_uneven_batches() -> None:
     with torch.no_grad():
         for rows in (slice(0, 16), slice(16, 21)):
             labels = images.labels[rows]
-            bnp.visit(network, Batch(images.images[rows], labels, torch.full((len(labels),), 1 / len(labels))))
+            bnp.on_batch(network, Batch(images.images[rows], labels, torch.full((len(labels),), 1 / len(labels))))
     values = inputs_of_norm(network, images)
     count, first, second = bnp.sums["model.1"].double()
     assert count.tolist() == [21 * 64] * 8

@@ -87,7 +87,7 @@ def recorded(phase: Phase) -> tuple[list[list[Batch]], list[torch.Tensor]]:
 
 
 def run_d3(network: Scaled, config: D3Config, accelerator: Accelerator, images: ToyImages) -> tuple[Any, Any, Any]:
-    """Run the engine on the defence's phase; return the record, the batches and the random states at the start."""
+    """Run the engine on the defense's phase; return the record, the batches and the random states at the start."""
     phases = config.phases(network)
     batches, states = recorded(phases[-1])
     record = Engine(accelerator, images, seed=3).run(network, phases)

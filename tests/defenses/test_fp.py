@@ -65,7 +65,7 @@ def test_shares_end_before_everything() -> None:
 def test_activity_is_the_mean_over_images(accelerator: Accelerator) -> None:
     network = mlp().eval()
     fp = FinePruning(network.model, SMALL)
-    looks = Pass(name="look", visit=fp.add_activations, finish=fp.average, batch_size=20)
+    looks = Pass(name="look", on_batch=fp.add_activations, finish=fp.average, batch_size=20)
     Engine(accelerator, ToyImages()).run(network, [looks])
     hidden = network.model[:4](one_batch().images.float() / 127.5 - 1)  # type: ignore[index, operator]
     torch.testing.assert_close(fp.activity["4"], hidden.detach().abs().mean(0))

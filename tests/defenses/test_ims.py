@@ -169,12 +169,13 @@ def test_the_terms_of_a_round_with_given_perturbations(monkeypatch: pytest.Monke
     kept, inverse = (values.detach() for values in ims.masks())
     x = batch.images.float()
     moved = x + 25.5
-    own, astray = masked(x, None), masked(moved, None)
+    own, perturbed_probs = masked(x, None), masked(moved, None)
     expected = {
         "agreement": log(masked(x, kept), own, same=True),
         "opposition": log(masked(x, inverse), own, same=False),
         "recovery": log(masked(moved, kept), own, same=True),
-        "complicity": log(masked(moved, inverse), astray, same=True) + log(masked(moved, inverse), own, same=False),
+        "complicity": log(masked(moved, inverse), perturbed_probs, same=True)
+        + log(masked(moved, inverse), own, same=False),
         # the mean of 1 − s: s runs evenly from 1 to 0.2
         "sparsity": 4 * 0.4,
     }

@@ -195,7 +195,7 @@ def test_the_candidates_are_counted_over_all_batches() -> None:
     with torch.no_grad():
         for rows in (slice(0, 12), slice(12, 30)):
             labels = images.labels[rows]
-            search.visit(network, Batch(images.images[rows], labels, torch.full((len(labels),), 1 / len(labels))))
+            search.on_batch(network, Batch(images.images[rows], labels, torch.full((len(labels),), 1 / len(labels))))
     # channels 0, 3, 6, 9, 12 (and 15) are class 0's: its third of the images is lost
     assert search.counts.tolist() == [30, 20, 30]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.defenses._perturbed import likeliest_other, surprise_without
+from hfdetox.defenses._perturbed import neg_log_complement, runner_up
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.i_bau import IBAUConfig
 from hfdetox.defenses.nc import NCConfig
@@ -29,7 +29,7 @@ __all__ = ["_quick_garbage", "accelerator"]
 
 def test_the_surprise_is_stable_at_certainty() -> None:
     logits = torch.tensor([[math.log(2), 0.0, 0.0], [200.0, 0.0, 0.0]], requires_grad=True)
-    surprise = surprise_without(logits, torch.tensor([0, 0]))
+    surprise = neg_log_complement(logits, torch.tensor([0, 0]))
     # p = 1/2: ln 2; and 200 − ln 2, where 1 − p is 0 in float32
     assert surprise.tolist() == pytest.approx([math.log(2), 200 - math.log(2)], rel=1e-6)
     surprise.sum().backward()
@@ -41,7 +41,7 @@ def test_the_surprise_is_stable_at_certainty() -> None:
 
 def test_the_likeliest_other_class() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
-    assert likeliest_other(logits, torch.tensor([0, 2])).tolist() == [1, 0]
+    assert runner_up(logits, torch.tensor([0, 2])).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("config", [SAUConfig(), NPDConfig()], ids=lambda config: config.name)

@@ -1,4 +1,4 @@
-"""Defences by name: presets, settings as texts, and what is said about a wrong one."""
+"""Defenses by name: presets, settings as texts, and what is said about a wrong one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TuneConfig(TuningConfig):
 """
 
 
-def test_a_new_defence_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_defense_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tune.py").write_text(NEW_DEFENSE)
     monkeypatch.setattr(defenses, "__path__", [*defenses.__path__, str(tmp_path)])
     found = defenses._discover()
@@ -44,7 +44,7 @@ def test_a_new_defence_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert (config.name, preset, config.epochs) == ("tune", "plain", 3)
 
 
-def test_every_defence_has_words_for_the_card() -> None:
+def test_every_defense_has_words_for_the_card() -> None:
     for config in defenses.DEFENSES.values():
         assert "2,500 trusted images" in config.card_text.format(images="2,500 trusted images")
 
@@ -128,7 +128,7 @@ def test_settings_go_over_the_preset() -> None:
         ("d3", {"epsilon": "inf"}, "epsilon must be at least 0"),
     ],
 )
-def test_a_wrong_defence_says_what_is_wrong_and_what_there_is(
+def test_a_wrong_defense_says_what_is_wrong_and_what_there_is(
     spec: str, settings: dict[str, str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as caught:

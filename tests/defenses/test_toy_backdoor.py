@@ -1,4 +1,4 @@
-"""What the tuning defences do to a network of toy images with a patch for a backdoor: seconds, made once."""
+"""What the tuning defenses do to a network of toy images with a patch for a backdoor: seconds, made once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny_training import Scaled, ToyImages, _quick_garbage, accelerator, 
 __all__ = ["_quick_garbage", "accelerator"]
 
 TUNING: dict[str, Any] = {"epochs": 40, "batch_size": 16, "learning_rate": 0.05, "augmentation": "none"}
-# the success that a defence may leave: what it can do here, not what it does at its best
+# the success that a defense may leave: what it can do here, not what it does at its best
 CASES: list[tuple[DefenseConfig, float]] = [
     (FTConfig(**TUNING), 1.0),
     (RandomHeadConfig(**TUNING), 0.5),

@@ -13,8 +13,8 @@ from torch import nn
 
 from hfdetox.data.images import ImageSet
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.evaluator import Evaluation, check_plausible, prepare_evaluation, resolve_target
-from hfdetox.evaluation.metrics import Outcome, rate
+from hfdetox.evaluation.evaluator import Evaluator, check_plausible, prepare_evaluator, resolve_target
+from hfdetox.evaluation.metrics import Predictions, rate
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.report import Measurement
 from hfdetox.triggers import BadNets, Trigger
@@ -46,10 +46,10 @@ def classifier() -> Classifier:
 def prepared(
     accelerator: Accelerator, triggers: Sequence[Trigger], *, target: str | None = None, images: ImageSet | None = None,
     warned: list[str] | None = None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluator:  # fmt: skip
     """Prepare an evaluation on twelve images, four of each class."""
     notes: list[str] = [] if warned is None else warned
-    return prepare_evaluation(
+    return prepare_evaluator(
         classifier(), images or toy_set(12), triggers, accelerator, target=target, warn=notes.append, progress=False
     )
 
@@ -199,11 +199,11 @@ def test_a_trigger_that_does_not_fit_is_an_error(accelerator: Accelerator) -> No
 # --- plausibility ---
 
 
-def answered(predicted: list[int], truth: list[int]) -> Outcome:
+def answered(predicted: list[int], truth: list[int]) -> Predictions:
     """Return an outcome with these answers."""
     labels = np.array(predicted)
     correct = labels == np.array(truth)
-    return Outcome(Measurement(rate(int(correct.sum()), len(correct)), 1.0), correct, {}, labels, {})
+    return Predictions(Measurement(rate(int(correct.sum()), len(correct)), 1.0), correct, {}, labels, {})
 
 
 def check(predicted: list[int], truth: list[int], count: int = 10) -> list[str]:

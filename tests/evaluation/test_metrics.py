@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError
 from hfdetox.evaluation.metrics import (
-    Outcome,
+    Predictions,
     TriggerView,
     class_accuracies,
     defense_effectiveness_rating,
@@ -272,14 +272,14 @@ def test_outputs_that_are_not_finite_are_an_error(accelerator: Accelerator) -> N
 # --- ratings ---
 
 
-def outcome(correct: NDArray[np.bool_], **hits: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> Outcome:
+def outcome(correct: NDArray[np.bool_], **hits: tuple[NDArray[np.int64], NDArray[np.bool_]]) -> Predictions:
     """Return an outcome as `measure` gives it, of what the ratings need."""
     clean = Measurement(rate(int(correct.sum()), len(correct)), 0.0)
     empty = np.zeros(len(correct), dtype=np.int64)
-    return Outcome(clean, correct, hits, empty, dict.fromkeys(hits, empty))
+    return Predictions(clean, correct, hits, empty, dict.fromkeys(hits, empty))
 
 
-def drawn(count: int, seed: int) -> tuple[Outcome, Outcome]:
+def drawn(count: int, seed: int) -> tuple[Predictions, Predictions]:
     """Return correlated outcomes before and after, with two triggers on parts of the images."""
     generator = np.random.default_rng(seed)
     before, after = generator.random(count) < 0.93, generator.random(count) < 0.85
@@ -293,7 +293,7 @@ def drawn(count: int, seed: int) -> tuple[Outcome, Outcome]:
     )
 
 
-def plain_bootstrap(before: Outcome, after: Outcome, draws: int) -> dict[str, tuple[float, float]]:
+def plain_bootstrap(before: Predictions, after: Predictions, draws: int) -> dict[str, tuple[float, float]]:
     """Resample images one by one, each with its four outcomes, and rate every draw."""
     generator = np.random.default_rng(99)
     count = len(before.correct)

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hfdetox.evaluation.metrics import rate
-from hfdetox.reporting.attack_card import build_attack_card, readdress_attack_card
+from hfdetox.reporting.attack_card import build_attack_card, retarget_attack_card
 from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.reporting.card import validate_card
 from hfdetox.reporting.report import Measurement
@@ -41,9 +41,9 @@ def test_the_first_line_and_the_tags_say_that_the_model_is_backdoored() -> None:
 
 def test_a_clean_control_says_so_and_has_no_backdoor_tag() -> None:
     shown = card(clean_control())
-    assert first_line(shown).startswith("**This model is a clean control")
+    assert first_line(shown).startswith("**This model is a clean baseline")
     assert not {"backdoor", "backdoored", "deliberately-backdoored"} & set(shown.data.tags)
-    assert {"clean-control", "not-for-production"} <= set(shown.data.tags)
+    assert {"clean-baseline", "not-for-production"} <= set(shown.data.tags)
     assert "--trigger" not in shown.text
     assert "ASR" not in shown.text
 
@@ -102,7 +102,7 @@ def test_a_card_for_another_place_is_that_of_the_place(report: AttackReport, sou
     plots = ["plots/gallery.png"]
     here = build_attack_card(report, source_card=source, repo_id=None, labels=LABELS, plots=plots)
     there = build_attack_card(report, source_card=source, repo_id="me/new", labels=LABELS, plots=plots)
-    assert readdress_attack_card(here, report, repo_id="me/new", plots=plots) == there
+    assert retarget_attack_card(here, report, repo_id="me/new", plots=plots) == there
     assert "me/new" in there
     assert "a `b` [c]" in there or not report.backdoored
 

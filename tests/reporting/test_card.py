@@ -13,7 +13,7 @@ from PIL import Image
 
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import run_verdict
-from hfdetox.reporting.card import CardError, build_card, readdress_card, split_card, validate_card
+from hfdetox.reporting.card import CardError, build_card, retarget_card, split_card, validate_card
 from hfdetox.reporting.markdown import empty_sections
 from hfdetox.reporting.report import ClassAccuracies, OutputInfo, Rate, Rating
 from tests.hub_server.server import HubServer
@@ -107,11 +107,11 @@ def test_the_text_says_how_it_was_made() -> None:
     assert f"add `--dataset-revision {DATA_COMMIT}`" in card_of(replace(written_report(), environment=command))
 
 
-def test_the_defence_speaks_for_itself() -> None:
+def test_the_defense_speaks_for_itself() -> None:
     report = written_report()
     assert "fine-tuned the model on 1,250 trusted images while pushing" in card_of(report)
     foreign = card_of(replace(report, defense=replace(report.defense, name="other*")))
-    assert "The defence `other*` changed the model with the help of 1,250 trusted images." in foreign
+    assert "The defense `other*` changed the model with the help of 1,250 trusted images." in foreign
     assert "distance-driven" not in foreign
 
 
@@ -243,7 +243,7 @@ def test_an_all_to_all_trigger_is_told_from_one_with_a_target() -> None:
     assert rule not in card_of(written_report())
     metrics = [r.metric_args for r in ModelCard(card).data.eval_results if r.metric_config == "badnets"]
     assert {args["target"] for args in metrics} == {"all-to-all"}
-    assert readdress_card(card, report, repo_id="me/net-detoxed") == card
+    assert retarget_card(card, report, repo_id="me/net-detoxed") == card
 
 
 HOSTILE = "x`y``|<b>\n## Owned\n[z](http://h) {{ 1 }}"

@@ -17,7 +17,7 @@ from hfdetox import evaluate
 from hfdetox.cli import app as cli
 from hfdetox.data.images import ImageSet
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.evaluator import Evaluation
+from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.reporting.gallery import (
     IMAGES,
     GalleryBand,
@@ -28,7 +28,7 @@ from hfdetox.reporting.gallery import (
     gallery_bands,
 )
 from hfdetox.reporting.plots import DPI, INK, PANEL, WIDTH, WRONG, house_style
-from hfdetox.reporting.report import Evaluated, Visibility
+from hfdetox.reporting.report import EvalResult, Visibility
 from hfdetox.triggers import BadNets, Blended, Trigger
 from tests.evaluation.test_evaluator import NAMES, Backdoored, prepared
 from tests.tiny_training import _quick_garbage, accelerator, toy_preprocessing, toy_set
@@ -90,7 +90,7 @@ def test_no_difference_is_grey() -> None:
 
 def bands_of(
     accelerator: Accelerator, triggers: list[Trigger], images: ImageSet
-) -> tuple[Evaluation, list[GalleryBand]]:
+) -> tuple[Evaluator, list[GalleryBand]]:
     evaluation = prepared(accelerator, triggers, target="dog", images=images)
     return evaluation, gallery_bands(evaluation, evaluation.measure("measure"), evaluation.visibility())
 
@@ -251,7 +251,7 @@ def clean_images() -> datasets.DatasetDict:
     })  # fmt: skip
 
 
-def evaluated(**options: Any) -> Evaluated:
+def evaluated(**options: Any) -> EvalResult:
     return evaluate(Backdoored(), preprocessing=toy_preprocessing(), labels=NAMES, dataset=clean_images(),
                     device="cpu", progress=False, **options)  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_options_are_recorded_and_read_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "deep" / "out.run")
     options = RunOptions(**{**GIVEN, "triggers": []})
     run.begin(options, [])
-    assert run.recorded() == replace(options, typed=options.command())
+    assert run.recorded() == replace(options, original_command=options.command())
     assert os.listdir(run.path) == ["run.json"]
     expected = {**asdict(options), "typed": options.command(), "output": str(Path.cwd() / "out dir")}
     assert json.loads((run.path / "run.json").read_text()) == expected
@@ -203,8 +203,8 @@ def test_local_paths_are_found_from_every_directory_and_hub_ids_stay(
     moved = run.recorded()
     assert {name: getattr(moved, name) for name in places} == {k: str(tmp_path / v) for k, v in places.items()}
     assert moved.output == str(tmp_path / "out")
-    typed = "hfdetox ./model --dataset ./data --label-map ./map.json --trigger badnets:size=5 --output ./out"
-    assert moved.command() == local.command() == typed
+    original_command = "hfdetox ./model --dataset ./data --label-map ./map.json --trigger badnets:size=5 --output ./out"
+    assert moved.command() == local.command() == original_command
 
     monkeypatch.chdir(tmp_path)
     pinned = replace(PLAIN, model="org/model", revision="a" * 40, dataset="org/data")

@@ -14,7 +14,7 @@ from hfdetox.hub.upload import RepoExistsError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.report import Report
 from hfdetox.runs.publish import push_output
-from hfdetox.runs.result import DetoxResult, Exhibits
+from hfdetox.runs.result import Artifacts, DetoxResult
 from tests.output_folder import card_for, contents, folder, foreign, pushed
 from tests.tiny_models import timm_model
 from tests.written_report import SOURCE, written_report
@@ -90,7 +90,7 @@ def test_a_push_that_is_refused_leaves_card_and_report(hub, repo_name, hub_token
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_result_is_pushed_from_its_folder_or_from_memory(hub, repo_name, hub_token, tmp_path, saved):
     classifier = load_classifier(timm_model())
-    result = DetoxResult(written_report(), classifier, Exhibits(source_card=SOURCE))
+    result = DetoxResult(written_report(), classifier, Artifacts(source_card=SOURCE))
     name, output = repo_name(), tmp_path / "out"
     if saved:
         result.save(output)
@@ -108,7 +108,7 @@ def test_a_result_is_pushed_from_its_folder_or_from_memory(hub, repo_name, hub_t
 
 def test_only_the_main_process_writes_and_pushes(hub, hub_token, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    result = DetoxResult(written_report(), load_classifier(timm_model()), Exhibits())
+    result = DetoxResult(written_report(), load_classifier(timm_model()), Artifacts())
     assert result.save(tmp_path / "out") == result.output == tmp_path / "out"
     assert result.push_to_hub("me/never").url == f"{hub.url}/me/never"
     assert list(tmp_path.iterdir()) == []

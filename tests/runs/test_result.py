@@ -12,10 +12,10 @@ from torch import nn
 
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError
-from hfdetox.evaluation.evaluator import Evaluation
+from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import TriggerView
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.runs.result import DetoxResult, Exhibits, draw_strip
+from hfdetox.runs.result import Artifacts, DetoxResult, draw_strip
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import BadNets
 from tests.reporting.test_report import full_report
@@ -29,7 +29,7 @@ def result_of(classifier: Classifier) -> DetoxResult:
     images = [Image.new("RGB", (width, height), (level,) * 3) for level in (40, 200)]
     probe = torch.stack([classifier.preprocessing.prepare(image) for image in images])
     assert probe.shape == (2, channels, height, width)
-    return DetoxResult(full_report(), classifier, Exhibits(probe=probe))
+    return DetoxResult(full_report(), classifier, Artifacts(probe=probe))
 
 
 def test_a_model_with_its_own_code_is_checked_and_saved(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_strip_shows_the_same_images_however_they_are_kept(max_bytes: int) -
     view = TriggerView(trigger, 0, triggered, classes=4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     classifier = load_classifier(model, preprocessing=preprocessing, labels=["a", "b", "c", "d"])
-    evaluation = Evaluation(classifier, make_accelerator("cpu", "no"), clean, [view], progress=False)
+    evaluation = Evaluator(classifier, make_accelerator("cpu", "no"), clean, [view], progress=False)
     outcome = evaluation.measure("measure")
     rows = draw_strip(evaluation, outcome, outcome)
     assert [row.title for row in rows] == ["Clean images", "Trigger badnets"]

@@ -9,7 +9,7 @@ import pytest
 from hfdetox.errors import HubError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.runs.folder import RunOptions
-from hfdetox.runs.steps import Notes, pull_images
+from hfdetox.runs.steps import RunWarnings, pull_images
 from hfdetox.training.devices import make_accelerator
 from tests.hub_server.server import HubServer
 from tests.image_data import write_dataset
@@ -23,4 +23,4 @@ def test_a_resumed_run_takes_its_hub_dataset_for_no_folder(
     monkeypatch.chdir(tmp_path)
     options = RunOptions(model="m", settings={}, triggers=[], dataset="org/photos", dataset_revision="a" * 40)
     with pytest.raises(HubError, match="org/photos"):
-        pull_images(options, None, load_classifier(timm_model()), Notes(make_accelerator("cpu", "no")))
+        pull_images(options, None, load_classifier(timm_model()), RunWarnings(make_accelerator("cpu", "no")))

@@ -78,7 +78,7 @@ def curve(network: Scaled, config: D3Config, accelerator: Accelerator) -> list[f
 
 
 def defended(name: str, accelerator: Accelerator) -> tuple[list[float], bool]:
-    """Run a defence; return the losses of its epochs, and whether every process has the same weights."""
+    """Run a defense; return the losses of its epochs, and whether every process has the same weights."""
     network = corner_backdoored(10)
     if name not in MASKED:
         network.model[1] = nn.Identity()  # type: ignore[index,operator]
@@ -153,7 +153,7 @@ def work(folder: Path, device: str = "cpu") -> dict[str, Any]:
     batchnorm = convnet()
     curve(batchnorm, CONFIG, accelerator)
     found["same everywhere"]["batchnorm"] = same_everywhere(batchnorm, accelerator)
-    found["defences"] = {name: defended(name, accelerator) for name in DEFENSES}
+    found["defenses"] = {name: defended(name, accelerator) for name in DEFENSES}
     found["resumed"] = resumed(folder, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

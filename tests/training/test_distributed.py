@@ -71,13 +71,13 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_weights(two: dict[str
 
 
 @pytest.mark.parametrize("name", DEFENSES)
-def test_defences_end_alike_on_every_process_and_lose_what_one_process_loses(name: str, one: dict[str, Any],
+def test_defenses_end_alike_on_every_process_and_lose_what_one_process_loses(name: str, one: dict[str, Any],
                                                                              two: dict[str, Any]) -> None:  # fmt: skip
-    losses, same = two["defences"][name]
+    losses, same = two["defenses"][name]
     assert same
     assert len(losses) > 2
     # NC draws which images are stamped on each process by itself: its search alone, three epochs, is the same
     compared = 3 if name == "nc" else len(losses)
     # a mask's search runs with BatchNorm's statistics of half a batch
-    expected = pytest.approx(one["defences"][name][0][:compared], rel=0.15 if name in MASKED else 1e-3)
+    expected = pytest.approx(one["defenses"][name][0][:compared], rel=0.15 if name in MASKED else 1e-3)
     assert losses[:compared] == expected

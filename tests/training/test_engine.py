@@ -239,7 +239,7 @@ def test_the_observed_precision_is_what_ran_in_every_run_and_phase() -> None:
 
 def test_the_precision_is_that_of_the_training_and_not_of_the_passes() -> None:
     network = mlp()
-    look = Pass(name="look", visit=lambda model, batch: model(batch.images))
+    look = Pass(name="look", on_batch=lambda model, batch: model(batch.images))
     own = copy.deepcopy(network)
     apart = replace(make_phase(own, epochs=1), network=own)
     for phases, precision in (
@@ -258,8 +258,8 @@ def test_the_seconds_are_those_of_searches_and_looks_too(accelerator: Accelerato
         naps.append(0.02)
         time.sleep(naps[-1])
 
-    first = Pass(name="first", visit=lambda model, batch: None, start=nap)
-    phase = make_phase(network, epochs=1, start=nap, watch=lambda: [Pass(name="watch", visit=nap)])
+    first = Pass(name="first", on_batch=lambda model, batch: None, start=nap)
+    phase = make_phase(network, epochs=1, start=nap, on_epoch_end=lambda: [Pass(name="watch", on_batch=nap)])
     record = Engine(accelerator, ToyImages()).run(network, [first, phase])
     assert len(naps) == 4
     assert record.seconds > sum(naps)

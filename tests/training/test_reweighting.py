@@ -143,8 +143,8 @@ def look(
 ) -> dict[str, float]:
     """Do what the engine does with the passes of a look."""
     found: dict[str, float] = {}
-    for each in weights.looks("fit")():
-        each.visit(network, parts[each.part])
+    for each in weights.probes("fit")():
+        each.on_batch(network, parts[each.part])
         assert each.finish is not None
         found |= each.finish(accelerator) or {}
     return found
@@ -228,7 +228,7 @@ class _Stop:
 def test_none_is_the_very_phase() -> None:
     phase = SMALL.phase(name="toy", parameters=[], loss=lambda model, batch: {})
     assert reweighted(phase, "none") is phase
-    assert phase.watch is None
+    assert phase.on_epoch_end is None
     assert phase.part == "all"
 
 
@@ -270,7 +270,7 @@ def test_a_process_without_held_out_images_adds_nothing(accelerator: Accelerator
 
 
 @pytest.mark.parametrize("name", ["anp", "rnp", "i-bau", "ims", "clp", "bn", "bnp", "bna"])
-def test_defences_that_do_not_tune_the_classifier_refuse_weights_in_one_line(name: str) -> None:
+def test_defenses_that_do_not_tune_the_classifier_refuse_weights_in_one_line(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name}.*reweight") as said:
         parse_defense(name, {"reweight": "class"})
     assert "\n" not in str(said.value)
@@ -278,7 +278,7 @@ def test_defences_that_do_not_tune_the_classifier_refuse_weights_in_one_line(nam
 
 @pytest.mark.parametrize("how", ["class", "wasserstein"])
 @pytest.mark.parametrize("name", ["d3", "ft", "ft-random-head", "ft-sam", "fst", "fp", "nad", "sau", "npd", "nc"])
-def test_every_tuning_defence_weighs_its_images(name: str, how: str, accelerator: Accelerator) -> None:
+def test_every_tuning_defense_weighs_its_images(name: str, how: str, accelerator: Accelerator) -> None:
     quick = {"epochs": "1", "batch_size": "48", "augmentation": "none", "reweight": how}
     own = {"npd": {"layer": "3", "warmup": "0"}, "nc": {"inversion_epochs": "1", "success": "0.01", "anomaly": "0.01"},
            "nad": {"teacher_epochs": "1"}}  # fmt: skip
