@@ -6,7 +6,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from hfdetox._version import __version__
 
 # oneDNN's AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16. It reads this
 # once, at its first layer, and CPUs without AMX do not notice

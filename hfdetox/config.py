@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-import hfdetox
+from hfdetox._version import __version__
 from hfdetox.errors import UsageError
 
 # a first word that is none of these is a model
@@ -43,7 +43,7 @@ def option(*names: str, panel: str, help: str, **rest: Any) -> Any:
 def show_version(wanted: bool) -> None:
     """Print the version and stop, when `wanted`."""
     if wanted:
-        typer.echo(f"hfdetox {hfdetox.__version__}")
+        typer.echo(f"hfdetox {__version__}")
         raise typer.Exit
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hfdetox.data.load import DatasetInfo
 from hfdetox.evaluation.metrics import rate
+from hfdetox.evaluation.results import Measurement, TriggerResult
+from hfdetox.models.classifier import ModelInfo
 from hfdetox.reporting.attack_report import AttackInfo, AttackReport, Goals, ImplantedTrigger
-from hfdetox.reporting.report import DatasetInfo, EnvironmentInfo, Measurement, ModelInfo, OutputInfo, TriggerResult
+from hfdetox.reporting.report import EnvironmentInfo, OutputInfo
 
 LABELS = ("plane", "car", "a `b` [c]")
 

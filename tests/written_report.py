@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
+from hfdetox.data.load import DatasetInfo
+from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
+from hfdetox.models.classifier import ModelInfo
 from hfdetox.reporting.card import build_card, validate_card
-from hfdetox.reporting.report import (
-    DatasetInfo,
-    DefenseInfo,
-    EnvironmentInfo,
-    Measurement,
-    ModelInfo,
-    OutputInfo,
-    Rate,
-    Rating,
-    Report,
-    TriggerResult,
-)
+from hfdetox.reporting.report import DefenseInfo, EnvironmentInfo, OutputInfo, Report
 
 LABELS = ("plane", "car", "bird|nest")
 MODEL_COMMIT, DATA_COMMIT = "a1" * 20, "d2" * 20

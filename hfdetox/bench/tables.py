@@ -17,15 +17,16 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-import hfdetox
+from hfdetox._version import __version__
 from hfdetox.bench.cells import portable
 from hfdetox.bench.scores import HEADINGS, NARROW, RATES, USUAL, Line, averages, results
 from hfdetox.bench.trials import Trial
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
+from hfdetox.evaluation.results import Measurement
 from hfdetox.evaluation.verdict import percent
 from hfdetox.reporting import markdown
-from hfdetox.reporting.report import Measurement, Report
+from hfdetox.reporting.report import Report
 
 BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, TRIALS_CSV = "bench.json", "bench.md", "bench.csv", "trials.csv"
 PLOTS = "plots"
@@ -158,7 +159,7 @@ class BenchOutcome:
         """Return the content of `bench.json`; the settings are told once for each defense."""
         trials = [{key: value for key, value in asdict(row).items() if key != "settings"} for row in self.rows]
         return {
-            "schema_version": 1, "hfdetox_version": hfdetox.__version__, "suite": self.suite,
+            "schema_version": 1, "hfdetox_version": __version__, "suite": self.suite,
             "measured": self.measured(), "defenses": self.settings(),
             "averages": [line.document() for line in averages(self.rows)],
             "results": [line.document() for line in results(self.rows)], "trials": trials,

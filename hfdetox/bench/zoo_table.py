@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-import hfdetox
+from hfdetox._version import __version__
 from hfdetox.bench.suite import Cell
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.verdict import percent
@@ -132,7 +132,7 @@ class SuiteOutcome:
         """Return the content of the `zoo.json` of these rows alone."""
         return {
             "schema_version": 1,
-            "hfdetox_version": hfdetox.__version__,
+            "hfdetox_version": __version__,
             "cells": [asdict(row) for row in self.rows],
         }
 

@@ -9,18 +9,12 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from hfdetox.data.load import DatasetInfo
+from hfdetox.evaluation.results import Measurement, Rate, Rating, Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent, trigger_verdicts
+from hfdetox.models.classifier import ModelInfo
 from hfdetox.reporting.attack_report import SCRATCH, AttackReport, missed_goals
-from hfdetox.reporting.report import (
-    DatasetInfo,
-    Measurement,
-    ModelInfo,
-    Rate,
-    Rating,
-    Report,
-    Visibility,
-    describe_target,
-)
+from hfdetox.reporting.report import Report, describe_target
 
 if TYPE_CHECKING:
     from hfdetox.defenses import DefenseEntry

@@ -21,7 +21,6 @@ from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.data.readers import SCAN_LIMIT, SplitReader
 from hfdetox.data.sampling import Selection, check_samples, choose_balanced, choose_uniform, sample_count
 from hfdetox.errors import UsageError
-from hfdetox.reporting.report import DatasetInfo
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -32,6 +31,23 @@ __all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "class_names", "d
 _EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
 _TRAIN_NAMES = ("train", "training")
 _EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Which images were used; the index hashes are SHA-256 over the chosen row numbers of the source splits."""
+
+    id: str
+    config: str | None
+    split: str
+    eval_split: str
+    revision: str | None
+    source: str
+    clean_samples: int
+    eval_samples: int
+    indices_sha256: str
+    eval_indices_sha256: str
+    label_map: dict[str, str]
 
 
 class SplitError(UsageError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from hfdetox.reporting.report import Rate, Report, Visibility
+from hfdetox.evaluation.results import Rate, Visibility
+from hfdetox.reporting.report import Report
 
 # A trigger counts as working when even the lower end of its 95 % interval is above this share of images ...
 WORKS_ABOVE = 0.20

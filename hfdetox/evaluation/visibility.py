@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from hfdetox.data.cache import Pixels
-from hfdetox.reporting.report import Visibility
+from hfdetox.evaluation.results import Visibility
 
 _BATCH = 256
 

@@ -6,18 +6,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hfdetox.data.load import DatasetInfo
+from hfdetox.evaluation.results import Measurement, Rate
 from hfdetox.evaluation.verdict import percent
-from hfdetox.reporting.report import (
-    ATTACK_REPORT_NAME,
-    SCHEMA_VERSION,
-    DatasetInfo,
-    EnvironmentInfo,
-    Measurement,
-    ModelInfo,
-    OutputInfo,
-    Rate,
-    ReportFile,
-)
+from hfdetox.models.classifier import ModelInfo
+from hfdetox.reporting.report import ATTACK_REPORT_NAME, SCHEMA_VERSION, EnvironmentInfo, OutputInfo, ReportFile
 
 SCRATCH: typing.Final = "scratch"
 

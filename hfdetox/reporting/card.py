@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hfdetox.errors import UsageError
+from hfdetox.evaluation.results import Measurement, Rate, Rating
 from hfdetox.evaluation.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, percent, run_verdict, trigger_verdicts
 from hfdetox.reporting import markdown
 from hfdetox.reporting.card_data import (
@@ -29,7 +30,7 @@ from hfdetox.reporting.card_data import (
     shown_id,
     split_card,
 )
-from hfdetox.reporting.report import Measurement, Rate, Rating, Report, describe_target
+from hfdetox.reporting.report import Report, describe_target
 
 CARD_NAME = "README.md"
 SHOWN_LAYERS = 12

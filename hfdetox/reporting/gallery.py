@@ -17,9 +17,10 @@ from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions, TriggerView
+from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent
 from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, WRONG, empty_figure, fit_text, house_style, show_image
-from hfdetox.reporting.report import Visibility, describe_target
+from hfdetox.reporting.report import describe_target
 from hfdetox.triggers.base import Trigger
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfdetox.errors import RunError
+from hfdetox.evaluation.results import Rate
 from hfdetox.reporting.markdown import one_line
-from hfdetox.reporting.report import Rate, Report
+from hfdetox.reporting.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

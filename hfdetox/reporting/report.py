@@ -11,61 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+from hfdetox.data.load import DatasetInfo
 from hfdetox.errors import UsageError
+from hfdetox.evaluation.results import Measurement, Rating
+from hfdetox.models.classifier import ModelInfo
 
 REPORT_NAME = "detox_report.json"
 ATTACK_REPORT_NAME = "attack_report.json"
 REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME)
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of images, with its exact 95 % (Clopper-Pearson) interval; every number is a fraction in [0, 1]."""
-
-    value: float
-    successes: int
-    samples: int
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Rating:
-    """A defense effectiveness rating in [0, 1] (0.5: nothing happened) with its 95 % paired-bootstrap interval."""
-
-    value: float
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Where the model came from and what it is; `revision` is a commit id, or None for a folder or an object."""
-
-    id: str
-    revision: str | None
-    library: str
-    architecture: str
-    num_labels: int
-    parameters: int
-    dtype: str
-    weights_sha256: str | None
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """Which images were used; the index hashes are SHA-256 over the chosen row numbers of the source splits."""
-
-    id: str
-    config: str | None
-    split: str
-    eval_split: str
-    revision: str | None
-    source: str
-    clean_samples: int
-    eval_samples: int
-    indices_sha256: str
-    eval_indices_sha256: str
-    label_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,68 +43,6 @@ class DefenseInfo:
     devices: list[str]
     peak_memory: int | None = None
     choices: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TriggerResult:
-    """One trigger's effect on one state of the model; `target` is a label index or `all-to-all`."""
-
-    kind: str
-    spec: str
-    mode: str
-    file_sha256: str | None
-    target: int | str
-    attack_success_rate: Rate
-    robust_accuracy: Rate
-
-
-@dataclass(frozen=True)
-class ClassAccuracies:
-    """How evenly the accuracy is spread over the classes that the evaluation images have.
-
-    Attributes:
-        accuracies: of each label's images in the model's label order, None for a label without images.
-        worst_label: index of the label with the lowest.
-        worst: its accuracy.
-        spread: standard deviation of the accuracies over the classes, as a fraction.
-    """
-
-    accuracies: list[float | None]
-    worst_label: int
-    worst: Rate
-    spread: float
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One state of the model, measured on the evaluation images; `loss` is the mean cross-entropy in nats."""
-
-    accuracy: Rate
-    loss: float
-    triggers: dict[str, TriggerResult] = field(default_factory=dict)
-    classes: ClassAccuracies | None = None
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """How visible a trigger is in the images it was put on, as the model sees them.
-
-    Attributes:
-        psnr: mean peak signal-to-noise ratio in dB over the images that changed; None where none did.
-        max_change: largest change of any value, in grey levels (0 to 255).
-        changed: share of the images in which any value changed, in [0, 1].
-    """
-
-    psnr: float | None
-    max_change: int
-    changed: float
-
-
-@dataclass(frozen=True)
-class EvalResult(Measurement):
-    """What `hfdetox evaluate` finds: also how visible each trigger is, by name; nothing where pixels are floats."""
-
-    visibility: dict[str, Visibility] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

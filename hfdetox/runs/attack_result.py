@@ -11,12 +11,12 @@ import torch
 
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
+from hfdetox.evaluation.results import Visibility
 from hfdetox.hub.upload import PushResult
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.reporting.gallery import draw_gallery
-from hfdetox.reporting.report import Visibility
 from hfdetox.runs.result import CHECKED_IMAGES
 from hfdetox.runs.saving import SavedResult
 from hfdetox.triggers.base import Trigger

@@ -8,19 +8,21 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
-import hfdetox
+from hfdetox._version import __version__
 from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner, TrainingPoisoner
 from hfdetox.data.cache import Pixels, apply_to_image
 from hfdetox.data.images import ImageSet
+from hfdetox.data.load import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions, predict, rate
+from hfdetox.evaluation.results import Rate, Visibility
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.models.initial import InitialModel
 from hfdetox.reporting.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
 from hfdetox.reporting.environment import describe_environment
-from hfdetox.reporting.report import DatasetInfo, OutputInfo, Rate, Visibility
+from hfdetox.reporting.report import OutputInfo
 from hfdetox.runs.attack_run import AttackRun
 from hfdetox.runs.publish_policy import comes_backdoored
 from hfdetox.runs.steps import RunWarnings
@@ -192,7 +194,7 @@ def open_report(
     """Return the report as far as it is known before the training."""
     info = start.classifier.info
     return AttackReport(
-        hfdetox_version=hfdetox.__version__,
+        hfdetox_version=__version__,
         model=info,
         dataset=dataset,
         attack=AttackInfo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hfdetox
+from hfdetox._version import __version__
 from hfdetox.errors import UsageError
 from hfdetox.reporting.attack_card import DELIBERATE
 from hfdetox.reporting.attack_report import AttackReport
@@ -66,4 +66,4 @@ def commit_message(folder: Path, *, backdoored: bool) -> str:
         what = "a deliberately backdoored model, for research only, made by"
     else:
         what = "a clean baseline made by" if (folder / ATTACK_REPORT_NAME).exists() else "a model cleaned by"
-    return f"Upload {what} hfdetox {hfdetox.__version__}"
+    return f"Upload {what} hfdetox {__version__}"

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-import hfdetox
+from hfdetox._version import __version__
 from hfdetox.data.load import Images, default_dataset, load_images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.errors import RunError, UsageError
@@ -128,7 +128,7 @@ def open_report(
 ) -> Report:  # fmt: skip
     """Return the report as far as it is known before the training; a preset that settings changed is none."""
     return Report(
-        hfdetox_version=hfdetox.__version__,
+        hfdetox_version=__version__,
         model=classifier.info,
         dataset=images.info,
         defense=DefenseInfo(

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hfdetox.cli import app as cli
 from hfdetox.cli import console as console
-from hfdetox.reporting.report import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
+from hfdetox.evaluation.results import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
 from hfdetox.triggers import KINDS, available
 
 

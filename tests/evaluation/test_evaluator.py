@@ -15,8 +15,8 @@ from hfdetox.data.images import ImageSet
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.evaluator import Evaluator, check_plausible, prepare_evaluator, resolve_target
 from hfdetox.evaluation.metrics import Predictions, rate
+from hfdetox.evaluation.results import Measurement
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.reporting.report import Measurement
 from hfdetox.triggers import BadNets, Trigger
 from tests.tiny_training import _quick_garbage, accelerator, toy_preprocessing, toy_set
 

@@ -27,7 +27,7 @@ from hfdetox.evaluation.metrics import (
     rate,
     ratings,
 )
-from hfdetox.reporting.report import Measurement
+from hfdetox.evaluation.results import Measurement
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase

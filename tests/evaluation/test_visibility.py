@@ -13,9 +13,9 @@ from PIL import Image
 
 from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
+from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
 from hfdetox.models.preprocessing import CallablePreprocessing
-from hfdetox.reporting.report import Visibility
 from hfdetox.triggers.base import Trigger
 from tests.tiny_training import toy_preprocessing, toy_set
 

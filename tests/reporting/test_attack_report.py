@@ -10,9 +10,9 @@ import pytest
 
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
+from hfdetox.evaluation.results import Measurement, TriggerResult
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import AttackReport, Goals, missed_goals
-from hfdetox.reporting.report import Measurement, TriggerResult
 from hfdetox.runs.publish_policy import comes_backdoored, is_backdoored
 from tests.attacked import attack_report, clean_control
 

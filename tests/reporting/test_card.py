@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from hfdetox.errors import UsageError
+from hfdetox.evaluation.results import ClassAccuracies, Rate, Rating
 from hfdetox.evaluation.verdict import run_verdict
 from hfdetox.reporting.card import CardError, build_card, retarget_card, split_card, validate_card
 from hfdetox.reporting.markdown import empty_sections
-from hfdetox.reporting.report import ClassAccuracies, OutputInfo, Rate, Rating
+from hfdetox.reporting.report import OutputInfo
 from tests.hub_server.server import HubServer
 from tests.written_report import DATA_COMMIT, MODEL_COMMIT, SOURCE, card_of, written_report
 

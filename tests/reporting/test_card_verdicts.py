@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from hfdetox.evaluation.metrics import rate
+from hfdetox.evaluation.results import Rate
 from hfdetox.evaluation.verdict import Verdict, judge, run_verdict
-from hfdetox.reporting.report import Rate, Report
+from hfdetox.reporting.report import Report
 from tests.written_report import card_of, trigger, written_report
 
 

@@ -18,6 +18,7 @@ from hfdetox.cli import app as cli
 from hfdetox.data.images import ImageSet
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.evaluator import Evaluator
+from hfdetox.evaluation.results import EvalResult, Visibility
 from hfdetox.reporting.gallery import (
     IMAGES,
     GalleryBand,
@@ -28,7 +29,6 @@ from hfdetox.reporting.gallery import (
     gallery_bands,
 )
 from hfdetox.reporting.plots import DPI, INK, PANEL, WIDTH, WRONG, house_style
-from hfdetox.reporting.report import EvalResult, Visibility
 from hfdetox.triggers import BadNets, Blended, Trigger
 from tests.evaluation.test_evaluator import NAMES, Backdoored, prepared
 from tests.tiny_training import _quick_garbage, accelerator, toy_preprocessing, toy_set

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from hfdetox.errors import RunError
+from hfdetox.evaluation.results import Rate
 from hfdetox.reporting.plots import (
     AFTER,
     BEFORE,
@@ -25,7 +26,7 @@ from hfdetox.reporting.plots import (
     draw_training,
     draw_weight_changes,
 )
-from hfdetox.reporting.report import Rate, Report
+from hfdetox.reporting.report import Report
 from tests.written_report import trigger, written_report
 
 LONG = "a trigger name that is far too long to fit on one line of the card, with $dollars$ and | pipes 输入"

@@ -11,20 +11,11 @@ from typing import Any
 
 import pytest
 
+from hfdetox.data.load import DatasetInfo
 from hfdetox.errors import UsageError
-from hfdetox.reporting.report import (
-    DatasetInfo,
-    DefenseInfo,
-    EnvironmentInfo,
-    Measurement,
-    ModelInfo,
-    OutputInfo,
-    Rate,
-    Rating,
-    Report,
-    TriggerResult,
-    describe_target,
-)  # fmt: skip
+from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
+from hfdetox.models.classifier import ModelInfo  # fmt: skip
+from hfdetox.reporting.report import DefenseInfo, EnvironmentInfo, OutputInfo, Report, describe_target
 
 
 def measurement(successes: int) -> Measurement:
