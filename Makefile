@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo     clean a backdoored classifier of digits, without any network (some minutes)"
 	@echo "make test     run the tests"
-	@echo "make quality  check format, lint and types"
+	@echo "make quality  check format, lint, types and the order of the floors"
 	@echo "make style    format, and mend what lint can mend"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -48,6 +48,7 @@ quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
