@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from hfdetox.defenses.d3 import D3, D3Config
     from hfdetox.detox import DetoxResult, detoxify, evaluate
     from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
-    from hfdetox.implant import AttackResult, implant
+    from hfdetox.implanting import AttackResult, implant
     from hfdetox.models.classifier import Classifier, load_classifier
     from hfdetox.reporting.attack_report import AttackReport
     from hfdetox.reporting.report import Report
 
 _HOMES = {
     "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
-    "implant": "implant", "AttackResult": "implant", "AttackReport": "reporting.attack_report",
+    "implant": "implanting", "AttackResult": "implanting", "AttackReport": "reporting.attack_report",
     "load_classifier": "models.classifier", "Classifier": "models.classifier",
     "load_images": "data.load",
     "D3": "defenses.d3", "D3Config": "defenses.d3",
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
     if name not in _HOMES:
         raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
-    if _HOMES[name] in ("implant", "detox", "models.classifier"):
+    if _HOMES[name] in ("implanting", "detox", "models.classifier"):
         from hfdetox.reporting.environment import check_torchvision
 
         # timm and transformers would die of a mismatch with a traceback that does not say what to do

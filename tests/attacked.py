@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Measurement, TriggerResult
-from hfdetox.models.classifier import ModelInfo
+from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.attack_report import AttackInfo, AttackReport, Goals, ImplantedTrigger
 from hfdetox.reporting.report import EnvironmentInfo, OutputInfo
 

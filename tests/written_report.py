@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
-from hfdetox.models.classifier import ModelInfo
+from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.card import build_card, validate_card
 from hfdetox.reporting.report import DefenseInfo, EnvironmentInfo, OutputInfo, Report
 

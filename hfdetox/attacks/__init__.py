@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hfdetox.attacks.base import DataPoisoner, Implant, Poisoner, TrainingPoisoner, TrainingSettings
+from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner, TrainingPoisoner, TrainingSettings
 from hfdetox.attacks.run import Implanted, run_attack
 from hfdetox.errors import UsageError
 from hfdetox.plugins import discover
 from hfdetox.values import parse_setting
 
 __all__ = [
+    "AttackContext",
     "AttackEntry",
     "Implant",
     "Implanted",
-    "Job",
-    "Recipe",
+    "Poisoner",
     "TrainingSettings",
     "available",
     "parse_attack_settings",

@@ -120,7 +120,7 @@ def attack(context: typer.Context, options: AttackOptions) -> None:
     with interruptible(lambda: attack_advice(options.place(), earlier)), standard_output(options) as out:
         prepare_console(options)
         check_torchvision()
-        from hfdetox.implant import implant
+        from hfdetox.implanting import implant
 
         result = implant(options.model or "", **arguments, progress=shows_progress(options))
         report = result.report

@@ -9,10 +9,10 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate, Rating, Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent, trigger_verdicts
-from hfdetox.models.classifier import ModelInfo
+from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.attack_report import SCRATCH, AttackReport, missed_goals
 from hfdetox.reporting.report import Report, describe_target
 

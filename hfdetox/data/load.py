@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from hfdetox.data.cache import Pixels
 from hfdetox.data.columns import ColumnError, LabelReader
 from hfdetox.data.images import BrokenImageError, ImageSet
+from hfdetox.data.info import DatasetInfo
 from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
 from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.data.readers import SCAN_LIMIT, SplitReader
@@ -31,23 +32,6 @@ __all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "class_names", "d
 _EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
 _TRAIN_NAMES = ("train", "training")
 _EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """Which images were used; the index hashes are SHA-256 over the chosen row numbers of the source splits."""
-
-    id: str
-    config: str | None
-    split: str
-    eval_split: str
-    revision: str | None
-    source: str
-    clean_samples: int
-    eval_samples: int
-    indices_sha256: str
-    eval_indices_sha256: str
-    label_map: dict[str, str]
 
 
 class SplitError(UsageError):

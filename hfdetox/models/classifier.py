@@ -18,6 +18,7 @@ from hfdetox.errors import RunError, UsageError
 from hfdetox.hub.download import PulledRepo, pull_model, sha256_file
 from hfdetox.models import weights as _weights
 from hfdetox.models.corrections import load_correction
+from hfdetox.models.info import ModelInfo
 from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, numbered_labels
 from hfdetox.models.network import Network
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
@@ -25,20 +26,6 @@ from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
 __all__ = ["Classifier", "LabelsError", "Network", "NotAClassifierError", "load_classifier"]
 
 _TIMM_PREFIXES = ("hf_hub:", "hf-hub:")
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Where the model came from and what it is; `revision` is a commit id, or None for a folder or an object."""
-
-    id: str
-    revision: str | None
-    library: str
-    architecture: str
-    num_labels: int
-    parameters: int
-    dtype: str
-    weights_sha256: str | None
 
 
 class LabelsError(UsageError):

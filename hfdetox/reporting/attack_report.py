@@ -6,10 +6,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate
 from hfdetox.evaluation.verdict import percent
-from hfdetox.models.classifier import ModelInfo
+from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.report import ATTACK_REPORT_NAME, SCHEMA_VERSION, EnvironmentInfo, OutputInfo, ReportFile
 
 SCRATCH: typing.Final = "scratch"

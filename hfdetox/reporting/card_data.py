@@ -12,9 +12,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate, TriggerResult
-from hfdetox.models.classifier import ModelInfo
+from hfdetox.models.info import ModelInfo
 
 PENDING = "pending"
 LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement, Rating
-from hfdetox.models.classifier import ModelInfo
+from hfdetox.models.info import ModelInfo
 
 REPORT_NAME = "detox_report.json"
 ATTACK_REPORT_NAME = "attack_report.json"

@@ -21,7 +21,7 @@ from hfdetox.triggers.base import Trigger
 
 RUN_FILE = "run.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
-_NOT_IN_COMMAND = ("model", "push_to", "typed", "public", "i_know_this_is_backdoored", *PUBLISHING)
+_NOT_IN_COMMAND = ("model", "push_to", "original_command", "public", "i_know_this_is_backdoored", *PUBLISHING)
 _FLAGS = {"triggers": "--trigger", "settings": "--set", "model_args": "--model-arg"}
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"

@@ -13,7 +13,7 @@ from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner, TrainingPoisoner
 from hfdetox.data.cache import Pixels, apply_to_image
 from hfdetox.data.images import ImageSet
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions, predict, rate

@@ -22,10 +22,10 @@ __all__ = ["_quick_garbage", "accelerator"]
 NEW_ATTACK = """
 from dataclasses import dataclass
 from typing import ClassVar
-from hfdetox.attacks.base import PoisonRecipe
+from hfdetox.attacks.base import DataPoisoner
 
 @dataclass(frozen=True, kw_only=True)
-class GlowRecipe(PoisonRecipe):
+class GlowPoisoner(DataPoisoner):
     kind: ClassVar[str] = "glow"
     summary: ClassVar[str] = "some images glow"
     strength: float = 0.5

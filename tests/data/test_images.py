@@ -340,7 +340,7 @@ def test_an_image_is_decoded_once_while_there_is_room(monkeypatch):
     assert kept.image(1) is kept.image(1)
     assert kept.subset([2, 1]).image(1) is kept.image(1)
     # 8×8 pixels of three channels each: room for two
-    monkeypatch.setattr("hfdetox.images.KEPT_BYTES", 2 * 8 * 8 * 3)
+    monkeypatch.setattr("hfdetox.data.images.KEPT_BYTES", 2 * 8 * 8 * 3)
     tight = ImageSet(encoded, [0, 1, 0], [5, 7, 9])
     again = [tight.image(position) is tight.image(position) for position in range(3)]
     assert again == [True, True, False]
@@ -349,7 +349,7 @@ def test_an_image_is_decoded_once_while_there_is_room(monkeypatch):
 
 @pytest.mark.parametrize("slow", [False, True], ids=["in this thread", "in threads"])
 def test_parallel_map_keeps_the_order_and_the_first_error(slow, monkeypatch):
-    monkeypatch.setattr("hfdetox.images._THREADS_PAY_SECONDS", 0.0 if slow else 1.0)
+    monkeypatch.setattr("hfdetox.data.images._THREADS_PAY_SECONDS", 0.0 if slow else 1.0)
     seen = []
     assert parallel_map(lambda i: i * i, range(100), lambda done, total: seen.append((done, total))) == [
         i * i for i in range(100)

@@ -258,7 +258,7 @@ def test_only_output_folders_of_hfdetox_are_pushed(folder, tmp_path):
 def test_a_hub_without_xet_takes_the_files_by_http(hub, repo_name, folder, fresh_env):
     name = repo_name()
     code = (
-        "from pathlib import Path\nfrom hfdetox.hub import Retry\nfrom hfdetox.publish import push_folder\n"
+        "from pathlib import Path\nfrom hfdetox.hub.client import Retry\nfrom hfdetox.hub.upload import push_folder\n"
         f"print(push_folder(Path({str(folder)!r}), {name!r}, retry=Retry(base_delay=0.01)).commit)"
     )
     environment = {**fresh_env, "HF_HUB_DISABLE_XET": "0", "HF_TOKEN": hub.token}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hfdetox.data.load import DatasetInfo
+from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
 from hfdetox.models.classifier import ModelInfo  # fmt: skip

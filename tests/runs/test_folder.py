@@ -49,7 +49,7 @@ GIVEN: dict[str, Any] = {
     "triggers": ["badnets:size=5", "blended"], "target": "tench, Tinca tinca", "precision": "no", "seed": 7,
     "device": "cpu", "revision": "a" * 40, "dataset_revision": "b" * 40, "trust_remote_code": True, "output": "out dir",
 }  # fmt: skip
-REPEATABLE = [f.name for f in fields(RunOptions) if f.name not in ("push_to", "typed", *PUBLISHING)]
+REPEATABLE = [f.name for f in fields(RunOptions) if f.name not in ("push_to", "original_command", *PUBLISHING)]
 
 
 @pytest.mark.parametrize("name", REPEATABLE)
@@ -144,7 +144,7 @@ def test_options_are_recorded_and_read_back(tmp_path: Path) -> None:
     run.begin(options, [])
     assert run.recorded() == replace(options, original_command=options.command())
     assert os.listdir(run.path) == ["run.json"]
-    expected = {**asdict(options), "typed": options.command(), "output": str(Path.cwd() / "out dir")}
+    expected = {**asdict(options), "original_command": options.command(), "output": str(Path.cwd() / "out dir")}
     assert json.loads((run.path / "run.json").read_text()) == expected
     run.begin(replace(run.recorded(), seed=8), [])
     assert run.recorded().seed == 8

@@ -353,7 +353,7 @@ def test_short_work_leaves_nothing_in_a_log(accelerator: Accelerator, capsys: py
 def test_progress_shows_loss_and_speed(
     accelerator: Accelerator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hfdetox.engine.REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("hfdetox.training.engine.REFRESH_SECONDS", 0.0)
     monkeypatch.setattr("hfdetox.progress.LOG_SECONDS", 0.0)
     network = mlp()
     Engine(accelerator, ToyImages(), progress=True).run(network, [make_phase(network)])

@@ -218,7 +218,7 @@ def test_bad_input_is_one_line_and_nothing_is_trained_or_written(
     def trained(*_: Any, **__: Any) -> None:
         raise AssertionError("it was trained")
 
-    monkeypatch.setattr("hfdetox.engine.Engine.run", trained)
+    monkeypatch.setattr("hfdetox.training.engine.Engine.run", trained)
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=said) as caught:
         attack(dataset, output=out / "here", **options(tmp_path))
