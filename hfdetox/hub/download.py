@@ -10,7 +10,6 @@ import fnmatch
 import json
 import os
 import re
-import uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,7 +20,8 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import RunError, UsageError
+from hfdetox.files import write_atomically
 from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import (
     DEFAULT_RETRY,
@@ -295,10 +295,8 @@ def _remember(repo_id: str, repo_type: RepoType, revision: str | None, sha: str)
         return
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
-        fresh = reference.with_name(f"{reference.name}.{uuid.uuid4().hex[:8]}.tmp")
-        fresh.write_text(sha, encoding="utf-8")
-        fresh.replace(reference)
-    except OSError:
+        write_atomically(reference, sha)
+    except (OSError, RunError):
         return  # a cache that cannot be written only makes a later offline run impossible
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from hfdetox.data.cache import Pixels
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions, TriggerView
 from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent
+from hfdetox.files import write_atomically
 from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, WRONG, empty_figure, fit_text, house_style, show_image
 from hfdetox.reporting.report import describe_target
 from hfdetox.triggers.base import Trigger
@@ -86,14 +86,7 @@ def draw_gallery(evaluation: Evaluator, outcome: Predictions, visibility: Mappin
     picture = io.BytesIO()
     with house_style():
         draw_bands(gallery_bands(evaluation, outcome, visibility)).savefig(picture, format="png", dpi=DPI)
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        fresh.write_bytes(picture.getvalue())
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise RunError(f"the gallery could not be written to {path}: {error.strerror or error}; free some space or "
-                       "choose another place") from error  # fmt: skip
+    write_atomically(path, picture.getvalue())
 
 
 def gallery_bands(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -15,6 +14,7 @@ from typing import Any, Self
 
 from hfdetox.config import COMMANDS, DEFAULT_DEFENSE
 from hfdetox.errors import RunError, UsageError
+from hfdetox.files import replace_folder, write_atomically
 from hfdetox.reporting.report import REPORT_NAMES, from_plain
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers.base import Trigger
@@ -188,15 +188,10 @@ class RunFolder:
         try:
             (self.path / _TRIGGERS if triggers else self.path).mkdir(parents=True, exist_ok=True)
             for name, trigger in zip(recorded.triggers, triggers, strict=True):
-                self._write(name, trigger.file_bytes())
-            self._write(RUN_FILE, (json.dumps(asdict(recorded), indent=2) + "\n").encode())
+                write_atomically(self.path / name, trigger.file_bytes())
+            write_atomically(self.path / RUN_FILE, json.dumps(asdict(recorded), indent=2) + "\n")
         except OSError as error:
             raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
-
-    def _write(self, name: str, content: bytes) -> None:
-        fresh = self.path / (name + ".new")
-        fresh.write_bytes(content)
-        os.replace(fresh, self.path / name)
 
     def recorded(self) -> RunOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
@@ -258,15 +253,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def publish_folder(fresh: Path, output: Path) -> None:
     """Move the finished folder `fresh` (on the same disk) to `output` in one rename; an old result goes only then."""
     old = output.with_name(f".{output.name}.old")
+    if output.exists():
+        # what a killed process left there would be in the way
+        shutil.rmtree(old, ignore_errors=True)
     try:
-        if output.exists():
-            # what a killed process left there would be in the way
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(output, old)
-        os.replace(fresh, output)
+        replace_folder(fresh, output, old)
     except OSError as error:
-        if old.exists() and not output.exists():
-            os.replace(old, output)
         raise RunError(f"cannot move the result to {output}: {error.strerror or error}") from error
     shutil.rmtree(old, ignore_errors=True)
 

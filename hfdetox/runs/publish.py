@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import UsageError
+from hfdetox.files import write_atomically
 from hfdetox.hub.upload import PushResult, push_folder
 from hfdetox.reporting.attack_card import retarget_attack_card
 from hfdetox.reporting.attack_report import AttackReport
@@ -37,7 +37,9 @@ def push_output(
         i_know_this_is_backdoored=i_know_this_is_backdoored, retarget=lambda repo: _retarget(folder, repo),
     )  # fmt: skip
     report = load_report(folder)
-    _write(folder / report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
+    write_atomically(
+        folder / report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json()
+    )
     return pushed
 
 
@@ -63,7 +65,7 @@ def _retarget(folder: Path, repo_id: str) -> None:
     here, there = (_card_for(report, card, place, plots) for place in (report.output.pushed_to, repo_id))
     if card == here != there:
         validate_card(there)
-        _write(folder / CARD_NAME, there)
+        write_atomically(folder / CARD_NAME, there)
     elif card not in (here, there):
         logger.warning(
             "%s is not word for word what this hfdetox wrote: it is pushed as it is, look whether it names %s",
@@ -73,14 +75,4 @@ def _retarget(folder: Path, repo_id: str) -> None:
     # a commit cannot hold its own id
     addressed = replace(report, output=replace(report.output, pushed_to=repo_id, commit=None))
     if addressed != report:
-        _write(folder / report.NAME, addressed.to_json())
-
-
-def _write(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}; free some space or allow writing") from error
+        write_atomically(folder / report.NAME, addressed.to_json())

@@ -7,7 +7,6 @@ uninterrupted one would have drawn.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hfdetox.errors import RunError
+from hfdetox.files import replace_folder
 
 FORMAT = 1
 
@@ -55,8 +55,7 @@ class CheckpointStore:
             # while there is no new one in its place, a kill must leave the old one
             if self.folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.folder, old)
-            os.replace(fresh, self.folder)
+            replace_folder(fresh, self.folder, old)
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             advice = shlex.join(["hfdetox", "--resume", str(self.folder.parent)])

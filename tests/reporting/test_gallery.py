@@ -216,7 +216,7 @@ def test_an_unwritable_place_is_one_clear_line(accelerator: Accelerator, tmp_pat
     outcome = evaluation.measure("measure")
     (tmp_path / "g.png").mkdir()
     for path in (tmp_path / "g.png", tmp_path / "nowhere" / "g.png"):
-        with pytest.raises(RunError, match=rf"gallery could not be written to {re.escape(str(path))}: ") as caught:
+        with pytest.raises(RunError, match=rf"cannot write {re.escape(str(path))}: ") as caught:
             draw_gallery(evaluation, outcome, evaluation.visibility(), path)
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["g.png"]

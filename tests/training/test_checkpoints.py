@@ -128,7 +128,7 @@ def test_a_kill_at_any_rename_or_removal_leaves_a_whole_one(
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr("hfdetox.training.checkpoints.os.replace", counted(os.replace))
+            patch.setattr("hfdetox.files.os.replace", counted(os.replace))
             patch.setattr("hfdetox.training.checkpoints.shutil.rmtree", counted(shutil.rmtree))
             try:
                 saved(folder, 2)

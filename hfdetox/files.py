@@ -1,0 +1,123 @@
+"""Files and folders that are there whole or not at all, and are changed by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from hfdetox.errors import RunError, UsageError
+
+LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) so that a reader, or a kill, finds the old content or the new one.
+
+    Raises:
+        RunError: it cannot be written; what was there is still there.
+    """
+    fresh = path.with_name(f".{secrets.token_hex(8)}.new")
+    try:
+        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+
+
+def replace_folder(fresh: Path, target: Path, old: Path) -> None:
+    """Rename the folder `fresh` to `target`; what was at `target` is at `old` then, for the caller to remove.
+
+    All three lie on one disk; what a killed process left at `old` has to be gone. Raises OSError, after which the
+    earlier folder is at `target` again; a kill leaves it at one of the two places.
+    """
+    moved = target.exists()
+    if moved:
+        os.replace(target, old)
+    try:
+        os.replace(fresh, target)
+    except OSError:
+        if moved:
+            os.replace(old, target)
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[None]:
+    """Hold `folder` (made if missing) against other processes and threads; one thread may hold it several times.
+
+    The lock is the system's own: it ends with its process, so that a dead one holds nothing. Its two files lie in the
+    folder and are removed at the end, the folder as well if nothing else is in it.
+
+    Args:
+        what: what the folder stands for in the message, such as the output.
+        wait: seconds to wait for another holder.
+
+    Raises:
+        UsageError: another process holds it; the message says which, where and since when.
+        RunError: the folder cannot be written.
+    """
+    try:
+        lock, outermost = _acquire(folder, time.monotonic() + wait)
+    except Timeout:
+        raise UsageError(f"{what} is in use{_holder(folder)}: wait for it, or choose another place") from None
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror or error}; choose another place") from error
+    try:
+        if outermost:
+            now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+            write_atomically(folder / HOLDER, json.dumps(holder) + "\n")
+        yield
+    finally:
+        if outermost:
+            for name in LOCK_FILES:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+        lock.release()
+        if outermost:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _acquire(folder: Path, deadline: float) -> tuple[BaseFileLock, bool]:
+    """Return the acquired lock, and whether it was not held before."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
+        outermost = not lock.is_locked
+        try:
+            lock.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.05)
+            return lock, outermost
+        except FileNotFoundError:
+            # the holder removed the folder when it was done
+            if time.monotonic() > deadline:
+                raise
+
+
+def _holder(folder: Path) -> str:
+    """Return who holds a folder, "" where the file that says it is missing or damaged."""
+    try:
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Return whether `path` leads, all links followed, to something in the folder `root`."""
+    # unlike Path.resolve, realpath takes a circle of links as it is
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
