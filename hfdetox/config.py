@@ -16,6 +16,7 @@ import typer
 
 from hfdetox._version import __version__
 from hfdetox.errors import UsageError
+from hfdetox.values import read_pair
 
 # a first word that is none of these is a model
 COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "push", "list")
@@ -246,7 +247,7 @@ def given_settings(options: Any) -> dict[str, str]:
     # an attack has no weights to choose
     short = {key: getattr(options, name, None) for name, key in _SHORT_SETTINGS.items()}
     settings = {key: str(value) for key, value in short.items() if value is not None}
-    for key, value in map(parse_setting, options.settings):
+    for key, value in (read_pair("--set", text) for text in options.settings):
         if key in settings:
             raise UsageError(
                 f"the setting {key} is given twice: keep one (--epochs, --lr, --batch-size, --reweight are --set too)"
@@ -266,14 +267,6 @@ def parse_samples(text: str) -> int | float:
     if number < 1 and isinstance(number, int):
         raise UsageError(f"--samples {text} leaves no images: give a count of at least 1, or a fraction such as 0.05")
     return number
-
-
-def parse_setting(text: str) -> tuple[str, str]:
-    """Split KEY=VALUE (dashes in the key count as underscores); UsageError without a key or an equals sign."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {text!r} is not KEY=VALUE")
-    return key.strip().replace("-", "_"), value.strip()
 
 
 def default_output(model: str, suffix: str = "-detoxed") -> Path:

@@ -1,51 +1,179 @@
-"""Settings as texts: what `--set KEY=VALUE` gives becomes a value of the field's type."""
+"""One coercion: what a person typed, or what JSON or YAML holds, becomes a value of a dataclass field's type."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import types
 import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from hfdetox.errors import UsageError
 
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_LISTS, _MAPPINGS = (list, tuple, Sequence), (dict, Mapping)
+_UNIONS = (types.UnionType, typing.Union)
+_DEEPEST = 4  # lists in lists of a value that has no type
 
-def parse_setting(key: str, hint: Any, text: str) -> Any:
-    """Return `text` as a value of the type `hint`: a word of a Literal, a tuple of texts, a bool, int or float,
-    or None or a word where the type is a union with it.
+
+def read(key: str, hint: Any, value: Any, *, text: bool = False) -> Any:
+    """Return `value` as the type `hint`: a scalar, Literal, list, mapping, dataclass, None, or a union of these.
+
+    Args:
+        key: what the value is called; the error begins with it, and names what is in it as `KEY.NAME`.
+        hint: the type; what is `Any` is not looked at.
+        value: plain JSON or YAML, whose types must be the right ones (a whole number is a number too).
+        text: a scalar is what a person typed: `true`, `none`, `0.5`, a list with commas.
 
     Raises:
-        UsageError: it is not one; the line names `key`.
+        UsageError: it is not one; the line says what it must be.
     """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in _UNIONS:
+        return _read_union(key, hint, value, text)
+    if dataclasses.is_dataclass(hint):
+        return read_fields(key, typing.cast(Any, hint), value)
+    if origin is typing.Literal and value in arguments:
+        return value
+    if origin in _LISTS and (text or isinstance(value, list | tuple)):
+        items = filter(None, value.split(",")) if text else value
+        found = [read(f"{key}[{i}]", arguments[0], item, text=text) for i, item in enumerate(items)]
+        return tuple(found) if origin is tuple else found
+    if origin in _MAPPINGS and isinstance(value, Mapping):
+        return {name: read(_join(key, str(name)), arguments[1], item, text=text) for name, item in value.items()}
+    if hint in _NAMES:
+        known, found = _read_text(hint, value) if text else (_fits(hint, value), value)
+        if known:
+            return found
+    raise UsageError(f"{key} must be {expected(hint)}, got {value!r}")
+
+
+def read_fields(key: str, kind: type[Any], value: Any) -> Any:
+    """Return a dataclass of plain JSON or YAML; UsageError for unknown or missing fields and for wrong values."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{key or kind.__name__} must be a mapping, got {value!r}")
+    hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(value) - set(known)):
+        raise UsageError(f"unknown fields {unknown} for {key or kind.__name__}")
+    needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING and f.init]
+    if missing := sorted(set(needed) - set(value)):
+        raise UsageError(f"missing fields {missing} for {key or kind.__name__}")
+    return kind(**{name: read(_join(key, name), hints[name], item) for name, item in value.items()})
+
+
+def expected(hint: Any) -> str:
+    """Return in words what a value of the type may be, such as `a number or auto`."""
+    origin = typing.get_origin(hint) or hint
     if origin is typing.Literal:
-        if text not in arguments:
-            raise UsageError(f"{key} must be one of {', '.join(arguments)}, got {text!r}")
-        return text
-    if origin is tuple:
-        return tuple(filter(None, text.split(",")))
-    if origin in (types.UnionType, typing.Union):
-        if words := words_of(hint):
-            return text if text in words else _number(key, arguments[0], text, f" or {', '.join(words)}")
-        return None if text.lower() == "none" else parse_setting(key, arguments[0], text)
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise UsageError(f"{key} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    return _number(key, hint, text)
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if origin in _UNIONS:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        words = [", ".join(words_of(kind)) or expected(kind) for kind in kinds]
+        return expected(kinds[0]) if len(kinds) == 1 else " or ".join(words)
+    return _NAMES.get(hint, "a list" if origin in _LISTS else "a mapping")
 
 
 def words_of(hint: Any) -> tuple[str, ...]:
     """Return the words that a value of the type may be: those of a Literal, or of one in a union with another type."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    if typing.get_origin(hint) in _UNIONS:
         return tuple(word for other in typing.get_args(hint) for word in words_of(other))
     return ()
 
 
-def _number(key: str, hint: Any, text: str, words: str = "") -> Any:
+def to_text(value: Any) -> str:
+    """Return a plain value as `read` with `text` reads it again."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(to_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def read_pair(option: str, text: str) -> tuple[str, str]:
+    """Split KEY=VALUE (dashes in the key count as underscores); UsageError without a key or an equals sign."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{option} {text!r} is not KEY=VALUE")
+    return key.strip().replace("-", "_"), value.strip()
+
+
+def read_pairs(where: str, items: Iterable[str], known: Iterable[str], shown: str) -> dict[str, str]:
+    """Return the `key=value` items of a specification as texts by their key.
+
+    Args:
+        where: what the errors begin with.
+        known: the keys there are.
+        shown: the keys as an error lists them.
+
+    Raises:
+        UsageError: an item without an equals sign, or a key that is unknown or given twice.
+    """
+    keys, found = set(known), dict[str, str]()
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or key not in keys:
+            raise UsageError(f"{where}: {item!r} is not one of {shown}")
+        if key in found:
+            raise UsageError(f"{where}: {key} is given twice")
+        found[key] = value
+    return found
+
+
+def read_untyped(where: str, text: str) -> Any:
+    """Return a number, true or false, a text or a list of these, as JSON or YAML has them; UsageError for others."""
     try:
-        return hint(text)
+        found = json.loads(text)
     except ValueError:
-        kind = "a whole number" if hint is int else "a number"
-        raise UsageError(f"{key} must be {kind}{words}, got {text!r}") from None
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{where}: the value is neither JSON nor YAML") from error
+    if not _is_plain(found, _DEEPEST):
+        raise UsageError(f"{where}: give a number, true or false, a list or a text")
+    return found
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Tell whether a value is a scalar, or such in at most `depth` lists around it: a list of YAML may hold itself."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return isinstance(value, int | float | str)
+
+
+def _read_union(key: str, hint: Any, value: Any, text: bool) -> Any:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if type(None) in typing.get_args(hint) and (value is None or (text and value.lower() == "none")):
+        return None
+    if len(kinds) == 1:
+        return read(key, kinds[0], value, text=text)
+    # a word is a word before it is a text
+    for kind in sorted(kinds, key=lambda kind: not words_of(kind)):
+        try:
+            return read(key, kind, value, text=text)
+        except UsageError:
+            continue
+    raise UsageError(f"{key} must be {expected(hint)}, got {value!r}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    # bool is an int to Python, and JSON has one kind of number
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _read_text(hint: Any, text: str) -> tuple[bool, Any]:
+    if hint is bool:
+        # every text but the empty one is true to bool
+        return text.lower() in ("true", "false"), text.lower() == "true"
+    try:
+        return True, hint(text)
+    except ValueError:
+        return False, None
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

@@ -11,7 +11,7 @@ from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner,
 from hfdetox.attacks.run import Implanted, run_attack
 from hfdetox.errors import UsageError
 from hfdetox.plugins import discover
-from hfdetox.values import parse_setting
+from hfdetox.values import read
 
 __all__ = [
     "AttackContext",
@@ -103,7 +103,7 @@ def _check_keys(settings: Mapping[str, str], known: Sequence[str], what: str) ->
 
 def _parsed(kind: type[Any], settings: Mapping[str, str]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    return {key: parse_setting(key, hints[key], text) for key, text in settings.items()}
+    return {key: read(key, hints[key], text, text=True) for key, text in settings.items()}
 
 
 def _how(kind: type[Poisoner]) -> str:

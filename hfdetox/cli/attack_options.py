@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from hfdetox.bench.suite_yaml import read_yaml
 from hfdetox.config import (
@@ -25,11 +23,11 @@ from hfdetox.config import (
     parse_samples,
 )
 from hfdetox.errors import UsageError
+from hfdetox.values import read_untyped
 
 on_attack = functools.partial(option, panel="Attack")
 on_start = functools.partial(option, panel="Start and suite")
 
-_DEEPEST = 4  # lists in lists of a model's argument
 # what a suite leaves to the command line
 _WITH_SUITE = frozenset({"suite", "jobs", "dataset", "output", "precision", "device", "quiet", "as_json", "debug"})
 
@@ -180,25 +178,5 @@ def parse_model_args(texts: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--model-arg {text!r} is not KEY=VALUE")
         if key in arguments:
             raise UsageError(f"--model-arg {key} is given twice")
-        arguments[key] = _parse_value(text, value.strip())
+        arguments[key] = read_untyped(f"--model-arg {text!r}", value.strip())
     return arguments
-
-
-def _parse_value(text: str, value: str) -> Any:
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--model-arg {text!r}: the value is neither JSON nor YAML") from error
-    if not _is_plain(parsed, _DEEPEST):
-        raise UsageError(f"--model-arg {text!r}: give a number, true or false, a list or a text")
-    return parsed
-
-
-def _is_plain(value: Any, depth: int) -> bool:
-    """Tell whether a value is a scalar, or such in at most `depth` lists around it: a list of YAML may hold itself."""
-    if isinstance(value, list):
-        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
-    return isinstance(value, int | float | str)

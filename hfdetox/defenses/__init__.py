@@ -11,7 +11,7 @@ from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
 from hfdetox.plugins import discover
-from hfdetox.values import parse_setting, words_of
+from hfdetox.values import read, to_text, words_of
 
 __all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
 
@@ -72,7 +72,7 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
     if unknown:
         raise UsageError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(keys)}")
     hints = typing.get_type_hints(kind)
-    parsed = {keys[key]: parse_setting(key, hints[keys[key]], text) for key, text in (overrides or {}).items()}
+    parsed = {keys[key]: read(key, hints[keys[key]], text, text=True) for key, text in (overrides or {}).items()}
     values = {**kind.presets[preset], **parsed}
     # who names a number of epochs means it
     if "epochs" in parsed and "min_steps" not in parsed:
@@ -83,9 +83,7 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
 def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:
     """Return the (spec, overrides) from which `parse_defense` makes an equal configuration."""
     base = type(config)()
-    changed = {
-        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != getattr(base, f.name)
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return config.name, {
+        key.rstrip("_"): to_text(value) for key, value in values.items() if value != getattr(base, key)
     }
-    texts = {k.rstrip("_"): ",".join(v) if isinstance(v, tuple) else str(v).lower() if isinstance(v, bool) else str(v)
-             for k, v in changed.items()}  # fmt: skip
-    return config.name, texts

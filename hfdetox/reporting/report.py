@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement, Rating
 from hfdetox.models.info import ModelInfo
+from hfdetox.values import read_fields
 
 REPORT_NAME = "detox_report.json"
 ATTACK_REPORT_NAME = "attack_report.json"
@@ -92,20 +91,24 @@ class ReportFile:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
         """Rebuild a report from `to_dict`'s result; raises UsageError for another schema version or unknown fields."""
-        version = plain.get("schema_version")
+        version = plain.get("schema_version") if isinstance(plain, dict) else None
         if version != SCHEMA_VERSION:
             raise UsageError(f"report has schema version {version!r}; this hfdetox reads {SCHEMA_VERSION}")
-        return cast(Self, from_plain(cls, plain))
+        return cast(Self, read_fields("", cls, plain))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read the report from `folder`; raises UsageError when it is missing or not a report."""
         path = folder / cls.NAME
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            plain = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is not a hfdetox report: {error}") from error
+        try:
+            return cls.from_dict(plain)
+        except UsageError as error:
             raise UsageError(f"{path} is not a hfdetox report: {error}") from error
 
 
@@ -138,25 +141,3 @@ def describe_target(target: int | str, labels: Sequence[str] | None = None) -> s
     if isinstance(target, str):
         return "every class to the next one"
     return labels[target] if labels else str(target)
-
-
-def from_plain(kind: Any, value: Any) -> Any:
-    """Build `kind` (a dataclass, container or scalar type) from plain JSON types; TypeError for unknown fields."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return from_plain(next(a for a in arguments if a is not type(None)), value)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - {f.name for f in dataclasses.fields(kind)})
-        if unknown:
-            raise TypeError(f"unknown fields {unknown} for {getattr(kind, '__name__', kind)}")
-        return typing.cast(Any, kind)(**{name: from_plain(hints[name], item) for name, item in value.items()})
-    if origin is tuple:
-        return tuple(from_plain(arguments[0], item) for item in value)
-    if origin is list:
-        return [from_plain(arguments[0], item) for item in value]
-    if origin is dict:
-        return {name: from_plain(arguments[1], item) for name, item in value.items()}
-    return value

@@ -15,9 +15,10 @@ from typing import Any, Self
 from hfdetox.config import COMMANDS, DEFAULT_DEFENSE
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import replace_folder, write_atomically
-from hfdetox.reporting.report import REPORT_NAMES, from_plain
+from hfdetox.reporting.report import REPORT_NAMES
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers.base import Trigger
+from hfdetox.values import read_fields
 
 RUN_FILE = "run.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
@@ -197,7 +198,7 @@ class RunFolder:
         """Return the options the run began with; paths below the working directory are relative to it."""
         try:
             plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-            options: RunOptions = from_plain(RunOptions, plain)
+            options: RunOptions = read_fields("", RunOptions, plain)
             places: dict[str, Any] = {name: _relative(getattr(options, name)) for name in _PLACES}
             return replace(options, **places, triggers=[str(self.path / name) for name in options.triggers])
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
-from hfdetox.values import parse_setting
+from hfdetox.values import read, read_pairs
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,11 @@ def parse_adaptive(text: str | None) -> SharpnessAware | None:
     method, _, rest = text.partition(":")
     if method != "sam":
         raise UsageError(f"--adaptive {text!r}: the adaptive attack is sam, as in sam:rho=2.0,adaptive=true")
-    hints, values = typing.get_type_hints(SharpnessAware), {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or key not in hints:
-            raise UsageError(f"--adaptive {text!r}: {item!r} is not one of rho=…, adaptive=true|false")
-        if key in values:
-            raise UsageError(f"--adaptive {text!r}: {key} is given twice")
-        values[key] = parse_setting(f"--adaptive {text!r}: {key}", hints[key], value)
-    return SharpnessAware(**values)
+    where, hints = f"--adaptive {text!r}", typing.get_type_hints(SharpnessAware)
+    texts = read_pairs(where, filter(None, rest.split(",")), hints, "rho=…, adaptive=true|false")
+    return SharpnessAware(
+        **{key: read(f"{where}: {key}", hints[key], value, text=True) for key, value in texts.items()}
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -20,6 +19,7 @@ from hfdetox.plugins import discover
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import TensorKind, Trigger
 from hfdetox.triggers.blended import Blended
+from hfdetox.values import read, read_pairs
 
 __all__ = [
     "BadNets",
@@ -109,16 +109,10 @@ def parse_trigger(spec: str) -> Trigger:
     if kind is None:
         raise UsageError(f"unknown trigger {name!r}; known: {', '.join(sorted(KINDS))}, or a .safetensors trigger file")
     known = {f.name: f for f in fields(kind)}
-    values: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, text = _variant(kind, item) or item.partition("=")
-        if not equals or key not in known:
-            keys = [f"{key}=…" for key, f in known.items() if f.metadata.get("tensor", "picture") == "picture"]
-            raise UsageError(f"trigger {name}: {item!r} is not one of {', '.join(keys)}")
-        if key in values:
-            raise UsageError(f"trigger {name}: {key} is given twice")
-        values[key] = _parse_value(kind, known[key], text)
-    return kind(**values)
+    shown = ", ".join(f"{key}=…" for key, f in known.items() if f.metadata.get("tensor", "picture") == "picture")
+    items = (_whole(kind, item) for item in filter(None, rest.split(",")))
+    texts = read_pairs(f"trigger {name}", items, known, shown)
+    return kind(**{key: _parse_value(kind, known[key], text) for key, text in texts.items()})
 
 
 def load_trigger(path: Path) -> Trigger:
@@ -142,8 +136,10 @@ def load_trigger(path: Path) -> Trigger:
         raise UsageError(f"{path}: unknown fields {', '.join(unknown)} for a {kind.kind} trigger")
     hints = typing.get_type_hints(kind)
     for name, value in header.items():
-        if not _fits(value, hints[name]):
-            raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger")
+        try:
+            read(name, hints[name], value)
+        except UsageError:
+            raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger") from None
     return kind(**header, **grouped)
 
 
@@ -162,21 +158,10 @@ def _grouped(tensors: dict[str, torch.Tensor], arrays: dict[str, TensorKind]) ->
     return grouped, strange
 
 
-def _variant(kind: type[Trigger], item: str) -> tuple[str, str, str] | None:
-    """Return `KEY=item` for a bare word that is one of the words a field allows, as in `lf:random`."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if _is_literal(hint) and item in typing.get_args(hint):
-            return name, "=", item
-    return None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a JSON value is of a field's type: a scalar, a union of scalars or a Literal."""
-    if _is_literal(hint):
-        return value in typing.get_args(hint)
-    allowed = typing.get_args(hint) or (hint,)
-    # bool is an int to Python, and JSON has one kind of number
-    return type(value) in allowed or (type(value) is int and float in allowed)
+def _whole(kind: type[Trigger], item: str) -> str:
+    """Return `KEY=item` for a bare word that is one of the words a field allows, as in `lf:random`; else the item."""
+    hints = typing.get_type_hints(kind).items()
+    return next((f"{name}={item}" for name, hint in hints if _is_literal(hint) and item in typing.get_args(hint)), item)
 
 
 def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
@@ -184,20 +169,15 @@ def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
         if field.metadata["tensor"] != "picture":
             raise UsageError(f"trigger {kind.kind}: {field.name} is kept in trigger files and cannot be given as text")
         return _read_picture(Path(text))
-    if field.name == "target":
-        return text
     hint = typing.get_type_hints(kind)[field.name]
-    if isinstance(hint, types.UnionType) or _is_literal(hint):
+    # a label may be called none; and what a word must be the trigger says itself
+    if field.name == "target" or _is_literal(hint):
         return text
-    if hint is bool:
-        # every text but the empty one is true to bool
-        if text not in ("true", "false"):
-            raise UsageError(f"trigger {kind.kind}: {field.name}={text!r} is neither true nor false")
-        return text == "true"
-    try:
-        return hint(text)
-    except ValueError:
-        raise UsageError(f"trigger {kind.kind}: {field.name}={text!r} is not {hint.__name__}") from None
+    where = f"trigger {kind.kind}: {field.name}"
+    # a specification has one spelling
+    if hint is bool and text != text.lower():
+        raise UsageError(f"{where} must be true or false, got {text!r}")
+    return read(where, hint, text, text=True)
 
 
 def _read_picture(path: Path) -> torch.Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.values import to_text
 
 Mode = Literal["native", "input"]
 ALL_TO_ALL: Final = "all-to-all"
@@ -113,7 +114,7 @@ class Trigger(ABC):
         A picture of the trigger's own is not in the form; the trigger file keeps it.
         """
         defaults = {f.name: f.default for f in fields(self)} | {"name": self.kind}
-        changed = [f"{name}={_as_text(value)}" for name, value in self.parameters().items() if value != defaults[name]]
+        changed = [f"{name}={to_text(value)}" for name, value in self.parameters().items() if value != defaults[name]]
         return f"{self.kind}:{','.join(changed)}" if changed else self.kind
 
     def recorded(self) -> str:
@@ -128,11 +129,6 @@ class Trigger(ABC):
     def save(self, path: Path) -> None:
         """Write the trigger to `path`, a `.safetensors` file that `--trigger` accepts."""
         path.write_bytes(self.file_bytes())
-
-
-def _as_text(value: Any) -> str:
-    """Return a plain value as a specification writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def attacked_labels(labels: torch.Tensor, target: Target, classes: int) -> torch.Tensor:

@@ -23,11 +23,11 @@ from hfdetox.config import (
     default_output,
     given_settings,
     parse_samples,
-    parse_setting,
     planned_arguments,
 )
 from hfdetox.defenses import DEFENSES
 from hfdetox.errors import HubError, RunError, UsageError
+from hfdetox.values import read_pair
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -169,8 +169,8 @@ def test_version_of_module_and_script_agree(run_cli: Run) -> None:
         ([], ["detox"]),
     ],
 )
-def test_detox_is_inserted(original_command: list[str], meant: list[str]) -> None:
-    assert cli.with_command(original_command) == meant
+def test_detox_is_inserted(typed: list[str], meant: list[str]) -> None:
+    assert cli.with_command(typed) == meant
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_a_point_makes_a_fraction(text: str, number: float) -> None:
 
 
 def test_settings_stay_text_and_keep_later_equals_signs() -> None:
-    assert parse_setting("layers=a=b,c") == ("layers", "a=b,c")
-    assert parse_setting("batch-size= 8 ") == ("batch_size", "8")
+    assert read_pair("--set", "layers=a=b,c") == ("layers", "a=b,c")
+    assert read_pair("--set", "batch-size= 8 ") == ("batch_size", "8")
 
 
 def test_short_settings_join_set() -> None:

@@ -1,0 +1,135 @@
+"""One coercion for texts, JSON and YAML: what each type takes, and the one line that says what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from hfdetox.errors import UsageError
+from hfdetox.values import read, read_fields, read_pair, read_pairs, read_untyped, to_text, words_of
+
+Word = Literal["near", "far"]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A part."""
+
+    count: int
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A whole."""
+
+    name: str
+    inner: Inner | None = None
+    parts: dict[str, Inner] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    anything: Any = None
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (int, "3", 3), (float, "3", 3.0), (float, "inf", float("inf")), (bool, "True", True), (bool, "false", False),
+        (str, "none", "none"), (Word, "near", "near"), (float | None, "None", None), (float | None, "2", 2.0),
+        (float | Literal["auto"], "auto", "auto"), (float | Literal["auto"], "1.5", 1.5), (int | float, "5", 5),
+        (int | float, "0.05", 0.05), (tuple[str, ...], "a,,b", ("a", "b")), (list[int], "1,2", [1, 2]),
+    ],
+)  # fmt: skip
+def test_a_text_becomes_a_value_and_a_text_again(hint: Any, text: str, value: Any) -> None:
+    found = read("key", hint, text, text=True)
+    assert found == value
+    assert type(found) is type(value)
+    assert read("key", hint, to_text(found), text=True) == value
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "said"),
+    [
+        (int, "2.5", "a whole number, got '2.5'"),
+        (float, "few", "a number, got 'few'"),
+        (bool, "1", "true or false, got '1'"),
+        (Word, "middle", "one of near, far, got 'middle'"),
+        (float | None, "off", "a number, got 'off'"),
+        (float | Word, "x", "a number or near, far, got 'x'"),
+        (int | float, "few", "a whole number or a number, got 'few'"),
+    ],
+)
+def test_a_text_that_is_none_is_one_line(hint: Any, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=rf"^key must be {said}$"):
+        read("key", hint, text, text=True)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (int, 3), (float, 3), (float, 0.5), (bool, True), (str, "x"), (str | int | None, 5), (str | int | None, None),
+        (Word | None, "far"), (Sequence[str], ["a"]), (Mapping[str, int], {"a": 1}), (Any, {"a": [1]}),
+    ],
+)  # fmt: skip
+def test_json_of_the_type_stays_as_it_is(hint: Any, value: Any) -> None:
+    assert read("key", hint, value) == value
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (int, True), (int, 2.0), (int, "3"), (float, "1"), (float, False), (bool, 1), (str, 3), (str, None),
+        (Word, "middle"), (Word, [1]), (list[str], "abc"), (list[str], [1]), (dict[str, int], []),
+        (dict[str, int], {"a": "1"}), (Inner, {"count": "1"}), (Inner, 3),
+    ],
+)  # fmt: skip
+def test_json_of_another_type_is_refused(hint: Any, value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^key.* must be .*, got "):
+        read("key", hint, value)
+
+
+def test_dataclasses_are_read_with_all_that_is_in_them() -> None:
+    plain = {"name": "n", "inner": {"count": 1}, "parts": {"a": {"count": 2, "share": 1}}, "tags": ["t"], "anything": 3}
+    assert read_fields("", Outer, plain) == Outer("n", Inner(1), {"a": Inner(2, 1)}, ["t"], 3)
+    assert read_fields("", Outer, {"name": "n", "inner": None}) == Outer("n")
+    for wrong, said in (
+        ({"name": "n", "colour": 1}, r"unknown fields \['colour'\] for Outer"),
+        ({}, r"missing fields \['name'\] for Outer"),
+        ({"name": "n", "parts": {"a": {}}}, r"missing fields \['count'\] for parts\.a"),
+        ({"name": "n", "parts": {"a": {"count": 1.5}}}, r"parts\.a\.count must be a whole number, got 1\.5"),
+        ([], r"Outer must be a mapping, got \[\]"),
+    ):
+        with pytest.raises(UsageError, match=f"^{said}$"):
+            read_fields("", Outer, wrong)
+
+
+def test_pairs_of_a_specification_are_known_and_there_once() -> None:
+    assert read_pairs("it", ["a=1", "b=x=y"], ("a", "b"), "a=…, b=…") == {"a": "1", "b": "x=y"}
+    for items, said in (
+        (["c=1"], "it: 'c=1' is not one of a=…"),
+        (["a"], "'a' is not"),
+        (["a=1", "a=1"], "a is given"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            read_pairs("it", items, ("a",), "a=…")
+
+
+@pytest.mark.parametrize("text", ["epochs", "=3", " =3"])
+def test_what_is_no_pair_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--set {text!r} is not KEY=VALUE"):
+        read_pair("--set", text)
+
+
+def test_a_value_without_a_type_is_json_or_yaml() -> None:
+    values = ("1", "0.5", "true", "[1, 2]", "yes", "plain text", '"quoted"')
+    assert [read_untyped("it", text) for text in values] == [1, 0.5, True, [1, 2], True, "plain text", "quoted"]
+    for text, said in (("[1", "neither JSON nor YAML"), ("{a: 1}", "give a number"), ("", "give a number")):
+        with pytest.raises(UsageError, match=f"it: .*{said}"):
+            read_untyped("it", text)
+
+
+def test_words_are_those_of_a_literal_alone_or_in_a_union() -> None:
+    assert words_of(Word) == words_of(float | Word) == ("near", "far")
+    assert words_of(float) == words_of(float | None) == ()
