@@ -158,7 +158,7 @@ def test_version_of_module_and_script_agree(run_cli: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("original_command", "meant"),
     [
         (["org/model"], ["detox", "org/model"]),
         (["--resume", "x.run"], ["detox", "--resume", "x.run"]),
