@@ -51,7 +51,7 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses.d3 import D3, D3Config
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
-from hfdetox.training.batches import Batch
+from hfdetox.training.batches import Batch, step_bounds
 from hfdetox.training.phases import Pass, Phase
 
 # the share of its accuracy that a model may lose under an augmentation that is used
@@ -194,7 +194,9 @@ class _Look:
         losses = torch.tensor(gather_object(self.losses))
         counts = torch.tensor([float(count) for count in self.right.values()], device=accelerator.device)
         shares = (accelerator.reduce(counts, reduction="sum") / len(losses)).tolist()
-        config, steps = self.config, math.ceil(len(losses) / self.config.batch_size)
+        config = self.config
+        parts = config.gradient_accumulation_steps * accelerator.num_processes
+        steps = len(step_bounds(len(losses), config.batch_size, parts))
         epochs = max(config.epochs, math.ceil(config.min_steps / steps))
         epsilon = max(LEAST_EPSILON, float(losses.median())) if isinstance(config.epsilon, str) else config.epsilon
         accuracies = {_ACCURACY + name: share for name, share in zip(self.right, shares, strict=True)}

@@ -116,8 +116,9 @@ def train(
     checkpoints = run.checkpoints if run is not None else None
     engine = Engine(accelerator, source, seed=options.seed, checkpoints=checkpoints, progress=progress)
     record = engine.run(classifier.network, method.phases(classifier.network))
-    if log_with is not None:
-        accelerator.end_training()
+    # `end_training` would also end the process group, which the rest of the run needs
+    for tracker in accelerator.trackers if log_with is not None else ():
+        tracker.finish()
     return record
 
 

@@ -81,12 +81,22 @@ class Batch:
         return self._drawn[name]
 
 
+def step_bounds(count: int, batch_size: int, parts: int) -> list[tuple[int, int]]:
+    """Return first and end position of every optimiser step of an epoch over `count` images, in `parts` parts each.
+
+    A last step too small for two images a part (BatchNorm needs two) joins the one before it.
+    """
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] < 2 * parts:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
 class StepPlan:
     """The order of an epoch and its split: yields, part by part, the positions this process takes of every step.
 
     A step of `batch_size` images is dealt in turn to its parts (processes × accumulated parts), so that they differ by
-    one image at most. A last step too small for two images a part (BatchNorm needs two) joins the one before it.
-    With `steps`, an epoch ends after so many, and the images of each epoch are drawn anew.
+    one image at most. With `steps`, an epoch ends after so many, and the images of each epoch are drawn anew.
     """
 
     def __init__(self, count: int, batch_size: int, accumulated: int, accelerator: Accelerator, seed: int,
@@ -97,10 +107,7 @@ class StepPlan:
         if min(count, batch_size) < 2 * self.parts:
             raise UsageError(f"{count} images in batches of {batch_size} are too few for {self.parts} parts (processes "
                              "times accumulation steps) of two images; use fewer parts or more --samples")  # fmt: skip
-        starts = list(range(0, count, batch_size))
-        if len(starts) > 1 and count - starts[-1] < 2 * self.parts:
-            starts.pop()
-        self.bounds = list(zip(starts, [*starts[1:], count], strict=True))[:steps]
+        self.bounds = step_bounds(count, batch_size, self.parts)[:steps]
         self.total, self.count, self.seed, self.epoch = count, self.bounds[-1][1], seed, 0
 
     @property

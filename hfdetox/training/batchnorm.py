@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
-def synchronised(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Let the BatchNorm layers of `network` use the statistics of all GPUs' batches, in place; undone at the end.
+def synchronised(networks: Iterable[nn.Module], accelerator: Accelerator) -> Iterator[None]:
+    """Let the BatchNorm layers of `networks` use the statistics of all GPUs' batches; undone at the end.
 
-    Nothing is changed with one process or on CPUs, for which torch has no SyncBatchNorm.
+    The layers stay the same objects (only their class changes), so that hooks on them, and what methods hold of them,
+    are those that run. Nothing is changed with one process or on CPUs, for which torch has no SyncBatchNorm.
     """
     if accelerator.num_processes == 1 or accelerator.device.type != "cuda":
         yield
         return
-    originals = {name: m for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)}
-    convert_sync_batchnorm(network)
+    layers = {layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)}
+    # a layer with a forward of its own computes something that torch has no synchronised form of
+    known = {_BatchNorm.forward: nn.SyncBatchNorm, BatchNormAct2d.forward: SyncBatchNormAct}
+    before = {layer: type(layer) for layer in layers if type(layer).forward in known}
+    for layer, kind in before.items():
+        layer.process_group = None  # type: ignore[assignment]
+        layer.__class__ = type(f"Sync{kind.__name__}", (known[kind.forward], kind), {})
     try:
         yield
     finally:
-        for name, module in originals.items():
-            module.load_state_dict(network.get_submodule(name).state_dict())
-            network.set_submodule(name, module)
+        for layer, kind in before.items():
+            layer.__class__ = kind
+            del layer.process_group
 
 
 def equalise_buffers(network: nn.Module, accelerator: Accelerator) -> None:

@@ -98,7 +98,7 @@ class Engine:
             with (
                 torch.random.fork_rng(devices),
                 _observed_dtype(networks, record),
-                synchronised(network, self.accelerator),
+                synchronised(networks, self.accelerator),
             ):
                 for index in range(first, len(phases)):
                     phase, resumed = phases[index], checkpoint if index == first else None

@@ -81,6 +81,19 @@ def test_the_phase_gets_what_the_look_found(accelerator: Accelerator) -> None:
     assert (len(record.history), record.steps) == (8, 21)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_look_counts_the_steps_that_the_engine_makes(parts: int, accelerator: Accelerator) -> None:
+    """A last step too small for two images a part joins the one before it, and the turn ends with the steps planned."""
+    network = convnet()
+    config = auto(batch_size=16, min_steps=12, epochs=1, augmentation="none", gradient_accumulation_steps=parts)
+    phases = config.phases(network)  # type: ignore[arg-type]
+    # 49 images, or 51 in two parts, are three steps; an image more are four
+    found = Engine(accelerator, ToyImages(47 + 2 * parts), seed=SEED).run(network, phases)
+    assert (found.history[0]["steps"], found.steps) == (12, 12)
+    assert found.history[0]["epochs"] == 4
+    assert phases[1].state.step == 12  # type: ignore[union-attr]
+
+
 def test_epsilon_is_the_median_loss_and_not_too_small(accelerator: Accelerator) -> None:
     network = mlp()
     images = ToyImages(48)

@@ -12,17 +12,21 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.evaluation.metrics import measure, predict
+from hfdetox.runs.folder import RunOptions
+from hfdetox.runs.steps import train
 from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
 from hfdetox.triggers import BadNets
+from tests.attacks.toy_jobs import toy_classifier
 from tests.defenses.pixels import corner_backdoored
 from tests.evaluation.test_metrics import views
 from tests.tiny_training import Scaled, ToyImages, convnet, quick_garbage, toy_pixels
@@ -140,6 +144,16 @@ def measured(network: nn.Module, accelerator: Accelerator) -> dict[str, Any]:
     return found
 
 
+def tracked(folder: Path, device: str) -> bool:
+    """Train with a tracker as a run does; tell whether the processes can still speak to each other after it."""
+    accelerator = make_accelerator(device, "no", "tensorboard", str(folder / "logs"))
+    options = RunOptions(model="m", settings={}, triggers=[])
+    source: Any = ToyImages(24)
+    train(toy_classifier(), CONFIG, source, accelerator, options, run=None, log_with="tensorboard", progress=False)
+    everyone: list[int] = gather_object([accelerator.process_index])
+    return everyone == list(range(accelerator.num_processes)) and any(folder.glob("logs/**/events.*"))
+
+
 def work(folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Return everything that must not depend on the number of processes."""
     accelerator = make_accelerator(device, "no")
@@ -155,6 +169,7 @@ def work(folder: Path, device: str = "cpu") -> dict[str, Any]:
     found["same everywhere"]["batchnorm"] = same_everywhere(batchnorm, accelerator)
     found["defenses"] = {name: defended(name, accelerator) for name in DEFENSES}
     found["resumed"] = resumed(folder, accelerator)
+    found["tracked"] = tracked(folder, device)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")

@@ -70,6 +70,12 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_weights(two: dict[str
     assert two["resumed"]
 
 
+def test_the_processes_go_on_after_a_run_with_a_tracker(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """`Accelerator.end_training` destroys the process group, which measuring needs."""
+    assert one["tracked"]
+    assert two["tracked"]
+
+
 @pytest.mark.parametrize("name", DEFENSES)
 def test_defenses_end_alike_on_every_process_and_lose_what_one_process_loses(name: str, one: dict[str, Any],
                                                                              two: dict[str, Any]) -> None:  # fmt: skip
