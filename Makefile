@@ -11,13 +11,16 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs
 
-.PHONY: help test demo style quality clean
+.PHONY: help test demo docs tables style quality clean
 
 help:
 	@echo "make demo     clean a backdoored classifier of digits, without any network (some minutes)"
 	@echo "make test     run the tests"
 	@echo "make quality  check format, lint, types and the order of the floors"
+	@echo "make docs     build the documentation into build/docs; a warning is an error"
+	@echo "make tables   write the tables of docs/benchmarks.md from tests/benchmarks/results"
 	@echo "make style    format, and mend what lint can mend"
 	@echo "make clean    remove the virtual environment and caches"
 
@@ -39,6 +42,17 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/hfdetox demo $(ARGS)
+
+# what builds the pages is installed when they are built
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+tables: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.tables
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
