@@ -111,18 +111,21 @@ def clean(
     ).report  # fmt: skip
 
 
-def bare_seconds(steps: int = 4) -> float:
+def bare_seconds(steps: int = 4, *, bf16: bool = False) -> float:
     """Return how long the demo's optimiser steps take by themselves: forward, backward and SGD on a ready batch.
 
     Args:
         steps: how many of each batch size are timed, after one to warm up.
+        bf16: in mixed precision, in place of float32.
     """
     model = timm.create_model(ARCHITECTURE, num_classes=len(NAMES)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         optimizer.zero_grad()
-        cross_entropy(model(images), labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = cross_entropy(model(images).float(), labels)
+        loss.backward()
         optimizer.step()
 
     seconds = 0.0

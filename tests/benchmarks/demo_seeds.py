@@ -4,7 +4,7 @@
 
 The limits were set before: ASR at most 10 % for each seed and 5 % in the mean, accuracy at most 3 points lower, and the
 whole demo, start and plots included, at most twice the seconds of its bare optimiser steps (`bare_seconds`, measured
-before and after each demo, the mean of the two counts). The file is written after every seed; a seed that is there is
+right after each demo in the precision that it had). The file is written after every seed; a seed that is there is
 not run again.
 """
 
@@ -29,14 +29,13 @@ from hfdetox.demo import bare_seconds
 
 def run(seed: int) -> dict[str, Any]:
     """Run the demo with a seed, and return what it measured and took."""
-    bare = bare_seconds(20)
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         command = [sys.executable, "-m", "hfdetox", "demo", "--seed", str(seed), "--output", f"{scratch}/demo"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         report = Report.load(Path(scratch, "demo", "cleaned"))
-    bare = (bare + bare_seconds(20)) / 2
+    bare = bare_seconds(40, bf16=report.defense.precision == "bf16")
     assert report.before is not None
     assert report.after is not None
     rates = {"accuracy": (report.before.accuracy, report.after.accuracy)}
