@@ -14,12 +14,13 @@ from hfdetox.config import DEFAULT_DEFENSE
 from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult
-from hfdetox.hub.upload import check_card, check_push_allowed
+from hfdetox.hub.upload import check_card
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.card import build_card, validate_card
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
 from hfdetox.runs.folder import RunOptions, log_folder, trigger_specs
 from hfdetox.runs.plan import plan
+from hfdetox.runs.publish import check_push_allowed
 from hfdetox.runs.result import DetoxResult, draw_strip
 from hfdetox.runs.steps import (
     RunWarnings,

@@ -16,6 +16,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from hfdetox.errors import RunError, UsageError
 
+# by which a folder or repository is known as hfdetox's own
+REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack_report.json")
 LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
 
 

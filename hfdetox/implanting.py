@@ -15,7 +15,7 @@ from hfdetox.attacks.base import AttackContext
 from hfdetox.data.load import class_names
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
-from hfdetox.hub.upload import check_card, check_push_allowed
+from hfdetox.hub.upload import check_card
 from hfdetox.models.initial import init_model
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import missed_goals
@@ -34,6 +34,7 @@ from hfdetox.runs.implanting import (
     open_report,
     split_monitor,
 )
+from hfdetox.runs.publish import check_push_allowed, comes_backdoored
 from hfdetox.runs.steps import RunWarnings, pin, pull_images
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
@@ -104,8 +105,9 @@ def implant(
     notes = RunWarnings(accelerator)
 
     with accelerator.main_process_first():
-        start = init_model(model, class_names=lambda: _class_names(run, dataset), init=run.init,
-                           model_args=run.model_args, input_size=run.input_size, seed=run.seed, revision=run.revision,
+        start = init_model(model, class_names=lambda: _class_names(run, dataset), is_backdoored=comes_backdoored,
+                           init=run.init, model_args=run.model_args, input_size=run.input_size, seed=run.seed,
+                           revision=run.revision,
                            trust_remote_code=run.trust_remote_code, processor=processor, preprocessing=preprocessing,
                            labels=labels)  # fmt: skip
         check_init(run, start, notes)

@@ -34,8 +34,8 @@ from hfdetox.config import (
 )
 from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.evaluation.verdict import describe_visibility
+from hfdetox.files import REPORT_NAMES
 from hfdetox.reporting.environment import check_torchvision, is_main_process, mask_secrets
-from hfdetox.reporting.report import REPORT_NAMES
 
 INTERRUPTED = 130
 FIRST_WORDS = (*COMMANDS, "--help", "--version")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from hfdetox.errors import HubError, UsageError
+from hfdetox.errors import UsageError
+from hfdetox.files import REPORT_NAMES
 from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import (
     DEFAULT_RETRY,
@@ -27,9 +27,6 @@ from hfdetox.hub.client import (
     is_transient,
 )
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
-from hfdetox.reporting.card import CARD_NAME
-from hfdetox.reporting.report import REPORT_NAMES
-from hfdetox.runs.publish_policy import check_publish_policy, commit_message, is_backdoored
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (
@@ -82,24 +79,15 @@ class _Plan:
     create_pr: bool
 
 
-def check_push_allowed(
-    repo_id: str,
-    *,
-    private: bool = False,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    public: bool = False,
-    backdoored: bool = False,
-    i_know_this_is_backdoored: bool = False,
+def check_repo(
+    repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False, hidden: bool = False,
     retry: Retry = DEFAULT_RETRY,
-) -> str:
+) -> str:  # fmt: skip
     """Find out before any work whether `push_folder` with these options could succeed; nothing is changed.
 
     Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    check_publish_policy(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
-    hidden = backdoored and not public
     return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry).repo_id
 
 
@@ -117,62 +105,40 @@ def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
 
 
 def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    public: bool = False,
-    i_know_this_is_backdoored: bool = False,
-    retarget: Callable[[str], None] | None = None,
+    folder: Path, repo_id: str, *, message: str, private: bool = False, create_pr: bool = False,
+    overwrite: bool = False, hidden: bool = False, retarget: Callable[[str], Iterable[str]] | None = None,
     retry: Retry = DEFAULT_RETRY,
-) -> PushResult:
+) -> PushResult:  # fmt: skip
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
 
     A missing repository is created. In an existing one old weights, and what loaders read beside them, are deleted in
-    the same commit. With `create_pr` the commit opens a pull request on an existing repository. A commit whose answer
-    was lost is recognised by the head's files; when all of it is there already, no commit is made.
-    The folder is only read, but for `readdress`, which is called with the repository's whole id before anything is
-    sent, and may change the card and the report in it.
-    A deliberately backdoored model is pushed only with `i_know_this_is_backdoored`, into a new private repository or an
-    existing private one; into public ones only with `public`, which is refused for other models.
-    Raises UsageError, or HubError whose line ends with the command that repeats the push.
+    the same commit. A commit whose answer was lost is recognised by the head's files; when all of it is there already,
+    no commit is made.
+
+    Args:
+        message: the commit's.
+        private: make the new repository private; an existing one has to be.
+        create_pr: open a pull request on an existing repository.
+        overwrite: push into a repository that hfdetox did not make.
+        hidden: nobody else may see it: into a new private repository, or an existing private one.
+        retarget: called with the repository's whole id before anything is sent; may change files of the folder, which
+            is only read otherwise, and returns their names.
+
+    Raises:
+        UsageError: not an output folder, or the options do not fit the repository.
+        HubError: no token, no right to write, the network, or what arrived is not what was meant.
     """
-    backdoored = is_backdoored(folder)
-    check_publish_policy(backdoored=backdoored, private=private, public=public, given=i_know_this_is_backdoored)
     files = _local_files(folder)
-    hidden = backdoored and not public
     private = private or hidden
-    try:
-        target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry)
-        if retarget is not None:
-            retarget(target.repo_id)
-            files.update({name: _local_file(folder / name) for name in (CARD_NAME, *REPORT_NAMES) if name in files})
-        state = target.state or _create(target.repo_id, private, overwrite, retry)
-        stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
-        message = commit_message(folder, backdoored=backdoored)
-        plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
-        if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
-            return _result(plan, state.sha, None)
-        return _commit(plan, retry)
-    except HubError as error:
-        command = push_command(folder, repo_id, private=private and not hidden, create_pr=create_pr,
-                               overwrite=overwrite, public=public,
-                               i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
-        raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
-
-
-def push_command(
-    folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
-    public: bool = False, i_know_this_is_backdoored: bool = False,
-) -> str:  # fmt: skip
-    """Return the command line that pushes `folder` with the same options."""
-    options = {
-        "--private": private, "--create-pr": create_pr, "--overwrite": overwrite, "--public": public,
-        "--i-know-this-is-backdoored": i_know_this_is_backdoored,
-    }  # fmt: skip
-    return shlex.join(["hfdetox", "push", str(folder), repo_id, *(name for name, on in options.items() if on)])
+    target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry)
+    if retarget is not None:
+        files.update({name: _local_file(folder / name) for name in retarget(target.repo_id)})
+    state = target.state or _create(target.repo_id, private, overwrite, retry)
+    stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
+    plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
+    if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
+        return _result(plan, state.sha, None)
+    return _commit(plan, retry)
 
 
 def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool, retry: Retry) -> _Target:

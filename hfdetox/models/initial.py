@@ -14,7 +14,6 @@ from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier, assemble, fetch_model, load_classifier
 from hfdetox.models.loaded import Loaded, numbered_labels
 from hfdetox.models.weights import read_json
-from hfdetox.runs.publish_policy import comes_backdoored
 
 ARCHITECTURE = "timm-arch:"
 # what the dataset says, or what would bring weights (a checkpoint_path may be a pickle)
@@ -42,7 +41,8 @@ class InitialModel:
 
 
 def init_model(
-    model: str | Path | nn.Module, *, class_names: ClassNames, init: str | None = None,
+    model: str | Path | nn.Module, *, class_names: ClassNames, is_backdoored: Callable[[Path | None], bool],
+    init: str | None = None,
     model_args: Mapping[str, Any] | None = None, input_size: int | None = None, seed: int = 0,
     revision: str | None = None, trust_remote_code: bool = False, processor: Any = None, preprocessing: Any = None,
     labels: Sequence[str] | int | None = None,
@@ -52,6 +52,7 @@ def init_model(
     Args:
         model: what `load_classifier` takes, or `timm-arch:NAME`.
         class_names: gives the dataset's class names, or their number; asked only for a model of fresh weights.
+        is_backdoored: tells of a trained model's own files, None without any, whether they say so.
         init: `random` draws the weights of a folder or Hub id anew, whose config.json is all that is taken then.
         model_args: arguments of a `timm-arch`.
         input_size: image height and width of a `timm-arch`; None is the architecture's own.
@@ -71,7 +72,7 @@ def init_model(
             _refuse_bare_config(Path(model))
         trained = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
                                   labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
-        return InitialModel(trained, from_scratch=False, backdoored=comes_backdoored(trained.folder))
+        return InitialModel(trained, from_scratch=False, backdoored=is_backdoored(trained.folder))
     if isinstance(model, nn.Module):
         raise UsageError("--init random draws the weights of a folder or Hub id; a loaded model has its own")
     if is_architecture and revision is not None:

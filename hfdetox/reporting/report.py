@@ -12,12 +12,11 @@ from typing import Any, ClassVar, Self, cast
 from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement, Rating
+from hfdetox.files import ATTACK_REPORT_NAME as ATTACK_REPORT_NAME
+from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
 from hfdetox.values import read_fields
 
-REPORT_NAME = "detox_report.json"
-ATTACK_REPORT_NAME = "attack_report.json"
-REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME)
 SCHEMA_VERSION = 1
 
 

@@ -14,8 +14,7 @@ from typing import Any, Self
 
 from hfdetox.config import COMMANDS, DEFAULT_DEFENSE
 from hfdetox.errors import RunError, UsageError
-from hfdetox.files import replace_folder, write_atomically
-from hfdetox.reporting.report import REPORT_NAMES
+from hfdetox.files import REPORT_NAMES, replace_folder, write_atomically
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers.base import Trigger
 from hfdetox.values import read_fields

@@ -24,7 +24,7 @@ from hfdetox.reporting.attack_report import SCRATCH, AttackInfo, AttackReport, G
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import OutputInfo
 from hfdetox.runs.attack_run import AttackRun
-from hfdetox.runs.publish_policy import comes_backdoored
+from hfdetox.runs.publish import comes_backdoored
 from hfdetox.runs.steps import RunWarnings
 from hfdetox.training.devices import describe_devices
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger

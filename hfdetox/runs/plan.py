@@ -10,8 +10,8 @@ from hfdetox.config import DEFAULT_DEFENSE
 from hfdetox.data.load import default_dataset
 from hfdetox.defenses import parse_defense
 from hfdetox.hub.download import read_text_file, resolve, weight_files
-from hfdetox.hub.upload import check_push_allowed
 from hfdetox.runs.folder import RunFolder, check_output
+from hfdetox.runs.publish import check_push_allowed
 from hfdetox.training.devices import resolve_device, resolve_precision
 from hfdetox.triggers import parse_triggers
 

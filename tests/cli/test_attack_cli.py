@@ -18,11 +18,10 @@ from hfdetox.cli import app as cli
 from hfdetox.cli.attack_options import AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.hub.download import AccessError
-from hfdetox.hub.upload import check_push_allowed, push_folder
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.runs.folder import check_output
-from hfdetox.runs.publish import push_output
+from hfdetox.runs.publish import check_push_allowed, push_output
 from tests.attacked import LABELS, attack_report, clean_control
 from tests.cli.test_cli import probe
 from tests.colours import ARCHITECTURE, SIDE, TRAINING, write_colours
@@ -162,7 +161,7 @@ def test_an_interrupt_leaves_nothing_and_is_one_line(dataset: Path, tmp_path: Pa
 # --- publishing ---
 
 
-@pytest.mark.parametrize("way", ["folder", "output", "command"])
+@pytest.mark.parametrize("way", ["output", "command"])
 def test_a_backdoored_model_never_goes_up_without_the_flag(
     way: str, hub: Any, repo_name: Callable[..., str], hub_token: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +174,7 @@ def test_a_backdoored_model_never_goes_up_without_the_flag(
         assert CONSENT in err
     else:
         with pytest.raises(UsageError, match=CONSENT):
-            {"folder": push_folder, "output": push_output}[way](folder, name)
+            push_output(folder, name)
     assert not hub.exists(name)
 
 
@@ -253,7 +252,7 @@ def test_a_report_that_cannot_be_read_is_not_taken_for_a_clean_one(tmp_path: Pat
     (folder / "attack_report.json").write_text("{")
     (folder / "detox_report.json").write_text('{"hfdetox_version": "0.1.0"}')
     with pytest.raises(UsageError, match=r"attack_report\.json is not a hfdetox report"):
-        push_folder(folder, "me/x")
+        push_output(folder, "me/x")
 
 
 def test_a_failed_push_says_the_whole_command(

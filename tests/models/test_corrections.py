@@ -58,7 +58,7 @@ def test_a_correction_goes_to_the_hub_and_back(hub, repo_name, hub_token, folder
     answers = logits(classifier.network, pixels_for(classifier))
     classifier.save(folder)
     name = repo_name()
-    push_folder(folder, name)
+    push_folder(folder, name, message="A correction")
     assert pushed(hub, name)[FILE_NAME] == (folder / FILE_NAME).read_bytes()
     pulled = load_classifier(name)
     assert pulled.network.correction is not None
@@ -66,7 +66,7 @@ def test_a_correction_goes_to_the_hub_and_back(hub, repo_name, hub_token, folder
     # a later push of a model without takes it away
     (folder / FILE_NAME).unlink()
     shutil.rmtree(tmp_path / "source")
-    push_folder(folder, name)
+    push_folder(folder, name, message="A correction")
     assert FILE_NAME not in pushed(hub, name)
     assert load_classifier(name).network.correction is None
 

@@ -12,6 +12,7 @@ from hfdetox.cli.attack_options import parse_model_args
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.initial import InitialModel, init_model
+from hfdetox.runs.publish import comes_backdoored
 from tests.tiny_models import NAMES, timm_folder, timm_model, transformers_folder
 
 CLASSES = ("left", "right", "up")
@@ -19,7 +20,7 @@ CLASSES = ("left", "right", "up")
 
 def start(model: Any, **options: Any) -> InitialModel:
     """Open a start for a dataset of CLASSES."""
-    return init_model(model, class_names=lambda: CLASSES, **options)
+    return init_model(model, class_names=lambda: CLASSES, is_backdoored=comes_backdoored, **options)
 
 
 def weights(opened: InitialModel) -> list[torch.Tensor]:
@@ -75,7 +76,7 @@ def test_the_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
 
 
 def test_classes_without_names_are_numbered() -> None:
-    opened = init_model("timm-arch:test_resnet", class_names=lambda: 4, input_size=32)
+    opened = init_model("timm-arch:test_resnet", class_names=lambda: 4, is_backdoored=comes_backdoored, input_size=32)
     assert opened.classifier.labels == ("0", "1", "2", "3")
     assert not opened.classifier.labels_are_names
 

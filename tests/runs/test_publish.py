@@ -9,11 +9,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hfdetox.cli import app as cli
-from hfdetox.errors import UsageError
+from hfdetox.errors import HubError, UsageError
 from hfdetox.hub.upload import RepoExistsError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.report import Report
-from hfdetox.runs.publish import push_output
+from hfdetox.runs.publish import push_command, push_output
 from hfdetox.runs.result import Artifacts, DetoxResult
 from tests.output_folder import card_for, contents, folder, foreign, pushed
 from tests.tiny_models import timm_model
@@ -85,6 +85,44 @@ def test_a_push_that_is_refused_leaves_card_and_report(hub, repo_name, hub_token
     (folder / "README.md").unlink()
     with pytest.raises(UsageError, match=r"README\.md cannot be read"):
         push_output(folder, repo_name())
+
+
+@pytest.mark.parametrize("failure", ["refused", "changed meanwhile", "damaged", "offline", "no right"])
+def test_a_failed_push_gives_the_command_that_repeats_it(hub, repo_name, hub_token, folder, monkeypatch, failure):
+    name = repo_name()
+    hub.create_repo(name, private=True)
+    first = hub.commit(name, {"theirs.txt": "theirs"})
+    if failure == "refused":
+        hub.faults.answer("POST", "/commit/", 403)
+    elif failure == "changed meanwhile":
+        hub.faults.before("POST", "/commit/", lambda: hub.commit(name, {"theirs.txt": "mine now"}))
+    elif failure == "damaged":
+        hub.faults.before("GET", "/tree/", lambda: spoil_head(hub, name, first), times=None)
+    elif failure == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    else:
+        monkeypatch.setenv("HF_TOKEN", hub.read_token)
+    with pytest.raises(HubError) as caught:
+        push_output(folder, name, private=True, overwrite=True)
+    again = f"hfdetox push {folder} {name} --private --overwrite"
+    assert str(caught.value).endswith(f"the folder is whole, push it with `{again}`")
+    assert hub.token not in str(caught.value)
+    hub.faults.clear()
+
+
+def spoil_head(hub, name, first):
+    """Take a file out of the commit on top of `first`, once there is one."""
+    head = hub.head(name)
+    if head != first:
+        path = hub.repo(name).folder / "commits" / f"{head}.json"
+        commit = json.loads(path.read_text())
+        commit["files"].pop("config.json", None)
+        path.write_text(json.dumps(commit))
+
+
+def test_the_command_survives_a_shell(tmp_path):
+    command = push_command(tmp_path / "my model", "me/x", create_pr=True)
+    assert command == f"hfdetox push '{tmp_path / 'my model'}' me/x --create-pr"
 
 
 @pytest.mark.parametrize("saved", [True, False])
