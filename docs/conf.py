@@ -21,12 +21,11 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_title = f"hfdetox {version}"
 html_copy_source = False
+smartquotes = False
 html_show_sphinx = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-# titles that Sphinx would take for YAML's or MyST's own syntax are none of ours
-suppress_warnings = ["misc.highlighting_failure"]
 
 # `x` in a docstring is code, not a cross reference
 default_role = "literal"

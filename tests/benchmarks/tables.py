@@ -135,8 +135,10 @@ def comparison(
                 cells.append(percent(group["attack_success"].max()))
             elif key == "cost":
                 cells.append(f"{cost(group, frame):.1f}")
-            else:
+            elif key in ("attack_success", "der"):
                 cells.append(with_interval(list(seeds[key])))
+            else:
+                cells.append(percent(seeds[key].mean()))
         found.append((-seeds["der"].mean(), [f"`{names(str(defense))}`", str(len(seeds)), *cells]))
     header = ["defense", "seeds", *map(title, attacks), *(headings[key] for key in columns)]
     return table(header, [["before", "–", *before], *extra, *(cells for _, cells in sorted(found))])
