@@ -370,12 +370,16 @@ def with_command(arguments: Sequence[str]) -> list[str]:
     return list(arguments) if arguments and arguments[0] in FIRST_WORDS else ["detox", *arguments]
 
 
+# what Typer's own errors have in common: TyperException, and before Typer 0.28 click's ClickException
+COMMAND_ERROR: Any = typer.BadParameter.__mro__[-4]  # above it: Exception, BaseException, object
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status (0, 1, 2, 3 or 130, see design); errors are one line."""
     command = typer.main.get_command(app)
     try:
         status = command.main(args=with_command(arguments), prog_name="hfdetox", standalone_mode=False)
-    except typer.TyperException as error:
+    except COMMAND_ERROR as error:
         complain(f"error: {error.format_message()}")
         return error.exit_code
     except HfdetoxError as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import email.utils
 import errno
+import importlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import (
     BadRequestError,
@@ -33,9 +33,15 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
 
+# The Hub client's HTTP library: httpx for 1.x, httpx2 for 2.x, with the same names in it. The client's errors are made
+# from its own; 1.x exports neither the library nor its time-outs.
+http = importlib.import_module(HfHubHTTPError.__bases__[0].__module__)
+
 BASE_DELAY = 1.0
 # a commit of many files may take the Hub most of a minute before the first byte of its answer
-TIMEOUT = httpx2.Timeout(connect=15.0, read=60.0, write=60.0, pool=60.0)
+TIMEOUT = http.Timeout(connect=15.0, read=60.0, write=60.0, pool=60.0)
+# what the client itself sets: none at all (2.x), or 10 s for an answer (1.x)
+_CLIENT_TIMEOUTS = (http.Timeout(None), http.Timeout(constants.DEFAULT_REQUEST_TIMEOUT, write=60.0))
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BAD_TOKEN = "Invalid credentials in Authorization header"
 
@@ -99,8 +105,8 @@ def is_transient(error: BaseException) -> bool:
         return error.response.status_code in _TRANSIENT_STATUS
     if isinstance(error, json.JSONDecodeError):
         return True  # a gateway's HTML page where the client reads JSON before it looks at the status
-    if isinstance(error, httpx2.TransportError):
-        return not isinstance(error, (httpx2.UnsupportedProtocol, httpx2.ProxyError))
+    if isinstance(error, http.TransportError):
+        return not isinstance(error, (http.UnsupportedProtocol, http.ProxyError))
     # a builtin ConnectionError is a failed Xet transfer, RuntimeError a failed LFS one, OSError a file cut short
     return isinstance(error, ConnectionError) or "Error while uploading" in str(error) or _is_cut_file(error)
 
@@ -145,7 +151,7 @@ def ask(
             return call()
         except HfdetoxError:
             raise
-        except (OSError, httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, http.HTTPError, http.InvalidURL, ValueError, KeyError, TypeError, RuntimeError) as error:
             failures += 1
             delay = retry.delay(failures, error)
             time.sleep(delay or 0.0)
@@ -157,9 +163,9 @@ def ask(
 
 
 def set_timeout() -> None:
-    """Give the client's shared session a time-out where it has none; a person's own session is left as it is."""
+    """Give the client's shared session our time-out for its default; a person's own session is left as it is."""
     session = get_session()
-    if session.timeout == httpx2.Timeout(None):
+    if session.timeout in _CLIENT_TIMEOUTS:
         session.timeout = TIMEOUT
 
 
@@ -177,7 +183,7 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
         return _translate_status(error, what)
     if "Invalid metadata in README.md" in str(error):
         return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
-    if isinstance(error, (httpx2.TransportError, httpx2.InvalidURL)):
+    if isinstance(error, (http.TransportError, http.InvalidURL)):
         reason = _line(str(error)) or type(error).__name__
         return UnreachableError(
             f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); check the network and "

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from hfdetox.errors import UsageError
 from hfdetox.files import REPORT_NAMES
@@ -95,10 +95,12 @@ def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
     """Ask the Hub whether it would take a model card (README.md); raises UsageError with its objection, or HubError."""
 
     def ask_hub() -> None:
+        # not ModelCard.validate: in huggingface_hub 1.x that asks huggingface.co, whatever HF_ENDPOINT names
+        body = {"repoType": "model", "content": text}
         try:
-            ModelCard(text).validate()
-        except ValueError as error:
-            reason = " ".join(str(error).split())
+            hf_raise_for_status(get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body))
+        except BadRequestError as error:
+            reason = " ".join(str(error.server_message or error).split())
             raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card") from error
 
     ask(ask_hub, "the model card", retry=retry)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network, logits_of
+from hfdetox.models.preprocessing import timm_data_config
 
 HEAD = "head"
 # A convolutional network takes any; the others are usual sizes of those that take one only.
@@ -187,9 +188,7 @@ def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Ite
         return
     inner = getattr(model, "timm_model", model)
     if hasattr(inner, "pretrained_cfg"):
-        from timm.models import get_model_input_config
-
-        yield tuple(get_model_input_config(inner)["input_size"])
+        yield timm_data_config(inner)["input_size"]
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = convolution.in_channels if convolution is not None else 3
     for holder in (getattr(model, "config", None), model):

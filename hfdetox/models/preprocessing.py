@@ -82,6 +82,24 @@ class TimmPreprocessing(Preprocessing):
         return self._transform(_with_channels(image, self.input_size[0]))
 
 
+def timm_data_config(model: Any) -> dict[str, Any]:
+    """Return the data config of a timm model as it stands: with its own channels and, where it takes one only, size."""
+    from timm.data import resolve_data_config
+
+    try:
+        from timm.data.model_config import resolve_input_data_config
+    except ImportError:  # before timm 1.0.31: what it resolves is that of the weights, however the model was built
+        patches: Any = getattr(model, "patch_embed", None)
+        given = model.pretrained_cfg.get("input_size", (3, 224, 224))
+        size = patches.img_size if getattr(patches, "strict_img_size", False) and patches.img_size else given[1:]
+        stem = model.pretrained_cfg.get("first_conv")
+        channels = model.get_submodule(stem).in_channels if isinstance(stem, str) else given[0]
+        config: dict[str, Any] = resolve_data_config({"input_size": (channels, *size)}, model.pretrained_cfg, model)
+        mean_color = {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
+        return config if len(config["mean"]) == channels else config | mean_color
+    return resolve_input_data_config(model)
+
+
 class ProcessorPreprocessing(Preprocessing):
     """A transformers image processor, in the backend in which it was loaded (`pipeline` takes the default one)."""
 

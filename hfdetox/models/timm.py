@@ -18,7 +18,7 @@ from torch import nn
 
 from hfdetox.errors import UsageError
 from hfdetox.models.loaded import Loaded, copy_companions, numbered_labels
-from hfdetox.models.preprocessing import TimmPreprocessing
+from hfdetox.models.preprocessing import TimmPreprocessing, timm_data_config
 from hfdetox.models.weights import (
     WEIGHTS_NAME,
     StoredWeights,
@@ -138,13 +138,11 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
 
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:
     """Return what hfdetox needs to know of a timm model; `config` is its config.json where there is one."""
-    from timm.data.model_config import resolve_input_data_config
-
     num_labels = int(getattr(model, "num_classes", 0))
     labels = _labels(model.pretrained_cfg, num_labels)
     return Loaded(
         model=model,
-        preprocessing=TimmPreprocessing(resolve_input_data_config(model)),
+        preprocessing=TimmPreprocessing(timm_data_config(model)),
         labels=labels or numbered_labels(num_labels),
         labels_are_names=labels is not None,
         library="timm",

@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import datasets
-import httpx2
 import numpy as np
 import pytest
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -21,7 +20,7 @@ from hfdetox.data.columns import Columns
 from hfdetox.data.load import TooFewImagesError
 from hfdetox.data.opened import DatasetError, LocalFiles
 from hfdetox.errors import HubError, RunError
-from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, UnreachableError, ask
+from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, UnreachableError, ask, http
 from hfdetox.models.classifier import load_classifier
 from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.plan import plan
@@ -124,7 +123,7 @@ def failing_stream(failures, count=50):
         for i in range(count):
             if i == 20 and sum(row == 20 for row in read) < failures:
                 read.append(i)
-                raise httpx2.ReadError("connection lost")
+                raise http.ReadError("connection lost")
             yield {"image": {"bytes": png(i), "path": None}, "label": i % 3}
 
     spec = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})

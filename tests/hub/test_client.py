@@ -8,12 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import httpx2
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from hfdetox.hub.client import ask, asked_delay
+from hfdetox.hub.client import ask, asked_delay, http
 from hfdetox.hub.download import OfflineError, Retry, UnreachableError, pull_model, resolve
 from tests.hub_server.made import OTHER_WEIGHTS, WEIGHTS, make_model
 
@@ -59,8 +58,8 @@ def test_retry_after_is_kept_and_bounded(hub, repo_name):
 
 
 def failure(status, **headers):
-    request = httpx2.Request("GET", "http://127.0.0.1/api/models/a/b")
-    return HfHubHTTPError("failed", response=httpx2.Response(status, headers=headers, request=request))
+    request = http.Request("GET", "http://127.0.0.1/api/models/a/b")
+    return HfHubHTTPError("failed", response=http.Response(status, headers=headers, request=request))
 
 
 def test_pauses_double_up_to_their_limit_and_stop_with_the_attempts():
@@ -69,7 +68,7 @@ def test_pauses_double_up_to_their_limit_and_stop_with_the_attempts():
     assert [retry.delay(1, failure(status)) for status in (400, 401, 403, 404, 409, 412)] == [None] * 6
     assert [retry.delay(1, failure(status)) for status in (408, 429, 500, 502, 503, 504)] == [1] * 6
     assert retry.delay(1, failure(503, **{"Retry-After": "7"})) == 7
-    assert retry.delay(1, httpx2.ReadTimeout("slow")) == 1
+    assert retry.delay(1, http.ReadTimeout("slow")) == 1
     in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
     assert 55 < asked_delay(failure(429, **{"Retry-After": in_a_minute})) <= 60
     assert asked_delay(failure(429, **{"Retry-After": "soon"})) is None

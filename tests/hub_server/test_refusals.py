@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, auth_check, hf_hub_download
 from huggingface_hub.errors import (
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hfdetox.hub.client import http
 from tests.hub_server.made import model
 from tests.hub_server.server import HubServer
 
@@ -38,7 +38,7 @@ def test_missing_things_raise_what_the_client_documents(hub, model, repo_name):
     hub.repo(model).disabled = True
     with pytest.raises(DisabledRepoError):
         HfApi().repo_info(model)
-    assert httpx2.get(f"{hub.url}/api/nothing").json().keys() == {"error"}
+    assert http.get(f"{hub.url}/api/nothing").json().keys() == {"error"}
 
 
 def test_private_repo_is_hidden_from_strangers(hub, model):
@@ -96,7 +96,7 @@ def test_moved_repo_answers_under_its_new_name(hub, model, repo_name):
 
 def test_rules_act_on_the_requests_they_name(hub, model):
     rule = hub.faults.answer("GET", f"/api/models/{model}$", 429, headers={"Retry-After": "7"}, times=2, skip=1)
-    statuses = [httpx2.get(f"{hub.url}/api/models/{model}") for _ in range(4)]
+    statuses = [http.get(f"{hub.url}/api/models/{model}") for _ in range(4)]
     assert [(answer.status_code, answer.headers.get("Retry-After")) for answer in statuses] == [
         (200, None),
         (429, "7"),
@@ -109,15 +109,15 @@ def test_rules_act_on_the_requests_they_name(hub, model):
 
 def test_delay_waits_before_the_request_is_carried_out(hub):
     hub.faults.delay("GET", "/api/nothing", 0.5)
-    with pytest.raises(httpx2.ReadTimeout):
-        httpx2.get(f"{hub.url}/api/nothing", timeout=0.2)
-    assert httpx2.get(f"{hub.url}/api/nothing", timeout=0.2).status_code == 404
+    with pytest.raises(http.ReadTimeout):
+        http.get(f"{hub.url}/api/nothing", timeout=0.2)
+    assert http.get(f"{hub.url}/api/nothing", timeout=0.2).status_code == 404
 
 
 def test_dropped_answer_has_happened(hub, model, hub_token):
     hub.faults.drop_answer("POST", "/commit/main")
     before = hub.head(model)
-    with pytest.raises(httpx2.RemoteProtocolError):
+    with pytest.raises(http.RemoteProtocolError):
         HfApi().create_commit(model, [CommitOperationAdd("x", b"x")], commit_message="Lost")
     assert hub.history(model)[0].parents == (before,)
     assert hub.files(model)["x"] == b"x"
@@ -132,15 +132,15 @@ def test_action_before_a_request_lets_somebody_else_commit(hub, model, hub_token
 
 
 def test_storage_wants_signed_urls_and_no_token(hub, model):
-    answer = httpx2.head(f"{hub.url}/{model}/resolve/main/model.safetensors")
+    answer = http.head(f"{hub.url}/{model}/resolve/main/model.safetensors")
     location = answer.headers["Location"]
     assert not location.startswith(hub.url)
-    assert httpx2.get(location).content == b"weights"
-    assert httpx2.get(location, headers={"Authorization": f"Bearer {hub.token}"}).status_code == 400
-    assert httpx2.get(location.split("?")[0]).status_code == 403
-    assert httpx2.get(location, headers={"Range": "bytes=2-3"}).content == b"ig"
-    assert httpx2.get(location, headers={"Range": "bytes=99-"}).status_code == 416
-    assert httpx2.put(location, content=b"other").status_code == 403
+    assert http.get(location).content == b"weights"
+    assert http.get(location, headers={"Authorization": f"Bearer {hub.token}"}).status_code == 400
+    assert http.get(location.split("?")[0]).status_code == 403
+    assert http.get(location, headers={"Range": "bytes=2-3"}).content == b"ig"
+    assert http.get(location, headers={"Range": "bytes=99-"}).status_code == 416
+    assert http.put(location, content=b"other").status_code == 403
 
 
 def test_commit_refuses_missing_lfs_objects_and_broken_cards(hub, model, hub_token):
@@ -149,7 +149,7 @@ def test_commit_refuses_missing_lfs_objects_and_broken_cards(hub, model, hub_tok
         b'{"key": "lfsFile", "value": {"path": "x.bin", "algo": "sha256", "oid": "' + b"0" * 64 + b'", "size": 3}}\n'
     )
     url = f"{hub.url}/api/models/{model}/commit/main"
-    answer = httpx2.post(url, content=lines, headers={"Authorization": f"Bearer {hub_token}"})
+    answer = http.post(url, content=lines, headers={"Authorization": f"Bearer {hub_token}"})
     assert (answer.status_code, "not uploaded" in answer.json()["error"]) == (400, True)
     # what validate-yaml would refuse (here it is kept from it), the commit refuses too
     hub.faults.answer("POST", "/api/validate-yaml", 200, body={"errors": [], "warnings": []})
@@ -162,13 +162,13 @@ def test_repos_survive_a_restart_and_a_stopped_server_is_gone(tmp_path):
         first.create_repo("org/x", "dataset", private=True)
         commit = first.commit("org/x", {"a.txt": b"a"}, repo_type="dataset")
         first.move_repo("org/x", "org/y", repo_type="dataset")
-        client = httpx2.Client()
+        client = http.Client()
         assert client.get(f"{first.url}/api/nothing").status_code == 404
-    with pytest.raises(httpx2.TransportError):
+    with pytest.raises(http.TransportError):
         client.get(f"{first.url}/api/nothing")  # a kept-alive connection ends with the server
     with HubServer(tmp_path) as second:
         assert second.head("org/y", repo_type="dataset") == commit
         assert second.repo("org/y", "dataset").private
         headers = {"Authorization": f"Bearer {second.token}"}
-        answer = httpx2.get(f"{second.url}/api/datasets/org/x", headers=headers, follow_redirects=True)
+        answer = http.get(f"{second.url}/api/datasets/org/x", headers=headers, follow_redirects=True)
         assert answer.json()["id"] == "org/y"

@@ -18,6 +18,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 
+from hfdetox.hub.client import Retry, ask
 from tests.hub_server.made import model
 
 __all__ = ["model"]
@@ -104,7 +105,9 @@ def test_cut_download_is_resumed_by_range(hub, model):
     content = np.random.default_rng(0).bytes(12 * MIB)
     hub.commit(model, {"big.bin": content})
     rule = hub.faults.cut_body("big.bin", after=11 * MIB)
-    assert Path(hf_hub_download(model, "big.bin")).read_bytes() == content
+    # client 1.19 and older go on from what came at the next call only, and ask makes that
+    path = ask(lambda: hf_hub_download(model, "big.bin"), "big.bin", retry=Retry(base_delay=0.01))
+    assert Path(path).read_bytes() == content
     assert rule.hits == 1
     ranges = [(entry.status, entry.range) for entry in hub.requests("GET", "big.bin")]
     assert ranges == [(200, None), (206, f"bytes={10 * MIB}-")]
@@ -201,12 +204,17 @@ def test_pull_request_of_a_stranger_is_merged_by_the_owner(hub, model):
 def test_card_is_checked_and_pushed(hub, repo_name, hub_token):
     name = repo_name()
     hub.create_repo(name)
-    ModelCard("---\nlicense: mit\n---\n# Card\n").push_to_hub(name)
+    card = b"---\nlicense: mit\n---\n# Card\n"
+    HfApi().upload_file(repo_id=name, path_or_fileobj=card, path_in_repo="README.md")
     assert ModelCard.load(name).data.license == "mit"
-    with pytest.raises(ValueError, match="base_model_relation"):
-        ModelCard("---\nbase_model_relation: child\n---\n").push_to_hub(name)
     model_index = "model-index:\n- name: x\n  results: [{task: {type: t}, metrics: []}]"
-    expected = {"license: no-such": "license", "tags: x": "tags", "a: [": "YAML", model_index: "dataset.type"}
+    expected = {
+        "base_model_relation: child": "base_model_relation",
+        "license: no-such": "license",
+        "tags: x": "tags",
+        "a: [": "YAML",
+        model_index: "dataset.type",
+    }
     for metadata, message in expected.items():
         card = f"---\n{metadata}\n---\n".encode()
         with pytest.raises(ValueError, match=message):

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx2
 import numpy as np
 from huggingface_hub import HfApi
 from PIL import Image
+
+from hfdetox.hub.client import http
 
 # The libraries above the client
 
@@ -112,6 +113,6 @@ def test_server_runs_by_hand(tmp_path):
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         try:
             endpoint = process.stdout.readline().split()[1].removeprefix("HF_ENDPOINT=")
-            assert httpx2.get(f"{endpoint}/api/whoami-v2").status_code == 401
+            assert http.get(f"{endpoint}/api/whoami-v2").status_code == 401
         finally:
             process.terminate()

@@ -14,6 +14,7 @@ from PIL import Image
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import ClassAccuracies, Rate, Rating
 from hfdetox.evaluation.verdict import run_verdict
+from hfdetox.hub.upload import check_card
 from hfdetox.reporting.card import CardError, build_card, retarget_card, split_card, validate_card
 from hfdetox.reporting.markdown import empty_sections
 from hfdetox.reporting.report import OutputInfo
@@ -304,7 +305,7 @@ def test_validation_names_what_the_hub_would_refuse(change: tuple[str, str], mes
 
 def test_the_hub_accepts_the_card(hub: HubServer) -> None:
     for report in (written_report(), replace(written_report(), after=None), written_report(library="torch")):
-        ModelCard(card_of(report, SOURCE)).validate()
+        check_card(card_of(report, SOURCE))
     assert [request.status for request in hub.log if request.path.startswith("/api/validate-yaml")] == [200] * 3
 
 
