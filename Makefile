@@ -1,28 +1,36 @@
 # `make test` and `make demo` set up a virtual environment on first use. Variables you may set on the command line:
 #   PYTHON       the interpreter that makes the environment (3.11 or newer)
 #   VENV         where the environment is
+#   LOWEST       where the one with the oldest versions is (`make test-lowest`; PYTHON must be 3.11 to 3.13 for it)
 #   TORCH_INDEX  a package index with PyTorch builds for your device (such as the CPU-only ones): torch and torchvision are
 #                then both taken from it. Without it they come from wherever your pip takes packages.
 #   JOBS         test processes at a time
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 TORCH_INDEX ?=
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs
+LOWEST_STAMP := $(LOWEST)/.installed
+# one thread each: several test processes with all cores each get in each other's way
+PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
+# uv trusts the certificates that this machine trusts, as pip does
+export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help test demo docs tables style quality clean
+.PHONY: help test test-lowest demo docs tables style quality clean
 
 help:
-	@echo "make demo     clean a backdoored classifier of digits, without any network (some minutes)"
-	@echo "make test     run the tests"
-	@echo "make quality  check format, lint, types and the order of the floors"
-	@echo "make docs     build the documentation into build/docs; a warning is an error"
-	@echo "make tables   write the tables of docs/benchmarks.md from tests/benchmarks/results"
-	@echo "make style    format, and mend what lint can mend"
-	@echo "make clean    remove the virtual environment and caches"
+	@echo "make demo         clean a backdoored classifier of digits, without any network (some minutes)"
+	@echo "make test         run the tests"
+	@echo "make test-lowest  run the tests with the oldest versions that pyproject.toml allows"
+	@echo "make quality      check format, lint, types, the order of the floors, and that newer Pythons find versions"
+	@echo "make docs         build the documentation into build/docs; a warning is an error"
+	@echo "make tables       write the tables of docs/benchmarks.md from tests/benchmarks/results"
+	@echo "make style        format, and mend what lint can mend"
+	@echo "make clean        remove the virtual environments and caches"
 
 # pyproject.toml is the stamp's source: new dependencies are installed at the next call
 $(STAMP): pyproject.toml
@@ -36,9 +44,23 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --editable '.[test]'
 	@touch $@
 
-# one thread each: several test processes with all cores each get in each other's way
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ARGS)
+
+# exactly the lower bounds of pyproject.toml; what those need is as new as they allow
+$(LOWEST_STAMP): pyproject.toml | $(STAMP)
+	@echo "installing the oldest versions into $(LOWEST); PyTorch is large, so this takes some minutes"
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(LOWEST)
+ifneq ($(TORCH_INDEX),)
+	$(PYTHON) -c 'import tomllib; deps = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	  print(*(d for d in deps if d.startswith("torch")), sep="\n")' | \
+	  $(BIN)/uv pip install --python $(LOWEST) --resolution lowest --no-deps --index-url $(TORCH_INDEX) --requirements -
+endif
+	$(BIN)/uv pip install --python $(LOWEST) --resolution lowest-direct --editable '.[test]'
+	@touch $@
+
+test-lowest: $(LOWEST_STAMP)
+	OMP_NUM_THREADS=1 LOWEST_VERSIONS=1 $(LOWEST)/bin/python $(PYTEST) $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/hfdetox demo $(ARGS)
@@ -63,6 +85,8 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	for python in 3.12 3.13 3.14; do $(BIN)/uv pip compile --quiet --no-build --python-version $$python --extra test \
+	  pyproject.toml > /dev/null || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -59,6 +59,7 @@ class D3Trainer(Trainer):
 
     def __init__(self, *args: Any, d3: D3, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga is to the first releases of transformers 5
         self.d3 = d3
         self.add_callback(D3Callback(d3))
 

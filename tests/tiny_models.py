@@ -141,7 +141,12 @@ def timm_folder(
 ) -> Path:
     """Write a model as timm's own export does, in `dtype`."""
     model = timm_model(architecture, **options).to(dtype)
-    save_for_hf(model, folder, model_config={"label_names": list(NAMES)}, safe_serialization=True)
+    # timm since 1.0.31 notes the arguments itself; before, its export has to be told
+    arguments = {"num_classes": len(NAMES), **options}
+    if hasattr(model, "patch_embed"):
+        arguments["img_size"] = model.patch_embed.img_size
+    labels = {"label_names": list(NAMES)}
+    save_for_hf(model, folder, model_config=labels, model_args=arguments, safe_serialization=True)
     return folder
 
 

@@ -113,6 +113,7 @@ def new_from_folder(folder: Path, name: str, *, num_classes: int) -> Loaded:
         UsageError: timm cannot build it.
     """
     model = _create(f"local-dir:{folder}", {"num_classes": num_classes}, {}, name)
+    model._model_args = read_json(folder / "config.json").get("model_args", {}) | model._model_args
     # the folder's labels are those of the weights that were not taken
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if not k.startswith("label_")}
     return describe(model)
@@ -122,7 +123,10 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
     """Create a model of random weights; `sized` are arguments that are left out where the model does not take them."""
     state = torch.random.get_rng_state()
     try:
-        return timm.create_model(source, pretrained=False, **arguments, **sized)
+        model = timm.create_model(source, pretrained=False, **arguments, **sized)
+        if not hasattr(model, "_model_args"):  # what timm notes since 1.0.31
+            model._model_args = {k: v for k, v in (arguments | sized).items() if k != "pretrained_cfg_overlay"}
+        return model
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as error:
         if sized and isinstance(error, TypeError) and "img_size" in str(error):
             torch.random.set_rng_state(state)
@@ -202,7 +206,16 @@ def _export_config(model: Any, loaded: Loaded) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "config.json"
         try:
-            save_config_for_hf(model, str(path), model_config=labels)
+            save_config_for_hf(model, path, model_config=labels, model_args=_arguments(model))
         except ValueError as error:
             raise UsageError(f"timm cannot describe this model for saving: {error}") from error
         return read_json(path)
+
+
+def _arguments(model: Any) -> dict[str, Any] | None:
+    """Return what a model is built again with, or None where timm's export knows it by itself (1.0.31 and newer)."""
+    if hasattr(timm.models, "get_model_input_config"):
+        return None
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    in_chans = timm_data_config(model)["input_size"][0]
+    return getattr(model, "_model_args", {}) | {"in_chans": in_chans} | ({} if size is None else {"img_size": size})

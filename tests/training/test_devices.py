@@ -23,7 +23,7 @@ def hardware(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu_bf16 or including_emulation
         )
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True))
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(cpu, True), raising=False)
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     return describe
