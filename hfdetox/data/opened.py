@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, Literal, cast
@@ -281,9 +283,8 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
         return _with_builder(state.id, state.sha, "hub", builder, LocalFiles(snapshot))
 
     def load() -> DatasetBuilder:
-        # with the prefix, a folder of the same name in the working directory is not taken for it
-        name = f"hf://datasets/{state.id}"
-        return _builder(lambda: datasets.load_dataset_builder(name, name=config, revision=state.sha), what)
+        with _hub_name(state.id) as name:
+            return _builder(lambda: datasets.load_dataset_builder(name, name=config, revision=state.sha), what)
 
     builder = ask(load, what)
     files = HubFiles(state)
@@ -292,6 +293,18 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
     if not names or any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
         raise HubError(f"{what} could not be read at commit {state.sha[:12]}; the Hub failed on the way, try again")
     return _with_builder(state.id, state.sha, "hub", builder, files)
+
+
+@contextlib.contextmanager
+def _hub_name(repo: str) -> Iterator[str]:
+    """Give the name by which `datasets` takes the Hub's repository, not a folder of the same name that lies here."""
+    if tuple(map(int, datasets.__version__.split(".")[:2])) >= (4, 8):
+        yield f"hf://datasets/{repo}"
+    elif not Path(repo).exists():
+        yield repo
+    else:  # older ones look into the working directory first
+        with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
+            yield repo
 
 
 def _with_builder(name: str, revision: str | None, source: Literal["hub", "folder"], builder: DatasetBuilder,

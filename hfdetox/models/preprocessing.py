@@ -95,8 +95,10 @@ def timm_data_config(model: Any) -> dict[str, Any]:
         stem = model.pretrained_cfg.get("first_conv")
         channels = model.get_submodule(stem).in_channels if isinstance(stem, str) else given[0]
         config: dict[str, Any] = resolve_data_config({"input_size": (channels, *size)}, model.pretrained_cfg, model)
-        mean_color = {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
-        return config if len(config["mean"]) == channels else config | mean_color
+        for name in ("mean", "std"):
+            values = tuple(config[name])
+            config[name] = values if len(values) == channels else (sum(values) / len(values),) * channels
+        return config
     return resolve_input_data_config(model)
 
 

@@ -88,6 +88,11 @@ def test_every_call_has_a_time_out(hub):
 
     close_session()
     assert ask(lambda: get_session().timeout, "the session").read == 60.0
+    # the defaults of client 2.x and 1.x; what a person set stays
+    for given, read in ((http.Timeout(None), 60.0), (http.Timeout(10, write=60.0), 60.0), (http.Timeout(7.0), 7.0)):
+        get_session().timeout = given
+        assert ask(lambda: get_session().timeout, "the session").read == read
+    close_session()
 
 
 def test_an_answer_that_is_no_hubs_is_one_line(hub, repo_name):
