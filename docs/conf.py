@@ -21,10 +21,11 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_title = f"hfdetox {version}"
 html_copy_source = False
-smartquotes = False
+# dashes only: quotes stay straight
+smartquotes_action = "D"
 html_show_sphinx = False
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 # `x` in a docstring is code, not a cross reference

@@ -7,7 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Which images were used; the index hashes are SHA-256 over the chosen row numbers of the source splits."""
+    """Which images were used.
+
+    Attributes:
+        id: as it was named: a Hub id, or the last part of a folder's path.
+        config: the dataset's configuration.
+        split: of the clean images.
+        eval_split: of the images that are measured.
+        revision: the commit on the Hub; None for a folder or an object.
+        source: `hub`, `folder` or `object`.
+        clean_samples: how many clean images.
+        eval_samples: how many images are measured.
+        indices_sha256: SHA-256 over the row numbers of the clean images in their split.
+        eval_indices_sha256: the same of the images that are measured.
+        label_map: dataset name to model name where the two differ; empty text for a class that was left out.
+    """
 
     id: str
     config: str | None

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of images, with its exact 95 % (Clopper-Pearson) interval; every number is a fraction in [0, 1]."""
+    """A share of images; every number is a fraction in [0, 1].
+
+    Attributes:
+        value: successes / samples.
+        successes: images that count, such as those classified correctly.
+        samples: images in all.
+        interval: low and high end of the exact 95 % (Clopper-Pearson) interval.
+    """
 
     value: float
     successes: int
@@ -25,7 +32,17 @@ class Rating:
 
 @dataclass(frozen=True)
 class TriggerResult:
-    """One trigger's effect on one state of the model; `target` is a label index or `all-to-all`."""
+    """One trigger's effect on one state of the model.
+
+    Attributes:
+        kind: the trigger's family.
+        spec: what `--trigger` makes it of: a specification, or a file.
+        mode: `native` (before any resize) or `input` (on what the model sees).
+        file_sha256: of the trigger file.
+        target: a label index, or `all-to-all`.
+        attack_success_rate: share of triggered images of other classes that are classified as the target.
+        robust_accuracy: share of those same images that are classified as their true class.
+    """
 
     kind: str
     spec: str
@@ -55,7 +72,14 @@ class ClassAccuracies:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One state of the model, measured on the evaluation images; `loss` is the mean cross-entropy in nats."""
+    """One state of the model, measured on the evaluation images.
+
+    Attributes:
+        accuracy: share of the clean images that are classified correctly.
+        loss: mean cross-entropy in nats.
+        triggers: what each known trigger does, by its name.
+        classes: how evenly the accuracy is spread; None where that was not measured.
+    """
 
     accuracy: Rate
     loss: float
