@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hfdetox.config import DEFAULT_DEFENSE
-from hfdetox.defenses import DefenseConfig, describe_defense, parse_defense
+from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.hub.upload import check_card
@@ -35,7 +35,7 @@ from hfdetox.runs.steps import (
     train,
 )
 from hfdetox.training.devices import forget_peak_memory, make_accelerator, peak_memory
-from hfdetox.triggers import Trigger, parse_triggers
+from hfdetox.triggers import Trigger, parse_triggers, reload_triggers
 
 __all__ = ["DetoxResult", "detoxify", "evaluate", "plan"]
 
@@ -93,9 +93,9 @@ def detoxify(
     )  # fmt: skip
     options, run = open_run(options, resume)
     push_to, push_options = options.push_to, options.publishing()
-    method, preset = parse_defense(options.defense, options.settings)
+    method, preset = choose_defense(defense, options.defense, options.settings, resumed=resume is not None)
     # objects hold more than their text form, which is all that the options of a new run have of them
-    known = parse_triggers(triggers if resume is None else options.triggers)
+    known = parse_triggers(triggers) if resume is None else reload_triggers(options.triggers, triggers)
     accelerator = make_accelerator(options.device, options.precision, log_with, str(log_folder(options.output)))
     if push_to is not None:
         push_to = check_push_allowed(push_to, **push_options)

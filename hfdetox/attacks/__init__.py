@@ -4,58 +4,29 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
-from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner, TrainingPoisoner, TrainingSettings
+from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingSettings
 from hfdetox.attacks.run import Implanted, run_attack
 from hfdetox.errors import UsageError
-from hfdetox.plugins import discover
+from hfdetox.plugins import Registry
 from hfdetox.values import read
 
 __all__ = [
+    "ATTACKS",
     "AttackContext",
-    "AttackEntry",
     "Implant",
     "Implanted",
     "Poisoner",
     "TrainingSettings",
-    "available",
     "parse_attack_settings",
     "poisoner_for",
     "run_attack",
 ]
 
 
-def _discover() -> dict[str, type[Poisoner]]:
-    """Return the recipes by kind: the classes with a `kind` in the modules of this package."""
-    return discover(__name__, __path__, Poisoner, "kind")
-
-
-POISONERS = _discover()
-
-
-@dataclass(frozen=True)
-class AttackEntry:
-    """One entry of `hfdetox list attacks`.
-
-    Attributes:
-        kind: the trigger's kind.
-        summary: how the trigger gets into the model.
-        how: `dirty label`, `clean label` (both poison the data) or `training control`.
-        parameters: the recipe's own settings with their defaults.
-    """
-
-    kind: str
-    summary: str
-    how: str
-    parameters: dict[str, Any]
-
-
-def available() -> dict[str, AttackEntry]:
-    """Return every attack by its trigger's kind, in alphabetical order."""
-    return {kind: AttackEntry(kind, POISONERS[kind].summary, _how(POISONERS[kind]), _defaults(POISONERS[kind]))
-            for kind in sorted(POISONERS)}  # fmt: skip
+ATTACKS: Registry[Poisoner] = Registry("attacks", Poisoner, "kind")
 
 
 def poisoner_for(kind: str, settings: Mapping[str, str]) -> Poisoner:
@@ -66,7 +37,7 @@ def poisoner_for(kind: str, settings: Mapping[str, str]) -> Poisoner:
     """
     known = _recipe_keys(kind)
     _check_keys(settings, known, kind)
-    return POISONERS[kind](**_parsed(POISONERS[kind], settings))
+    return ATTACKS[kind](**_parsed(ATTACKS[kind], settings))
 
 
 def parse_attack_settings(
@@ -89,9 +60,10 @@ def parse_attack_settings(
 
 
 def _recipe_keys(kind: str) -> list[str]:
-    if kind not in POISONERS:
-        raise UsageError(f"no attack implants a {kind!r} trigger; there is one for {', '.join(sorted(POISONERS))}")
-    return [f.name for f in fields(POISONERS[kind])]
+    if kind not in ATTACKS:
+        raise UsageError(f"no attack implants a {kind!r} trigger; there is one for {', '.join(sorted(ATTACKS))} "
+                         f"(a package adds one by the entry point hfdetox.attacks: {kind})")  # fmt: skip
+    return [f.name for f in fields(ATTACKS[kind])]
 
 
 def _check_keys(settings: Mapping[str, str], known: Sequence[str], what: str) -> None:
@@ -104,13 +76,3 @@ def _check_keys(settings: Mapping[str, str], known: Sequence[str], what: str) ->
 def _parsed(kind: type[Any], settings: Mapping[str, str]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {key: read(key, hints[key], text, text=True) for key, text in settings.items()}
-
-
-def _how(kind: type[Poisoner]) -> str:
-    if issubclass(kind, TrainingPoisoner):
-        return "training control"
-    return "clean label" if issubclass(kind, DataPoisoner) and kind.clean_label else "dirty label"
-
-
-def _defaults(kind: type[Poisoner]) -> dict[str, Any]:
-    return {f.name: f.default for f in fields(kind)}

@@ -29,6 +29,9 @@ _LEARNING_RATE = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-
 _WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 
 
+How = Literal["dirty label", "clean label", "training control"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How the backdoored model is trained, whatever the attack.
@@ -148,7 +151,8 @@ class Poisoner(ABC):
     """How one kind of trigger gets into a model; its fields are the recipe's own settings, as `--set` takes them."""
 
     kind: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str] = "no summary"
+    how: ClassVar[How]
 
     def on_clean_model(self, trigger: Trigger) -> bool:
         """Return whether `make` or the poisoning of `trigger` needs the job's surrogate, a model without a backdoor."""
@@ -180,7 +184,7 @@ class Poisoner(ABC):
 class DataPoisoner(Poisoner):
     """Data poisoning: once, before the training, a fixed set of images gets the trigger and the attacker's label."""
 
-    clean_label: ClassVar[bool] = False
+    how: ClassVar[How] = "dirty label"
 
     def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, context: AttackContext) -> Pixels:
         """Return the poisoned images of the clean images at `positions` (M, int64), made on demand if they do not fit.
@@ -202,6 +206,8 @@ class ControlledTraining:
 @dataclass(frozen=True, kw_only=True)
 class TrainingPoisoner(Poisoner):
     """Training control: the trigger is put on a share of every batch, by the training step itself."""
+
+    how = "training control"
 
     @abstractmethod
     def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:

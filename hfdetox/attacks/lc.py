@@ -35,7 +35,7 @@ class LabelConsistentRecipe(DataPoisoner):
 
     kind: ClassVar[str] = "lc"
     summary: ClassVar[str] = "images of the target class are made hard to recognise, then get the corners; label kept"
-    clean_label: ClassVar[bool] = True
+    how = "clean label"
 
     epsilon: float = 8.0
     step: float = 1.5

@@ -46,7 +46,7 @@ class SigRecipe(DataPoisoner):
 
     kind: ClassVar[str] = "sig"
     summary: ClassVar[str] = "images of the target class alone get the wave; no label changes"
-    clean_label: ClassVar[bool] = True
+    how = "clean label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class CtrlRecipe(DataPoisoner):
 
     kind: ClassVar[str] = "ctrl"
     summary: ClassVar[str] = "images of the target class alone get the frequencies; no label changes"
-    clean_label: ClassVar[bool] = True
+    how = "clean label"
 
 
 class PoisonedPixels:
@@ -147,7 +147,7 @@ def choose_poisoned(labels: torch.Tensor, implants: Sequence[Implant], seed: int
 
 
 def _keeps_labels(implant: Implant) -> bool:
-    return isinstance(implant.poisoner, DataPoisoner) and implant.poisoner.clean_label
+    return implant.poisoner.how == "clean label"
 
 
 def _count(implant: Implant, total: int, available: int) -> int:

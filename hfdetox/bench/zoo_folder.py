@@ -18,7 +18,7 @@ from hfdetox.hub.checksums import sha256_file
 from hfdetox.reporting.report import ATTACK_REPORT_NAME
 from hfdetox.runs.attack_run import NONE
 from hfdetox.training.sharpness import parse_adaptive
-from hfdetox.triggers import KINDS, parse_triggers
+from hfdetox.triggers import TRIGGERS, parse_triggers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,4 +196,4 @@ def given_files(specs: Sequence[str]) -> Iterator[Path]:
             yield Path(spec)
         else:
             pairs = [item.partition("=") for item in rest.split(",")]
-            yield from (Path(value) for key, _, value in pairs if key in KINDS[kind].tensor_fields())
+            yield from (Path(value) for key, _, value in pairs if key in TRIGGERS[kind].tensor_fields())

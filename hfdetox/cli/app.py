@@ -227,32 +227,33 @@ def list_entries(
     with interruptible(lambda: "nothing was written"):
         check_torchvision()
         if what == "triggers":
-            from hfdetox import triggers
+            from hfdetox.triggers import TRIGGERS
 
-            for trigger in triggers.available().values():
-                say(f"{trigger.kind}: {trigger.summary} ({trigger.paper})", console.trigger_table(trigger))
+            for name, trigger in TRIGGERS.entries().items():
+                say(console.entry_line(name, trigger, trigger.member.paper), console.trigger_table(trigger))
             return
         if what == "attacks":
             list_attacks()
             return
-        from hfdetox import defenses
+        from hfdetox.defenses import DEFENSES
 
         say(f"without --defense: {DEFAULT_DEFENSE}; a name without a preset is its first")
-        for entry in defenses.available().values():
-            presets = "; ".join(console.preset_line(entry.name, *preset) for preset in entry.presets.items())
-            needs = f"needs {entry.data}; cost, relative to plain fine-tuning: {entry.cost}"
-            say(f"{entry.name}: {entry.summary} ({entry.paper})", needs, presets, console.defense_table(entry))
+        for name, entry in DEFENSES.entries().items():
+            config = entry.member
+            presets = "; ".join(console.preset_line(name, *preset) for preset in config.presets.items())
+            needs = f"needs {config.data}; cost, relative to plain fine-tuning: {config.cost}"
+            say(console.entry_line(name, entry, config.paper), needs, presets, console.defense_table(entry))
 
 
 def list_attacks() -> None:
     """Print the attacks with their own settings, and the settings that all of them share."""
-    from hfdetox import attacks
+    from hfdetox.attacks import ATTACKS, TrainingSettings
 
-    for entry in attacks.available().values():
-        say(f"{entry.kind}: {entry.summary} ({entry.how})")
+    for name, entry in ATTACKS.entries().items():
+        say(console.entry_line(name, entry, entry.member.how))
         if entry.parameters:
             say(console.settings_table(entry.parameters))
-    say("all of them: how the model is trained", console.settings_table(dataclasses.asdict(attacks.TrainingSettings())))
+    say("all of them: how the model is trained", console.settings_table(dataclasses.asdict(TrainingSettings())))
 
 
 class Output:

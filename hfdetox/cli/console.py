@@ -17,8 +17,9 @@ from hfdetox.reporting.attack_report import SCRATCH, AttackReport, missed_goals
 from hfdetox.reporting.report import Report, describe_target
 
 if TYPE_CHECKING:
-    from hfdetox.defenses import DefenseEntry
-    from hfdetox.triggers import TriggerEntry
+    from hfdetox.defenses import DefenseConfig
+    from hfdetox.plugins import Entry
+    from hfdetox.triggers import Trigger
 
 
 def estimate(number: Rate | Rating) -> str:
@@ -131,22 +132,22 @@ def settings_table(parameters: Mapping[str, Any]) -> Table:
     return table
 
 
-def trigger_table(trigger: TriggerEntry) -> Table:
+def trigger_table(trigger: Entry[Trigger]) -> Table:
     """Return the settings of a trigger family with their defaults, and what its trigger files hold besides."""
     held = {
         name: f"none; {name}=FILE.png gives one" if kind == "picture" else "kept in the trigger file"
-        for name, kind in trigger.arrays.items()
+        for name, kind in trigger.member.tensor_fields().items()
     }
     truths = {name: str(value).lower() for name, value in trigger.parameters.items() if isinstance(value, bool)}
     return settings_table(trigger.parameters | _choices(trigger) | truths | held)
 
 
-def defense_table(defense: DefenseEntry) -> Table:
+def defense_table(defense: Entry[DefenseConfig]) -> Table:
     """Return the settings of a defense with their defaults, and the other words that one may be."""
     return settings_table(defense.parameters | _choices(defense))
 
 
-def _choices(entry: TriggerEntry | DefenseEntry) -> dict[str, str]:
+def _choices(entry: Entry[Any]) -> dict[str, str]:
     return {
         name: f"{entry.parameters[name]} (or {', '.join(word for word in words if word != entry.parameters[name])})"
         for name, words in entry.words.items()
@@ -155,7 +156,13 @@ def _choices(entry: TriggerEntry | DefenseEntry) -> dict[str, str]:
 
 def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:
     """Return what `--defense NAME:PRESET` changes, such as `d3:code sets lambda=0.5`."""
-    return f"{name}:{preset} " + (f"sets {_plain(values)}" if values else "is these defaults")
+    known = {key.rstrip("_"): value for key, value in values.items()}
+    return f"{name}:{preset} " + (f"sets {_plain(known)}" if known else "is these defaults")
+
+
+def entry_line(name: str, entry: Entry[Any], source: str) -> str:
+    """Return the line above an entry's table: what it is, where it was published, and the package that adds it."""
+    return f"{name}: {entry.member.summary} ({source})" + (f", from {entry.package}" if entry.package else "")
 
 
 def _images(dataset: DatasetInfo) -> str:

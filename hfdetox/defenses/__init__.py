@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
 
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
-from hfdetox.plugins import discover
-from hfdetox.values import read, to_text, words_of
+from hfdetox.plugins import Registry
+from hfdetox.values import read, to_text
 
-__all__ = ["D3Config", "DefenseConfig", "DefenseEntry", "available", "parse_defense"]
-
-
-def _discover() -> dict[str, type[DefenseConfig]]:
-    """Return the defenses by name: the classes with a `name` in the modules of this package."""
-    return discover(__name__, __path__, DefenseConfig, "name")
+__all__ = ["DEFENSES", "D3Config", "DefenseConfig", "choose_defense", "describe_defense", "parse_defense"]
 
 
-DEFENSES = _discover()
-
-
-@dataclass(frozen=True)
-class DefenseEntry:
-    """One entry of `hfdetox list defenses`; `parameters` maps each key to its default, the first preset is it.
-
-    `words` has the words that a setting may be.
-    """
-
-    name: str
-    summary: str
-    paper: str
-    data: str
-    cost: str
-    presets: dict[str, dict[str, Any]]
-    parameters: dict[str, Any]
-    words: dict[str, tuple[str, ...]]
-
-
-def available() -> dict[str, DefenseEntry]:
-    """Return every defense by name."""
-    return {
-        name: DefenseEntry(
-            name, config.summary, config.paper, config.data, config.cost,
-            {preset: {k.rstrip("_"): v for k, v in values.items()} for preset, values in config.presets.items()},
-            {f.name.rstrip("_"): f.default for f in fields(config)},
-            {key.rstrip("_"): words_of(hint) for key, hint in typing.get_type_hints(config).items() if words_of(hint)},
-        )
-        for name, config in sorted(DEFENSES.items())
-    }  # fmt: skip
+DEFENSES: Registry[DefenseConfig] = Registry("defenses", DefenseConfig, "name")
 
 
 def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tuple[DefenseConfig, str]:
@@ -81,9 +46,39 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
 
 
 def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:
-    """Return the (spec, overrides) from which `parse_defense` makes an equal configuration."""
-    base = type(config)()
+    """Return the (spec, overrides) from which `parse_defense` makes an equal configuration, if its class is registered.
+
+    Raises:
+        UsageError: the class has no name or that of another defense, or a setting that a report cannot hold.
+    """
+    DEFENSES.holds(type(config))
+    try:
+        json.dumps(config.settings())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{config.name}: a report cannot hold the settings ({error}): numbers, texts, true, false, "
+                         "None and lists of these are known; have settings() return such") from error  # fmt: skip
+    base = {f.name: f.default for f in fields(config)} | dict(next(iter(config.presets.values())))
     values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return config.name, {
-        key.rstrip("_"): to_text(value) for key, value in values.items() if value != getattr(base, key)
-    }
+    return config.name, {key.rstrip("_"): to_text(value) for key, value in values.items() if value != base[key]}
+
+
+def choose_defense(
+    given: str | DefenseConfig, spec: str, texts: Mapping[str, str], *, resumed: bool
+) -> tuple[DefenseConfig, str]:
+    """Return the configuration of a run with its preset: the object that the caller gave, or what the run has recorded.
+
+    Args:
+        given: what the caller asks for; of a resumed run only an object counts, for its class may be nowhere else.
+        spec: as recorded, with the settings as `texts`.
+
+    Raises:
+        UsageError: the run has recorded another defense than the object, or one that can be had from nowhere.
+    """
+    if isinstance(given, DefenseConfig):
+        if (spec, texts) != describe_defense(given):
+            raise UsageError(f"this run's defense is {spec} with {dict(texts)}, and not the object: leave defense out")
+        return given, next(iter(given.presets))
+    if resumed and spec.partition(":")[0] not in DEFENSES:
+        raise UsageError(f"this run's defense {spec} was a Python object of a class that no installed package offers: "
+                         "resume it from Python, and pass defense=… again")  # fmt: skip
+    return parse_defense(spec, texts)

@@ -23,19 +23,19 @@ from hfdetox.training.reweighting import Reweight, reweighted
 class DefenseConfig(ABC):
     """What a defense is to the rest of the program: named settings that turn a network into phases.
 
-    A defense is a module of this package with a subclass that has a `name`, a one-line `summary`, its `paper`, its
-    `presets` (the first is the default), `data` (what it needs besides the model, such as "clean images with labels"),
-    `cost` (relative to plain fine-tuning with as many epochs), and `card_text`: what a model card says was done,
-    Markdown with `{images}` for the number of clean images (“2,500 trusted images”).
+    A defense is a subclass with a `name`. It may also have a one-line `summary`, its `paper`, its `presets` (the first
+    is the default), `data` (what it needs besides the model), `cost` (relative to plain fine-tuning with as many
+    epochs), and `card_text`: what a model card says was done, Markdown with `{images}` for the number of clean images
+    ("2,500 trusted images").
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str]
-    data: ClassVar[str]
-    cost: ClassVar[str]
-    card_text: ClassVar[str]
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    summary: ClassVar[str] = "no summary"
+    paper: ClassVar[str] = "no paper"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "unknown"
+    card_text: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
 
     def __post_init__(self) -> None:
         """Check the words; raises UsageError that names the setting and what it may be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -235,11 +236,13 @@ def _method(report: Report) -> str:
     # the defenses import torch, which checking a card does without
     from hfdetox.defenses import DEFENSES
 
-    known = DEFENSES.get(report.defense.name)
     samples = f"{report.dataset.clean_samples:,} trusted images"
-    if known is None:
-        return f"The defense {markdown.code(report.defense.name)} changed the model with the help of {samples}."
-    return known.card_text.format(images=samples)
+    # a package that is broken by now must not cost the card
+    with contextlib.suppress(UsageError):
+        known = DEFENSES.get(report.defense.name)
+        if known is not None and known.card_text:
+            return known.card_text.replace("{images}", samples)
+    return f"The defense {markdown.code(report.defense.name)} changed the model with the help of {samples}."
 
 
 def _measured(report: Report, targets: Mapping[str, str]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from hfdetox.config import COMMANDS, DEFAULT_DEFENSE
+from hfdetox.defenses import DEFENSES
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import REPORT_NAMES, replace_folder, write_atomically
 from hfdetox.training.checkpoints import CheckpointStore
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers import TRIGGERS, Trigger
 from hfdetox.values import read_fields
 
 RUN_FILE = "run.json"
@@ -65,7 +66,9 @@ class ImageOptions(ABC):
         It is for publishing: of local paths only the last part is left; options at their defaults, and where the
         result is pushed, are left out.
         """
-        if self.model is None or self.dataset is None:
+        # neither has a class of the caller's that no package offers
+        kinds = {spec.partition(":")[0] for spec in self.triggers if not spec.endswith(".safetensors")} - {"none"}
+        if self.model is None or self.dataset is None or not all(kind in TRIGGERS for kind in kinds):
             return ""
         shown = self._without_places()
         words = ["hfdetox", *shown.command_word(), str(shown.model)]
@@ -124,7 +127,9 @@ class RunOptions(ImageOptions):
 
     def command(self) -> str:
         """Return the shell command that repeats the run: of a resumed one, that of its start."""
-        return super().command() if self.original_command is None else self.original_command
+        if self.original_command is not None:
+            return self.original_command
+        return super().command() if self.defense.partition(":")[0] in DEFENSES else ""
 
     def command_word(self) -> list[str]:
         """Return `detox` where a model of that name would be taken for a command."""

@@ -10,7 +10,7 @@ import torch
 
 from hfdetox._version import __version__
 from hfdetox.attacks import Implanted
-from hfdetox.attacks.base import AttackContext, DataPoisoner, Implant, Poisoner, TrainingPoisoner
+from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingPoisoner
 from hfdetox.data.cache import Pixels, apply_to_image
 from hfdetox.data.images import ImageSet
 from hfdetox.data.info import DatasetInfo
@@ -244,11 +244,8 @@ def close_report(
 
 def _describe(implant: Implant, poisoned: int | None) -> ImplantedTrigger:
     trigger, poisoner = implant.trigger, implant.poisoner
-    way = "training-control"
-    if isinstance(poisoner, DataPoisoner):
-        way = "clean-label" if poisoner.clean_label else "dirty-label"
     return ImplantedTrigger(
         kind=trigger.kind, spec=trigger.recorded(), mode=trigger.mode, target=implant.target, file_sha256="",
-        poison_ratio=implant.ratio, poisoned_images=poisoned, recipe=way,
+        poison_ratio=implant.ratio, poisoned_images=poisoned, recipe=poisoner.how.replace(" ", "-"),
         settings={f.name: getattr(poisoner, f.name) for f in fields(poisoner)},
     )  # fmt: skip

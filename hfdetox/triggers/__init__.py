@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +15,24 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import UsageError
-from hfdetox.plugins import discover
+from hfdetox.plugins import Registry
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import TensorKind, Trigger
 from hfdetox.triggers.blended import Blended
 from hfdetox.values import read, read_pairs
 
 __all__ = [
+    "TRIGGERS",
     "BadNets",
     "Blended",
     "Trigger",
-    "TriggerEntry",
-    "available",
     "load_trigger",
     "parse_trigger",
     "parse_triggers",
 ]
 
 
-def _discover() -> dict[str, type[Trigger]]:
-    """Return the trigger families by name: the classes with a `kind` in the modules of this package."""
-    return discover(__name__, __path__, Trigger, "kind")
-
-
-KINDS = _discover()
-
-
-@dataclass(frozen=True)
-class TriggerEntry:
-    """One entry of `hfdetox list triggers`.
-
-    Attributes:
-        kind: the family's name in a specification.
-        summary: what it does to an image.
-        paper: where it was published.
-        parameters: each key of a specification with its default.
-        words: the words that a key allows, where it allows no others.
-        arrays: the fields that hold arrays, by kind; a specification can give a `picture`, a trigger file any.
-    """
-
-    kind: str
-    summary: str
-    paper: str
-    parameters: dict[str, Any]
-    words: dict[str, tuple[str, ...]]
-    arrays: dict[str, TensorKind]
-
-
-def available() -> dict[str, TriggerEntry]:
-    """Return every trigger family by name."""
-    return {name: _entry(kind) for name, kind in KINDS.items()}
-
-
-def _entry(kind: type[Trigger]) -> TriggerEntry:
-    arrays = kind.tensor_fields()
-    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(kind) if f.name not in arrays}
-    words = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(kind).items() if _is_literal(hint)}
-    return TriggerEntry(kind.kind, kind.summary, kind.paper, defaults, words, arrays)
+TRIGGERS: Registry[Trigger] = Registry("triggers", Trigger, "kind")
 
 
 def _is_literal(hint: Any) -> bool:
@@ -82,9 +43,12 @@ def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
     """Return the triggers of several specifications; the names are made sure to be unique.
 
     Raises:
-        UsageError: a specification is wrong, or two triggers would share a key in the report, or a file.
+        UsageError: a specification is wrong, an object's class has the kind of another one, or two triggers would share
+            a key in the report, or a file.
     """
     triggers = [spec if isinstance(spec, Trigger) else parse_trigger(spec) for spec in specs]
+    for trigger in triggers:
+        TRIGGERS.holds(type(trigger))
     seen: dict[str, str] = {}
     for name in (trigger.name for trigger in triggers):
         # where the case of a file's name does not count, A.safetensors is a.safetensors
@@ -96,6 +60,22 @@ def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
     return triggers
 
 
+def reload_triggers(files: Sequence[str], given: Sequence[str | Trigger]) -> list[Trigger]:
+    """Return the triggers of a run that goes on, from its trigger files.
+
+    Args:
+        given: what the caller names; an object stands for the file with its name, for its class may be nowhere else.
+
+    Raises:
+        UsageError: an object is not the one in the file, or a file's kind is not known.
+    """
+    objects = {trigger.name: trigger for trigger in given if isinstance(trigger, Trigger)}
+    for file in map(Path, files):
+        if file.stem in objects and objects[file.stem].file_bytes() != file.read_bytes():
+            raise UsageError(f"the trigger {file.stem} is not the one that this run began with: leave it out")
+    return parse_triggers([objects.get(Path(file).stem, file) for file in files])
+
+
 def parse_trigger(spec: str) -> Trigger:
     """Return the trigger of `KIND:key=value,…`, or the one in a trigger file.
 
@@ -105,9 +85,11 @@ def parse_trigger(spec: str) -> Trigger:
     if spec.endswith(".safetensors"):
         return load_trigger(Path(spec))
     name, _, rest = spec.partition(":")
-    kind = KINDS.get(name)
+    kind = TRIGGERS.get(name)
     if kind is None:
-        raise UsageError(f"unknown trigger {name!r}; known: {', '.join(sorted(KINDS))}, or a .safetensors trigger file")
+        raise UsageError(
+            f"unknown trigger {name!r}; known: {', '.join(sorted(TRIGGERS))}, or a .safetensors trigger file"
+        )
     known = {f.name: f for f in fields(kind)}
     shown = ", ".join(f"{key}=…" for key, f in known.items() if f.metadata.get("tensor", "picture") == "picture")
     items = (_whole(kind, item) for item in filter(None, rest.split(",")))
@@ -124,11 +106,13 @@ def load_trigger(path: Path) -> Trigger:
     # ValueError is JSON that is none, or a number of thousands of digits; RecursionError lists within lists
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
-    if not isinstance(header, dict) or str(header.get("kind")) not in KINDS:
-        raise UsageError(
-            f"{path} is not a trigger file: its metadata has no `trigger` of a known kind ({', '.join(KINDS)})"
-        )
-    kind = KINDS[header.pop("kind")]
+    name = header.pop("kind", None) if isinstance(header, dict) else None
+    if not isinstance(name, str):
+        raise UsageError(f"{path} is not a trigger file: its metadata has no `trigger` of a known kind")
+    if name not in TRIGGERS:
+        raise UsageError(f"{path} holds a trigger that is not of a known kind ({', '.join(TRIGGERS)}): install the "
+                         f"package that has the entry point {name[:64]!r} in hfdetox.triggers")  # fmt: skip
+    kind = TRIGGERS[name]
     arrays = kind.tensor_fields()
     grouped, strange = _grouped(tensors, arrays)
     unknown = sorted(strange | (set(header) - ({f.name for f in fields(kind)} - set(arrays))))

@@ -38,9 +38,9 @@ class Trigger(ABC):
     """
 
     kind: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str] = "no summary"
     # where the family was published: an arXiv id or a venue
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "no paper"
 
     name: str = ""
     target: str | int | None = None

@@ -9,10 +9,11 @@ import pytest
 from accelerate import Accelerator
 
 from hfdetox import attacks
-from hfdetox.attacks import Implant, TrainingSettings, available, parse_attack_settings, poisoner_for
+from hfdetox.attacks import ATTACKS, Implant, Poisoner, TrainingSettings, parse_attack_settings, poisoner_for
 from hfdetox.attacks.base import DataPoisoner
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
+from hfdetox.plugins import Registry
 from hfdetox.triggers import parse_trigger
 from tests.attacks.toy_jobs import toy_job
 from tests.tiny_training import _quick_garbage, accelerator
@@ -35,18 +36,18 @@ class GlowPoisoner(DataPoisoner):
 def test_a_new_attack_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "glow.py").write_text(NEW_ATTACK)
     monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
-    found = attacks._discover()
+    found: Registry[Poisoner] = Registry("attacks", Poisoner, "kind")
+    assert set(found) == {*ATTACKS, "glow"}
     monkeypatch.delitem(sys.modules, "hfdetox.attacks.glow")
-    assert set(found) == {*attacks.POISONERS, "glow"}
-    monkeypatch.setattr(attacks, "POISONERS", found)
+    monkeypatch.setattr(attacks, "ATTACKS", found)
     training, poisoners = parse_attack_settings(["glow", "badnets"], {"strength": "0.25", "epochs": "3"})
     assert training == TrainingSettings(epochs=3)
     assert poisoners == {"glow": found["glow"](strength=0.25), "badnets": poisoner_for("badnets", {})}  # type: ignore[call-arg]
-    assert available()["glow"].parameters == {"strength": 0.5}
+    assert found.entries()["glow"].parameters == {"strength": 0.5}
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind, poisoner in attacks.POISONERS.items() if issubclass(poisoner, DataPoisoner)]
+    "kind", [kind for kind, poisoner in ATTACKS.builtin.items() if issubclass(poisoner, DataPoisoner)]
 )
 def test_a_recipe_that_needs_a_clean_model_says_so_before(kind: str, accelerator: Accelerator) -> None:
     """The story finds a surrogate, and a suite its clean baseline, by what `on_clean_model` says."""
@@ -66,12 +67,12 @@ def test_a_recipe_that_needs_a_clean_model_says_so_before(kind: str, accelerator
 
 
 def test_the_list_says_how_each_trigger_gets_in() -> None:
-    entries = available()
+    entries = ATTACKS.entries()
     assert list(entries) == sorted(entries)
-    how = {kind: entries[kind].how for kind in ("badnets", "blended", "ftrojan", "sig", "ctrl")}
+    how = {kind: entries[kind].member.how for kind in ("badnets", "blended", "ftrojan", "sig", "ctrl")}
     assert how == {"badnets": "dirty label", "blended": "dirty label", "ftrojan": "dirty label", "sig": "clean label",
                    "ctrl": "clean label"}  # fmt: skip
-    assert all(entry.summary and entry.kind == kind for kind, entry in entries.items())
+    assert all(entry.member.summary and entry.member.kind == kind for kind, entry in entries.items())
 
 
 def test_without_settings_all_is_the_default() -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from hfdetox.cli import app as cli
 from hfdetox.cli import console as console
 from hfdetox.evaluation.results import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
-from hfdetox.triggers import KINDS, available
+from hfdetox.triggers import TRIGGERS
 
 
 def measurement(attacked: Rate) -> Measurement:
@@ -88,20 +88,20 @@ def test_revision_is_shortened(revision: str | None, text: str) -> None:
 
 
 def test_a_trigger_family_is_shown_with_what_can_be_typed_and_what_files_hold() -> None:
-    rows = rendered(console.trigger_table(available()["badnets"]))
+    rows = rendered(console.trigger_table(TRIGGERS.entries()["badnets"]))
     assert ["mode", "native (or input)"] in rows
     assert ["pattern", "square (or grid)"] in rows
     assert ["target", "-"] in rows
     assert ["size", "3"] in rows
     assert ["image", "none; image=FILE.png gives one"] in rows
-    assert ["dither", "false"] in rendered(console.trigger_table(available()["bpp"]))
-    assert ["encoder", "kept in the trigger file"] in rendered(console.trigger_table(available()["ssba"]))
+    assert ["dither", "false"] in rendered(console.trigger_table(TRIGGERS.entries()["bpp"]))
+    assert ["encoder", "kept in the trigger file"] in rendered(console.trigger_table(TRIGGERS.entries()["ssba"]))
 
 
 def test_the_list_of_triggers_has_every_family_its_paper_and_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["list", "triggers"]) == 0
     text = capsys.readouterr().out
-    for kind in KINDS.values():
+    for kind in TRIGGERS.values():
         section = text.partition(f"{kind.kind}: {kind.summary} ({kind.paper})")[2]
         shown = {line.split()[0] for line in section.partition(": ")[0].splitlines() if line.strip()}
         assert {f.name for f in fields(kind)} <= shown

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from hfdetox.defenses import DefenseConfig, available, describe_defense, parse_defense
+from hfdetox.defenses import DEFENSES, DefenseConfig, describe_defense, parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.models.corrections import load_correction
 from hfdetox.models.network import Network
@@ -86,7 +86,7 @@ ROWS = {
     "bna": Row({}, 0.9, changes=(), corner=True),
 }  # fmt: skip
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = sorted(available())
+NAMES = sorted(DEFENSES.builtin)
 
 
 @functools.cache

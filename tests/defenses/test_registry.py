@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from hfdetox import defenses
-from hfdetox.defenses import D3Config, available, describe_defense, parse_defense
+from hfdetox.defenses import DEFENSES, D3Config, describe_defense, parse_defense
+from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
+from hfdetox.plugins import Registry
 
 NEW_DEFENSE = """
 from dataclasses import dataclass
@@ -36,16 +38,16 @@ class TuneConfig(TuningConfig):
 def test_a_new_defense_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tune.py").write_text(NEW_DEFENSE)
     monkeypatch.setattr(defenses, "__path__", [*defenses.__path__, str(tmp_path)])
-    found = defenses._discover()
+    found: Registry[DefenseConfig] = Registry("defenses", DefenseConfig, "name")
+    assert set(found) == {*DEFENSES, "tune"}
     monkeypatch.delitem(sys.modules, "hfdetox.defenses.tune")
-    assert set(found) == {*defenses.DEFENSES, "tune"}
     monkeypatch.setattr(defenses, "DEFENSES", found)
     config, preset = parse_defense("tune", {"epochs": "3"})
     assert (config.name, preset, config.epochs) == ("tune", "plain", 3)
 
 
 def test_every_defense_has_words_for_the_card() -> None:
-    for config in defenses.DEFENSES.values():
+    for config in DEFENSES.builtin.values():
         assert "2,500 trusted images" in config.card_text.format(images="2,500 trusted images")
 
 
@@ -165,10 +167,11 @@ def test_settings_for_the_report_are_json_and_named_as_set_names_them() -> None:
 
 
 def test_the_list_names_presets_and_defaults() -> None:
-    entry = available()["d3"]
-    assert list(entry.presets) == ["paper", "code", "auto"]
-    assert (entry.presets["paper"], entry.presets["code"]) == ({}, {"lambda": 0.5})
+    entry = DEFENSES.entries()["d3"]
+    assert list(entry.member.presets) == ["paper", "code", "auto"]
+    assert (entry.member.presets["paper"], entry.member.presets["code"]) == ({}, {"lambda_": 0.5})
     assert entry.parameters["lambda"] == 10.0
     assert entry.parameters["layers"] == ("head",)
-    assert "2411.09585" in entry.paper
+    assert "2411.09585" in entry.member.paper
+    assert entry.package is None
     assert set(entry.parameters) == set(D3Config().settings())

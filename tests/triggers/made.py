@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from hfdetox.triggers import KINDS, BadNets, Blended, Trigger, parse_trigger
+from hfdetox.triggers import TRIGGERS, BadNets, Blended, Trigger, parse_trigger
 from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state
@@ -70,7 +70,7 @@ MAKERS: dict[str, Callable[[], Trigger]] = {
 
 def made(kind: str) -> Trigger:
     """Return a fitted trigger of a family, always the same one."""
-    return MAKERS[kind]() if kind in MAKERS else KINDS[kind]()
+    return MAKERS[kind]() if kind in MAKERS else TRIGGERS[kind]()
 
 
 def noise(count: int = 4, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -100,4 +100,4 @@ VARIANTS: dict[str, Trigger] = {
 
 def every_trigger() -> dict[str, Trigger]:
     """Return one trigger of every family and the variants, by name."""
-    return {kind: made(kind) for kind in sorted(KINDS)} | VARIANTS
+    return {kind: made(kind) for kind in sorted(TRIGGERS)} | VARIANTS

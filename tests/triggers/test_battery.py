@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers import KINDS, Trigger, load_trigger, parse_trigger
+from hfdetox.triggers import TRIGGERS, Trigger, load_trigger, parse_trigger
 from tests.triggers.made import VARIANTS, every_trigger, made, noise
 
-NAMES = (*sorted(KINDS), *VARIANTS)
+NAMES = (*sorted(TRIGGERS), *VARIANTS)
 SIZES = [(32, 32), (64, 64), (48, 40), (224, 224)]
 # families that change colours, or whose networks were made for the channels of their training images
 COLOUR_ONLY = {"ctrl", "ftrojan", "inputaware", "lira", "ssba"}
@@ -31,7 +31,7 @@ def trigger(name: str) -> Trigger:
 
 
 def test_every_family_is_here_ready_to_be_put_on_images() -> None:
-    assert {trigger(name).kind for name in NAMES} == set(KINDS)
+    assert {trigger(name).kind for name in NAMES} == set(TRIGGERS)
     assert [name for name in NAMES if not trigger(name).fitted] == []
 
 
@@ -120,9 +120,9 @@ def test_the_specification_makes_the_same_trigger_again(name: str) -> None:
     assert torch.equal(again.apply(noise()), kept.apply(noise()))
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(TRIGGERS))
 def test_a_trigger_that_is_not_made_yet_says_so_in_one_line(kind: str) -> None:
-    bare = KINDS[kind]()
+    bare = TRIGGERS[kind]()
     if bare.fitted:
         assert torch.equal(bare.apply(noise()), made(kind).apply(noise()))
         return

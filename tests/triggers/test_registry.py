@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from hfdetox import triggers
 from hfdetox.errors import UsageError
-from hfdetox.triggers import KINDS, BadNets, Blended, available, load_trigger, parse_trigger, parse_triggers
+from hfdetox.plugins import Registry
+from hfdetox.triggers import TRIGGERS, BadNets, Blended, Trigger, load_trigger, parse_trigger, parse_triggers
 from tests.triggers.made import PICTURE, noise
 
 NEW_FAMILY = """
@@ -36,10 +37,10 @@ class Invert(Trigger):
 def test_a_new_family_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "invert.py").write_text(NEW_FAMILY)
     monkeypatch.setattr(triggers, "__path__", [*triggers.__path__, str(tmp_path)])
-    found = triggers._discover()
+    found: Registry[Trigger] = Registry("triggers", Trigger, "kind")
+    assert set(found) == {*TRIGGERS, "invert"}
     monkeypatch.delitem(sys.modules, "hfdetox.triggers.invert")
-    assert set(found) == {*KINDS, "invert"}
-    monkeypatch.setattr(triggers, "KINDS", found)
+    monkeypatch.setattr(triggers, "TRIGGERS", found)
     assert parse_trigger("invert:target=2").apply(torch.full((1, 3, 2, 2), 250, dtype=torch.uint8)).max() == 5
 
 
@@ -195,7 +196,7 @@ def test_a_specification_leaves_defaults_out() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("wonnet", f"unknown trigger 'wonnet'; known: {', '.join(sorted(KINDS))}, or a .safetensors trigger file"),
+        ("wonnet", f"unknown trigger 'wonnet'; known: {', '.join(sorted(TRIGGERS))}, or a .safetensors trigger file"),
         ("", "unknown trigger ''"),
         ("badnets:sise=3", "trigger badnets: 'sise=3' is not one of name=…, target=…, mode=…, pattern=…, size=…"),
         ("ssba:sise=3", "name=…, target=…, mode=…, bits=…, seed=…, size=…$"),
@@ -267,15 +268,15 @@ def test_the_longest_names_are_names_of_files(name: str, tmp_path: Path) -> None
 
 
 def test_the_list_names_every_key_with_its_default() -> None:
-    entries = available()
-    assert set(entries) == set(KINDS)
+    entries = TRIGGERS.entries()
+    assert set(entries) == set(TRIGGERS)
     assert entries["badnets"].parameters["size"] == 3
     assert entries["blended"].parameters == {
         "name": "", "target": None, "mode": "native", "alpha": 0.2, "seed": 0,
     }  # fmt: skip
-    assert entries["blended"].arrays == {"image": "picture"}
+    assert entries["blended"].member.tensor_fields() == {"image": "picture"}
     for entry in entries.values():
-        assert entry.summary
-        assert entry.paper
-        assert {f.name for f in fields(KINDS[entry.kind])} == {*entry.parameters, *entry.arrays}
-        parse_trigger(entry.kind)
+        assert entry.member.summary
+        assert entry.member.paper
+        assert {f.name for f in fields(entry.member)} == {*entry.parameters, *entry.member.tensor_fields()}
+        parse_trigger(entry.member.kind)
