@@ -64,14 +64,14 @@ def detoxify(
         eval_samples: measure on so many images, drawn uniformly; None measures on the whole evaluation split.
         label_map: a file of pairs (dataset label to model label) where the names do not match.
         defense: a configuration such as `D3Config(epsilon=0.1)`, or `NAME[:PRESET]` with `settings` as `--set` takes
-            them.
+            them; an object of a class that no package offers is recorded by its name and settings.
         triggers: known triggers to measure: specifications, trigger files or `Trigger` objects.
         target: label (name or index) that triggers without one aim at.
         precision: `auto`, `no`, `fp16` or `bf16`, of the training; measuring is always float32.
         output: folder of the result; with it the run can be resumed from `OUTPUT.run`. None keeps it in memory.
         log_with: a tracker; TensorBoard writes to `OUTPUT.logs`, or to `hfdetox-logs` without output.
-        resume: the run folder of a stopped run, whose recorded options replace these (pass a model or dataset that is
-            an object again); `push_to` with what belongs to it may be given anew.
+        resume: the run folder of a stopped run, whose recorded options replace these (pass what was an object again:
+            model, dataset, a defense or trigger of your own class); `push_to` with what belongs to it may be given anew.
         push_to: repository that the result is pushed to, see `DetoxResult.push_to_hub`.
 
     Returns:

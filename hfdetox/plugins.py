@@ -150,6 +150,8 @@ def _source(point: EntryPoint) -> str:
 
 
 def _describe(kind: type[Member], package: str | None) -> Entry[Member]:
+    if not getattr(kind, "presets", True):
+        raise ValueError("it has no presets")
     settings = [f for f in fields(typing.cast(Any, kind)) if "tensor" not in f.metadata]
     hints = typing.get_type_hints(kind)
     return Entry(

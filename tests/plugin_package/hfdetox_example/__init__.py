@@ -1,0 +1,1 @@
+"""A package of its own with one defense, one trigger and one attack for hfdetox: for the tests."""
