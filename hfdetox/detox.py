@@ -71,7 +71,7 @@ def detoxify(
         output: folder of the result; with it the run can be resumed from `OUTPUT.run`. None keeps it in memory.
         log_with: a tracker; TensorBoard writes to `OUTPUT.logs`, or to `hfdetox-logs` without output.
         resume: the run folder of a stopped run, whose recorded options replace these (pass what was an object again:
-            model, dataset, a defense or trigger of your own class); `push_to` with what belongs to it may be given anew.
+            model, dataset, a defense or trigger of your own class); `push_to` and what belongs to it may be new.
         push_to: repository that the result is pushed to, see `DetoxResult.push_to_hub`.
 
     Returns:
