@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hfdetox import implant
 from tests.image_data import cycle, write_parquet
 
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
@@ -32,3 +33,11 @@ def write_colours(folder: Path, *, train: int = 120, side: int = SIDE) -> Path:
         images = [coloured(first + i, side) for i in range(count)]
         write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", cycle(count), names=NAMES, images=images)
     return folder
+
+
+def train_on_colours(folder: Path) -> tuple[Path, Path]:
+    """Write a model of colours, without a backdoor, and the colours; return the two folders."""
+    colours = write_colours(folder / "colours")
+    implant(ARCHITECTURE, dataset=colours, input_size=SIDE, triggers=["none"], settings=TRAINING, device="cpu",
+            output=folder / "model", progress=False)  # fmt: skip
+    return folder / "model", colours

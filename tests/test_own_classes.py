@@ -24,7 +24,7 @@ from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.triggers import BadNets, Trigger, load_trigger
 from tests.attacks.toy_jobs import toy_job
-from tests.colours import ARCHITECTURE, SIDE, TRAINING, write_colours
+from tests.colours import train_on_colours
 from tests.tiny_training import _quick_garbage, accelerator
 
 __all__ = ["_quick_garbage", "accelerator"]
@@ -76,11 +76,7 @@ class InvertedPoisoner(DataPoisoner):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder with a model of colours, and one with the colours."""
-    folder = tmp_path_factory.mktemp("own")
-    colours = write_colours(folder / "colours")
-    implant(ARCHITECTURE, dataset=colours, input_size=SIDE, triggers=["none"], settings=TRAINING, device="cpu",
-            output=folder / "model", progress=False)  # fmt: skip
-    return folder / "model", colours
+    return train_on_colours(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture

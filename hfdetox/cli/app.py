@@ -226,6 +226,7 @@ def list_entries(
     """List the attacks, the defenses (with presets and settings) or the trigger families."""
     with interruptible(lambda: "nothing was written"):
         check_torchvision()
+        prepare_console(ConsoleOptions())
         if what == "triggers":
             from hfdetox.triggers import TRIGGERS
 
