@@ -14,7 +14,8 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 if TYPE_CHECKING:
     from hfdetox.data.load import load_images
-    from hfdetox.defenses.d3 import D3, D3Config
+    from hfdetox.defenses.auto import D3Config
+    from hfdetox.defenses.d3 import D3
     from hfdetox.detox import DetoxResult, detoxify, evaluate
     from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
     from hfdetox.implanting import AttackResult, implant
@@ -27,7 +28,7 @@ _HOMES = {
     "implant": "implanting", "AttackResult": "implanting", "AttackReport": "reporting.attack_report",
     "load_classifier": "models.classifier", "Classifier": "models.classifier",
     "load_images": "data.load",
-    "D3": "defenses.d3", "D3Config": "defenses.d3",
+    "D3": "defenses.d3", "D3Config": "defenses.auto",
     "Report": "reporting.report",
     "HfdetoxError": "errors", "RunError": "errors", "UsageError": "errors", "HubError": "errors",
 }  # fmt: skip

@@ -7,8 +7,8 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields
 
+from hfdetox.defenses.auto import D3Config
 from hfdetox.defenses.base import DefenseConfig
-from hfdetox.defenses.d3 import D3Config
 from hfdetox.errors import UsageError
 from hfdetox.plugins import Registry
 from hfdetox.values import read, to_text

@@ -8,47 +8,33 @@ clean loss allows:
 where θ_s = {W_l} are the selected weights and 𝒮 the product of the spheres ‖W_l‖_F = ‖W_l⁰‖_F, on which no layer can
 fake distance by growing.
 
-The paper fixes λ, ε and the length for one network. The preset `auto` finds them, and the augmentation, from the model
-and the clean images; see `hfdetox.defenses.d3_auto`.
+This is the mathematics; the defense that runs it is `hfdetox.defenses.auto.D3Config`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import has_batch_norm, head_layers, match_layers, norms_before_head
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.optimizers import JointOptimizer
-from hfdetox.training.phases import Pass, Phase
+from hfdetox.models.layers import head_layers, match_layers, norms_before_head
 
-Auto = Literal["auto"]
 Initialization = Literal["near", "middle", "far", "noise", "random"]
-Features = Literal["sgd", "adamw", "auto"]
-
-# AdamW's usual decay, with which the networks that it trains were made
-_DECAY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class D3Config(TuningConfig):
-    """Settings of D3; the defaults are the paper's (preset `paper`).
+class D3Settings:
+    """What the mathematics needs; the defaults are the paper's. `hfdetox.defenses.auto` has what a run needs besides.
 
     Attributes:
         lambda_: weight λ of the clean constraint against the distance, positive; 10 in the paper, 0.5 in the authors'
-            code (preset `code`). `--set lambda=…`. `auto` moves it during the run so that the layers turn as far as
-            `cosine` says.
-        epsilon: clean cross-entropy ε (nats) of an image below which it asks for nothing, at least 0. `auto` takes the
-            median over the clean images of the model's own, as it came.
+            code. A text stands for a number that is to be found first.
+        epsilon: clean cross-entropy ε (nats) of an image below which it asks for nothing, at least 0; or a text.
         layers: `head`, or name patterns (`*` and `?`) of Linear and Conv2d modules: the selected weights.
         initialization: where the selected weights start: `random` (uniform, rescaled to the old norm), `noise` (the
             old plus normal noise of the same deviation), `middle` (zero), `far` (minus the old) or `near` (the old).
@@ -56,120 +42,14 @@ class D3Config(TuningConfig):
             (−W, −γ, −β) is the same function at the largest distance. No effect on networks without such a norm.
         centered: measure and project the head's weights without the mean of their rows. A vector added to every row
             changes no class probability, and would count as distance.
-        cosine: with `lambda=auto`, cos ∠(W, W⁰) at which the selected weights shall end, in (−1, 0).
-        match_augmentation: use the strongest augmentation up to `augmentation` under which the model, as it came, is
-            as right on the clean images as without (see `d3_auto.TOLERATED`): others ask it to learn what it never saw.
-        mixup: α of mixup (arXiv 1710.09412), at least 0: images are blended in pairs with a share drawn from Beta(α, α)
-            for each batch, and so are their losses; 0 blends none. Pairs are of one process.
-        min_steps: optimiser steps of the run at least: with few images it takes more epochs than `epochs`. `--epochs`
-            without it takes a preset's back.
-        features: what trains everything but the selected weights, which are always SGD's: `sgd` as in the paper,
-            `adamw`, or `auto`, AdamW for networks without BatchNorm.
-        features_learning_rate: of AdamW, before the cosine schedule, positive.
     """
 
-    name: ClassVar[str] = "d3"
-    summary: ClassVar[str] = (
-        "keep the clean loss under a threshold while pushing selected weights far from the old ones"
-    )
-    paper: ClassVar[str] = "arXiv 2411.09585 (ICCV 2025)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1"
-    card_text: ClassVar[str] = (
-        "D3, distance-driven detoxification ([arXiv 2411.09585](https://arxiv.org/abs/2411.09585)), fine-tuned the "
-        "model on {images} while pushing the weights of the selected layers away from where the author left them, on "
-        "the sphere of their initial norm, as far as the loss on those images allows."
-    )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {}, "code": {"lambda_": 0.5},
-        "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,
-                 "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2},
-    }  # fmt: skip
-
-    lambda_: float | Auto = 10.0
-    epsilon: float | Auto = 0.1
+    lambda_: float | str = 10.0
+    epsilon: float | str = 0.1
     layers: tuple[str, ...] = ("head",)
     initialization: Initialization = "random"
     freeze_norm: bool = True
     centered: bool = False
-    cosine: float = -0.4
-    match_augmentation: bool = False
-    mixup: float = 0.0
-    min_steps: int = 0
-    features: Features = "sgd"
-    features_learning_rate: float = 5e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("lambda", self.lambda_, math.ulp(0), "positive")
-        _check("epsilon", self.epsilon, 0, "at least 0")
-        if not -1 < self.cosine < 0:
-            raise UsageError(f"d3: cosine must be between -1 and 0, got {self.cosine}")
-        if not 0 <= self.mixup < math.inf:
-            raise UsageError(f"d3: mixup must be at least 0 and finite, got {self.mixup}")
-        if self.min_steps < 0:
-            raise UsageError(f"d3: min_steps must be at least 0, got {self.min_steps}")
-        rate = self.features_learning_rate
-        if not 0 < rate < math.inf:
-            raise UsageError(f"d3: features_learning_rate must be positive and finite, got {rate}")
-
-    @property
-    def automatic(self) -> bool:
-        """Whether a look at the model and the clean images comes before the training."""
-        return "auto" in (self.lambda_, self.epsilon) or self.match_augmentation or self.min_steps > 0
-
-    def selected_layers(self, model: nn.Module) -> list[str]:
-        return match_layers(model, self.layers)
-
-    def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        from hfdetox.defenses.d3_auto import describe
-
-        return describe(self, history) if self.automatic else []
-
-    def phases(self, network: Network) -> list[Phase | Pass]:
-        # it is made of what is below, so it can be imported only later
-        from hfdetox.defenses.d3_auto import AutoD3
-
-        d3 = AutoD3(network.model, self) if self.automatic else D3(network.model, self)
-
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            if not self.mixup:
-                return d3.terms(model(batch.images), batch.labels, batch.weights)
-            share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
-            others = torch.randperm(len(batch.labels)).to(batch.labels.device)
-            images = torch.lerp(batch.images[others].float(), batch.images.float(), share)
-            return d3.terms(model(images), batch.labels, batch.weights, batch.labels[others], share)
-
-        frozen = {id(scale) for scale in d3.frozen_scales}
-        trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
-        phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
-                           state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
-        return [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]
-
-    def adamw_for(self, model: nn.Module) -> bool:
-        """Tell whether AdamW trains what is not selected of `model`."""
-        return self.features == "adamw" or (self.features == "auto" and not has_batch_norm(model))
-
-    def _optimizer(self, network: Network, d3: D3) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-        """Return what makes the optimiser: SGD of all, or of the selected weights beside AdamW of the others."""
-        if not self.adamw_for(network.model):
-            return self.sgd
-
-        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            selected = {id(weight) for weight in d3.weights.values()}
-            pushed = [parameter for parameter in parameters if id(parameter) in selected]
-            others = [parameter for parameter in parameters if id(parameter) not in selected]
-            if not others:
-                return self.sgd(pushed)
-            adamw = torch.optim.AdamW(others, lr=self.features_learning_rate, weight_decay=_DECAY)
-            return JointOptimizer(self.sgd(pushed), adamw)
-
-        return joint
-
-
-def _check(name: str, value: float | str, least: float, wanted: str) -> None:
-    if value != "auto" and (isinstance(value, str) or not least <= value < math.inf):
-        raise UsageError(f"d3: {name} must be {wanted} and finite, or auto, got {value}")
 
 
 class D3:
@@ -182,19 +62,18 @@ class D3:
 
     Args:
         model: any module; the selected weights are changed in place.
-        config: the settings; only `lambda_`, `epsilon`, `layers`, `initialization`, `freeze_norm` and `centered` are
-            read here.
+        config: the settings; a `D3Config` is one.
 
     Raises:
-        UsageError: no layer matches, every selected weight is zero, or λ or ε is `auto` (only a run can find them).
+        UsageError: no layer matches, every selected weight is zero, or λ or ε is no number (only a run can find them).
     """
 
-    def __init__(self, model: nn.Module, config: D3Config) -> None:
+    def __init__(self, model: nn.Module, config: D3Settings) -> None:
         if isinstance(config.lambda_, str) or isinstance(config.epsilon, str):
-            raise UsageError("d3: lambda and epsilon must be numbers here; auto is for detoxify and the command")
+            raise UsageError("d3: lambda and epsilon must be numbers here; words are for detoxify and the command")
         self.config = config
         self.epsilon = config.epsilon
-        modules = {name: model.get_submodule(name) for name in config.selected_layers(model)}
+        modules = {name: model.get_submodule(name) for name in match_layers(model, config.layers)}
         weights = {name: module.weight for name, module in modules.items() if isinstance(module.weight, nn.Parameter)}
         self.weights = {name: weight for name, weight in weights.items() if weight.detach().any()}
         if not self.weights:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.d3 import D3, D3Config
+from hfdetox.defenses.d3 import D3, D3Settings
 from hfdetox.defenses.ft import cross_entropy_of
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import HEAD, match_layers
@@ -80,7 +80,7 @@ class FST:
 
     def __init__(self, model: nn.Module, config: FSTConfig) -> None:
         self.model, self.alpha = model, config.alpha
-        self.sphere = D3(model, D3Config(layers=(HEAD,), freeze_norm=config.freeze_norm))
+        self.sphere = D3(model, D3Settings(layers=(HEAD,), freeze_norm=config.freeze_norm))
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from hfdetox import D3Config, detoxify
-from hfdetox.defenses import DEFENSES
 from hfdetox.defenses.bn import BNConfig
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.network import Network
@@ -175,7 +174,6 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--cells", nargs="+", default=["resnet-lf-0.1-s0", "resnet-blended-0.1-s0"])
     arguments = parser.parse_args()
-    DEFENSES[IdeaConfig.name] = IdeaConfig
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     for cell in arguments.cells:
         for idea in IDEAS:

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses.d3 import D3, D3Config
+from hfdetox.defenses.auto import D3Config
+from hfdetox.defenses.d3 import D3
 from hfdetox.models.layers import LayerPatternError
 from hfdetox.training.batches import Batch
 from hfdetox.training.devices import make_accelerator

@@ -14,18 +14,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses import describe_defense, parse_defense
-from hfdetox.defenses.d3 import D3, D3Config
-from hfdetox.defenses.d3_auto import (
+from hfdetox.defenses.auto import (
     BOUNDS,
     HEAD_START,
     INTEGRAL,
     PROPORTIONAL,
     TURNED_BACK,
     AutoD3,
+    D3Config,
     chosen_augmentation,
     first_lambda,
     path,
 )
+from hfdetox.defenses.d3 import D3
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Phase

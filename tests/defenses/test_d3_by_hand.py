@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hfdetox.defenses.d3 import D3, D3Config, project_to_sphere, start_weight
+from hfdetox.defenses.auto import D3Config
+from hfdetox.defenses.d3 import D3, project_to_sphere, start_weight
 from hfdetox.errors import UsageError
 from tests.tiny_training import norm_of, weights_of
 

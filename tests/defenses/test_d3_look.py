@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses.d3_auto import LEAST_EPSILON, candidates, chosen_augmentation
+from hfdetox.defenses.auto import LEAST_EPSILON, candidates, chosen_augmentation
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
 from tests.defenses.runs import SEED

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from hfdetox.defenses import parse_defense
-from hfdetox.defenses.d3 import D3Config
+from hfdetox.defenses.auto import D3Config
 from hfdetox.evaluation.metrics import measure, predict
 from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.steps import train

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.defenses.d3 import D3, D3Config
+from hfdetox.defenses.auto import D3Config
+from hfdetox.defenses.d3 import D3
 from hfdetox.errors import RunError
 from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.defenses import parse_defense
-from hfdetox.defenses.d3 import D3Config
+from hfdetox.defenses.auto import D3Config
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore

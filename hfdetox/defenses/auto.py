@@ -1,4 +1,4 @@
-"""What `d3:auto` finds by itself: from the model as it came and the clean images, never from a trigger.
+"""D3 as a defense: its settings, and what its preset `auto` finds by itself, never from a trigger.
 
 **How hard.** One λ is a gentle push on one network and a violent one on another, for ‖∇d‖ = 1 whatever the norm R of a
 layer: what a run does is how far it turns W. So the distance is made the constraint, and λ follows from it:
@@ -39,9 +39,9 @@ This is hfdetox's own; the paper (arXiv 2411.09585) has constants, and names the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -49,9 +49,14 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses.d3 import D3, D3Config
+from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.d3 import D3, D3Settings
+from hfdetox.errors import UsageError
+from hfdetox.models.layers import has_batch_norm, match_layers
+from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, step_bounds
+from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Pass, Phase
 
 # the share of its accuracy that a model may lose under an augmentation that is used
@@ -71,6 +76,127 @@ HEAD_START = 0.3
 SHORT = 0.1
 _STRENGTH: tuple[Augmentation, ...] = ("resized-crop-flip", "crop-flip", "crop", "flip", "none")
 _BATCH = 256
+
+# AdamW's usual decay, with which the networks that it trains were made
+_DECAY = 0.05
+
+Auto = Literal["auto"]
+Features = Literal["sgd", "adamw", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class D3Config(D3Settings, TuningConfig):
+    """Settings of D3; the defaults are the paper's (preset `paper`).
+
+    Attributes:
+        lambda_: as in `D3Settings`, as are those not named here; `--set lambda=…`, preset `code` has 0.5. `auto` moves
+            it during the run so that the layers turn as far as `cosine` says.
+        epsilon: `auto` takes the median over the clean images of the model's own, as it came.
+        cosine: with `lambda=auto`, cos ∠(W, W⁰) at which the selected weights shall end, in (−1, 0).
+        match_augmentation: use the strongest augmentation up to `augmentation` under which the model, as it came, is
+            as right on the clean images as without (see `TOLERATED`): others ask it to learn what it never saw.
+        mixup: α of mixup (arXiv 1710.09412), at least 0: images are blended in pairs with a share drawn from Beta(α, α)
+            for each batch, and so are their losses; 0 blends none. Pairs are of one process.
+        min_steps: optimiser steps of the run at least: with few images it takes more epochs than `epochs`. `--epochs`
+            without it takes a preset's back.
+        features: what trains everything but the selected weights, which are always SGD's: `sgd` as in the paper,
+            `adamw`, or `auto`, AdamW for networks without BatchNorm.
+        features_learning_rate: of AdamW, before the cosine schedule, positive.
+    """
+
+    name: ClassVar[str] = "d3"
+    summary: ClassVar[str] = (
+        "keep the clean loss under a threshold while pushing selected weights far from the old ones"
+    )
+    paper: ClassVar[str] = "arXiv 2411.09585 (ICCV 2025)"
+    data: ClassVar[str] = "clean images with labels"
+    cost: ClassVar[str] = "1"
+    card_text: ClassVar[str] = (
+        "D3, distance-driven detoxification ([arXiv 2411.09585](https://arxiv.org/abs/2411.09585)), fine-tuned the "
+        "model on {images} while pushing the weights of the selected layers away from where the author left them, on "
+        "the sphere of their initial norm, as far as the loss on those images allows."
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {}, "code": {"lambda_": 0.5},
+        "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,
+                 "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2},
+    }  # fmt: skip
+
+    lambda_: float | Auto = 10.0
+    epsilon: float | Auto = 0.1
+    cosine: float = -0.4
+    match_augmentation: bool = False
+    mixup: float = 0.0
+    min_steps: int = 0
+    features: Features = "sgd"
+    features_learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("lambda", self.lambda_, math.ulp(0), "positive")
+        _check("epsilon", self.epsilon, 0, "at least 0")
+        if not -1 < self.cosine < 0:
+            raise UsageError(f"d3: cosine must be between -1 and 0, got {self.cosine}")
+        if not 0 <= self.mixup < math.inf:
+            raise UsageError(f"d3: mixup must be at least 0 and finite, got {self.mixup}")
+        if self.min_steps < 0:
+            raise UsageError(f"d3: min_steps must be at least 0, got {self.min_steps}")
+        rate = self.features_learning_rate
+        if not 0 < rate < math.inf:
+            raise UsageError(f"d3: features_learning_rate must be positive and finite, got {rate}")
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a look at the model and the clean images comes before the training."""
+        return "auto" in (self.lambda_, self.epsilon) or self.match_augmentation or self.min_steps > 0
+
+    def selected_layers(self, model: nn.Module) -> list[str]:
+        return match_layers(model, self.layers)
+
+    def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
+        return describe(self, history) if self.automatic else []
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        d3 = AutoD3(network.model, self) if self.automatic else D3(network.model, self)
+
+        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            if not self.mixup:
+                return d3.terms(model(batch.images), batch.labels, batch.weights)
+            share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+            others = torch.randperm(len(batch.labels)).to(batch.labels.device)
+            images = torch.lerp(batch.images[others].float(), batch.images.float(), share)
+            return d3.terms(model(images), batch.labels, batch.weights, batch.labels[others], share)
+
+        frozen = {id(scale) for scale in d3.frozen_scales}
+        trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
+        phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
+                           state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
+        return [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]
+
+    def adamw_for(self, model: nn.Module) -> bool:
+        """Tell whether AdamW trains what is not selected of `model`."""
+        return self.features == "adamw" or (self.features == "auto" and not has_batch_norm(model))
+
+    def _optimizer(self, network: Network, d3: D3) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+        """Return what makes the optimiser: SGD of all, or of the selected weights beside AdamW of the others."""
+        if not self.adamw_for(network.model):
+            return self.sgd
+
+        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            selected = {id(weight) for weight in d3.weights.values()}
+            pushed = [parameter for parameter in parameters if id(parameter) in selected]
+            others = [parameter for parameter in parameters if id(parameter) not in selected]
+            if not others:
+                return self.sgd(pushed)
+            adamw = torch.optim.AdamW(others, lr=self.features_learning_rate, weight_decay=_DECAY)
+            return JointOptimizer(self.sgd(pushed), adamw)
+
+        return joint
+
+
+def _check(name: str, value: float | str, least: float, wanted: str) -> None:
+    if value != "auto" and (isinstance(value, str) or not least <= value < math.inf):
+        raise UsageError(f"d3: {name} must be {wanted} and finite, or auto, got {value}")
 
 
 class AutoD3(D3):
