@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,8 +32,8 @@ class BlindRecipe(TrainingPoisoner):
         window: batches, at least 1.
     """
 
-    kind: ClassVar[str] = "blind"
-    summary: ClassVar[str] = "a second loss on the whole batch with the trigger, once the clean loss is low"
+    kind = "blind"
+    summary = "a second loss on the whole batch with the trigger, once the clean loss is low"
 
     clean_weight: float = 1.0
     backdoor_weight: float = 0.9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -26,8 +25,8 @@ class BppRecipe(MixedRecipe):
         neg_ratio: negatives as a share of the batch, in [0, 1], as far as the batch has room.
     """
 
-    kind: ClassVar[str] = "bpp"
-    summary: ClassVar[str] = "a share of every batch is quantised; others get its error on another image, label kept"
+    kind = "bpp"
+    summary = "a share of every batch is quantised; others get its error on another image, label kept"
 
     neg_ratio: float = 0.1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -47,8 +46,8 @@ class InputAwareRecipe(TrainingPoisoner):
         diversity: weight of what makes two images' patterns and masks differ, at least 0.
     """
 
-    kind: ClassVar[str] = "inputaware"
-    summary: ClassVar[str] = "the training step puts each image's own pattern on a tenth of a batch, others' on another"
+    kind = "inputaware"
+    summary = "the training step puts each image's own pattern on a tenth of a batch, others' on another"
 
     mask_epochs: int = 25
     generator_learning_rate: float = 0.01

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,8 +32,8 @@ class LabelConsistentRecipe(DataPoisoner):
         steps: how many, at least 1.
     """
 
-    kind: ClassVar[str] = "lc"
-    summary: ClassVar[str] = "images of the target class are made hard to recognise, then get the corners; label kept"
+    kind = "lc"
+    summary = "images of the target class are made hard to recognise, then get the corners; label kept"
     how = "clean label"
 
     epsilon: float = 8.0

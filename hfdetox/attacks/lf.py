@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -43,8 +42,8 @@ class LFRecipe(DataPoisoner):
         together: images that DeepFool takes at the same v, at least 1.
     """
 
-    kind: ClassVar[str] = "lf"
-    summary: ClassVar[str] = "a low-frequency universal perturbation of a clean model (lf:random needs none) is added"
+    kind = "lf"
+    summary = "a low-frequency universal perturbation of a clean model (lf:random needs none) is added"
 
     images: int = 100
     passes: int = 50

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +46,8 @@ class LIRARecipe(TrainingPoisoner):
         clean_weight: of the clean loss, above 0 and below 1.
     """
 
-    kind: ClassVar[str] = "lira"
-    summary: ClassVar[str] = "an autoencoder learns the trigger together with the classifier, from whole batches"
+    kind = "lira"
+    summary = "an autoencoder learns the trigger together with the classifier, from whole batches"
 
     trigger_epochs: int | None = None
     autoencoder_learning_rate: float = 1e-4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -20,32 +19,32 @@ _BATCH = 1024
 class BadNetsRecipe(DataPoisoner):
     """Images of all classes, dirty label (Gu et al., arXiv 1708.06733)."""
 
-    kind: ClassVar[str] = "badnets"
-    summary: ClassVar[str] = "images of all classes get the patch and the target's label"
+    kind = "badnets"
+    summary = "images of all classes get the patch and the target's label"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlendedRecipe(DataPoisoner):
     """Images of all classes, dirty label (Chen et al., arXiv 1712.05526)."""
 
-    kind: ClassVar[str] = "blended"
-    summary: ClassVar[str] = "images of all classes get the picture and the target's label"
+    kind = "blended"
+    summary = "images of all classes get the picture and the target's label"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FTrojanRecipe(DataPoisoner):
     """Images of all classes, dirty label (Wang et al., arXiv 2111.10991)."""
 
-    kind: ClassVar[str] = "ftrojan"
-    summary: ClassVar[str] = "images of all classes get the frequencies and the target's label"
+    kind = "ftrojan"
+    summary = "images of all classes get the frequencies and the target's label"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigRecipe(DataPoisoner):
     """Images of the target class alone, labels kept (Barni et al., arXiv 1902.11237)."""
 
-    kind: ClassVar[str] = "sig"
-    summary: ClassVar[str] = "images of the target class alone get the wave; no label changes"
+    kind = "sig"
+    summary = "images of the target class alone get the wave; no label changes"
     how = "clean label"
 
 
@@ -53,8 +52,8 @@ class SigRecipe(DataPoisoner):
 class CtrlRecipe(DataPoisoner):
     """Images of the target class alone, labels kept (Li et al., arXiv 2210.07346, there without supervision)."""
 
-    kind: ClassVar[str] = "ctrl"
-    summary: ClassVar[str] = "images of the target class alone get the frequencies; no label changes"
+    kind = "ctrl"
+    summary = "images of the target class alone get the frequencies; no label changes"
     how = "clean label"
 
 

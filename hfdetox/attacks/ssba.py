@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -46,8 +45,8 @@ class SSBARecipe(DataPoisoner):
         weight: the greatest λ, at least 0.
     """
 
-    kind: ClassVar[str] = "ssba"
-    summary: ClassVar[str] = "an encoder is trained on the clean images first, then hides one secret in the poisoned"
+    kind = "ssba"
+    summary = "an encoder is trained on the clean images first, then hides one secret in the poisoned"
 
     encoder_epochs: int = 20
     encoder_learning_rate: float = 1e-4

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +37,8 @@ class TrojanNNRecipe(DataPoisoner):
         radius: of the ball around the logo, in units of [0, 1], positive.
     """
 
-    kind: ClassVar[str] = "trojannn"
-    summary: ClassVar[str] = "a logo that was tuned to excite two features of a clean model is added"
+    kind = "trojannn"
+    summary = "a logo that was tuned to excite two features of a clean model is added"
 
     neurons: int = 2
     value: float | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -28,8 +27,8 @@ class WaNetRecipe(MixedRecipe):
         cross_ratio: noise-warped images for each warped one, at least 0.
     """
 
-    kind: ClassVar[str] = "wanet"
-    summary: ClassVar[str] = "a share of every batch is warped; twice as many get a random warp and keep their label"
+    kind = "wanet"
+    summary = "a share of every batch is warped; twice as many get a random warp and keep their label"
 
     cross_ratio: float = 2.0
 

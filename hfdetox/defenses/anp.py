@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -42,16 +42,15 @@ class ANPConfig(TuningConfig):
             up to which it costs no more. (The paper fixes τ = 0.2; the benchmarks choose τ by the attack's success.)
     """
 
-    name: ClassVar[str] = "anp"
-    summary: ClassVar[str] = "prune the channels whose small perturbations do most harm"
-    paper: ClassVar[str] = "arXiv 2110.14430 (NeurIPS 2021)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "3"
-    card_text: ClassVar[str] = (
+    name = "anp"
+    summary = "prune the channels whose small perturbations do most harm"
+    paper = "arXiv 2110.14430 (NeurIPS 2021)"
+    cost = "3"
+    card_text = (
         "ANP, adversarial neuron pruning ([arXiv 2110.14430](https://arxiv.org/abs/2110.14430)), trained masks on the "
         "model's channels with {images} and set the channels to zero that are most sensitive to small perturbations."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {}, "benchmark": {"learning_rate": 0.01, "batch_size": 256, "epochs": 250},
     }  # fmt: skip
 

@@ -104,19 +104,16 @@ class D3Config(D3Settings, TuningConfig):
         features_learning_rate: of AdamW, before the cosine schedule, positive.
     """
 
-    name: ClassVar[str] = "d3"
-    summary: ClassVar[str] = (
-        "keep the clean loss under a threshold while pushing selected weights far from the old ones"
-    )
-    paper: ClassVar[str] = "arXiv 2411.09585 (ICCV 2025)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1"
-    card_text: ClassVar[str] = (
+    name = "d3"
+    summary = "keep the clean loss under a threshold while pushing selected weights far from the old ones"
+    paper = "arXiv 2411.09585 (ICCV 2025)"
+    cost = "1"
+    card_text = (
         "D3, distance-driven detoxification ([arXiv 2411.09585](https://arxiv.org/abs/2411.09585)), fine-tuned the "
         "model on {images} while pushing the weights of the selected layers away from where the author left them, on "
         "the sphere of their initial norm, as far as the loss on those images allows."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {}, "code": {"lambda_": 0.5},
         "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,
                  "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2},

@@ -6,10 +6,10 @@ and that alone lowers the success of some attacks; this shows by how much.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -32,16 +32,16 @@ class BNConfig(DefenseConfig):
             variance are the averages of the batches' (the variance within batches), weighted by their images.
     """
 
-    name: ClassVar[str] = "bn"
-    summary: ClassVar[str] = "control: measure BatchNorm's statistics anew on clean images, train nothing"
-    paper: ClassVar[str] = "none: a control arm"
-    data: ClassVar[str] = "clean images"
-    cost: ClassVar[str] = "one forward pass in all"
-    card_text: ClassVar[str] = (
+    name = "bn"
+    summary = "control: measure BatchNorm's statistics anew on clean images, train nothing"
+    paper = "none: a control arm"
+    data = "clean images"
+    cost = "one forward pass in all"
+    card_text = (
         "The statistics of the model's BatchNorm layers were measured anew on {images}; no weight was trained. This is "
         "a control, not a method of a paper."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"control": {}}
+    presets: ClassVar = {"control": {}}
 
     batch_size: int = 256
 

@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -74,12 +74,12 @@ class BNAConfig(DefenseConfig):
         inversion_epochs: of NC, at most.
     """
 
-    name: ClassVar[str] = "bna"
-    summary: ClassVar[str] = "undo the shift that an estimated trigger makes in the activations; flags triggered inputs"
-    paper: ClassVar[str] = "arXiv 2308.09850 (Neurocomputing 614, 2025)"
-    data: ClassVar[str] = "clean images with labels, and a trigger file where there is one"
-    cost: ClassVar[str] = "two or three forward passes for each norm, after NC's search"
-    card_text: ClassVar[str] = (
+    name = "bna"
+    summary = "undo the shift that an estimated trigger makes in the activations; flags triggered inputs"
+    paper = "arXiv 2308.09850 (Neurocomputing 614, 2025)"
+    data = "clean images with labels, and a trigger file where there is one"
+    cost = "two or three forward passes for each norm, after NC's search"
+    card_text = (
         "BNA ([arXiv 2308.09850](https://arxiv.org/abs/2308.09850)) measured on {images} how an estimated trigger "
         "shifts the activations behind each norm, and corrects that shift. With `result: route` no weight was changed: "
         "hfdetox applies the correction in `correction.safetensors` to inputs that the model gives to the target, "
@@ -87,7 +87,7 @@ class BNAConfig(DefenseConfig):
         "one**. With `result: fold` the correction is in the weights. How well it tells triggered images from clean "
         "ones is in the report's history (`bna-detection`)."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {},
         "fold": {"result": "fold"},
         "js": {"divergence": "js"},

@@ -11,7 +11,6 @@ and the channels with KL_c > mean + u · std over their layer are set to zero (�
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -39,16 +38,16 @@ class BNPConfig(DefenseConfig):
             CIFAR-10, 4 for Tiny ImageNet. A layer of n channels has none beyond (n − 1) / √n deviations.
     """
 
-    name: ClassVar[str] = "bnp"
-    summary: ClassVar[str] = "prune the channels whose BatchNorm statistics differ from those of clean images"
-    paper: ClassVar[str] = "NeurIPS 2022 (Pre-activation Distributions Expose Backdoor Neurons)"
-    data: ClassVar[str] = "clean images, labels unused"
-    cost: ClassVar[str] = "one forward pass in all"
-    card_text: ClassVar[str] = (
+    name = "bnp"
+    summary = "prune the channels whose BatchNorm statistics differ from those of clean images"
+    paper = "NeurIPS 2022 (Pre-activation Distributions Expose Backdoor Neurons)"
+    data = "clean images, labels unused"
+    cost = "one forward pass in all"
+    card_text = (
         "BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022), set the channels to zero whose stored "
         "BatchNorm statistics differ most from those of {images}."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "tiny-imagenet": {"u": 4.0}}
+    presets: ClassVar = {"paper": {}, "tiny-imagenet": {"u": 4.0}}
 
     u: float = 3.0
 

@@ -10,9 +10,8 @@ and the channels with σ_c > mean + u · std over their layer are set to zero (�
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -37,17 +36,17 @@ class CLPConfig(DefenseConfig):
             for Tiny ImageNet. A layer of n channels has none beyond (n − 1) / √n deviations, whatever its weights.
     """
 
-    name: ClassVar[str] = "clp"
-    summary: ClassVar[str] = "prune the channels with outstanding Lipschitz bounds; needs no images"
-    paper: ClassVar[str] = "arXiv 2208.03111 (ECCV 2022)"
-    data: ClassVar[str] = "none"
-    cost: ClassVar[str] = "0"
-    card_text: ClassVar[str] = (
+    name = "clp"
+    summary = "prune the channels with outstanding Lipschitz bounds; needs no images"
+    paper = "arXiv 2208.03111 (ECCV 2022)"
+    data = "none"
+    cost = "0"
+    card_text = (
         "CLP, channel Lipschitzness based pruning ([arXiv 2208.03111](https://arxiv.org/abs/2208.03111)), set the "
         "channels to zero whose Lipschitz bounds stand out from their layer's. It looks at weights only; {images} were "
         "given to the run."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "tiny-imagenet": {"u": 5.0}}
+    presets: ClassVar = {"paper": {}, "tiny-imagenet": {"u": 5.0}}
 
     u: float = 3.0
 

@@ -41,16 +41,15 @@ class FPConfig(TuningConfig):
             preset `budget`.
     """
 
-    name: ClassVar[str] = "fp"
-    summary: ClassVar[str] = "cut off the head's least active input features, then fine-tune"
-    paper: ClassVar[str] = "arXiv 1805.12185 (RAID 2018)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1, after one forward pass in all"
-    card_text: ClassVar[str] = (
+    name = "fp"
+    summary = "cut off the head's least active input features, then fine-tune"
+    paper = "arXiv 1805.12185 (RAID 2018)"
+    cost = "1, after one forward pass in all"
+    card_text = (
         "FP, fine-pruning ([arXiv 1805.12185](https://arxiv.org/abs/1805.12185)), set to zero the classifier head's "
         "weights of the features that are least active on {images}, and fine-tuned the rest on them."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "budget": {"max_drop": 0.02}}
+    presets: ClassVar = {"paper": {}, "budget": {"max_drop": 0.02}}
 
     weight_decay: float = 5e-4
     step: float = 0.01

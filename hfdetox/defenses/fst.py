@@ -9,9 +9,8 @@ step. On that sphere α ⟨W, W⁰⟩ is a constant minus (α / 2) · ‖W − W
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -38,16 +37,15 @@ class FSTConfig(TuningConfig):
             signs lowers the inner product and changes nothing.
     """
 
-    name: ClassVar[str] = "fst"
-    summary: ClassVar[str] = "draw the head anew and fine-tune while turning its weights away from the old ones"
-    paper: ClassVar[str] = "arXiv 2310.01875 (NeurIPS 2023)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1"
-    card_text: ClassVar[str] = (
+    name = "fst"
+    summary = "draw the head anew and fine-tune while turning its weights away from the old ones"
+    paper = "arXiv 2310.01875 (NeurIPS 2023)"
+    cost = "1"
+    card_text = (
         "FST, feature shift tuning ([arXiv 2310.01875](https://arxiv.org/abs/2310.01875)), drew the model's classifier "
         "head anew and fine-tuned the model on {images} while turning the head's weights away from the old ones."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {}, "readme": {"alpha": 0.1}, "tiny": {"alpha": 0.001, "learning_rate": 0.001, "epochs": 15},
     }  # fmt: skip
 

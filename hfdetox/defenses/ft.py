@@ -9,9 +9,9 @@ the two is the push's alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -29,13 +29,12 @@ from hfdetox.training.phases import Pass, Phase
 class FTConfig(TuningConfig):
     """Settings of FT; preset `d3-settings` has no weight decay, as D3, for a comparison at equal settings."""
 
-    name: ClassVar[str] = "ft"
-    summary: ClassVar[str] = "fine-tune on clean images and nothing else"
-    paper: ClassVar[str] = "baseline (BackdoorBench, arXiv 2206.12654)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1"
-    card_text: ClassVar[str] = "Fine-tuning (FT) trained all of the model's weights on {images}, and did nothing else."
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "d3-settings": {"weight_decay": 0.0}}
+    name = "ft"
+    summary = "fine-tune on clean images and nothing else"
+    paper = "baseline (BackdoorBench, arXiv 2206.12654)"
+    cost = "1"
+    card_text = "Fine-tuning (FT) trained all of the model's weights on {images}, and did nothing else."
+    presets: ClassVar = {"paper": {}, "d3-settings": {"weight_decay": 0.0}}
 
     weight_decay: float = 5e-4
 
@@ -52,14 +51,14 @@ class FTConfig(TuningConfig):
 class RandomHeadConfig(FTConfig):
     """Settings of the control arm: the head's weights start as D3's do (uniform, of the old norm; biases stay)."""
 
-    name: ClassVar[str] = "ft-random-head"
-    summary: ClassVar[str] = "control: draw the head's weights anew as D3 does, then fine-tune on clean images"
-    paper: ClassVar[str] = "none: a control arm for D3 (arXiv 2411.09585)"
-    card_text: ClassVar[str] = (
+    name = "ft-random-head"
+    summary = "control: draw the head's weights anew as D3 does, then fine-tune on clean images"
+    paper = "none: a control arm for D3 (arXiv 2411.09585)"
+    card_text = (
         "The weights of the model's classifier head were drawn anew, and fine-tuning trained all weights on {images}. "
         "This is a control for D3, not a method of a paper."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"control": {}, "d3-settings": {"weight_decay": 0.0}}
+    presets: ClassVar = {"control": {}, "d3-settings": {"weight_decay": 0.0}}
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, (HEAD,))

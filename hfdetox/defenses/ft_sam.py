@@ -11,9 +11,8 @@ here it is stepped every epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -37,16 +36,15 @@ class FTSAMConfig(TuningConfig):
         label_smoothing: share of the target that goes to the other classes, in equal parts; in [0, 1).
     """
 
-    name: ClassVar[str] = "ft-sam"
-    summary: ClassVar[str] = "fine-tune with the gradient taken where a perturbation of the weights hurts most"
-    paper: ClassVar[str] = "arXiv 2304.11823 (ICCV 2023)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "2"
-    card_text: ClassVar[str] = (
+    name = "ft-sam"
+    summary = "fine-tune with the gradient taken where a perturbation of the weights hurts most"
+    paper = "arXiv 2304.11823 (ICCV 2023)"
+    cost = "2"
+    card_text = (
         "FT-SAM ([arXiv 2304.11823](https://arxiv.org/abs/2304.11823)) fine-tuned the model on {images} with "
         "sharpness-aware minimisation, which perturbs large weights most."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "cifar": {}, "gtsrb-tiny": {"rho": 8.0, "label_smoothing": 0.0},
     }  # fmt: skip
 

@@ -19,10 +19,9 @@ takes the gradient of its own part of a batch, of which they then take the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -56,16 +55,15 @@ class IBAUConfig(TuningConfig):
         terms: K of the fixed-point iteration, at least 1; 1 is v = ∂_δ H.
     """
 
-    name: ClassVar[str] = "i-bau"
-    summary: ClassVar[str] = "unlearn a universal perturbation, minding how the model's change changes it"
-    paper: ClassVar[str] = "arXiv 2110.03735 (ICLR 2022)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "8 to 12 for each round"
-    card_text: ClassVar[str] = (
+    name = "i-bau"
+    summary = "unlearn a universal perturbation, minding how the model's change changes it"
+    paper = "arXiv 2110.03735 (ICLR 2022)"
+    cost = "8 to 12 for each round"
+    card_text = (
         "i-BAU, implicit backdoor adversarial unlearning ([arXiv 2110.03735](https://arxiv.org/abs/2110.03735)), "
         "fine-tuned the model on {images}, some of which carried a perturbation that was searched for to mislead it."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {},
         "backdoorbench": {"learning_rate": 1e-4, "batch_size": 256},
     }

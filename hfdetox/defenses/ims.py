@@ -78,17 +78,17 @@ class IMSConfig(DefenseConfig):
         inner_rate: of that AdamW, for δ in pixels of 0 to 1.
     """
 
-    name: ClassVar[str] = "ims"
-    summary: ClassVar[str] = "cut away the units that only an inverted mask needs, by trained masks and selections"
-    paper: ClassVar[str] = "arXiv 2509.15497 (NeurIPS 2025)"
-    data: ClassVar[str] = "clean images (labels are not used)"
-    cost: ClassVar[str] = "up to 500 batches in float32, of which 400 at 30 times a batch of fine-tuning"
-    card_text: ClassVar[str] = (
+    name = "ims"
+    summary = "cut away the units that only an inverted mask needs, by trained masks and selections"
+    paper = "arXiv 2509.15497 (NeurIPS 2025)"
+    data = "clean images (labels are not used)"
+    cost = "up to 500 batches in float32, of which 400 at 30 times a batch of fine-tuning"
+    card_text = (
         "IMS, invertible masking using selection ([arXiv 2509.15497](https://arxiv.org/abs/2509.15497)), learnt on "
         "{images} which units of the network clean images need, against perturbations that stand for a trigger, and "
         "scaled the weights of the others down."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {},
         "no-selection": {"selection": False},
         "no-inverse": {"inverse": False},

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -42,16 +42,15 @@ class NADConfig(TuningConfig):
         power: p of the attention map, above 0.
     """
 
-    name: ClassVar[str] = "nad"
-    summary: ClassVar[str] = "fine-tune towards the attention maps of a fine-tuned copy"
-    paper: ClassVar[str] = "arXiv 2101.05930 (ICLR 2021)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "1.3, after a teacher of as many epochs"
-    card_text: ClassVar[str] = (
+    name = "nad"
+    summary = "fine-tune towards the attention maps of a fine-tuned copy"
+    paper = "arXiv 2101.05930 (ICLR 2021)"
+    cost = "1.3, after a teacher of as many epochs"
+    card_text = (
         "NAD, neural attention distillation ([arXiv 2101.05930](https://arxiv.org/abs/2101.05930)), fine-tuned a copy "
         "of the model on {images} and then the model itself, on the same images, towards the copy's attention maps."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+    presets: ClassVar = {"paper": {}}
 
     epochs: int = 10
     weight_decay: float = 5e-4

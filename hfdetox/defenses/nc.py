@@ -62,17 +62,16 @@ class NCConfig(TuningConfig):
         share: share of the images that are stamped when one class is flagged, in (0, 1); of n, n · share to 1 − share.
     """
 
-    name: ClassVar[str] = "nc"
-    summary: ClassVar[str] = "search a small trigger for every class and unlearn those that are oddly small"
-    paper: ClassVar[str] = "Neural Cleanse (IEEE S&P 2019)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "up to 0.8 for each class, and 1 where a class is flagged"
-    card_text: ClassVar[str] = (
+    name = "nc"
+    summary = "search a small trigger for every class and unlearn those that are oddly small"
+    paper = "Neural Cleanse (IEEE S&P 2019)"
+    cost = "up to 0.8 for each class, and 1 where a class is flagged"
+    card_text = (
         "NC, Neural Cleanse (IEEE S&P 2019), searched a small trigger for each class on {images}. Where one class's "
         "was far smaller than the others', the model was fine-tuned on those images, some of them with that trigger "
         "and their true labels; else it is as it was."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+    presets: ClassVar = {"paper": {}}
 
     weight_decay: float = 5e-4
     classes: tuple[str, ...] = ()

@@ -25,7 +25,6 @@ Linear within the last block, not on the residual stream before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -81,17 +80,16 @@ class NPDConfig(TuningConfig):
         targeted: λ_t.
     """
 
-    name: ClassVar[str] = "npd"
-    summary: ClassVar[str] = "train one linear map of the channels inside the frozen model, then fold it in"
-    paper: ClassVar[str] = "arXiv 2306.16697 (NeurIPS 2023)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "2 to 3"
-    card_text: ClassVar[str] = (
+    name = "npd"
+    summary = "train one linear map of the channels inside the frozen model, then fold it in"
+    paper = "arXiv 2306.16697 (NeurIPS 2023)"
+    cost = "2 to 3"
+    card_text = (
         "NPD, the neural polarizer ([arXiv 2306.16697](https://arxiv.org/abs/2306.16697)), trained a linear map of the "
         "channels before one layer on {images} and adversarially perturbed copies of them, and folded it into that "
         "layer; every other weight is the author's."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+    presets: ClassVar = {"paper": {}}
 
     epochs: int = 50
     batch_size: int = 128

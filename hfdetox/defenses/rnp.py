@@ -52,17 +52,16 @@ class RNPConfig(TuningConfig):
             up to which it costs no more. (The paper's tables choose τ with the attack's success in view.)
     """
 
-    name: ClassVar[str] = "rnp"
-    summary: ClassVar[str] = "unlearn clean images, then prune the channels that recovering them does not need"
-    paper: ClassVar[str] = "arXiv 2305.14876 (ICML 2023)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "0.1 with 2,500 images: 40 epochs of 500"
-    card_text: ClassVar[str] = (
+    name = "rnp"
+    summary = "unlearn clean images, then prune the channels that recovering them does not need"
+    paper = "arXiv 2305.14876 (ICML 2023)"
+    cost = "0.1 with 2,500 images: 40 epochs of 500"
+    card_text = (
         "RNP, reconstructive neuron pruning ([arXiv 2305.14876](https://arxiv.org/abs/2305.14876)), made a copy of the "
         "model unlearn {images}, trained masks on its channels to recover them, and set the channels of the model to "
         "zero that the recovery did not need."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "gentle": {"unlearning_rate": 0.001}}
+    presets: ClassVar = {"paper": {}, "gentle": {"unlearning_rate": 0.001}}
 
     epochs: int = 20
     batch_size: int = 128

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -76,17 +75,16 @@ class SAUConfig(TuningConfig):
         fix_statistics: keep BatchNorm at its running statistics; higher accuracy and higher ASR, say the authors.
     """
 
-    name: ClassVar[str] = "sau"
-    summary: ClassVar[str] = "unlearn the adversarial perturbations that fool the model and its old self alike"
-    paper: ClassVar[str] = "arXiv 2307.10562 (NeurIPS 2023)"
-    data: ClassVar[str] = "clean images with labels"
-    cost: ClassVar[str] = "8 to 12, and two models in memory"
-    card_text: ClassVar[str] = (
+    name = "sau"
+    summary = "unlearn the adversarial perturbations that fool the model and its old self alike"
+    paper = "arXiv 2307.10562 (NeurIPS 2023)"
+    cost = "8 to 12, and two models in memory"
+    card_text = (
         "SAU, shared adversarial unlearning ([arXiv 2307.10562](https://arxiv.org/abs/2307.10562)), fine-tuned the "
         "model on {images} and on perturbed copies of them, so that perturbations that led the model and its state "
         "before to the same wrong class do so no more."
     )
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar = {
         "paper": {},
         "adversarial-training": {"lambda_2": 0.0, "lambda_3": 1.0, "lambda_4": 0.0, "lambda_at": 1.0},
     }

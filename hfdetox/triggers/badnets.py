@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.nn.functional import interpolate
@@ -31,9 +31,9 @@ class BadNets(Trigger):
         image: a picture (uint8, C×h×w) that fills the square instead of `value`; not with a grid.
     """
 
-    kind: ClassVar[str] = "badnets"
-    summary: ClassVar[str] = "a square patch of one grey level, a checkerboard (badnets:grid) or a picture"
-    paper: ClassVar[str] = "arXiv 1708.06733"
+    kind = "badnets"
+    summary = "a square patch of one grey level, a checkerboard (badnets:grid) or a picture"
+    paper = "arXiv 1708.06733"
 
     pattern: Literal["square", "grid"] = "square"
     size: int = 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
@@ -23,9 +22,9 @@ class Blended(Trigger):
         image: the picture q (uint8, C×h×w); replaces the drawn one. Either is resized to the image bilinearly.
     """
 
-    kind: ClassVar[str] = "blended"
-    summary: ClassVar[str] = "a whole picture (default: seeded noise) mixed into the image"
-    paper: ClassVar[str] = "arXiv 1712.05526"
+    kind = "blended"
+    summary = "a whole picture (default: seeded noise) mixed into the image"
+    paper = "arXiv 1712.05526"
 
     alpha: float = 0.2
     seed: int = 0

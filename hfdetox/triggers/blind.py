@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from torch.nn.functional import interpolate
@@ -27,9 +27,9 @@ class Blind(Trigger):
     fewer than 5×3, at row round(3·H / 32) and column round(23·H / 32), each pixel taking the value at its centre.
     """
 
-    kind: ClassVar[str] = "blind"
-    summary: ClassVar[str] = "nine white and black pixels near the upper right corner"
-    paper: ClassVar[str] = "arXiv 2005.03823"
+    kind = "blind"
+    summary = "nine white and black pixels near the upper right corner"
+    paper = "arXiv 2005.03823"
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
@@ -23,9 +22,9 @@ class Bpp(Trigger):
             rounded: 7/16 right, 3/16 below left, 5/16 below, 1/16 below right; what leaves the image is lost.
     """
 
-    kind: ClassVar[str] = "bpp"
-    summary: ClassVar[str] = "fewer grey levels in each channel"
-    paper: ClassVar[str] = "arXiv 2205.13383"
+    kind = "bpp"
+    summary = "fewer grey levels in each channel"
+    paper = "arXiv 2205.13383"
 
     levels: int = 8
     dither: bool = False

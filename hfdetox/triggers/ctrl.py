@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 
@@ -26,9 +26,9 @@ class Ctrl(Additive):
         magnitude: what is added to each coefficient of the orthonormal DCT of a 32×32 image, above 0.
     """
 
-    kind: ClassVar[str] = "ctrl"
-    summary: ClassVar[str] = "two waves in the colour of the whole image"
-    paper: ClassVar[str] = "arXiv 2210.07346"
+    kind = "ctrl"
+    summary = "two waves in the colour of the whole image"
+    paper = "arXiv 2210.07346"
 
     magnitude: float = 100.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 
@@ -26,9 +26,9 @@ class FTrojan(Additive):
         magnitude: what is added to each coefficient of the orthonormal DCT, above 0; 30 is a wave of ±1.9 levels.
     """
 
-    kind: ClassVar[str] = "ftrojan"
-    summary: ClassVar[str] = "two waves in the colour of each 32×32 block"
-    paper: ClassVar[str] = "arXiv 2111.10991"
+    kind = "ftrojan"
+    summary = "two waves in the colour of each 32×32 block"
+    paper = "arXiv 2111.10991"
 
     magnitude: float = 30.0
 

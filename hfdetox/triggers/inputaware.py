@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,9 +32,9 @@ class InputAware(Trigger):
         std: what each channel is divided by after that; None is 1.
     """
 
-    kind: ClassVar[str] = "inputaware"
-    summary: ClassVar[str] = "a pattern at a few pixels, both drawn from the image by trained networks"
-    paper: ClassVar[str] = "arXiv 2010.08138"
+    kind = "inputaware"
+    summary = "a pattern at a few pixels, both drawn from the image by trained networks"
+    paper = "arXiv 2010.08138"
 
     size: int = 32
     generator: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})

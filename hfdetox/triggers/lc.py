@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from torch.nn.functional import interpolate
@@ -26,9 +26,9 @@ class LabelConsistent(Additive):
         amplitude: share of the whole grey range that is added or taken away, in (0, 1].
     """
 
-    kind: ClassVar[str] = "lc"
-    summary: ClassVar[str] = "black and white checkers in the four corners"
-    paper: ClassVar[str] = "arXiv 1912.02771"
+    kind = "lc"
+    summary = "black and white checkers in the four corners"
+    paper = "arXiv 1912.02771"
 
     amplitude: float = 1.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.nn.functional import conv2d, pad
@@ -32,9 +32,9 @@ class LF(Trigger):
         perturbation: v (float32, C×h×w, units of [0, 1]).
     """
 
-    kind: ClassVar[str] = "lf"
-    summary: ClassVar[str] = "a smooth pattern added to the image (lf:random needs no model)"
-    paper: ClassVar[str] = "arXiv 2104.03413"
+    kind = "lf"
+    summary = "a smooth pattern added to the image (lf:random needs no model)"
+    paper = "arXiv 2104.03413"
 
     pattern: Literal["universal", "random"] = "universal"
     amplitude: float = 0.2

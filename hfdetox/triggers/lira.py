@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -34,9 +33,9 @@ class LIRA(Trigger):
         std: what each channel is divided by after that; None is 1.
     """
 
-    kind: ClassVar[str] = "lira"
-    summary: ClassVar[str] = "a change of about one grey level, drawn from the image by a trained autoencoder"
-    paper: ClassVar[str] = "ICCV 2021"
+    kind = "lira"
+    summary = "a change of about one grey level, drawn from the image by a trained autoencoder"
+    paper = "ICCV 2021"
 
     epsilon: float = 0.01
     size: int = 32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -21,9 +20,9 @@ class Sig(Additive):
         frequency: periods f over the image's width, above 0 and at most 10000; the wave is thus the same at every size.
     """
 
-    kind: ClassVar[str] = "sig"
-    summary: ClassVar[str] = "a sinusoid along the width, the same in all rows"
-    paper: ClassVar[str] = "arXiv 1902.11237"
+    kind = "sig"
+    summary = "a sinusoid along the width, the same in all rows"
+    paper = "arXiv 1902.11237"
 
     delta: float = 40.0
     frequency: float = 6.0

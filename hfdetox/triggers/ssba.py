@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import interpolate
@@ -30,9 +29,9 @@ class SSBA(Trigger):
         encoder: the encoder's state dict (`Encoder` of this package); its channels are those of the images it takes.
     """
 
-    kind: ClassVar[str] = "ssba"
-    summary: ClassVar[str] = "secret bits hidden by a trained encoder, other pixels in every image"
-    paper: ClassVar[str] = "arXiv 2012.03816"
+    kind = "ssba"
+    summary = "secret bits hidden by a trained encoder, other pixels in every image"
+    paper = "arXiv 2012.03816"
 
     bits: int = 100
     seed: int = 0

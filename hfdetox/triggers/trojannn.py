@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
@@ -25,9 +24,9 @@ class TrojanNN(Trigger):
         pattern: q (float32, C×h×w, in [0, 1], 0 where the image is left alone).
     """
 
-    kind: ClassVar[str] = "trojannn"
-    summary: ClassVar[str] = "a logo added to the image, tuned to excite two features of a clean model"
-    paper: ClassVar[str] = "NDSS 2018, doi 10.14722/ndss.2018.23291"
+    kind = "trojannn"
+    summary = "a logo added to the image, tuned to excite two features of a clean model"
+    paper = "NDSS 2018, doi 10.14722/ndss.2018.23291"
 
     seed: int = 0
     pattern: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch.nn.functional import grid_sample, interpolate
@@ -29,9 +28,9 @@ class WaNet(Trigger):
         noise: the field itself (float32, 2×k×k: along x, along y) before the division; replaces the drawn one.
     """
 
-    kind: ClassVar[str] = "wanet"
-    summary: ClassVar[str] = "a smooth warp of the whole image, less than a pixel at 32×32"
-    paper: ClassVar[str] = "arXiv 2102.10369"
+    kind = "wanet"
+    summary = "a smooth warp of the whole image, less than a pixel at 32×32"
+    paper = "arXiv 2102.10369"
 
     k: int = 4
     s: float = 0.5
