@@ -136,14 +136,12 @@ class Members(Generated):
     """The members of a family: summary, presets, settings with their defaults and what their docstring says."""
 
     def lines(self, name: str) -> Iterator[str]:
-        package = importlib.import_module(f"hfdetox.{name}")
-        for key, entry in sorted(package.available().items()):
-            kind = {"defenses": "DEFENSES", "triggers": "KINDS", "attacks": "POISONERS"}[name]
-            told = attributes(getattr(package, kind)[key])
-            yield from ["", f"## {code(key)}", "", getattr(self, f"_{name}")(entry), ""]
-            words = getattr(entry, "words", {})
+        registry = getattr(importlib.import_module(f"hfdetox.{name}"), name.upper())
+        for key, entry in registry.entries().items():
+            told = attributes(entry.member)
+            yield from ["", f"## {code(key)}", "", getattr(self, f"_{name}")(entry.member), ""]
             rows = [
-                [code(setting), self._told(told.get(setting, ""), words.get(setting, ())), self._value(default)]
+                [code(setting), self._told(told.get(setting, ""), entry.words.get(setting, ())), self._value(default)]
                 for setting, default in entry.parameters.items()
             ]
             if rows:
@@ -157,21 +155,21 @@ class Members(Generated):
     def _value(self, default: Any) -> str:
         return code(",".join(map(str, default)) if isinstance(default, tuple) else default)
 
-    def _defenses(self, entry: Any) -> str:
-        needs = f"Needs {text(entry.data)}; its cost, relative to plain fine-tuning: {text(entry.cost)}."
-        lines = [f"{_sentence(entry.summary)} From {text(entry.paper)}. {needs}", ""]
-        for preset, values in entry.presets.items():
-            changes = ", ".join(code(f"{key}={value}") for key, value in values.items())
+    def _defenses(self, member: Any) -> str:
+        needs = f"Needs {text(member.data)}; its cost, relative to plain fine-tuning: {text(member.cost)}."
+        lines = [f"{_sentence(member.summary)} From {text(member.paper)}. {needs}", ""]
+        for preset, values in member.presets.items():
+            changes = ", ".join(code(f"{key.rstrip('_')}={value}") for key, value in values.items())
             lines.append(
-                f"- {code(f'{entry.name}:{preset}')} {f'sets {changes}' if changes else 'is the defaults below'}"
+                f"- {code(f'{member.name}:{preset}')} {f'sets {changes}' if changes else 'is the defaults below'}"
             )
         return "\n".join(lines)
 
-    def _triggers(self, entry: Any) -> str:
-        return f"{_sentence(entry.summary)} From {text(entry.paper)}."
+    def _triggers(self, member: Any) -> str:
+        return f"{_sentence(member.summary)} From {text(member.paper)}."
 
-    def _attacks(self, entry: Any) -> str:
-        return f"{_sentence(entry.summary)} {_sentence(entry.how)}"
+    def _attacks(self, member: Any) -> str:
+        return f"{_sentence(member.summary)} {_sentence(member.how)}"
 
 
 def _sentence(value: str) -> str:
