@@ -99,8 +99,9 @@ def test_its_attack_its_trigger_and_its_defense_go_all_the_way(
     (tmp_path / "suite.yaml").write_text(SUITE.format(model=tmp_path / "bad", trigger=trigger))
     done = run_cli(["bench", "suite.yaml", "--dataset", colours, "--output", "bench"], env=environment)
     assert done.returncode == 0, done.stderr
-    [row] = json.loads((tmp_path / "bench" / "bench.json").read_text())["trials"]
-    assert (row["status"], row["method"], row["settings"]["keep"]) == ("done", "shrink", 0.9)
+    table = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    [row], [settings] = table["trials"], table["defenses"].values()
+    assert (row["status"], row["method"], settings["keep"]) == ("done", "shrink", 0.9)
     folder = tmp_path / "bench" / row["name"]
     report = Report.load(folder)
     assert report.before is not None
