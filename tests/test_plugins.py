@@ -56,6 +56,8 @@ def registry(*folders: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[Defens
     """Return the defenses of hfdetox and of the packages in these folders."""
     for folder in folders:
         monkeypatch.syspath_prepend(folder)
+        for module in folder.glob("*.py"):
+            sys.modules.pop(module.stem, None)
     return Registry("defenses", DefenseConfig, "name")
 
 
@@ -170,8 +172,6 @@ def test_a_broken_package_is_one_line_and_the_others_stay(
         found["tune"]
     assert str(caught.value) == said
     assert found["good"].name == "good"
-    for module in ("bad", "fine"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def test_a_name_of_hfdetox_is_not_taken_over(
