@@ -66,7 +66,7 @@ def report_table(report: Report) -> Table:
     states = {"before": report.before, "after": report.after}
     ratings = report.defense_effectiveness_rating or {}
     notes: dict[str, dict[str, str]] = {}
-    for name, verdict in trigger_verdicts(report).items():
+    for name, verdict in trigger_verdicts(report.before, report.after).items():
         rating = {"DER": estimate(ratings[name])} if name in ratings else {}
         notes[name] = {**rating, "verdict": str(verdict)}
     return measurement_table({heading: state for heading, state in states.items() if state is not None}, notes)

@@ -247,7 +247,7 @@ def _method(report: Report) -> str:
 
 def _measured(report: Report, targets: Mapping[str, str]) -> dict[str, Any]:
     """Return the template's summary sentence, table rows and triggers with their verdicts."""
-    verdicts, results = trigger_verdicts(report), report.before.triggers if report.before else {}
+    verdicts, results = trigger_verdicts(report.before, report.after), report.before.triggers if report.before else {}
     triggers = [
         {"name": name, "result": result, "target": targets[name], "verdict": verdicts[name]}
         for name, result in results.items()
@@ -265,7 +265,7 @@ def _summary(report: Report) -> str:
             "-", "−"
         )
     )
-    verdict = run_verdict(report)
+    verdict = run_verdict(report.before, report.after)
     if verdict is None:
         return f"**No trigger was known, so no backdoor was measured.** {accuracy}"
     words = {

@@ -143,7 +143,7 @@ def test_no_verdict_says_clean(triggers: bool) -> None:
 def test_without_triggers_it_says_that_no_backdoor_was_measured() -> None:
     report = written_report(triggers=False)
     card = card_of(report)
-    assert run_verdict(report) is None
+    assert run_verdict(report.before, report.after) is None
     assert "**No trigger was known, so no backdoor was measured.**" in card
     assert "**no backdoor was measured, neither before nor after**" in card
     assert "Any trigger at all" in card

@@ -82,7 +82,7 @@ def test_the_words_follow_the_numbers(before: Rate, after: Rate, summary: str, v
 
 def test_a_run_is_judged_by_its_worst_trigger() -> None:
     report = written_report()
-    assert run_verdict(report) is Verdict.REDUCED
+    assert run_verdict(report.before, report.after) is Verdict.REDUCED
     card = card_of(report)
     assert "**Reduced, not mitigated**" in card
     assert re.search(r"^- `badnets` .*\*\*mitigated\*\*$", card, re.MULTILINE)
@@ -99,4 +99,4 @@ def test_an_inconclusive_trigger_is_worse_than_a_mitigated_one_and_better_than_a
         after = {"weak": weak, **report.after.triggers} if report.after else {}
         low = {**after, "weak": replace(weak, attack_success_rate=LOW)}
         measured = replace(measured, after=replace(report.after, triggers=low)) if report.after else measured
-        assert run_verdict(measured) is verdict
+        assert run_verdict(measured.before, measured.after) is verdict
