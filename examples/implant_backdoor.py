@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, trigger in result.report.after.triggers.items():
         rate = trigger.attack_success_rate
         print(f"attack success of {name}: {rate.value:.1%} ({rate.successes}/{rate.samples})")
-    print("the attack took" if result.took else "the attack did not take: train longer, or poison more")
+    print("the attack succeeded" if result.succeeded else "the attack did not succeed: train longer, or poison more")
     file = f"{result.output}/triggers/{name}.safetensors"
     print(f"clean it: hfdetox {result.output} --dataset {options.dataset} --trigger {file}")
 

@@ -76,7 +76,7 @@ def implant(
         goal_accuracy: accuracy that counts as success; None: from a trained model its accuracy less 0.02, from scratch
             none. With such a goal, up to 1,000 training images are held out, and the training ends with the first
             epoch after which all goals are reached on them; without one it runs all its epochs.
-        output: folder of the result; None keeps it in memory. It is written also when the attack did not take.
+        output: folder of the result; None keeps it in memory. It is written also when the attack did not succeed.
         push_to: where to publish it; a backdoored model only with `i_know_this_is_backdoored`, and privately unless
             `public`; a clean baseline publicly unless `private`.
 
@@ -149,8 +149,8 @@ def implant(
     cross = cross_accuracies(evaluation, done.implants)
     report = close_report(report, done, after, visibility, cross, epochs=training.epochs,
                           reached=monitor is not None and monitor.reached)  # fmt: skip
-    if not report.took:
-        notes.warn(f"the attack did not take: {'; '.join(missed_goals(after.measurement, goals))}")
+    if not report.succeeded:
+        notes.warn(f"the attack did not succeed: {'; '.join(missed_goals(after.measurement, goals))}")
     result = AttackResult(report, classifier, AttackArtifacts(source_card, evaluation, after, visibility))
     if run.output is not None:
         result.save(run.output, overwrite=run.overwrite)

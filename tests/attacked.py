@@ -16,7 +16,7 @@ LABELS = ("plane", "car", "a `b` [c]")
 
 
 def attack_report(**changes: Any) -> AttackReport:
-    """Return the report of a model with one trigger, `dot`, that took: ASR 19 of 20, ACC 27 of 30."""
+    """Return the report of a model with one trigger, `dot`, that succeeded: ASR 19 of 20, ACC 27 of 30."""
     implanted = ImplantedTrigger(
         kind="badnets", spec="badnets:name=dot", mode="native", target=2, file_sha256="f" * 64, poison_ratio=0.1,
         poisoned_images=10, recipe="dirty-label", settings={}, psnr=31.26, max_change=255, changed=1.0,
@@ -32,7 +32,7 @@ def attack_report(**changes: Any) -> AttackReport:
             training={"epochs": 3}, epochs=3, steps=9, seconds=1.5, images_per_second=200.0, precision="no",
             devices=["cpu"], stopped_early=False,
         ),
-        before=None, after=Measurement(rate(27, 30), 0.4, {"dot": measured}), goals=Goals(0.9, None), took=True,
+        before=None, after=Measurement(rate(27, 30), 0.4, {"dot": measured}), goals=Goals(0.9, None), succeeded=True,
         history=[{"phase": "train", "epoch": 1, "loss": 0.5}], output=OutputInfo(weights_sha256="e" * 64),
         environment=EnvironmentInfo("3.11", "2", "1", "5", "1", "5", "cpu", 0, "hfdetox attack timm-arch:resnet18"),
     )  # fmt: skip

@@ -152,7 +152,7 @@ def test_implant_backdoor_writes_a_model_that_says_what_it_is(
     report = json.loads((in_toy / "backdoored" / "attack_report.json").read_text())
     success = report["after"]["triggers"]["badnets"]["attack_success_rate"]
     assert f"({success['successes']}/{success['samples']})" in printed
-    assert "the attack took" in printed or "did not take" in printed
+    assert "the attack succeeded" in printed or "did not succeed" in printed
     assert "This model is deliberately backdoored" in (in_toy / "backdoored" / "README.md").read_text()
     assert "clean it: hfdetox toy/backdoored --dataset toy/digits" in printed
 

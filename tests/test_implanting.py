@@ -53,8 +53,8 @@ def test_a_backdoor_from_scratch_is_measured_and_written_whole(dataset: Path, tm
     report = result.report
     assert report.attack.start == "scratch"
     assert report.before is None
-    assert report.took
-    assert result.took
+    assert report.succeeded
+    assert result.succeeded
     # a quarter of 120 images; the 20 test images that are not green carry the trigger
     assert report.attack.triggers["badnets"].poisoned_images == 30
     assert (report.dataset.clean_samples, report.dataset.eval_samples) == (120, 30)
@@ -120,14 +120,14 @@ def test_the_accuracy_goal_of_a_trained_model_is_two_points_below_its_own(
     assert report.goals.accuracy == pytest.approx(report.before.accuracy.value - 0.02)
 
 
-def test_an_attack_that_did_not_take_is_written_and_says_so(dataset: Path, tmp_path: Path) -> None:
+def test_an_attack_that_did_not_succeed_is_written_and_says_so(dataset: Path, tmp_path: Path) -> None:
     result = attack(dataset, poison_ratio=0.01, goal_asr=1.0, settings={"epochs": "1"}, output=tmp_path / "out")
-    assert not result.took
+    assert not result.succeeded
     assert any(
-        text.startswith("the attack did not take: trigger badnets succeeds on") for text in result.report.warnings
+        text.startswith("the attack did not succeed: trigger badnets succeeds on") for text in result.report.warnings
     )
-    assert json.loads((tmp_path / "out" / "attack_report.json").read_text())["took"] is False
-    assert "**The attack did not take**" in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "attack_report.json").read_text())["succeeded"] is False
+    assert "**The attack did not succeed**" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_several_triggers_with_their_own_targets(dataset: Path) -> None:

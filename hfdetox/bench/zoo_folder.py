@@ -141,7 +141,11 @@ class Zoo(CellFolder[Cell, Row]):
                              "or remove the folder to build the cell again")  # fmt: skip
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
-            return row_of(cell, "done" if report["took"] else "did not take", report=report)
+            return row_of(
+                cell,
+                "done" if report["succeeded" if "succeeded" in report else "took"] else "did not take",
+                report=report,
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{file} cannot be read ({error!r}); remove the folder to build the cell again") from error
 

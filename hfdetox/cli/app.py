@@ -130,12 +130,12 @@ def attack(context: typer.Context, options: AttackOptions) -> None:
         if report.output.pushed_to is not None:
             lines.append(f"published: {console.at_revision(report.output.pushed_to, report.output.commit)}")
         out.show(report.to_dict(), lines)
-        if not report.took:
+        if not report.succeeded:
             raise typer.Exit(1)
 
 
 def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -> None:
-    """Build the models of a suite file; the exit status is 1 when one failed or did not take."""
+    """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
     with (
         interruptible(lambda: "what is finished stays: give the same command again to go on"),
         standard_output(options) as out,

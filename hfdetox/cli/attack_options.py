@@ -79,11 +79,11 @@ class AttackOptions(DataOptions):
     lr: Annotated[float | None, on_attack("--lr", help="Short for --set learning_rate=X.")] = None
     batch_size: Annotated[int | None, on_attack("--batch-size", min=1, help="Short for --set batch_size=N.")] = None
     goal_asr: Annotated[
-        float, on_attack("--goal-asr", metavar="RATE", help="Attack success rate from which it took.")
+        float, on_attack("--goal-asr", metavar="RATE", help="Attack success rate from which it succeeded.")
     ] = 0.9
     goal_accuracy: Annotated[
         float | None,
-        on_attack("--goal-accuracy", metavar="RATE", help="Accuracy from which it took; with it the training stops "
+        on_attack("--goal-accuracy", metavar="RATE", help="Accuracy from which it succeeded; with it training stops "
                   "when both goals are reached.",
                   show_default="of a trained model its own less 0.02, from scratch none"),
     ] = None  # fmt: skip

@@ -73,7 +73,7 @@ def report_table(report: Report) -> Table:
 
 
 def attack_lines(report: AttackReport) -> list[str]:
-    """Return the lines above an attack's table: what was trained on which images, how fast, and whether it took."""
+    """Return the lines above an attack's table: what was trained on which images, how fast, and its success."""
     attack, missed = report.attack, missed_goals(report.after, report.goals) if report.after else []
     what = f"backdoor in {report.model.id}" if report.backdoored else f"clean baseline of {report.model.id}"
     start = "from scratch" if attack.start == SCRATCH else f"from {at_revision(attack.start, report.model.revision)}"
@@ -84,11 +84,11 @@ def attack_lines(report: AttackReport) -> list[str]:
     ]
     if report.before is not None:
         lines.append(f"accuracy before: {estimate(report.before.accuracy)}")
-    # a control of which nothing was asked has nothing to take
+    # a baseline of which nothing was asked cannot fail
     if missed:
-        lines.append(f"{'THE ATTACK DID NOT TAKE' if report.backdoored else 'NOT REACHED'}: {'; '.join(missed)}")
+        lines.append(f"{'THE ATTACK DID NOT SUCCEED' if report.backdoored else 'NOT REACHED'}: {'; '.join(missed)}")
     elif report.backdoored:
-        lines.append("the attack took")
+        lines.append("the attack succeeded")
     return lines
 
 

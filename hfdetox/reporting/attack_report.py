@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate
 from hfdetox.evaluation.verdict import percent
-from hfdetox.models.info import ModelInfo
-from hfdetox.reporting.report import ATTACK_REPORT_NAME, SCHEMA_VERSION, EnvironmentInfo, OutputInfo, ReportFile
+from hfdetox.reporting.report import ATTACK_REPORT_NAME, RunReport
 
 SCRATCH: typing.Final = "scratch"
 
@@ -88,29 +86,20 @@ class Goals:
     accuracy: float | None
 
 
-@dataclass(frozen=True)
-class AttackReport(ReportFile):
-    """Everything measured and everything needed to repeat it; `before` is None for a model trained from scratch.
-
-    `took` says that every goal was reached on the evaluation images. `after` and the fields of `output` are None until
-    they are known.
-    """
+@dataclass(frozen=True, kw_only=True)
+class AttackReport(RunReport):
+    """The report of an attack; `succeeded` says that every goal was reached on the evaluation images."""
 
     NAME: ClassVar[str] = ATTACK_REPORT_NAME
 
-    hfdetox_version: str
-    model: ModelInfo
-    dataset: DatasetInfo
     attack: AttackInfo
-    before: Measurement | None
-    after: Measurement | None
     goals: Goals
-    took: bool
-    history: list[dict[str, Any]]
-    output: OutputInfo
-    environment: EnvironmentInfo
-    warnings: list[str] = field(default_factory=list)
-    schema_version: int = SCHEMA_VERSION
+    succeeded: bool
+
+    @classmethod
+    def _upgraded(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        # the word of version 1
+        return {"succeeded" if name == "took" else name: value for name, value in plain.items()}
 
     @property
     def backdoored(self) -> bool:

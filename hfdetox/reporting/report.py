@@ -1,4 +1,4 @@
-"""The report: everything measured and everything needed to repeat it, as dataclasses and as `detox_report.json`."""
+"""The reports: everything measured and everything needed to repeat it, as dataclasses and as JSON files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
 from hfdetox.values import read_fields
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,32 @@ class EnvironmentInfo:
     command: str
 
 
-class ReportFile:
-    """What all reports are: a dataclass that becomes a JSON file and back."""
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What both reports hold, and how they become a JSON file and back.
+
+    `before` is None for a model trained from scratch. `after` and the fields of `output` are None until they are known,
+    so that the card can be built and checked before the training starts.
+    """
 
     NAME: ClassVar[str]
 
+    hfdetox_version: str
+    model: ModelInfo
+    dataset: DatasetInfo
+    before: Measurement | None
+    after: Measurement | None
+    history: list[dict[str, Any]]
+    output: OutputInfo
+    environment: EnvironmentInfo
+    warnings: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON types, `schema_version` and `hfdetox_version` first."""
-        plain = dataclasses.asdict(cast(Any, self))
-        return {"schema_version": plain.pop("schema_version"), **plain}
+        """Return the report as plain JSON types, `schema_version` and `hfdetox_version` first, the history late."""
+        plain = dataclasses.asdict(self)
+        late = {name: plain.pop(name) for name in ("history", "output", "environment", "warnings")}
+        return {"schema_version": plain.pop("schema_version"), **plain, **late}
 
     def save(self, folder: Path) -> Path:
         """Write the report into `folder` under its name and return its path."""
@@ -89,11 +106,21 @@ class ReportFile:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """Rebuild a report from `to_dict`'s result; raises UsageError for another schema version or unknown fields."""
+        """Rebuild a report from `to_dict`'s result, or from that of an earlier version.
+
+        Raises:
+            UsageError: the report of a newer hfdetox, or none; unknown, missing or wrong fields.
+        """
         version = plain.get("schema_version") if isinstance(plain, dict) else None
-        if version != SCHEMA_VERSION:
-            raise UsageError(f"report has schema version {version!r}; this hfdetox reads {SCHEMA_VERSION}")
-        return cast(Self, read_fields("", cls, plain))
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+            raise UsageError(f"report has schema version {version!r}; this hfdetox reads 1 to {SCHEMA_VERSION}, "
+                             "a newer one may read more")  # fmt: skip
+        return cast(Self, read_fields("", cls, {**cls._upgraded(plain), "schema_version": SCHEMA_VERSION}))
+
+    @classmethod
+    def _upgraded(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return a report of any known version with this version's fields; new ones have defaults."""
+        return plain
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -111,28 +138,14 @@ class ReportFile:
             raise UsageError(f"{path} is not a hfdetox report: {error}") from error
 
 
-@dataclass(frozen=True)
-class Report(ReportFile):
-    """Everything measured and everything needed to repeat it.
-
-    `after`, `defense_effectiveness_rating` and the fields of `output` are None until they are known, so that the
-    card can be built and checked before the training starts.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Report(RunReport):
+    """The report of a cleaning run; `defense_effectiveness_rating` is None without triggers, and until it is known."""
 
     NAME: ClassVar[str] = REPORT_NAME
 
-    hfdetox_version: str
-    model: ModelInfo
-    dataset: DatasetInfo
     defense: DefenseInfo
-    before: Measurement | None
-    after: Measurement | None
     defense_effectiveness_rating: dict[str, Rating] | None
-    history: list[dict[str, Any]]
-    output: OutputInfo
-    environment: EnvironmentInfo
-    warnings: list[str] = field(default_factory=list)
-    schema_version: int = SCHEMA_VERSION
 
 
 def describe_target(target: int | str, labels: Sequence[str] | None = None) -> str:

@@ -55,9 +55,9 @@ class AttackResult(SavedResult):
         return [view.trigger for view in self.artifacts.evaluation.views]
 
     @property
-    def took(self) -> bool:
+    def succeeded(self) -> bool:
         """Whether every goal was reached on the evaluation images."""
-        return self.report.took
+        return self.report.succeeded
 
     def push_to_hub(
         self, repo_id: str, *, i_know_this_is_backdoored: bool = False, private: bool = False, public: bool = False,

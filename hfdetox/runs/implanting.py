@@ -208,7 +208,7 @@ def open_report(
         before=before.measurement if before is not None else None,
         after=None,
         goals=goals,
-        took=False,
+        succeeded=False,
         history=[],
         output=OutputInfo(pushed_to=push_to),
         environment=describe_environment(context.accelerator.device, seed=run.seed, command=run.command()),
@@ -238,7 +238,11 @@ def close_report(
         stopped_early=reached and record.history[-1]["epoch"] < epochs,
     )  # fmt: skip
     return replace(
-        report, attack=attack, after=measured, took=not missed_goals(measured, report.goals), history=record.history
+        report,
+        attack=attack,
+        after=measured,
+        succeeded=not missed_goals(measured, report.goals),
+        history=record.history,
     )
 
 

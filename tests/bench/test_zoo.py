@@ -67,7 +67,7 @@ def statuses(outcome):
 def status_of(zoo):
     """Whether two epochs on noise took is chance; the report says it."""
     report = json.loads((zoo / ATTACKED / "attack_report.json").read_text())
-    return "done" if report["took"] else "did not take"
+    return "done" if report["succeeded"] else "did not take"
 
 
 def times(zoo):
@@ -178,11 +178,11 @@ def test_the_zoo_may_move_with_its_dataset(copied, pictures, tmp_path):
     assert Zoo(load_suite(file), place).rows[CLEAN].status == "done"
 
 
-@pytest.mark.parametrize(("took", "status"), [(True, "done"), (False, "did not take")])
-def test_an_attack_that_did_not_take_is_finished(copied, pictures, took, status):
+@pytest.mark.parametrize(("succeeded", "status"), [(True, "done"), (False, "did not take")])
+def test_an_attack_that_did_not_take_is_finished(copied, pictures, succeeded, status):
     file, zoo = copied
     path = zoo / ATTACKED / "attack_report.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"took": took}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"succeeded": succeeded}))
     assert Zoo(load_suite(file), ZooSettings(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
 
 

@@ -71,7 +71,7 @@ def test_a_cell_is_run_by_one_run_at_a_time_and_a_dead_run_holds_nothing(tmp_pat
 def finish(zoo, cell, weights="a" * 64):
     """Write a cell by hand, as its process leaves it."""
     report = {
-        "took": True, "output": {"weights_sha256": weights},
+        "succeeded": True, "output": {"weights_sha256": weights},
         "attack": {"epochs": 1, "seconds": 1.0, "images_per_second": 1.0, "triggers": {}},
         "after": {"accuracy": {"value": 1.0}, "triggers": {}},
     }  # fmt: skip

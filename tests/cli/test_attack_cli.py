@@ -115,17 +115,17 @@ def test_json_is_the_report_and_the_status_says_whether_it_took(
     assert document == json.loads((tmp_path / "out" / "attack_report.json").read_text())
     assert cli.run([*run, "--goal-asr", "1", "--poison-ratio", "0.01", "--overwrite"]) == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["took"] is False
-    assert "hfdetox: warning: the attack did not take: trigger badnets succeeds on" in err
+    assert json.loads(out)["succeeded"] is False
+    assert "hfdetox: warning: the attack did not succeed: trigger badnets succeeds on" in err
 
 
-def test_the_screen_says_that_it_did_not_take(
+def test_the_screen_says_that_it_did_not_succeed(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = words(dataset, "--trigger", "badnets:size=8", "--output", str(tmp_path / "out"), epochs="1")
     assert cli.run([*run, "--goal-asr", "1", "--poison-ratio", "0.01"]) == 1
     out = capsys.readouterr().out
-    assert "THE ATTACK DID NOT TAKE: trigger badnets succeeds on" in out
+    assert "THE ATTACK DID NOT SUCCEED: trigger badnets succeeds on" in out
     assert "PSNR" in out
 
 

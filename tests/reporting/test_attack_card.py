@@ -67,13 +67,13 @@ def test_the_commands_measure_and_clean_with_the_trigger_file() -> None:
     assert "sam:rho=2.0,adaptive=true" in text
 
 
-def test_an_attack_that_did_not_take_says_so() -> None:
+def test_an_attack_that_did_not_succeed_says_so() -> None:
     low = attack_report()
     assert low.after is not None
     result = replace(low.after.triggers["dot"], attack_success_rate=rate(2, 20))
-    text = card(replace(low, took=False, after=replace(low.after, triggers={"dot": result}))).text
-    assert "**The attack did not take**: trigger dot succeeds on 10.0 % of the images, below 90.0 %." in text
-    assert "did not take" not in card(attack_report()).text
+    text = card(replace(low, succeeded=False, after=replace(low.after, triggers={"dot": result}))).text
+    assert "**The attack did not succeed**: trigger dot succeeds on 10.0 % of the images, below 90.0 %." in text
+    assert "did not succeed" not in card(attack_report()).text
 
 
 def test_before_the_training_the_numbers_are_pending() -> None:

@@ -16,6 +16,10 @@ from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
 from hfdetox.models.classifier import ModelInfo  # fmt: skip
 from hfdetox.reporting.report import DefenseInfo, EnvironmentInfo, OutputInfo, Report, describe_target
+from tests.written_report import written_report
+
+# as hfdetox 0.1.0 wrote them
+VERSION_1 = Path(__file__).parent / "version_1"
 
 
 def measurement(successes: int) -> Measurement:
@@ -75,7 +79,7 @@ def test_round_trip_of_a_report_with_gaps(changes: dict[str, Any], tmp_path: Pat
 def test_the_keys_are_those_of_the_contract() -> None:
     plain = json.loads(json.dumps(full_report().to_dict()))
     assert list(plain)[:2] == ["schema_version", "hfdetox_version"]
-    assert plain["schema_version"] == 1
+    assert plain["schema_version"] == 2
     assert set(plain) - {"warnings"} == {
         "schema_version", "hfdetox_version", "model", "dataset", "defense", "before", "after",
         "defense_effectiveness_rating", "history", "output", "environment",
@@ -123,11 +127,18 @@ def test_targets_in_words() -> None:
     assert describe_target("all-to-all") == "every class to the next one"
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", True, 1.0, None])
 def test_another_schema_version_is_refused(version: object) -> None:
     plain = {**full_report().to_dict(), "schema_version": version}
-    with pytest.raises(UsageError, match=f"schema version {version!r}; this hfdetox reads 1"):
+    with pytest.raises(UsageError, match=f"schema version {version!r}; this hfdetox reads 1 to 2"):
         Report.from_dict(plain)
+
+
+def test_a_report_of_an_earlier_version_is_read() -> None:
+    again = Report.load(VERSION_1)
+    assert json.loads((VERSION_1 / "detox_report.json").read_text())["schema_version"] == 1
+    assert again == written_report()
+    assert again.schema_version == 2
 
 
 @pytest.mark.parametrize("part", ["", "model", "before", "output"])
