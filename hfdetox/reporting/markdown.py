@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Callable, Iterator
+import textwrap
+
+from markdown_it import MarkdownIt
+from markdown_it.common.normalize_url import normalizeLink
+from markdown_it.tree import SyntaxTreeNode
 
 SOURCE_HEADING = "## Card of the source model"
 SOURCE_MARK = "<!-- hfdetox: card of the source model -->"
 EARLIER_BEGIN, EARLIER_END = "<!-- hfdetox: earlier run -->", "<!-- hfdetox: end of earlier run -->"
+# the highest heading of a source's text, which stands below one of level 2
+SOURCE_LEVEL = 3
+# characters of a source's text that are kept; the parser takes up to a second for so many
+SOURCE_MOST = 40_000
 
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$")
-_HEADING = re.compile(r"^( {0,3})(#{1,6})(?=[ \t]|$)(.*)$")
-_SETEXT = re.compile(r"^ {0,3}(=+|-+)[ \t]*$")
-_NOT_A_PARAGRAPH = re.compile(r"^\s*$|^ {0,3}([#>|]|[-*+][ \t]|\d+[.)][ \t]|<)|^( {4}|\t)")
-_HTML_HEADING = re.compile(r"(</?h)([1-6])(?=[\s>])", re.IGNORECASE)
-_RELATIVE_LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(\s*<?(?![a-zA-Z][a-zA-Z0-9+.-]*:|#|/)(?:\./)?([^\s)<>]+)>?([^()]*)\)")
-_RELATIVE_HTML = re.compile(r"""\b(src|href)=(["'])(?![a-zA-Z][a-zA-Z0-9+.-]*:|#|/)(?:\./)?([^"']+)\2""", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
+_TAG = re.compile(r"<!--.*?(?:-->|\Z)|<[^<>]*>", re.DOTALL)
+_PICTURE = re.compile(r"""<img\s(?:[^<>]*\s)?src\s*=\s*["']([^"'<>\s]+)["']""", re.IGNORECASE)
+# what can be read as Markdown anywhere, and what at the start of a line (but a table's row of dashes has pipes)
+_SPECIAL = re.compile(r"[\\`\[\]]|\*(?! )|(?<! )\*|(?<!\w)_|_(?!\w)|!$")
+_LINE_START = re.compile(r"^(\d*)(?:(?<=\d)(?=[.)])|(?=[~#])|(?=[-+=](?!-*:? *\|[-:| ]*$)))")
 
 
 def one_line(value: object) -> str:
@@ -50,96 +58,94 @@ def fenced(value: str, language: str) -> str:
     return f"{fence}{language}\n{value.strip()}\n{fence}"
 
 
-def _lines(markdown: str) -> Iterator[tuple[str, bool]]:
-    """Yield (line, whether it is part of a fenced code block)."""
-    fence = ""
-    for line in markdown.splitlines():
-        match = _FENCE.match(line)
-        if fence:
-            yield line, True
-            if match and match[1].startswith(fence) and not match[2].strip():
-                fence = ""
-        elif match and not (match[1][0] == "`" and "`" in match[2]):
-            fence = match[1]
-            yield line, True
-        else:
-            yield line, False
+def _safe(markdown: str, base_url: str | None) -> str:
+    """Return a stranger's Markdown written anew from its parse.
 
-
-def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
-    return "\n".join(line if fenced_line else change(line) for line, fenced_line in _lines(markdown))
-
-
-def demote_headings(markdown: str, levels: int) -> str:
-    """Push every heading (`#`, underlined and HTML ones, not those in code) `levels` down, to 6 at most."""
-    result: list[str] = []
-    paragraph = False
-    for line, fenced_line in _lines(markdown):
-        underline = None if fenced_line else _SETEXT.match(line)
-        if underline and paragraph:
-            level = min(6, (1 if underline[1][0] == "=" else 2) + levels)
-            result[-1] = f"{'#' * level} {result[-1].strip()}"
-            paragraph = False
-            continue
-        if not fenced_line:
-            line = _HEADING.sub(lambda m: f"{m[1]}{'#' * min(6, len(m[2]) + levels)}{m[3]}", line)
-            line = _HTML_HEADING.sub(lambda m: f"{m[1]}{min(6, int(m[2]) + levels)}", line)
-        result.append(line)
-        paragraph = not fenced_line and not _NOT_A_PARAGRAPH.match(line)
-    return "\n".join(result)
-
-
-def anchor_links(markdown: str, base_url: str | None) -> str:
-    """Make relative links and pictures outside code absolute, below `base_url` (…/REPO/{kind}/COMMIT).
-
-    `base_url` holds the placeholder `{kind}` for `resolve` (pictures) or `blob` (links). None: there is nothing to
-    point at, and a relative name would show another file of this repository, so only the words stay.
+    It has no raw HTML (of which words and pictures stay), no heading above `SOURCE_LEVEL`, and no link that could run.
     """
+    parser = MarkdownIt("commonmark")
+    # the parser leaves a link that it takes for unsafe as text, which another parser may take for a link
+    parser.validateLink = lambda url: True  # type: ignore[method-assign]
+    # our marks in a stranger's code block would be taken for ours the next time
+    tree = SyntaxTreeNode(parser.parse(markdown[:SOURCE_MOST].replace("<!-- hfdetox:", "<!-- hfdetox,")))
+    highest = min((int(node.tag[1]) for node in tree.walk() if node.type == "heading"), default=SOURCE_LEVEL)
+    cut = f"\n\n(Only the first {SOURCE_MOST:,} characters are shown.)" if len(markdown) > SOURCE_MOST else ""
+    return _write(tree, max(0, SOURCE_LEVEL - highest), base_url) + cut
 
-    def link(match: re.Match[str]) -> str:
-        picture, words, path, rest = match.groups()
-        if base_url is None:
-            return words
-        return f"{picture}[{words}]({base_url.replace('{kind}', 'resolve' if picture else 'blob')}/{path}{rest})"
 
-    def attribute(match: re.Match[str]) -> str:
-        name, quote, path = match.groups()
-        if base_url is None:
-            return f"{name}={quote}{quote}"
-        kind = "resolve" if name.lower() == "src" else "blob"
-        return f"{name}={quote}{base_url.replace('{kind}', kind)}/{path}{quote}"
+def _write(node: SyntaxTreeNode, shift: int, base_url: str | None) -> str:
+    inner = [_write(child, shift, base_url) for child in node.children]
+    words = "".join(inner)
+    match node.type:
+        case "text":
+            return _SPECIAL.sub(r"\\\g<0>", html.escape(node.content, quote=False))
+        case "code_inline":
+            return code(node.content)
+        case "softbreak" | "hardbreak":
+            return "\n" if node.type == "softbreak" else "\\\n"
+        case "em" | "strong":
+            return f"{node.markup}{words}{node.markup}"
+        case "link" | "image":
+            title = f' "{html.escape(text(node.attrs["title"]))}"' if "title" in node.attrs else ""
+            url = _absolute(str(node.attrs.get("href", node.attrs.get("src"))), node.type == "image", base_url)
+            return f"{'!' * (node.type == 'image')}[{words}]({url}{title})" if url else words
+        case "html_block" | "html_inline":
+            urls = [_absolute(normalizeLink(url), True, base_url) for url in _PICTURE.findall(node.content)]
+            plain = text(html.unescape(_TAG.sub(" ", node.content)))
+            return "".join(f"![]({url})" for url in urls if url) + plain
+        case "inline":
+            return "\n".join(_LINE_START.sub(r"\1\\", line.strip()) for line in words.split("\n"))
+        case "heading":
+            return f"{'#' * min(6, int(node.tag[1]) + shift)} {words}".replace("\n", " ")
+        case "fence" | "code_block":
+            return fenced(node.content, re.sub(r"[^\w+.#-].*", "", node.info.strip(), flags=re.DOTALL))
+        case "hr":
+            return "***"
+        case "blockquote":
+            return textwrap.indent("\n\n".join(inner), "> ", lambda line: True)
+        case "list_item":
+            mark = f"{node.info}{node.markup} "
+            return mark + textwrap.indent("\n\n".join(inner), " " * len(mark)).lstrip()
+    return ("\n" if node.type.endswith("_list") else "\n\n").join(filter(None, inner))
 
-    return _outside_code(markdown, lambda line: _RELATIVE_HTML.sub(attribute, _RELATIVE_LINK.sub(link, line)))
+
+def _absolute(url: str, picture: bool, base_url: str | None) -> str | None:
+    """Return a link of a source's text made absolute, None for one that could run or that points nowhere."""
+    scheme = _SCHEME.match(url)
+    if scheme and scheme[0].lower() not in ("http:", "https:", "mailto:"):
+        return None
+    url = url.replace("(", "%28").replace(")", "%29")
+    if scheme or url.startswith(("#", "/")):
+        return url
+    return base_url and f"{base_url.replace('{kind}', 'resolve' if picture else 'blob')}/{url.removeprefix('./')}"
 
 
 def embed_source(body: str, base_url: str | None) -> str:
     """Return the source card's text (without its YAML) for use below a level-2 heading; "" when it has none.
 
     A source that hfdetox wrote holds its own source's text; then that text is kept with the last run's, and what
-    earlier runs wrote is left out, so that cards of models processed again and again stay of bounded length.
+    earlier runs wrote is left out, so that cards of models processed again and again stay of bounded length. No part is
+    trusted: anybody can write our marks.
+
+    Args:
+        body: of whose parts the first `SOURCE_MOST` characters are kept each.
+        base_url: where relative links and pictures lie (…/REPO/{kind}/COMMIT), with the placeholder `{kind}` for
+            `resolve` (pictures) or `blob` (links). None: there is nothing to point at, and a relative name would show
+            another file of this repository, so only the words stay.
     """
-    # only a mark on a line of its own is ours: names and labels never span lines
-    own, *rest = re.split(f"^{re.escape(SOURCE_MARK)}$", body, maxsplit=1, flags=re.MULTILINE)
-    if rest:
-        own = re.sub(f"^{SOURCE_HEADING}$.*", "", own, flags=re.MULTILINE | re.DOTALL)
-    own = demote_headings(anchor_links(own, base_url), 2).strip()
-    if not rest:
-        return own
-    original = re.sub(f"{re.escape(EARLIER_BEGIN)}.*?{re.escape(EARLIER_END)}", "", rest[0], flags=re.DOTALL).strip()
-    return f"{EARLIER_BEGIN}\n\n{own}\n\n{EARLIER_END}\n\n{original}".strip()
+    own, mark, original = body.partition(f"\n{SOURCE_MARK}\n")
+    if not mark:
+        return _safe(own, base_url)
+    own = own.partition(f"\n{SOURCE_HEADING}\n")[0]
+    original = original.partition(f"\n{EARLIER_END}\n")[2] or original
+    return f"{EARLIER_BEGIN}\n\n{_safe(own, base_url)}\n\n{EARLIER_END}\n\n{_safe(original, base_url)}".strip()
 
 
 def empty_sections(markdown: str) -> list[str]:
     """Return the headings that nothing follows but another heading of the same or a higher level, or the end."""
-    empty: list[str] = []
-    pending: tuple[int, str] | None = None
-    for line, fenced_line in _lines(markdown):
-        heading = None if fenced_line else _HEADING.match(line)
-        if heading:
-            level = len(heading[2])
-            if pending and level <= pending[0]:
-                empty.append(pending[1])
-            pending = (level, line.strip())
-        elif line.strip():
-            pending = None
-    return empty + ([pending[1]] if pending else [])
+    nodes = SyntaxTreeNode(MarkdownIt("commonmark").parse(markdown)).children
+    return [
+        f"{node.markup} {node.children[0].content}"
+        for node, after in zip(nodes, [*nodes[1:], None], strict=True)
+        if node.type == "heading" and (after is None or (after.type == "heading" and after.tag <= node.tag))
+    ]
