@@ -130,12 +130,21 @@ def read_untyped(where: str, text: str) -> Any:
         found = json.loads(text)
     except ValueError:
         try:
-            found = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            found = load_yaml(text)
+        except ValueError as error:
             raise UsageError(f"{where}: the value is neither JSON nor YAML") from error
     if not _is_plain(found, _DEEPEST):
         raise UsageError(f"{where}: give a number, true or false, a list or a text")
     return found
+
+
+def load_yaml(text: str) -> Any:
+    """Return what YAML holds, as plain types; ValueError for what is none, whoever wrote it."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # PyYAML has no error of its own for a date of month 13, an odd tag or brackets a thousand deep
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _is_plain(value: Any, depth: int) -> bool:

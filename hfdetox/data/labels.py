@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hfdetox.errors import UsageError
+from hfdetox.values import load_yaml
 
 DROPPED = -1
 _SHOWN = 8
@@ -178,10 +178,10 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
         path, where = Path(label_map), f"label map {label_map}"
         try:
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            content = json.loads(text) if path.suffix == ".json" else load_yaml(text)
         except (OSError, UnicodeDecodeError) as error:
             raise LabelMapError(f"{where} cannot be read ({error}); give a JSON or YAML file") from error
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError) as error:
             raise LabelMapError(f"{where} is not valid: {' '.join(str(error).split())}") from error
     else:
         content = dict(label_map)

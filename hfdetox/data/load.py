@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -22,6 +21,7 @@ from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.data.readers import SCAN_LIMIT, SplitReader
 from hfdetox.data.sampling import Selection, check_samples, choose_balanced, choose_uniform, sample_count
 from hfdetox.errors import UsageError
+from hfdetox.values import load_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -338,8 +338,8 @@ def default_dataset(card_text: str | None) -> str:
     advice = "give --dataset ID"
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card_text or "", re.DOTALL)
     try:
-        header = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError as error:
+        header = load_yaml(match.group(1)) if match else None
+    except ValueError as error:
         raise UsageError(f"the YAML of the model's card cannot be read; {advice}") from error
     named = header.get("datasets") if isinstance(header, dict) else None
     ids = [named] if isinstance(named, str) else named if isinstance(named, list) else []

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -15,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate, TriggerResult
 from hfdetox.models.info import ModelInfo
+from hfdetox.values import load_yaml
 
 PENDING = "pending"
 LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}
@@ -27,8 +27,8 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
     if not block:
         return {}, card
     try:
-        fields = yaml.safe_load(block.group(2))
-    except yaml.YAMLError:
+        fields = load_yaml(block.group(2))
+    except ValueError:
         fields = None
     return (fields if isinstance(fields, dict) else {}), card[block.end() :]
 

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from hfdetox.reporting.report import Report
+from hfdetox.values import load_yaml
 
 EVAL_RESULTS_FOLDER = ".eval_results"
 
@@ -61,8 +62,8 @@ def accuracy_tasks(text: str, *, config: str | None, split: str) -> dict[str, Li
     Text that is not such a file gives {}: it is a stranger's, and a run must not fail over it.
     """
     try:
-        benchmark = yaml.safe_load(text)
-    except yaml.YAMLError:
+        benchmark = load_yaml(text)
+    except ValueError:
         return {}
     if not isinstance(benchmark, dict) or not isinstance(benchmark.get("tasks"), list):
         return {}

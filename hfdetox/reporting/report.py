@@ -130,7 +130,7 @@ class RunReport:
             plain = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not a hfdetox report: {error}") from error
         try:
             return cls.from_dict(plain)

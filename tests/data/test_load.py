@@ -326,6 +326,8 @@ def test_the_one_dataset_of_a_card():
         ("---\ndatasets: [3]\n---\n", "names no dataset"),
         ("---\ndatasets: [a/b, c/d]\n---\n", r"names 2 datasets \(a/b, c/d\)"),
         ("---\na: [\n---\n", "cannot be read"),
+        ("---\na: 2026-13-41\n---\n", "cannot be read"),
+        (f"---\na: {'[' * 3000}\n---\n", "cannot be read"),
         ("---\ndatasets: /home/jo/pictures\n---\n", "'/home/jo/pictures', which is no Hub id"),
         ("---\ndatasets: [../pictures]\n---\n", "'../pictures', which is no Hub id"),
         ("---\ndatasets: [./pictures]\n---\n", "'./pictures', which is no Hub id"),

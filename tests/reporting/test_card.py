@@ -179,6 +179,11 @@ def test_the_licence_is_taken_over_or_left_out_never_guessed() -> None:
         "---\nlicense: [\n---\nbroken YAML",
         "---\nlicense: 3\n---\n",
         "---\n- a list\n---\n",
+        "---\nd: 2026-13-41\n---\n",
+        "---\nd: !!bool maybe\n---\n",
+        "---\nd: !!timestamp soon\n---\n",
+        f"---\nd: {'9' * 5000}\n---\n",
+        f"---\nd: {'[' * 3000}\n---\n",
     ):
         card = card_of(written_report(), source)
         assert ModelCard(card).data.license is None

@@ -73,4 +73,5 @@ tasks:
 """
     assert accuracy_tasks(several, config=None, split="test") == {"top1": "fraction", "percent": "percent"}
     assert accuracy_tasks(several, config="default", split="train") == {}
-    assert accuracy_tasks("[]", config=None, split="test") == {}
+    for text in ("[]", "a: 2026-13-41", "a: !!bool maybe", "[" * 3000):
+        assert accuracy_tasks(text, config=None, split="test") == {}

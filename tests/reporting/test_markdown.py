@@ -92,7 +92,8 @@ def test_links_are_absolute_or_gone() -> None:
 def test_common_markdown_comes_through_unchanged() -> None:
     source = (
         "### Net\n\nWords with *one*, **two** and `c|d`, 2 * 3, a_b and <https://h/a_b>\\\nover lines.\n\n"
-        "| a | b |\n|---|:-:|\n| `x\\|y` | 1 |\n\na | b\n--- | ---\n1 | 2\n\n- one\n- two\n  1. inner\n  2. next\n\n> quoted\n> \n> twice\n\n"
+        "| a | b |\n|---|:-:|\n| `x\\|y` | 1 |\n\na | b\n--- | ---\n1 | 2\n\n"
+        "- one\n- two\n  1. inner\n  2. next\n\n> quoted\n> \n> twice\n\n"
         "```python\nx = [1]  # <b>\n```"
     )
     written = embed_source(source, BASE)

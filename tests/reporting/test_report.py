@@ -163,7 +163,7 @@ def test_no_report_is_said(tmp_path: Path) -> None:
         Report.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[]", b'"text"', b"3"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[]", b'"text"', b"3", b"[" * 100_000])
 def test_what_is_no_report_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "detox_report.json").write_bytes(content)
     with pytest.raises(UsageError, match=r"is not a hfdetox report") as caught:
