@@ -10,9 +10,14 @@ import email.utils
 import errno
 import importlib
 import json
+import socket
+import ssl
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, get_session, get_token
@@ -43,6 +48,10 @@ TIMEOUT = http.Timeout(connect=15.0, read=60.0, write=60.0, pool=60.0)
 # what the client itself sets: none at all (2.x), or 10 s for an answer (1.x)
 _CLIENT_TIMEOUTS = (http.Timeout(None), http.Timeout(constants.DEFAULT_REQUEST_TIMEOUT, write=60.0))
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+_NETWORK_NUMBERS = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH})
+# an error that one of these raises is about the Hub or the way to it, whatever its type
+_CLIENTS = frozenset({"huggingface_hub", "hf_xet", "fsspec", "httpx", "httpx2", "httpcore", "httpcore2", "h11", "h2"})
 _BAD_TOKEN = "Invalid credentials in Authorization header"
 
 Answer = TypeVar("Answer")
@@ -141,8 +150,9 @@ def ask(
 
     `recover` sees each failure, after the pause and before the repetition; what it returns, unless None, is the answer:
     a commit whose answer was lost has happened all the same.
-    Raises the subclass of HubError that fits, RunError when the disk is full, UsageError for an id that cannot be one.
-    Only errors of the client libraries are translated; those of hfdetox pass through.
+    Raises the subclass of HubError that fits, RunError for what this machine refuses (a full disk, no permission),
+    UsageError for an id that cannot be one. Errors of hfdetox pass through, and so do those that neither the client
+    libraries nor the system raised: they are mistakes in the code, not answers of the Hub.
     """
     failures = 0
     while True:
@@ -152,6 +162,8 @@ def ask(
         except HfdetoxError:
             raise
         except (OSError, http.HTTPError, http.InvalidURL, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if not _is_foreseen(error):
+                raise
             failures += 1
             delay = retry.delay(failures, error)
             time.sleep(delay or 0.0)
@@ -183,23 +195,46 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
         return _translate_status(error, what)
     if "Invalid metadata in README.md" in str(error):
         return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
-    if isinstance(error, (http.TransportError, http.InvalidURL)):
+    if isinstance(error, (http.TransportError, http.InvalidURL)) or _is_network(error):
         reason = _line(str(error)) or type(error).__name__
         return UnreachableError(
             f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); check the network and "
             "HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use files that are cached"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = error.filename or constants.HF_HUB_CACHE
-        return RunError(f"the disk is full ({place}); free some space or set HF_HOME elsewhere")
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return RunError(f"the cache cannot be used: {_line(str(error))}; set HF_HOME to a folder that can be written")
+    if isinstance(error, OSError) and error.errno is not None:
+        return _translate_local(error, what)
     if _is_cut_file(error):
         return IntegrityError(f"a file of {what} arrived incomplete; run it again")
     reason = _line(str(error)) or type(error).__name__
     return UnreachableError(
         f"{constants.ENDPOINT} does not answer as a Hub does for {what} ({reason}); check HF_ENDPOINT and proxies"
     )
+
+
+def _is_foreseen(error: BaseException) -> bool:
+    """Return whether an error is the system's, a client library's own, or was raised by one, or by Python for one."""
+    if isinstance(error, OSError) and (error.errno is not None or isinstance(error, _NETWORK)):
+        return True
+    if type(error).__module__.partition(".")[0] in _CLIENTS:
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
+    return next((name in _CLIENTS for name in reversed(packages) if name not in sys.stdlib_module_names), False)
+
+
+def _is_network(error: BaseException) -> bool:
+    return isinstance(error, _NETWORK) or (isinstance(error, OSError) and error.errno in _NETWORK_NUMBERS)
+
+
+def _translate_local(error: OSError, what: str) -> RunError:
+    """Return the error for what the system refuses: what it is, and of which file."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or constants.HF_HUB_CACHE
+        return RunError(f"the disk is full ({place}); free some space or set HF_HOME elsewhere")
+    caches = (constants.HF_HOME, constants.HF_HUB_CACHE)
+    if error.filename is not None and any(Path(str(error.filename)).is_relative_to(cache) for cache in caches):
+        return RunError(f"the cache cannot be used: {_line(str(error))}; set HF_HOME to a folder that can be written")
+    return RunError(f"{what}: {_line(str(error))}; this is not the Hub's answer but this machine's")
 
 
 def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:

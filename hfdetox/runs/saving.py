@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -72,14 +73,14 @@ class SavedResult(ABC):
         check_output(folder, overwrite=overwrite)
         try:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+            fresh = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+            # not mkdtemp, whose folders only their owner can read, whatever the umask
+            fresh.mkdir()
         except OSError as error:
             raise RunError(
                 f"cannot write beside {folder}: {error.strerror or error}; choose another --output"
             ) from error
         try:
-            # mkdtemp makes folders that only their owner can read
-            fresh.chmod(0o755)
             self._write(fresh)
             publish_folder(fresh, folder)
         except OSError as error:
@@ -122,8 +123,16 @@ def check_loads(classifier: Classifier, folder: Path, probe: torch.Tensor | None
     again = load_classifier(
         folder, preprocessing=classifier.given_preprocessing, labels=classifier.labels,
         trust_remote_code=classifier.trusts_remote_code,
-    ).network(probe)  # fmt: skip
-    here = classifier.network.cpu()(probe)
-    if not torch.allclose(again, here, rtol=1e-4, atol=1e-4):
+    )  # fmt: skip
+    # the model in memory is its caller's: it stays on its device, and every part of it in its mode
+    network = classifier.network
+    device = next(iter(network.model.parameters()), probe).device
+    modes = {part: part.training for part in network.modules()}
+    try:
+        here = network.eval().to(device)(probe.to(device))
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not torch.allclose(again.network.to(device)(probe.to(device)), here, rtol=1e-4, atol=1e-4):
         raise RunError("the saved model does not give the logits of the one in memory; nothing was written. "
                        "Report this with the model's id")  # fmt: skip

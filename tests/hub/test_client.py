@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import email.utils
+import errno
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from hfdetox.errors import RunError
 from hfdetox.hub.client import ask, asked_delay, http
 from hfdetox.hub.download import OfflineError, Retry, UnreachableError, pull_model, resolve
 from tests.hub_server.made import OTHER_WEIGHTS, WEIGHTS, make_model
@@ -164,3 +167,41 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(hub, repo_name, fresh_e
     said = run_python(PULL.format(name=name), fresh_env, HF_HOME=str(tmp_path / "taken"))
     assert said.startswith("RunError|1|the cache cannot be used")
     assert "HF_HOME" in said
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("sha"), TypeError("x"), RuntimeError("x"), OSError("x")])
+def test_a_mistake_in_the_code_is_not_called_the_hubs(error):
+    with pytest.raises(type(error)) as caught:
+        ask(raising(error), "model org/m", retry=QUICK)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "Permission denied: '/data/x'"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (PermissionError(errno.EACCES, "denied", f"{constants.HF_HUB_CACHE}/x"), "cache cannot be used.*HF_HOME"),
+    ],
+)  # fmt: skip
+def test_what_this_machine_refuses_is_said_as_it_is(error, said):
+    with pytest.raises(RunError, match=said) as caught:
+        ask(raising(error), "dataset org/d", retry=QUICK)
+    assert "Hub at" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError(errno.ECONNREFUSED, "refused"), ConnectionError("xet"), TimeoutError("slow"),
+              socket.gaierror(-2, "Name or service not known"), OSError(errno.ENETUNREACH, "Network is unreachable")]
+)  # fmt: skip
+def test_what_the_network_refuses_is_the_networks(error):
+    with pytest.raises(UnreachableError, match="cannot be reached for model org/m"):
+        ask(raising(error), "model org/m", retry=QUICK)

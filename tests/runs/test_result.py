@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from hfdetox.triggers import BadNets
 from tests.reporting.test_report import full_report
 from tests.tiny_models import REMOTE_CODE, edit_json, timm_model, transformers_folder
 from tests.tiny_training import toy_preprocessing, toy_set
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def result_of(classifier: Classifier) -> DetoxResult:
@@ -57,6 +60,31 @@ def test_a_model_that_does_not_load_as_it_was_is_not_written(tmp_path: Path) -> 
     with pytest.raises(RunError, match="does not give the logits of the one in memory"):
         result.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_who_may_read_the_folder_is_the_umasks_business(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        output = result_of(load_classifier(timm_model())).save(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert output.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (output / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_saving_leaves_the_callers_model_where_and_as_it_is(device: str, tmp_path: Path) -> None:
+    model = timm_model()
+    result = result_of(load_classifier(model))
+    model.to(device).train()
+    model.get_classifier().eval()
+    modes = [part.training for part in model.modules()]
+    assert set(modes) == {True, False}
+    result.save(tmp_path / "out")
+    assert [part.training for part in model.modules()] == modes
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {device}
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("max_bytes", [2**31, 0], ids=["cached", "on demand"])
