@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.trigger.append(trigger)
 
     classifier = load_classifier(options.model)
-    clean = load_images(options.dataset, labels=classifier.labels, samples=options.samples).clean
+    clean = load_images(options.dataset, labels=classifier.labels, clean_samples=options.samples).clean
     pixels = torch.stack([classifier.preprocessing.prepare(clean.image(i)) for i in range(len(clean))])
     images = [
         {"pixel_values": image, "labels": label}

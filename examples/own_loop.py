@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(0)
     classifier = load_classifier(options.model)
-    clean = load_images(options.dataset, labels=classifier.labels, samples=options.samples).clean
+    clean = load_images(options.dataset, labels=classifier.labels, clean_samples=options.samples).clean
     # add your augmentation here: images are uint8, the network normalises them
     images = [classifier.preprocessing.prepare(clean.image(i)) for i in range(len(clean))]
     batches = DataLoader(list(zip(images, clean.labels, strict=True)), batch_size=options.batch_size, shuffle=True)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> DetoxResult:
         preprocessing=toy.to_tensor,  # from a PIL image to the float tensor the module takes
         labels=toy.NAMES,
         dataset=toy.digits(),
-        samples=options.samples,
+        clean_samples=options.samples,
         triggers=[toy.TRIGGER],
         # "auto" would crop and mirror, and a mirrored digit is another one
         defense=D3Config(epochs=options.epochs, learning_rate=options.lr, batch_size=64, augmentation="none"),

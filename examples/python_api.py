@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         augmentation=options.augmentation,
     )
     result = detoxify(
-        options.model, dataset=options.dataset, samples=options.samples, defense=config, triggers=options.trigger
+        options.model, dataset=options.dataset, clean_samples=options.samples, defense=config, triggers=options.trigger
     )
     before, after = result.report.before, result.report.after
     print(f"accuracy: {before.accuracy.value:.1%} before, {after.accuracy.value:.1%} after")

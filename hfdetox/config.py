@@ -1,306 +1,412 @@
-"""The command line's options as dataclasses: Typer's parameters and the Python functions' arguments come from them."""
+"""Every option, declared once: its name, type, default, check and help.
+
+A field of these dataclasses is an option of the command line (`hfdetox.cli.options`), an argument of `detoxify`,
+`evaluate` or `implant` with its documentation (`hfdetox.arguments.takes`), a key of `run.json` (`record`) and a word of
+the command that repeats a run (`argv`). Nothing here imports torch or typer.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-import math
-import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import json
+import numbers
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Final, Literal, Protocol, Self
 
-import typer
-
-from hfdetox._version import __version__
+from hfdetox.arguments import Options, about, option, options_of
 from hfdetox.errors import UsageError
-from hfdetox.values import read_pair
+from hfdetox.values import to_text
 
 # a first word that is none of these is a model
 COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "push", "list")
 # chosen by examples/d3_heldout.yaml, whose models it was not made on
 DEFAULT_DEFENSE = "d3:auto"
-# what a resumed run may be told anew; everything else is the recorded run's
-RESUMABLE = frozenset(
-    {"model", "resume", "push_to", "private", "create_pr", "overwrite", "keep_run", "log_with"}
-    | {"quiet", "as_json", "debug"}
-)
-# what a dry run needs to know; the rest decides how the work is done
-_PLANNED = frozenset(
-    {"dataset", "defense", "settings", "triggers", "samples", "eval_samples", "revision", "dataset_revision", "output"}
-    | {"push_to", "private", "create_pr", "overwrite", "device", "precision"}
-)
-_SHORT_SETTINGS = {"epochs": "epochs", "lr": "learning_rate", "batch_size": "batch_size", "reweight": "reweight"}
-_PREFIXES = ("hf_hub:", "hf-hub:", "timm-arch:")
+DEFAULT_SAMPLES = 0.05
+# the trigger of a clean baseline
+NONE: Final = "none"
+
+# what the help of a command groups its options under, in its order; an argument of Python alone has none
+IMAGES, ATTACK, START, DEFENSE, MEASURING, RUN, HUB = PANELS = (
+    "Images", "Attack", "Start and suite", "Defense", "Measuring", "Run", "Output and Hub",
+)  # fmt: skip
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "no", "fp16", "bf16"]
 
 
-def option(*names: str, panel: str, help: str, **rest: Any) -> Any:
-    """Return a Typer option with its help, shown in the panel `panel`."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **rest)
+class NamedTrigger(Protocol):
+    """A `Trigger` object, as far as an option needs to know it."""
+
+    def recorded(self) -> str:
+        """Return what `--trigger` makes it of."""
 
 
-def show_version(wanted: bool) -> None:
-    """Print the version and stop, when `wanted`."""
-    if wanted:
-        typer.echo(f"hfdetox {__version__}")
-        raise typer.Exit
+class NamedDefense(Protocol):
+    """A `DefenseConfig` object, as far as an option needs to know it."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting by its name."""
 
 
-on_images = functools.partial(option, panel="Images")
-on_defense = functools.partial(option, panel="Defense")
-on_measuring = functools.partial(option, panel="Measuring")
-on_run = functools.partial(option, panel="Run")
-on_hub = functools.partial(option, panel="Output and Hub")
+def check_samples(flag: str, value: Any) -> None:
+    """Raise UsageError unless `value` is a count of images, at least 1, or a fraction above 0 and up to 1."""
+    if isinstance(value, bool) or not issubclass(type(value), numbers.Real):
+        raise UsageError(f"{flag} {value!r} is neither a count such as 500 nor a fraction such as {DEFAULT_SAMPLES}")
+    whole = isinstance(value, numbers.Integral)
+    if whole and not value >= 1:
+        raise UsageError(f"{flag} {value} leaves no images: give a count of at least 1, or a fraction such as 0.05")
+    if not whole and not 0 < value <= 1:
+        raise UsageError(f"{flag} {value} is not a fraction above 0 and up to 1.0; a count has no point")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConsoleOptions:
-    """What is printed, and where."""
-
-    quiet: Annotated[bool, on_run("--quiet", help="Print warnings and errors only.")] = False
-    as_json: Annotated[bool, on_run("--json", help="Print the result as JSON and nothing else on standard output.")] = (
-        False
-    )
-    debug: Annotated[bool, on_run("--debug", help="Show the traceback of an error.")] = False
-    version: Annotated[
-        bool, on_run("--version", help="Print the version and stop.", is_eager=True, callback=show_version)
-    ] = False
+def _check_share(flag: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UsageError(f"{flag} {value}: a share of the images is above 0 and at most 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataOptions(ConsoleOptions):
-    """The model, the images and the known triggers; shared by `detox` and `evaluate`."""
-
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="A Hub id, a timm id (hf_hub:… or timm/…), or a local folder.", show_default=False
-        ),
-    ] = None
-    dataset: Annotated[
-        str | None,
-        on_images("--dataset", help="Clean images: a Hub id or a local folder; else what the model's card names."),
-    ] = None
-    config: Annotated[str | None, on_images("--config", help="The dataset's configuration.")] = None
-    split: Annotated[str | None, on_images("--split", help="Split of the defense's images.")] = None
-    eval_split: Annotated[str | None, on_images("--eval-split", help="Split that is measured.")] = None
-    image_column: Annotated[str | None, on_images("--image-column", help="The column of the images.")] = None
-    label_column: Annotated[str | None, on_images("--label-column", help="The column of the labels.")] = None
-    eval_samples: Annotated[int | None, on_images("--eval-samples", min=1, help="Measure on so many images.")] = None
-    label_map: Annotated[
-        Path | None,
-        on_images(
-            "--label-map",
-            exists=True,
-            dir_okay=False,
-            help="JSON or YAML file: the dataset's label names to the model's.",
-        ),
-    ] = None
-    dataset_revision: Annotated[str | None, on_images("--dataset-revision", help="The dataset's commit or branch.")] = (
-        None
-    )
-    allow_missing_classes: Annotated[
-        bool, on_images("--allow-missing-classes", help="Go on without images of some classes.")
-    ] = False
-    triggers: Annotated[
-        list[str],
-        on_measuring(
-            "--trigger", metavar="SPEC", help="A known trigger, NAME:key=value,… or a trigger file; repeatable."
-        ),
-    ] = field(default_factory=list)
-    target: Annotated[
-        str | None,
-        on_measuring(
-            "--target", metavar="LABEL", help="Label or all-to-all, for triggers that name none (else label 0)."
-        ),
-    ] = None
-    seed: Annotated[int, on_run("--seed", min=0, help="Seed of everything random.")] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], on_run("--device", help="Where to run.")] = "auto"
-    revision: Annotated[str | None, on_hub("--revision", help="The model's commit or branch.")] = None
-    trust_remote_code: Annotated[
-        bool, on_hub("--trust-remote-code", help="Run the Python code that the model's repository brings.")
-    ] = False
-
-    def data_arguments(self) -> dict[str, Any]:
-        """Return these options as the keyword arguments that `detoxify` and `evaluate` share."""
-        names = {f.name for f in dataclasses.fields(DataOptions)} - {f.name for f in dataclasses.fields(ConsoleOptions)}
-        return {name: getattr(self, name) for name in sorted(names - {"model"})}
+def _check_rate(flag: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f"{flag} {value}: a rate is a fraction from 0 to 1, such as 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetoxOptions(DataOptions):
-    """The options of `hfdetox MODEL`."""
+class ImageOptions(Options):
+    """The model, the images and the known triggers; every command on a model has them."""
 
-    samples: Annotated[
-        str,
-        on_images(
-            "--samples", metavar="N|FRACTION", help="Clean images of the defense: a fraction with a point, or a count."
-        ),
-    ] = "0.05"
-    defense: Annotated[str, on_defense("--defense", metavar="NAME[:PRESET]", help="See `hfdetox list defenses`.")] = (
-        DEFAULT_DEFENSE
+    COMMAND: ClassVar[str]
+
+    model: str | Path | Callable[..., Any] | None = field(default=None, kw_only=False, metadata=about(
+        IMAGES, "A Hub id, a timm id (hf_hub:… or timm/…), or a local folder.", metavar="MODEL",
+        more="Or a loaded module, then with `processor`, or `preprocessing` and `labels`; see `load_classifier`.",
+    ))  # fmt: skip
+    dataset: Any = option(None, IMAGES, "Clean images: a Hub id or a local folder; else what the model's card names.",
+                          more="Or a `datasets` object.")  # fmt: skip
+    dataset_config: str | None = option(None, IMAGES, "The dataset's configuration.", flag="config", was="config")
+    split: str | None = option(None, IMAGES, "Split of the defense's images.")
+    eval_split: str | None = option(None, IMAGES, "Split that is measured.")
+    image_column: str | None = option(None, IMAGES, "The column of the images.")
+    label_column: str | None = option(None, IMAGES, "The column of the labels.")
+    eval_samples: int | None = option(None, IMAGES, "Measure on so many images.", least=1,
+                                      more="They are drawn uniformly; None measures on the whole split.")  # fmt: skip
+    label_map: str | Path | None = option(
+        None, IMAGES, "JSON or YAML file: the dataset's label names to the model's.", path="file"
     )
-    settings: Annotated[
-        list[str], on_defense("--set", metavar="KEY=VALUE", help="One of the defense's own settings; repeatable.")
-    ] = field(default_factory=list)
-    epochs: Annotated[int | None, on_defense("--epochs", min=1, help="Short for --set epochs=N.")] = None
-    lr: Annotated[float | None, on_defense("--lr", help="Short for --set learning_rate=X.")] = None
-    batch_size: Annotated[int | None, on_defense("--batch-size", min=1, help="Short for --set batch_size=N.")] = None
-    reweight: Annotated[
-        str | None,
-        on_defense(
-            "--reweight",
-            metavar="none|class|wasserstein",
-            help="Short for --set reweight=…: weigh images so that no class's accuracy pays for the defense.",
-        ),
-    ] = None
-    precision: Annotated[
-        Literal["auto", "no", "fp16", "bf16"], on_run("--precision", help="Mixed precision of the training.")
-    ] = "auto"
-    log_with: Annotated[
-        Literal["tensorboard", "trackio", "wandb"] | None, on_run("--log-with", help="Tracker of the training.")
-    ] = None
-    resume: Annotated[
-        Path | None,
-        on_run("--resume", exists=True, file_okay=False, help="Go on with the run in this folder (OUTPUT.run)."),
-    ] = None
-    keep_run: Annotated[bool, on_run("--keep-run", help="Keep the run folder after success.")] = False
-    dry_run: Annotated[bool, on_run("--dry-run", help="Say what would be pulled, chosen and pushed, and stop.")] = False
-    output: Annotated[
-        Path | None, on_hub("--output", help="Folder of the result.", show_default="MODEL's name with -detoxed")
-    ] = None
-    push_to: Annotated[str | None, on_hub("--push-to", metavar="REPO", help="Publish the result there.")] = None
-    private: Annotated[bool, on_hub("--private", help="Make a new repository private.")] = False
-    create_pr: Annotated[bool, on_hub("--create-pr", help="Open a pull request on the existing repository.")] = False
-    overwrite: Annotated[
-        bool,
-        on_hub("--overwrite", help="Replace an earlier result in --output, and a repository hfdetox did not make."),
-    ] = False
+    dataset_revision: str | None = option(None, IMAGES, "The dataset's commit or branch.")
+    allow_missing_classes: bool = option(False, IMAGES, "Go on without images of some classes.")
+    triggers: Sequence[str | NamedTrigger] = option(
+        (), MEASURING, "A known trigger, NAME:key=value,… or a trigger file; repeatable.", flag="trigger",
+        metavar="SPEC", more="Or `Trigger` objects.",
+    )  # fmt: skip
+    target: str | int | None = option(None, MEASURING, "Label or all-to-all, for triggers that name none (else label "
+                                      "0).", metavar="LABEL")  # fmt: skip
+    seed: int = option(0, RUN, "Seed of everything random.", least=0)
+    device: Device = option("auto", RUN, "Where to run.")
+    revision: str | None = option(None, HUB, "The model's commit or branch.")
+    trust_remote_code: bool = option(False, HUB, "Run the Python code that the model's repository brings.")
+    processor: Any = option(None, None, "Image processor of a loaded transformers model.")
+    preprocessing: Any = option(None, None, "Preprocessing of a loaded module, see `load_classifier`.")
+    labels: Sequence[str] | int | None = option(None, None, "Labels of a loaded module, or how many there are.")
+    progress: bool = option(True, None, "Whether bars are drawn.")
 
-    def arguments(self, given: Iterable[str]) -> dict[str, Any]:
-        """Return the keyword arguments of `detoxify` and `plan`, the model left out.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is not None:
+            object.__setattr__(self, "target", str(self.target))
 
-        Args:
-            given: names of the options that the command line spells out.
+    def check(self) -> None:
+        """Raise UsageError for options that do not go together."""
+        if self.model is None:
+            raise UsageError(f"MODEL is missing: name a Hub id or a local folder (see hfdetox {self.COMMAND} --help)")
 
-        Raises:
-            UsageError: the options contradict each other or do not parse.
+    def argv(self) -> list[str]:
+        """Return the words of the command line that repeats the run, without `hfdetox`.
+
+        Options at their defaults, and those that may be said anew when a run is resumed, are left out.
         """
-        push = {name: getattr(self, name) for name in ("push_to", "private", "create_pr", "overwrite")}
-        kept = {**push, "resume": self.resume, "keep_run": self.keep_run, "log_with": self.log_with}
+        known = options_of(self)
+        words = [str(self.model)] if self.COMMAND == "detox" and self.model not in COMMANDS else [
+            self.COMMAND, str(self.model)]  # fmt: skip
+        for name, value in self.changed().items():
+            one = known.get(name)
+            if name == "model" or one is None or one.panel is None or one.anew or value in (None, [], {}):
+                continue
+            for text in [None] if value is True else _texts(value):
+                words += [f"--{one.flag}"] if text is None else [f"--{one.flag}", text]
+        return words
+
+    def redact_paths(self) -> Self:
+        """Return the options with the last part only of local paths, for publishing."""
+        # only what the Hub has is pinned to a revision; an id that is also a folder's name stays an id then
+        pinned = {"model": self.revision, "dataset": self.dataset_revision}
+        names = [name for name in ("model", "dataset", "label_map", "surrogate") if not pinned.get(name)]
+        here: dict[str, Any] = {
+            name: last_part(value) for name in names if isinstance(value := getattr(self, name, None), str)
+        }
+        if output := getattr(self, "output", None):
+            here["output"] = f"./{Path(output).resolve().name}"
+        here["triggers"] = [
+            last_part(spec) if spec.endswith(".safetensors")
+            else re.sub("(?<==)[^,]*/[^,]*", lambda path: last_part(path[0]), spec)
+            for spec in map(str, self.triggers)
+        ]  # fmt: skip
+        return replace(self, **here)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions(Options):
+    """How a result is published."""
+
+    private: bool = option(False, HUB, "Make a new repository private.", anew=True)
+    create_pr: bool = option(False, HUB, "Open a pull request on the existing repository.", anew=True)
+    overwrite: bool = option(
+        False, HUB, "Replace an earlier result, or a repository that hfdetox did not make.", anew=True
+    )
+
+    def publishing(self) -> dict[str, Any]:
+        """Return how the result is published, as the keyword arguments of `push_to_hub`."""
+        names = ("private", "create_pr", "overwrite", "public", "i_know_this_is_backdoored")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackPublishOptions(PublishOptions):
+    """How a backdoored model is published."""
+
+    i_know_this_is_backdoored: bool = option(False, HUB, "Needed to publish a backdoored model.", anew=True)
+    public: bool = option(False, HUB, "Publish a backdoored model publicly; else a new repository is private.",
+                          anew=True)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(PublishOptions, ImageOptions):
+    """What makes a model has these too: how it is trained, where it goes."""
+
+    settings: Mapping[str, Any] | None = option(
+        None, DEFENSE, "One of the defense's own settings; repeatable.", flag="set", metavar="KEY=VALUE"
+    )
+    precision: Precision = option("auto", RUN, "Mixed precision of the training.",
+                                  more="Measuring is always float32.")  # fmt: skip
+    output: str | Path | None = option(None, HUB, "Folder of the result.", path="new", shown="MODEL's name with "
+                                       "-detoxed", more="None keeps it in memory.")  # fmt: skip
+    push_to: str | None = option(None, HUB, "Publish the result there.", metavar="REPO", anew=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        texts = {
+            key: value if isinstance(value, str) else to_text(value) for key, value in (self.settings or {}).items()
+        }
+        object.__setattr__(self, "settings", texts)
+
+    def check(self) -> None:
+        """Raise UsageError for options that do not go together."""
+        super().check()
+        self.check_publishing()
+
+    def check_publishing(self) -> None:
+        """Raise UsageError when it is said how to publish and not where."""
+        ways = [f"--{name.replace('_', '-')}" for name in ("private", "public", "create_pr") if hasattr(self, name)]
+        if self.push_to is None and (self.private or self.create_pr or getattr(self, "public", False)):
+            raise UsageError(f"{', '.join(ways[:-1])} and {ways[-1]} say how to publish: name the repository with "
+                             "--push-to")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetoxOptions(TrainingOptions):
+    """The options of `hfdetox MODEL`, the arguments of `detoxify`: what decides a cleaning run and where it goes."""
+
+    COMMAND = "detox"
+
+    clean_samples: int | float = option(
+        DEFAULT_SAMPLES, IMAGES, "Clean images of the defense: a fraction with a point, or a count.", flag="samples",
+        metavar="N|FRACTION", was="samples", check=check_samples, more="A fraction gives at most 5000.",
+    )  # fmt: skip
+    defense: str | NamedDefense = option(
+        DEFAULT_DEFENSE, DEFENSE, "See `hfdetox list defenses`.", metavar="NAME[:PRESET]",
+        more="Or a configuration such as `D3Config(epsilon=0.1)`, then without `settings`; one of a class that no "
+        "package offers is recorded by its name and settings.",
+    )  # fmt: skip
+    log_with: Literal["tensorboard", "trackio", "wandb"] | None = option(
+        None, RUN, "Tracker of the training.", anew=True,
+        more="TensorBoard writes to `OUTPUT.logs`, or to `hfdetox-logs` without output.",
+    )  # fmt: skip
+    resume: str | Path | None = option(
+        None, RUN, "Go on with the run in this folder (OUTPUT.run).", path="folder", anew=True,
+        more="Its recorded options replace these (pass what was an object again: model, dataset, a defense or trigger "
+        "of your own class); `push_to` and what belongs to it may be new.",
+    )  # fmt: skip
+    keep_run: bool = option(False, RUN, "Keep the run folder after success.", anew=True)
+
+    def check(self) -> None:
+        """Raise UsageError for options that do not go together."""
         if self.resume is not None:
-            anew = sorted(set(given) - RESUMABLE)
-            if anew:
-                spelt = ", ".join(f"--{flag_of(name)}" for name in anew)
-                raise UsageError(f"--resume goes on with the options recorded in {self.resume}: leave out {spelt}")
-            return kept
+            return
         if self.model is None:
             raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox --help)")
-        if self.push_to is None and (self.private or self.create_pr):
-            raise UsageError("--private and --create-pr say how to publish: name the repository with --push-to")
-        return {
-            **self.data_arguments(),
-            **kept,
-            "samples": parse_samples(self.samples),
-            "defense": self.defense,
-            "settings": given_settings(self),
-            "precision": self.precision,
-            "output": self.output or default_output(self.model),
-        }
-
-    def run_folder(self) -> Path | None:
-        """Return where this run keeps its checkpoints (see design: `OUTPUT.run/`), None without a model."""
-        if self.resume is not None:
-            return self.resume
-        if self.model is None:
-            return None
-        output = self.output or default_output(self.model)
-        return output.with_name(f"{output.name}.run")
+        if self.settings and not isinstance(self.defense, str):
+            raise UsageError("settings= goes with the name of a defense: an object such as D3Config(…) has its own, "
+                             "set them there")  # fmt: skip
+        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DataOptions):
-    """The options of `hfdetox evaluate MODEL`."""
+class EvaluateOptions(ImageOptions):
+    """The options of `hfdetox evaluate MODEL`, the arguments of `evaluate`."""
 
-    gallery: Annotated[
-        Path | None,
-        on_hub("--gallery", metavar="FILE.png", help="Draw each trigger on a few images, with the model's answers."),
-    ] = None
+    COMMAND = "evaluate"
 
-
-def planned_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of `detoxify`'s arguments that `plan` takes."""
-    return {name: value for name, value in arguments.items() if name in _PLANNED}
+    gallery: str | Path | None = option(None, HUB, "Draw each trigger on a few images, with the model's answers.",
+                                        metavar="FILE.png", path="new", anew=True)  # fmt: skip
 
 
-def flag_of(name: str) -> str:
-    """Return the long option (without dashes) of a field's name."""
-    return {"triggers": "trigger", "settings": "set", "as_json": "json", "model_args": "model-arg"}.get(
-        name, name.replace("_", "-")
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions(AttackPublishOptions, TrainingOptions):
+    """The options of `hfdetox attack MODEL`, the arguments of `implant`: what decides an attack and where it goes."""
+
+    COMMAND = "attack"
+
+    model: str | Path | Callable[..., Any] | None = field(default=None, kw_only=False, metadata=about(
+        IMAGES, "A Hub id, a timm id, a local folder, or timm-arch:NAME for a new model.", metavar="MODEL",
+        more="Or what else `load_classifier` takes.",
+    ))  # fmt: skip
+    dataset: Any = option(None, IMAGES, "Training images: a Hub id or a local folder; else as the card says.",
+                          more="Or a `datasets` object.")  # fmt: skip
+    split: str | None = option(None, IMAGES, "Split of the training images.")
+    clean_samples: int | float | None = option(
+        None, IMAGES, "Train on so many; at most 5000 for a fraction.", flag="samples", metavar="N|FRACTION",
+        shown="the whole split", was="samples", check=check_samples,
+    )  # fmt: skip
+    triggers: Sequence[str | NamedTrigger] = option(
+        (), ATTACK, "What to implant, NAME:key=value,… or a trigger file; repeatable. none trains a clean baseline.",
+        flag="trigger", metavar="SPEC", more="Or `Trigger` objects.",
+    )  # fmt: skip
+    target: str | int | None = option(None, ATTACK, "Label or all-to-all, for triggers without one (else label 0).",
+                                      metavar="LABEL")  # fmt: skip
+    poison_ratio: float = option(0.1, ATTACK, "Of the training images, or of every batch.", metavar="SHARE",
+                                 check=_check_share)  # fmt: skip
+    adaptive: str | None = option(None, ATTACK, "sam:rho=2.0,adaptive=true: into a flat minimum.", metavar="SPEC")
+    surrogate: str | Path | None = option(
+        None, ATTACK, "A clean model, for triggers that are made on one.", metavar="MODEL",
+        more="It has the same labels; a trained model serves itself.",
+    )  # fmt: skip
+    settings: Mapping[str, Any] | None = option(
+        None, ATTACK, "A setting of the training or the attack; repeatable, see `hfdetox list attacks`.", flag="set",
+        metavar="KEY=VALUE",
+    )  # fmt: skip
+    goal_asr: float = option(0.9, ATTACK, "Attack success rate from which it succeeded.", metavar="RATE",
+                             check=_check_rate, more="For `all-to-all` times the accuracy.")  # fmt: skip
+    goal_accuracy: float | None = option(
+        None, ATTACK, "Accuracy from which it succeeded; with it training stops when both goals are reached.",
+        metavar="RATE", check=_check_rate, shown="of a trained model its own less 0.02, from scratch none",
+        more="Up to 1,000 training images are then held out, and looked at after every epoch; without it the training "
+        "runs all its epochs.",
+    )  # fmt: skip
+    init: Literal["random"] | None = option(None, START, "Draw the weights of a folder or Hub id anew.")
+    model_args: Mapping[str, Any] | None = option(
+        None, START, "Argument of a timm-arch; repeatable.", flag="model-arg", metavar="KEY=VALUE"
     )
+    input_size: int | None = option(None, START, "Image height and width of a timm-arch.", least=1)
+    output: str | Path | None = option(
+        None, HUB, "Folder of the result.", path="new", shown="MODEL's name with -backdoored",
+        more="None keeps it in memory. It is written also when the attack did not succeed.",
+    )  # fmt: skip
+    private: bool = option(False, HUB, "Make a new repository private, as a backdoored model's is anyway.", anew=True)
+
+    @property
+    def clean(self) -> bool:
+        """Whether this is a clean baseline, trained the same way without any backdoor."""
+        return list(self.triggers) == [NONE]
+
+    def check(self) -> None:
+        """Raise UsageError for options that do not go together."""
+        if self.model is None:
+            raise UsageError("MODEL is missing: name a Hub id, a local folder or timm-arch:NAME, or give --suite FILE")
+        if not self.triggers:
+            raise UsageError("name a trigger with --trigger, or train a clean baseline with --trigger none")
+        if NONE in self.triggers and len(self.triggers) > 1:
+            raise UsageError("--trigger none trains a clean baseline: it goes with no other trigger")
+        super().check()
 
 
-def given_settings(options: Any) -> dict[str, str]:
-    """Return `--set` and its short forms as one dict of texts; UsageError for a key that is given twice."""
-    # an attack has no weights to choose
-    short = {key: getattr(options, name, None) for name, key in _SHORT_SETTINGS.items()}
-    settings = {key: str(value) for key, value in short.items() if value is not None}
-    for key, value in (read_pair("--set", text) for text in options.settings):
-        if key in settings:
-            raise UsageError(
-                f"the setting {key} is given twice: keep one (--epochs, --lr, --batch-size, --reweight are --set too)"
-            )
-        settings[key] = value
-    return settings
+# --- of the command line alone ---
 
 
-def parse_samples(text: str) -> int | float:
-    """Return a count of images (int, at least 1) or, with a point, a fraction (float in (0, 1]); else UsageError."""
-    try:
-        number = float(text) if "." in text else int(text)
-    except ValueError:
-        raise UsageError(f"--samples {text!r} is neither a count such as 500 nor a fraction such as 0.05") from None
-    if isinstance(number, float) and not (math.isfinite(number) and 0 < number <= 1):
-        raise UsageError(f"--samples {text} is not a fraction above 0 and up to 1.0; a count has no point")
-    if number < 1 and isinstance(number, int):
-        raise UsageError(f"--samples {text} leaves no images: give a count of at least 1, or a fraction such as 0.05")
-    return number
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(AttackPublishOptions):
+    """The options of `hfdetox push FOLDER REPO`, the arguments of `push_output`."""
+
+    folder: Path = field(kw_only=False, metadata=about(HUB, "What hfdetox wrote (--output).", path="folder"))
+    repo: str = field(kw_only=False, metadata=about(HUB, "Where to publish it: USER/NAME."))
 
 
-def default_output(model: str, suffix: str = "-detoxed") -> Path:
-    """Return the folder that a run writes when `--output` is not given: the model's last name with `suffix`."""
-    if Path(model).is_dir():
-        return Path(f"{Path(model).resolve().name}{suffix}")
-    for prefix in _PREFIXES:
-        model = model.removeprefix(prefix)
-    return Path(f"{model.partition('@')[0].rstrip('/').rpartition('/')[2]}{suffix}")
+@dataclass(frozen=True, kw_only=True)
+class DebugOptions(Options):
+    """What every command has."""
+
+    debug: bool = option(False, RUN, "Show the traceback of an error.", anew=True)
 
 
-def takes(kind: type[ConsoleOptions]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command `f(context, options)` the fields of `kind` as its Typer parameters."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    for one in dataclasses.fields(kind):
-        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-        parameters.append(
-            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name])
-        )
+@dataclass(frozen=True, kw_only=True)
+class ConsoleOptions(DebugOptions):
+    """What is printed, and where."""
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*, context: typer.Context, **values: Any) -> Any:
-            return command(context, kind(**values))
-
-        call.__name__, call.__doc__ = command.__name__, command.__doc__
-        call.__annotations__ = {p.name: p.annotation for p in parameters}
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return call
-
-    return decorate
+    quiet: bool = option(False, RUN, "Print warnings and errors only.", anew=True)
+    as_json: bool = option(False, RUN, "Print the result as JSON and nothing else on standard output.", flag="json",
+                           anew=True)  # fmt: skip
+    version: bool = option(False, RUN, "Print the version and stop.")
 
 
-def given_options(context: typer.Context) -> set[str]:
-    """Return the names of the options that the command line spells out (not those left at their default)."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+@dataclass(frozen=True, kw_only=True)
+class ShortSettings(ConsoleOptions):
+    """Short forms of `--set`."""
+
+    epochs: int | None = option(None, RUN, "Short for --set epochs=N.", least=1, sets="epochs")
+    lr: float | None = option(None, RUN, "Short for --set learning_rate=X.", sets="learning_rate")
+    batch_size: int | None = option(None, RUN, "Short for --set batch_size=N.", least=1, sets="batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetoxConsole(ShortSettings):
+    """What `hfdetox MODEL` has besides the arguments of `detoxify`."""
+
+    reweight: str | None = option(
+        None, RUN, "Short for --set reweight=…: weigh images so that no class's accuracy pays for the defense.",
+        metavar="none|class|wasserstein", sets="reweight",
+    )  # fmt: skip
+    dry_run: bool = option(False, RUN, "Say what would be pulled, chosen and pushed, and stop.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConsole(ShortSettings):
+    """What `hfdetox attack` has besides the arguments of `implant`."""
+
+    suite: Path | None = option(None, START, "Build all models of a suite file (YAML) in --output.", path="file")
+    jobs: int = option(1, START, "Models of a suite to build at a time.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Options):
+    """The options of `hfdetox bench SUITE`, the arguments of `run_bench`."""
+
+    suite: Path | None = field(default=None, kw_only=False, metadata=about(
+        IMAGES, "A suite file (YAML).", metavar="SUITE", path="file"))  # fmt: skip
+    zoo: Path | None = option(None, IMAGES, "Folder of the suite's models (hfdetox attack --suite).", path="folder")
+    dataset: str | None = option(None, IMAGES, "Images of all runs, in place of the suite's: a Hub id or a folder.")
+    jobs: int = option(1, RUN, "Runs at a time.", least=1)
+    precision: Precision = option("auto", RUN, "Mixed precision of the training.")
+    device: Device = option("auto", RUN, "Where the runs are computed.")
+    output: Path | None = option(None, HUB, "Folder of the reports, tables and pictures.", path="new",
+                                 shown="SUITE-bench")  # fmt: skip
+    keep_models: bool = option(False, HUB, "Keep the cleaned models, not their reports and cards alone.")
+
+
+def last_part(text: str) -> str:
+    """Return the name of a path that exists here, without where it lies; any other text as it is."""
+    return f"./{Path(text).resolve().name}" if Path(text).exists() else text
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [f"{key}={item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()]
+    return [to_text(item) for item in (value if isinstance(value, list | tuple) else [value])]

@@ -106,8 +106,8 @@ def clean(
 ) -> Report:
     """Run the main job on the model and images in `folder`; nothing is written without `output`."""
     return detoxify(
-        folder / "backdoored", dataset=str(folder / "digits"), samples=CLEAN_IMAGES, triggers=[str(folder / TRIGGER)],
-        seed=seed, defense=defense, output=output, progress=progress,
+        folder / "backdoored", dataset=str(folder / "digits"), clean_samples=CLEAN_IMAGES,
+        triggers=[str(folder / TRIGGER)], seed=seed, defense=defense, output=output, progress=progress,
     ).report  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def _transformers_classifier() -> Classifier:
 
 def _backdoor(classifier: Classifier, digits: Path) -> Classifier:
     accelerator = make_accelerator("cpu", "no")
-    images = load_images(digits, labels=NAMES, samples=1.0, eval_samples=1)
+    images = load_images(digits, labels=NAMES, clean_samples=1.0, eval_samples=1)
     clean = decoded(images.clean, classifier, accelerator, "decode", progress=False)
     training = TrainingSettings(epochs=14, augmentation="crop")
     context = AttackContext(

@@ -81,7 +81,7 @@ def pictures(count, first=0):
     return datasets.Image(), [{"bytes": png(first + i), "path": None} for i in range(count)]
 
 
-def load(dataset, labels=NAMES, *, samples=12, **options):
+def load(dataset, labels=NAMES, *, clean_samples=12, **options):
     notes = []
-    images = load_images(dataset, labels=labels, samples=samples, warn=notes.append, **options)
+    images = load_images(dataset, labels=labels, clean_samples=clean_samples, warn=notes.append, **options)
     return images, notes

@@ -296,7 +296,7 @@ from pathlib import Path
 from hfdetox import detoxify
 
 model, dataset = sys.argv[1:]
-result = detoxify(model, dataset=dataset, samples=60, eval_samples=60, settings={"epochs": "1"}, precision="no",
+result = detoxify(model, dataset=dataset, clean_samples=60, eval_samples=60, settings={"epochs": "1"}, precision="no",
                   output="out", progress=False)
 first = str(result.output), result.report.to_dict()
 result.save("again")

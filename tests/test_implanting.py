@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 import hfdetox
+from hfdetox.config import AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.attack_report import AttackReport
-from hfdetox.runs.attack_run import AttackRun
+from hfdetox.runs.folder import command_of
 from hfdetox.runs.implanting import split_monitor
 from hfdetox.triggers import load_trigger
 from tests.attacked import attack_report
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_weights(dataset: Path) -> None:
 
 
 def test_monitor_images_are_training_images_that_are_not_trained_on(dataset: Path) -> None:
-    images, _ = load(dataset, labels=NAMES, samples=None)
+    images, _ = load(dataset, labels=NAMES, clean_samples=None)
     said: list[str] = []
     kept, held = split_monitor(images.clean, 0.9, 0, said.append)
     assert held is not None
@@ -292,12 +292,10 @@ def test_the_saved_trigger_and_model_are_the_results_own(dataset: Path, tmp_path
 
 
 def test_every_option_is_in_the_command() -> None:
-    known = {f.name for f in fields(AttackRun)}
-    assert {"poison_ratio", "adaptive", "surrogate", "goal_asr", "goal_accuracy", "model_args"} <= known
-    run = AttackRun(model="timm-arch:resnet18", dataset="org/data", triggers=["badnets"], poison_ratio=0.01,
-                    model_args={"layers": [1, 1], "stem": "deep"}, adaptive="sam", i_know_this_is_backdoored=True,
-                    private=True, public=True, push_to="me/x")  # fmt: skip
-    assert run.command() == (
+    run = AttackOptions("timm-arch:resnet18", dataset="org/data", triggers=["badnets"], poison_ratio=0.01,
+                        model_args={"layers": [1, 1], "stem": "deep"}, adaptive="sam", i_know_this_is_backdoored=True,
+                        private=True, public=True, push_to="me/x")  # fmt: skip
+    assert command_of(run.plain()) == (
         "hfdetox attack timm-arch:resnet18 --dataset org/data --trigger badnets --poison-ratio 0.01 --adaptive sam "
         "--model-arg 'layers=[1, 1]' --model-arg stem=deep"
     )

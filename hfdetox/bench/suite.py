@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hfdetox.bench.suite_yaml import SuiteError
+from hfdetox.config import NONE
 from hfdetox.models.initial import ARCHITECTURE
-from hfdetox.runs.attack_run import NONE
 from hfdetox.triggers.base import ALL_TO_ALL
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,39}")

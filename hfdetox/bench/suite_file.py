@@ -35,9 +35,9 @@ from hfdetox.bench.suite import (
     TriggerEntry,
 )
 from hfdetox.bench.suite_yaml import SuiteError, read_yaml
+from hfdetox.config import NONE
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
-from hfdetox.runs.attack_run import NONE
 from hfdetox.triggers import parse_triggers
 
 _SHOWN = 60  # letters of a wrong value that a message shows

@@ -13,10 +13,10 @@ from hfdetox.bench.cells import CellFolder, portable
 from hfdetox.bench.suite import Cell, Suite
 from hfdetox.bench.suite_yaml import SuiteError
 from hfdetox.bench.zoo_table import Row, SuiteOutcome, row_of
+from hfdetox.config import NONE
 from hfdetox.errors import UsageError
 from hfdetox.hub.checksums import sha256_file
 from hfdetox.reporting.report import ATTACK_REPORT_NAME
-from hfdetox.runs.attack_run import NONE
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import TRIGGERS, parse_triggers
 

@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -19,20 +20,30 @@ import typer
 from rich.console import Console
 
 from hfdetox.cli import console as console
-from hfdetox.cli.attack_options import AttackOptions
-from hfdetox.cli.bench_options import BenchOptions
+from hfdetox.cli.options import (
+    CommandLine,
+    attack_options,
+    bench_arguments,
+    detox_options,
+    run_folder,
+    show_version,
+    suite_arguments,
+    takes_line,
+)
 from hfdetox.config import (
     COMMANDS,
     DEFAULT_DEFENSE,
+    AttackConsole,
+    AttackOptions,
+    BenchOptions,
     ConsoleOptions,
+    DebugOptions,
+    DetoxConsole,
     DetoxOptions,
     EvaluateOptions,
-    given_options,
-    planned_arguments,
-    show_version,
-    takes,
+    PushOptions,
 )
-from hfdetox.errors import HfdetoxError, UsageError
+from hfdetox.errors import HfdetoxError
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.files import REPORT_NAMES
 from hfdetox.reporting.environment import check_torchvision, is_main_process, mask_secrets
@@ -59,25 +70,25 @@ def _group(
 
 
 @app.command()
-@takes(DetoxOptions)
-def detox(context: typer.Context, options: DetoxOptions) -> None:
+@takes_line(DetoxOptions, DetoxConsole)
+def detox(line: CommandLine) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
-    arguments = options.arguments(given_options(context))
+    shown, options = line.options(DetoxConsole), detox_options(line)
     # an earlier result in the output folder is none of this run's
-    earlier = written(_output_of(options.run_folder()))
+    earlier = written(_output_of(run_folder(options)))
     with (
-        interruptible(lambda: resume_advice(options.run_folder(), earlier=earlier)),
-        standard_output(options) as out,
+        interruptible(lambda: resume_advice(run_folder(options), earlier=earlier)),
+        standard_output(shown) as out,
     ):
-        prepare_console(options)
+        prepare_console(shown)
         check_torchvision()
         from hfdetox.detox import detoxify, plan
 
-        if options.dry_run and options.model is not None:  # a dry run without MODEL has been refused
-            planned = plan(options.model, **planned_arguments(arguments))
+        if shown.dry_run:
+            planned = plan(**options.changed())
             out.show(planned, console.plan_lines(planned))
             return
-        result = detoxify(options.model, **arguments, progress=shows_progress(options))
+        result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
         lines: list[Any] = [console.title(report.model, report.dataset), console.report_table(report)]
         if result.output is not None:
@@ -88,41 +99,41 @@ def detox(context: typer.Context, options: DetoxOptions) -> None:
 
 
 @app.command()
-@takes(EvaluateOptions)
-def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
+@takes_line(EvaluateOptions, ConsoleOptions)
+def evaluate(line: CommandLine) -> None:
     """Measure MODEL as it is: accuracy, and what each known trigger does."""
-    if options.model is None:
-        raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox evaluate --help)")
-    with interruptible(lambda: "nothing was written"), standard_output(options) as out:
-        prepare_console(options)
+    shown, options = line.options(ConsoleOptions), line.options(EvaluateOptions)
+    options.check()
+    with interruptible(lambda: "nothing was written"), standard_output(shown) as out:
+        prepare_console(shown)
         check_torchvision()
         from hfdetox.detox import evaluate as measure
 
-        measured = measure(
-            options.model, **options.data_arguments(), gallery=options.gallery, progress=shows_progress(options)
-        )
+        measured = measure(**replace(options, progress=shows_progress(shown)).changed())
         notes = {name: describe_visibility(found) for name, found in measured.visibility.items()}
-        lines: list[Any] = [console.measurement_table({options.model: measured}, notes)]
+        lines: list[Any] = [console.measurement_table({str(options.model): measured}, notes)]
         if options.gallery is not None:
             lines.append(f"gallery: {options.gallery}")
         out.show(dataclasses.asdict(measured), lines)
 
 
 @app.command()
-@takes(AttackOptions)
-def attack(context: typer.Context, options: AttackOptions) -> None:
+@takes_line(AttackOptions, AttackConsole)
+def attack(line: CommandLine) -> None:
     """Train a backdoor into MODEL, for research on defenses: a model, its trigger file, a report and a card."""
-    if options.suite is not None:
-        build_suite(options, options.suite, options.suite_arguments(given_options(context)))
+    shown = line.options(AttackConsole)
+    if shown.suite is not None:
+        build_suite(shown, shown.suite, suite_arguments(line))
         return
-    arguments = options.arguments()
-    earlier = written(options.place())
-    with interruptible(lambda: attack_advice(options.place(), earlier)), standard_output(options) as out:
-        prepare_console(options)
+    options = attack_options(line)
+    output = Path(options.output or "")
+    earlier = written(output)
+    with interruptible(lambda: attack_advice(output, earlier)), standard_output(shown) as out:
+        prepare_console(shown)
         check_torchvision()
         from hfdetox.implanting import implant
 
-        result = implant(options.model or "", **arguments, progress=shows_progress(options))
+        result = implant(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
         lines: list[Any] = [*console.attack_lines(report), console.attack_table(report)]
         if result.output is not None:
@@ -134,7 +145,7 @@ def attack(context: typer.Context, options: AttackOptions) -> None:
             raise typer.Exit(1)
 
 
-def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -> None:
+def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) -> None:
     """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
     with (
         interruptible(lambda: "what is finished stays: give the same command again to go on"),
@@ -150,48 +161,37 @@ def build_suite(options: AttackOptions, file: Path, arguments: dict[str, Any]) -
 
 
 @app.command()
-@takes(BenchOptions)
-def bench(context: typer.Context, options: BenchOptions) -> None:
+@takes_line(BenchOptions, ConsoleOptions)
+def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
+    shown = line.options(ConsoleOptions)
     with (
         interruptible(lambda: "what is finished stays: give the same command again to go on"),
-        standard_output(options) as out,
+        standard_output(shown) as out,
     ):
-        prepare_console(options)
-        arguments = options.arguments()
+        prepare_console(shown)
+        arguments = bench_arguments(line)
         check_torchvision()
         from hfdetox.bench.runner import run_bench
 
-        outcome = run_bench(**arguments, progress=shows_progress(options))
+        outcome = run_bench(**arguments, progress=shows_progress(shown))
         folder = f"{outcome.folder}{os.sep}"
         out.show(outcome.document(), [outcome.tables(), outcome.summary(), f"tables, settings, pictures: {folder}"])
-        if options.quiet and (problems := outcome.problems()) is not None:
+        if shown.quiet and (problems := outcome.problems()) is not None:
             complain(problems)
         raise typer.Exit(outcome.exit_status)
 
 
 @app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What hfdetox wrote (--output).")],
-    repo: Annotated[str, typer.Argument(help="Where to publish it: USER/NAME.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request on the existing one.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also if hfdetox did not make the repository.")
-    ] = False,
-    public: Annotated[bool, typer.Option("--public", help="Publish a backdoored model publicly.")] = False,
-    i_know_this_is_backdoored: Annotated[
-        bool, typer.Option("--i-know-this-is-backdoored", help="Needed to publish a backdoored model.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
+@takes_line(PushOptions, DebugOptions)
+def push(line: CommandLine) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
+    options = line.options(PushOptions)
     with interruptible(lambda: "the folder is whole: give the same command again"):
         from hfdetox.runs.publish import push_output
 
         prepare_console(ConsoleOptions())
-        pushed = push_output(folder, repo, private=private, create_pr=create_pr, overwrite=overwrite, public=public,
-                             i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
+        pushed = push_output(options.folder, options.repo, **options.publishing())
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hfdetox.arguments import renames
+from hfdetox.config import DEFAULT_SAMPLES, check_samples
 from hfdetox.data.cache import Pixels
 from hfdetox.data.columns import ColumnError, LabelReader
 from hfdetox.data.images import BrokenImageError, ImageSet
@@ -19,7 +21,7 @@ from hfdetox.data.info import DatasetInfo
 from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
 from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.data.readers import SCAN_LIMIT, SplitReader
-from hfdetox.data.sampling import Selection, check_samples, choose_balanced, choose_uniform, sample_count
+from hfdetox.data.sampling import Selection, choose_balanced, choose_uniform, sample_count
 from hfdetox.errors import UsageError
 from hfdetox.values import load_yaml
 
@@ -56,9 +58,11 @@ class Images:
     whole_split: bool
 
 
+@renames(samples="clean_samples", config="dataset_config")
 def load_images(
-    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str], samples: int | float | None = 0.05,
-    eval_samples: int | None = None, config: str | None = None, split: str | None = None, eval_split: str | None = None,
+    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str],
+    clean_samples: int | float | None = DEFAULT_SAMPLES, eval_samples: int | None = None,
+    dataset_config: str | None = None, split: str | None = None, eval_split: str | None = None,
     image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
     label_map: Path | Mapping[str, Any] | None = None, seed: int = 0, channels: int = 3,
     allow_missing_classes: bool = False, warn: Callable[[str], None] = lambda _: None,
@@ -69,8 +73,8 @@ def load_images(
     Args:
         dataset: a folder that exists, else a Hub id; or a loaded `Dataset`/`DatasetDict`.
         labels: the model's label names in index order; all labels returned are indices into it.
-        samples: images for the defense: an int is a count, a float a fraction of the split (at most 5000 images); as
-            balanced over the classes as they allow. None is the whole split, as an attacker has it.
+        clean_samples: images for the defense: an int is a count, a float a fraction of the split (at most 5000
+            images); as balanced over the classes as they allow. None is the whole split, as an attacker has it.
         eval_samples: images for measuring, drawn uniformly; None is the whole evaluation split.
         split, eval_split: default train, and test (else validation); seeded disjoint parts where there is one split.
         label_map: a JSON or YAML file, or a dict, of dataset names to model names, indices or null.
@@ -84,14 +88,14 @@ def load_images(
     Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError)
     with the row of an image that cannot be decoded, and HubError for the Hub.
     """
-    if samples is not None:
-        check_samples(samples)
+    if clean_samples is not None:
+        check_samples("--samples", clean_samples)
     if eval_samples is not None:
-        check_samples(int(eval_samples), "--eval-samples")
-    origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
+        check_samples("--eval-samples", int(eval_samples))
+    origin = open_dataset(dataset, config=dataset_config, revision=revision, image_column=image_column,
                           label_column=label_column, warn=warn, hub_only=hub_only)  # fmt: skip
     plan = _Plan(
-        origin=origin, labels=labels, samples=samples, eval_samples=eval_samples, label_map=label_map, seed=seed,
+        origin=origin, labels=labels, samples=clean_samples, eval_samples=eval_samples, label_map=label_map, seed=seed,
         channels=channels, allow_missing_classes=allow_missing_classes, warn=warn, progress=progress,
     )  # fmt: skip
     return plan.load(*_split_names(origin.splits, split, eval_split))
@@ -310,7 +314,7 @@ class _Plan:
 
 
 def class_names(
-    dataset: str | Path | Dataset | DatasetDict, *, config: str | None = None, split: str | None = None,
+    dataset: str | Path | Dataset | DatasetDict, *, dataset_config: str | None = None, split: str | None = None,
     image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, ...] | int:  # fmt: skip
@@ -318,7 +322,7 @@ def class_names(
 
     The arguments, and what is raised, are those of `load_images`.
     """
-    origin = open_dataset(dataset, config=config, revision=revision, image_column=image_column,
+    origin = open_dataset(dataset, config=dataset_config, revision=revision, image_column=image_column,
                           label_column=label_column, warn=warn)  # fmt: skip
     train, _ = _split_names(origin.splits, split, None)
     columns = origin.columns(train)

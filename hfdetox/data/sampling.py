@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hfdetox.errors import UsageError
-
 MAX_FRACTION_SAMPLES = 5000
 
 
@@ -22,17 +20,6 @@ class Selection:
     def without(self, keep: np.ndarray) -> Selection:
         """Return only the rows where the boolean mask `keep` (N,) is true."""
         return Selection(self.indices[keep], self.labels[keep])
-
-
-def check_samples(samples: int | float, option: str = "--samples") -> None:
-    """Raise UsageError unless `samples` is a whole number from 1, or a fraction above 0 and up to 1."""
-    number = isinstance(samples, (int, float, np.integer, np.floating)) and not isinstance(samples, bool)
-    if not number or not samples > 0:
-        raise UsageError(f"{option} {samples}: at least one image is needed; give a count, or a fraction such as 0.05")
-    if isinstance(samples, (float, np.floating)) and samples > 1:
-        raise UsageError(
-            f"{option} {samples}: a number with a point is a fraction, at most 1.0; write a count without it"
-        )
 
 
 def sample_count(samples: int | float, total: int) -> int:

@@ -62,9 +62,7 @@ def describe_defense(config: DefenseConfig) -> tuple[str, dict[str, str]]:
     return config.name, {key.rstrip("_"): to_text(value) for key, value in values.items() if value != base[key]}
 
 
-def choose_defense(
-    given: str | DefenseConfig, spec: str, texts: Mapping[str, str], *, resumed: bool
-) -> tuple[DefenseConfig, str]:
+def choose_defense(given: object, spec: str, texts: Mapping[str, str], *, resumed: bool) -> tuple[DefenseConfig, str]:
     """Return the configuration of a run with its preset: the object that the caller gave, or what the run has recorded.
 
     Args:

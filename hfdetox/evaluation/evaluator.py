@@ -81,7 +81,7 @@ class Evaluator:
 
 def prepare_evaluator(
     classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
-    target: str | None, warn: Callable[[str], None], progress: bool,
+    target: str | int | None, warn: Callable[[str], None], progress: bool,
 ) -> Evaluator:  # fmt: skip
     """Decode the evaluation images, and put each trigger on those whose true class is not its target.
 
@@ -97,7 +97,7 @@ def prepare_evaluator(
 
 
 def with_targets(
-    triggers: Sequence[Trigger], target: str | None, labels: Sequence[str], warn: Callable[[str], None]
+    triggers: Sequence[Trigger], target: str | int | None, labels: Sequence[str], warn: Callable[[str], None]
 ) -> list[Trigger]:
     """Return the triggers aimed at label indices (or `all-to-all`): their own targets, else `target`, else label 0.
 

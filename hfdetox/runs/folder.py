@@ -6,13 +6,12 @@ import json
 import re
 import shlex
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from hfdetox.config import COMMANDS, DEFAULT_DEFENSE
+from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.defenses import DEFENSES
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import REPORT_NAMES, replace_folder, write_atomically
@@ -22,127 +21,40 @@ from hfdetox.values import read_fields
 
 RUN_FILE = "run.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
-_NOT_IN_COMMAND = ("model", "push_to", "original_command", "public", "i_know_this_is_backdoored", *PUBLISHING)
-_FLAGS = {"triggers": "--trigger", "settings": "--set", "model_args": "--model-arg"}
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
 _HUB_PREFIX = re.compile("hf[_-]hub:")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions(ABC):
-    """The model, the images and the triggers of a run, and where its result goes, as plain data.
+class RecordedOptions(DetoxOptions):
+    """The options of a run as its folder keeps them, without objects.
 
-    `model` and `dataset` are None for objects. A subclass adds what is done to the model.
+    `original_command` is the command that began the run.
     """
 
-    model: str | None
-    dataset: str | None = None
-    config: str | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    samples: int | float | None = None
-    eval_samples: int | None = None
-    label_map: str | None = None
-    allow_missing_classes: bool = False
-    triggers: list[str]
-    target: str | None = None
-    precision: str = "auto"
-    seed: int = 0
-    device: str = "auto"
-    revision: str | None = None
-    dataset_revision: str | None = None
-    trust_remote_code: bool = False
-    output: str | None = None
-    push_to: str | None = None
-    create_pr: bool = False
-    overwrite: bool = False
-
-    def command(self) -> str:
-        """Return the shell command that repeats the run, "" where objects took part, which no command can name.
-
-        It is for publishing: of local paths only the last part is left; options at their defaults, and where the
-        result is pushed, are left out.
-        """
-        # neither has a class of the caller's that no package offers
-        kinds = {spec.partition(":")[0] for spec in self.triggers if not spec.endswith(".safetensors")} - {"none"}
-        if self.model is None or self.dataset is None or not all(kind in TRIGGERS for kind in kinds):
-            return ""
-        shown = self._without_places()
-        words = ["hfdetox", *shown.command_word(), str(shown.model)]
-        for option in fields(self):
-            value = getattr(shown, option.name)
-            if option.name in _NOT_IN_COMMAND or value in (option.default, None, False, [], {}):
-                continue
-            flag = _FLAGS.get(option.name, "--" + option.name.replace("_", "-"))
-            if value is True:
-                words.append(flag)
-            elif isinstance(value, dict):
-                words += [word for key, item in value.items() for word in (flag, f"{key}={_text(item)}")]
-            else:
-                words += [
-                    word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))
-                ]
-        return shlex.join(words)
-
-    @abstractmethod
-    def command_word(self) -> list[str]:
-        """Return the words between `hfdetox` and the model."""
-
-    def _without_places(self) -> Self:
-        # only what the Hub has is pinned to a revision; an id that is also a folder's name stays an id then
-        model = self.model if self.model is None or self.revision else last_part(self.model)
-        dataset = self.dataset if self.dataset is None or self.dataset_revision else last_part(self.dataset)
-        return replace(
-            self, model=model, dataset=dataset,
-            label_map=last_part(self.label_map) if self.label_map else None,
-            output=f"./{Path(self.output).resolve().name}" if self.output else None,
-            triggers=[
-                last_part(spec) if spec.endswith(".safetensors")
-                else re.sub("(?<==)[^,]*/[^,]*", lambda path: last_part(path[0]), spec)
-                for spec in self.triggers
-            ],
-        )  # fmt: skip
+    original_command: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(ImageOptions):
-    """Everything that decides a cleaning run's result and where it goes, as plain data.
+def command_of(options: ImageOptions) -> str:
+    """Return the shell command that repeats a run, "" where objects took part, which no command can name.
 
-    `settings` are the defense's by the names and in the texts that `--set` takes. `typed` is the command of the run
-    that these options resume, None at its start.
+    It is for publishing: of local paths only the last part is left, and where the result is pushed is left out. Of a
+    resumed run it is that of its start.
+
+    Args:
+        options: without objects.
     """
-
-    samples: int | float = 0.05
-    defense: str = DEFAULT_DEFENSE
-    settings: dict[str, str]
-    private: bool = False
-    original_command: str | None = None
-
-    def publishing(self) -> dict[str, Any]:
-        """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        return {name: getattr(self, name) for name in PUBLISHING}
-
-    def command(self) -> str:
-        """Return the shell command that repeats the run: of a resumed one, that of its start."""
-        if self.original_command is not None:
-            return self.original_command
-        return super().command() if self.defense.partition(":")[0] in DEFENSES else ""
-
-    def command_word(self) -> list[str]:
-        """Return `detox` where a model of that name would be taken for a command."""
-        return ["detox"] if self.model in COMMANDS else []
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def last_part(text: str) -> str:
-    """Return the name of a path that exists here, without where it lies; any other text as it is."""
-    return f"./{Path(text).resolve().name}" if Path(text).exists() else text
+    if isinstance(options, RecordedOptions):
+        return options.original_command
+    # neither has a class of the caller's that no package offers
+    specs = [spec for spec in map(str, options.triggers) if spec != NONE and not spec.endswith(".safetensors")]
+    known = all(spec.partition(":")[0] in TRIGGERS for spec in specs)
+    if isinstance(options, DetoxOptions):
+        known = known and str(options.defense).partition(":")[0] in DEFENSES
+    if options.model is None or options.dataset is None or not known:
+        return ""
+    return shlex.join(["hfdetox", *options.redact_paths().argv()])
 
 
 class RunFolder:
@@ -175,36 +87,32 @@ class RunFolder:
         """Return the shell command that goes on with this run."""
         return shlex.join(["hfdetox", "--resume", str(self.path)])
 
-    def begin(self, options: RunOptions, triggers: Sequence[Trigger]) -> None:
+    def begin(self, options: DetoxOptions, triggers: Sequence[Trigger]) -> None:
         """Create the folder and record the options, so that they mean the same in any working directory.
 
         The triggers are kept as files: pictures and targets with commas have no text form.
         """
-        recorded = replace(
-            options,
-            original_command=options.command(),
-            # with a commit, these are ids of the Hub
-            model=options.model if options.revision else _absolute(options.model),
-            dataset=options.dataset if options.dataset_revision else _absolute(options.dataset),
-            label_map=_absolute(options.label_map),
-            output=options.output and str(Path(options.output).absolute()),
-            triggers=[f"{_TRIGGERS}/{trigger.name}.safetensors" for trigger in triggers],
-        )
+        recorded = options.record() | {"original_command": command_of(options)}
+        # with a commit, these are ids of the Hub
+        pinned = {"model": options.revision, "dataset": options.dataset_revision}
+        recorded |= {name: _absolute(recorded[name]) for name in _PLACES if not pinned.get(name)}
+        recorded["output"] = options.output and str(Path(options.output).absolute())
+        recorded["triggers"] = [f"{_TRIGGERS}/{trigger.name}.safetensors" for trigger in triggers]
         try:
             (self.path / _TRIGGERS if triggers else self.path).mkdir(parents=True, exist_ok=True)
-            for name, trigger in zip(recorded.triggers, triggers, strict=True):
+            for name, trigger in zip(recorded["triggers"], triggers, strict=True):
                 write_atomically(self.path / name, trigger.file_bytes())
-            write_atomically(self.path / RUN_FILE, json.dumps(asdict(recorded), indent=2) + "\n")
+            write_atomically(self.path / RUN_FILE, json.dumps(recorded, indent=2) + "\n")
         except OSError as error:
             raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
 
-    def recorded(self) -> RunOptions:
+    def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
         try:
             plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-            options: RunOptions = read_fields("", RunOptions, plain)
+            options: RecordedOptions = read_fields("", RecordedOptions, plain)
             places: dict[str, Any] = {name: _relative(getattr(options, name)) for name in _PLACES}
-            return replace(options, **places, triggers=[str(self.path / name) for name in options.triggers])
+            return replace(options, **places, triggers=[str(self.path / str(name)) for name in options.triggers])
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder"
@@ -234,7 +142,7 @@ def same_model(given: str, recorded: str | None) -> bool:
     return ids[0] == ids[1]
 
 
-def log_folder(output: str | None) -> Path:
+def log_folder(output: str | Path | None) -> Path:
     """Return where a tracker that writes files writes them: beside the output, where they stay after the run."""
     return Path("hfdetox-logs") if output is None else Path(output).with_name(Path(output).name + ".logs")
 
@@ -266,8 +174,3 @@ def publish_folder(fresh: Path, output: Path) -> None:
     except OSError as error:
         raise RunError(f"cannot move the result to {output}: {error.strerror or error}") from error
     shutil.rmtree(old, ignore_errors=True)
-
-
-def trigger_specs(specs: Sequence[Any]) -> list[str]:
-    """Return the text form of trigger specifications or objects."""
-    return [spec if isinstance(spec, str) else spec.recorded() for spec in specs]

@@ -11,6 +11,7 @@ import torch
 from hfdetox._version import __version__
 from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingPoisoner
+from hfdetox.config import AttackOptions
 from hfdetox.data.cache import Pixels, apply_to_image
 from hfdetox.data.images import ImageSet
 from hfdetox.data.info import DatasetInfo
@@ -23,7 +24,7 @@ from hfdetox.models.initial import InitialModel
 from hfdetox.reporting.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import OutputInfo
-from hfdetox.runs.attack_run import AttackRun
+from hfdetox.runs.folder import command_of
 from hfdetox.runs.publish import comes_backdoored
 from hfdetox.runs.steps import RunWarnings
 from hfdetox.training.devices import describe_devices
@@ -36,7 +37,7 @@ ACCURACY_LOSS = 0.02
 
 
 def build_implants(
-    run: AttackRun, triggers: Sequence[Trigger], poisoners: Mapping[str, Poisoner], classifier: Classifier,
+    run: AttackOptions, triggers: Sequence[Trigger], poisoners: Mapping[str, Poisoner], classifier: Classifier,
     images: ImageSet, notes: RunWarnings,
 ) -> list[Implant]:  # fmt: skip
     """Return the implants: the triggers with their labels and, where the training puts them on, in mode `input`.
@@ -63,7 +64,7 @@ def build_implants(
     return implants
 
 
-def check_init(run: AttackRun, start: InitialModel, notes: RunWarnings) -> None:
+def check_init(run: AttackOptions, start: InitialModel, notes: RunWarnings) -> None:
     """Refuse to make a clean baseline of a backdoored model; of another attack on one, say what it starts from."""
     if not start.backdoored:
         return
@@ -74,7 +75,7 @@ def check_init(run: AttackRun, start: InitialModel, notes: RunWarnings) -> None:
     notes.warn(f"{name} is deliberately backdoored already: the result has its backdoors too")
 
 
-def find_surrogate(run: AttackRun, start: InitialModel, implants: Sequence[Implant]) -> Classifier | None:
+def find_surrogate(run: AttackOptions, start: InitialModel, implants: Sequence[Implant]) -> Classifier | None:
     """Return the clean model that triggers are made on, None where no trigger needs one.
 
     A model that was trained before serves as its own, as it is before the training.
@@ -136,7 +137,7 @@ class Monitor:
         return self.reached
 
 
-def goals_of(run: AttackRun, before: Predictions | None) -> Goals:
+def goals_of(run: AttackOptions, before: Predictions | None) -> Goals:
     """Return the goals: as asked for, else, from a trained model, the accuracy before less two points."""
     accuracy = run.goal_accuracy
     if accuracy is None and before is not None and not run.clean:
@@ -187,7 +188,7 @@ def cross_accuracies(evaluation: Evaluator, implants: Sequence[Implant]) -> dict
 
 
 def open_report(
-    run: AttackRun, start: InitialModel, dataset: DatasetInfo, implants: Sequence[Implant], context: AttackContext,
+    run: AttackOptions, start: InitialModel, dataset: DatasetInfo, implants: Sequence[Implant], context: AttackContext,
     before: Predictions | None,
     goals: Goals, surrogate: Classifier | None, *, push_to: str | None, notes: RunWarnings,
 ) -> AttackReport:  # fmt: skip
@@ -211,7 +212,7 @@ def open_report(
         succeeded=False,
         history=[],
         output=OutputInfo(pushed_to=push_to),
-        environment=describe_environment(context.accelerator.device, seed=run.seed, command=run.command()),
+        environment=describe_environment(context.accelerator.device, seed=run.seed, command=command_of(run)),
         warnings=notes.texts,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from hfdetox._version import __version__
+from hfdetox.config import DEFAULT_SAMPLES, DetoxOptions, ImageOptions
 from hfdetox.data.load import Images, default_dataset, load_images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.errors import RunError, UsageError
@@ -21,7 +22,7 @@ from hfdetox.hub.download import read_text_file
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import DefenseInfo, OutputInfo, Report
-from hfdetox.runs.folder import PUBLISHING, ImageOptions, RunFolder, RunOptions, check_output, same_model
+from hfdetox.runs.folder import PUBLISHING, RunFolder, check_output, command_of, same_model
 from hfdetox.runs.result import CHECKED_IMAGES, Artifacts, DetoxResult
 from hfdetox.training.batches import ImageSource
 from hfdetox.training.devices import describe_devices
@@ -47,7 +48,7 @@ class RunWarnings:
                 logger.warning(text)
 
 
-def open_run(options: RunOptions, resume: str | Path | None) -> tuple[RunOptions, RunFolder | None]:
+def open_run(options: DetoxOptions) -> tuple[DetoxOptions, RunFolder | None]:
     """Return the options that count and the run folder, None without output.
 
     A resumed run's options are the recorded ones; how it is published may be added to them, or all of it said anew.
@@ -56,19 +57,19 @@ def open_run(options: RunOptions, resume: str | Path | None) -> tuple[RunOptions
         UsageError: the output holds something, a run is there already, `resume` is not a run folder or one of another
             model, or it is said how to publish and not where.
     """
-    run = RunFolder(Path(resume)) if resume is not None else None
+    run = RunFolder(Path(options.resume)) if options.resume is not None else None
     if run is not None:
         recorded = run.recorded()
-        if options.model is not None and not same_model(options.model, recorded.model):
+        of_it = None if recorded.model is None else str(recorded.model)
+        if options.model is not None and not same_model(str(options.model), of_it):
             of = recorded.model or "a loaded model"
             raise UsageError(f"{run.path} is a run of {of}, not of {options.model}: leave the model out, or start anew")
         if options.push_to is not None:
             anew: dict[str, Any] = {**options.publishing(), "push_to": options.push_to}
         else:
             anew = {name: getattr(recorded, name) or getattr(options, name) for name in PUBLISHING}
-        options = replace(recorded, **anew)
-    if options.push_to is None and (options.private or options.create_pr):
-        raise UsageError("--private and --create-pr say how to publish: name the repository with --push-to")
+        options = replace(recorded, **anew, log_with=options.log_with, keep_run=options.keep_run)
+        options.check_publishing()
     if options.output is not None:
         check_output(Path(options.output), overwrite=options.overwrite)
         if run is None:
@@ -86,9 +87,11 @@ def pull_images(options: ImageOptions, dataset: Any, classifier: Classifier, not
         chosen = default_dataset(classifier.card_source())
         notes.warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
     return load_images(
-        chosen, labels=classifier.labels, samples=options.samples, eval_samples=options.eval_samples,
-        config=options.config, split=options.split, eval_split=options.eval_split, image_column=options.image_column,
-        label_column=options.label_column, revision=options.dataset_revision,
+        chosen, labels=classifier.labels,
+        # what is only measured sets the same images aside
+        clean_samples=getattr(options, "clean_samples", DEFAULT_SAMPLES), eval_samples=options.eval_samples,
+        dataset_config=options.dataset_config, split=options.split, eval_split=options.eval_split,
+        image_column=options.image_column, label_column=options.label_column, revision=options.dataset_revision,
         label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
         channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
         warn=notes.warn,
@@ -107,7 +110,7 @@ def pin(options: Options, classifier: Classifier, images: Images) -> Options:
 
 
 def train(
-    classifier: Classifier, method: DefenseConfig, source: ImageSource, accelerator: Accelerator, options: RunOptions,
+    classifier: Classifier, method: DefenseConfig, source: ImageSource, accelerator: Accelerator, options: DetoxOptions,
     *, run: RunFolder | None, log_with: str | None, progress: bool,
 ) -> TrainingRecord:  # fmt: skip
     """Run the defense's phases on the classifier in place, from the run's last checkpoint if there is one."""
@@ -123,7 +126,7 @@ def train(
 
 
 def open_report(
-    options: RunOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str,
+    options: DetoxOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str,
     before: Predictions,
     accelerator: Accelerator, *, push_to: str | None, notes: RunWarnings,
 ) -> Report:  # fmt: skip
@@ -142,12 +145,12 @@ def open_report(
         defense_effectiveness_rating=None,
         history=[],
         output=OutputInfo(pushed_to=push_to),
-        environment=describe_environment(accelerator.device, seed=options.seed, command=options.command()),
+        environment=describe_environment(accelerator.device, seed=options.seed, command=command_of(options)),
         warnings=notes.texts,
     )  # fmt: skip
 
 
-def save_result(result: DetoxResult, options: RunOptions, run: RunFolder | None) -> None:
+def save_result(result: DetoxResult, options: DetoxOptions, run: RunFolder | None) -> None:
     """Write the output folder, on the main process; a RunError says how to go on with the run, which is kept."""
     try:
         result.save(options.output or "", overwrite=options.overwrite)

@@ -39,14 +39,17 @@ def _is_literal(hint: Any) -> bool:
     return typing.get_origin(hint) is typing.Literal
 
 
-def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
+def parse_triggers(specs: Sequence[object]) -> list[Trigger]:
     """Return the triggers of several specifications; the names are made sure to be unique.
+
+    Args:
+        specs: texts, or `Trigger` objects, which stay as they are.
 
     Raises:
         UsageError: a specification is wrong, an object's class has the kind of another one, or two triggers would share
             a key in the report, or a file.
     """
-    triggers = [spec if isinstance(spec, Trigger) else parse_trigger(spec) for spec in specs]
+    triggers = [spec if isinstance(spec, Trigger) else parse_trigger(str(spec)) for spec in specs]
     for trigger in triggers:
         TRIGGERS.holds(type(trigger))
     seen: dict[str, str] = {}
@@ -60,7 +63,7 @@ def parse_triggers(specs: Sequence[str | Trigger]) -> list[Trigger]:
     return triggers
 
 
-def reload_triggers(files: Sequence[str], given: Sequence[str | Trigger]) -> list[Trigger]:
+def reload_triggers(files: Sequence[object], given: Sequence[object]) -> list[Trigger]:
     """Return the triggers of a run that goes on, from its trigger files.
 
     Args:
@@ -70,10 +73,11 @@ def reload_triggers(files: Sequence[str], given: Sequence[str | Trigger]) -> lis
         UsageError: an object is not the one in the file, or a file's kind is not known.
     """
     objects = {trigger.name: trigger for trigger in given if isinstance(trigger, Trigger)}
-    for file in map(Path, files):
+    paths = [Path(str(file)) for file in files]
+    for file in paths:
         if file.stem in objects and objects[file.stem].file_bytes() != file.read_bytes():
             raise UsageError(f"the trigger {file.stem} is not the one that this run began with: leave it out")
-    return parse_triggers([objects.get(Path(file).stem, file) for file in files])
+    return parse_triggers([objects.get(path.stem, path) for path in paths])
 
 
 def parse_trigger(spec: str) -> Trigger:

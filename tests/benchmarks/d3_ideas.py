@@ -145,7 +145,7 @@ def row(cell: Path, cifar: Path, idea: str) -> dict[str, Any]:
     first = cell.parent.with_name(cell.parent.name + ".ideas") / cell.name
     config = IdeaConfig(**{**IdeaConfig.presets["auto"], **IDEAS[idea], "copied": str(first)})
     triggers = [str(file) for file in sorted((cell / "triggers").glob("*.safetensors"))]
-    result = detoxify(cell, dataset=cifar, samples=SAMPLES, triggers=triggers, defense=config)
+    result = detoxify(cell, dataset=cifar, clean_samples=SAMPLES, triggers=triggers, defense=config)
     if not IDEAS[idea]:
         result.save(first)
     plain = result.report.to_dict()

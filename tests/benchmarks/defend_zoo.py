@@ -31,7 +31,7 @@ def row(cell: Path, cifar: Path, name: str, output: Path) -> dict[str, Any]:
     report = detoxify(
         cell,
         dataset=cifar,
-        samples=SAMPLES,
+        clean_samples=SAMPLES,
         triggers=[str(file) for file in sorted((cell / "triggers").glob("*.safetensors"))],
         defense="d3:paper",
         settings=SETTINGS[name],

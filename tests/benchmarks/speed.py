@@ -179,8 +179,8 @@ def memory(arguments: argparse.Namespace) -> dict[str, float]:
     """Run the whole job in a process of its own and return its peak memory and what is accounted for, in MB."""
     code = (
         "import resource, sys; from hfdetox import detoxify\n"
-        f"r = detoxify(sys.argv[1], dataset=sys.argv[2], samples={SAMPLES}, triggers=['badnets'], target={TARGET}, "
-        "defense='d3:paper', settings={'epochs': '1'}, progress=False)\n"
+        f"r = detoxify(sys.argv[1], dataset=sys.argv[2], clean_samples={SAMPLES}, triggers=['badnets'], "
+        f"target={TARGET}, defense='d3:paper', settings={'epochs': '1'}, progress=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, r.report.model.parameters)"
     )
     done = subprocess.run(
@@ -242,7 +242,7 @@ def main() -> None:
     config = D3Config(epochs=arguments.epochs)
     labels = load_classifier(arguments.model).labels
     loading = time.perf_counter()
-    images = load_images(arguments.cifar, labels=labels, samples=SAMPLES, warn=print)
+    images = load_images(arguments.cifar, labels=labels, clean_samples=SAMPLES, warn=print)
     loading = time.perf_counter() - loading
     theirs = research(load_classifier(arguments.model), images.clean, images.evaluation, config)
     mine = ours(load_classifier(arguments.model), images.clean, images.evaluation, config)

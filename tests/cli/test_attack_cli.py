@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from hfdetox.cli import app as cli
-from hfdetox.cli.attack_options import AttackOptions
+from hfdetox.cli.options import CommandLine, attack_options, suite_arguments
+from hfdetox.config import AttackConsole, AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.hub.download import AccessError
 from hfdetox.reporting.attack_card import build_attack_card
@@ -42,6 +43,12 @@ def words(dataset: Path, *more: str, **settings: str) -> list[str]:
     return ["attack", ARCHITECTURE, "--input-size", str(SIDE), "--dataset", str(dataset), "--device", "cpu",
             "--precision", "no", "--target", "green", *more,
             *(word for key, value in pairs for word in ("--set", f"{key}={value}"))]  # fmt: skip
+
+
+def line(**spelled: Any) -> CommandLine:
+    """Return a command line of `hfdetox attack` as Typer reads it."""
+    left = {"settings": [], "epochs": None, "lr": None, "batch_size": None}
+    return CommandLine([AttackOptions, AttackConsole], left | spelled, set(spelled))
 
 
 def output_folder(folder: Path, report: AttackReport) -> Path:
@@ -86,12 +93,12 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 
 def test_a_suite_decides_by_itself_what_is_built(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("models: {}")
-    options = AttackOptions(suite=tmp_path / "s.yaml", output=tmp_path, jobs=2)
-    assert options.suite_arguments({"suite", "output", "jobs"})["jobs"] == 2
+    suite = {"suite": tmp_path / "s.yaml"}
+    assert suite_arguments(line(**suite, output=tmp_path, jobs=2))["jobs"] == 2
     with pytest.raises(UsageError, match="leave out MODEL, --trigger"):
-        options.suite_arguments({"suite", "model", "triggers"})
+        suite_arguments(line(**suite, model="m", triggers=["badnets"]))
     with pytest.raises(UsageError, match="name it with --output"):
-        AttackOptions(suite=tmp_path / "s.yaml").suite_arguments({"suite"})
+        suite_arguments(line(**suite))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +110,30 @@ def test_a_suite_decides_by_itself_what_is_built(tmp_path: Path) -> None:
     ],
 )
 def test_the_output_is_called_after_the_model(model: str, triggers: list[str], name: str) -> None:
-    assert AttackOptions(model=model, triggers=triggers).place() == Path(name)
+    assert attack_options(line(model=model, triggers=triggers)).output == Path(name)
+
+
+def test_model_arguments_are_numbers_truth_values_lists_and_texts() -> None:
+    texts = ["a=1", "b=1e-3", "c=[1,2]", "d=true", "e=avg", "f=[[1,2],[3]]", "g=-0.5"]
+    expected = {"a": 1, "b": 0.001, "c": [1, 2], "d": True, "e": "avg", "f": [[1, 2], [3]], "g": -0.5}
+    assert line(model_args=texts).options(AttackOptions).model_args == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["depth"], "is not KEY=VALUE"),
+        (["a b=1"], "is not KEY=VALUE"),
+        (["a=1", "a=2"], "given twice"),
+        (["a={b: 1}"], "give a number"),
+        (["a="], "give a number"),
+        (["a=[1"], "neither JSON nor YAML"),
+        (["a=&all [1, *all]"], "give a number"),
+    ],
+)
+def test_model_arguments_of_another_form_are_refused(texts: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        line(model_args=texts).options(AttackOptions)
 
 
 def test_json_is_the_report_and_the_status_says_whether_it_took(

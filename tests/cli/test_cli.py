@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -17,14 +16,8 @@ import typer
 
 import hfdetox
 from hfdetox.cli import app as cli
-from hfdetox.config import (
-    ConsoleOptions,
-    DetoxOptions,
-    default_output,
-    given_settings,
-    parse_samples,
-    planned_arguments,
-)
+from hfdetox.cli.options import CommandLine, default_output, detox_options, run_folder
+from hfdetox.config import ConsoleOptions, DetoxConsole, DetoxOptions
 from hfdetox.defenses import DEFENSES
 from hfdetox.errors import HubError, RunError, UsageError
 from hfdetox.values import read_pair
@@ -75,6 +68,12 @@ USAGE_ERRORS = {
     "list-other": (["list", "models"], "models"),
     "demo-argument": (["demo", "digits"], "unexpected extra argument"),
 }
+
+
+def line(**spelled: Any) -> CommandLine:
+    """Return a command line of `hfdetox detox` as Typer reads it."""
+    left = {"settings": [], "epochs": None, "lr": None, "batch_size": None, "reweight": None}
+    return CommandLine([DetoxOptions, DetoxConsole], left | spelled, set(spelled))
 
 
 def probe(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -158,7 +157,7 @@ def test_version_of_module_and_script_agree(run_cli: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("original_command", "meant"),
+    ("typed", "meant"),
     [
         (["org/model"], ["detox", "org/model"]),
         (["--resume", "x.run"], ["detox", "--resume", "x.run"]),
@@ -177,7 +176,7 @@ def test_detox_is_inserted(typed: list[str], meant: list[str]) -> None:
     ("text", "number"), [("5", 5), ("500", 500), ("0.05", 0.05), ("1.0", 1.0), ("1", 1), (".5", 0.5)]
 )
 def test_a_point_makes_a_fraction(text: str, number: float) -> None:
-    parsed = parse_samples(text)
+    parsed = line(clean_samples=text).options(DetoxOptions).clean_samples
     assert parsed == number
     assert type(parsed) is type(number)
 
@@ -188,8 +187,8 @@ def test_settings_stay_text_and_keep_later_equals_signs() -> None:
 
 
 def test_short_settings_join_set() -> None:
-    options = DetoxOptions(model="m", settings=["epsilon=0.2"], epochs=3, lr=0.01, batch_size=16)
-    assert given_settings(options) == {
+    options = line(model="m", settings=["epsilon=0.2"], epochs=3, lr=0.01, batch_size=16).options(DetoxOptions)
+    assert options.settings == {
         "epochs": "3",
         "learning_rate": "0.01",
         "batch_size": "16",
@@ -230,35 +229,9 @@ def test_resume_takes_what_concerns_the_end_of_the_run_only(tmp_path: Path, caps
     ):
         assert cli.run(["--resume", str(run_folder), *anew]) == 2, anew
         assert f"leave out {anew[0]}" in capsys.readouterr().err
-    options = DetoxOptions(resume=run_folder, push_to="me/m", private=True, keep_run=True)
-    assert options.arguments({"resume", "push_to", "private", "keep_run", "quiet", "as_json", "debug"}) == {
-        "resume": run_folder,
-        "push_to": "me/m",
-        "private": True,
-        "create_pr": False,
-        "overwrite": False,
-        "keep_run": True,
-        "log_with": None,
-    }
-
-
-def test_arguments_are_those_of_the_python_functions() -> None:
-    from hfdetox.detox import detoxify, evaluate, plan
-
-    def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(function).parameters)
-
-    options = DetoxOptions(model="org/m")
-    arguments = options.arguments(set())
-    assert set(arguments) | {"model", "progress"} <= set(parameters(detoxify))
-    assert set(planned_arguments(arguments)) == set(parameters(plan)) - {"model"}
-    assert set(options.data_arguments()) | {"model", "progress"} <= set(parameters(evaluate))
-    resumed = DetoxOptions(resume=Path("m.run")).arguments({"resume"})
-    assert set(resumed) <= set(arguments)
-    for name, value in arguments.items():
-        default = parameters(detoxify)[name].default
-        if name != "output":
-            assert value == default or not (value or default), f"{name}: {value!r} here, {default!r} in Python"
+    anew = {"resume": run_folder, "push_to": "me/m", "private": True, "keep_run": True}
+    options = detox_options(line(**anew, quiet=True, as_json=True, debug=True))
+    assert options.changed() == {**anew, "settings": {}}
 
 
 def test_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,10 +261,10 @@ def test_an_interrupted_run_does_not_take_an_earlier_result_for_its_own(tmp_path
 def test_a_run_is_not_resumed_for_another_model_nor_published_nowhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hfdetox.runs.folder import RunFolder, RunOptions
+    from hfdetox.runs.folder import RunFolder
 
     run = RunFolder(tmp_path / "out.run")
-    run.begin(RunOptions(model="org/model", dataset="org/data", settings={}, triggers=[], revision="a" * 40), [])
+    run.begin(DetoxOptions("org/model", dataset="org/data", revision="a" * 40), [])
     for more, said in (
         (["org/other"], "is a run of org/model, not of org/other: leave the model out"),
         (["--private"], "name the repository with --push-to"),
@@ -316,9 +289,9 @@ def test_warnings_of_the_package_are_lines_on_standard_error(
 
 
 def test_run_folder_is_beside_the_output() -> None:
-    assert DetoxOptions(model="org/m").run_folder() == Path("m-detoxed.run")
-    assert DetoxOptions(model="org/m", output=Path("a/b.c")).run_folder() == Path("a/b.c.run")
-    assert DetoxOptions(resume=Path("a/b.run")).run_folder() == Path("a/b.run")
+    assert run_folder(detox_options(line(model="org/m"))) == Path("m-detoxed.run")
+    assert run_folder(DetoxOptions("org/m", output=Path("a/b.c"))) == Path("a/b.c.run")
+    assert run_folder(DetoxOptions(resume=Path("a/b.run"))) == Path("a/b.run")
 
 
 def test_json_mode_keeps_other_output_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_a_fraction_is_capped_and_a_count_is_not():
 @pytest.mark.parametrize("samples", [0, -1, 0.0, 1.5, -0.1, True, float("nan"), "many"])
 def test_impossible_sample_sizes(folder, samples):
     with pytest.raises(UsageError, match="--samples"):
-        load(folder, samples=samples)
+        load(folder, clean_samples=samples)
 
 
 @pytest.mark.parametrize("count", [0, -3])
@@ -125,7 +125,7 @@ def test_few_row_groups_are_touched(folder, monkeypatch):
         return original(self, group, column)
 
     monkeypatch.setattr(sources.ParquetReader, "_read", spy)
-    load(folder, samples=15, eval_samples=1)
+    load(folder, clean_samples=15, eval_samples=1)
     # 15 images of nine groups of ten: two groups hold enough, labels of no more groups are looked at
     assert sum(split == "train" and column == "image" for split, _, column in read) == 2
     assert sum(split == "train" and column == "label" for split, _, column in read) == 2
@@ -134,14 +134,14 @@ def test_few_row_groups_are_touched(folder, monkeypatch):
 
 
 def test_the_seed_decides_which_row_groups_are_read(folder):
-    groups = {row // 10 for seed in range(5) for row in load(folder, samples=6, seed=seed)[0].clean.indices}
+    groups = {row // 10 for seed in range(5) for row in load(folder, clean_samples=6, seed=seed)[0].clean.indices}
     assert len(groups) > 2
 
 
 def test_any_negative_label_is_none(tmp_path):
     write_parquet(tmp_path / "train.parquet", [*cycle(30), -100, -2])
     write_parquet(tmp_path / "test.parquet", cycle(9), first=500)
-    assert max(load(tmp_path, samples=30)[0].clean.indices) < 30
+    assert max(load(tmp_path, clean_samples=30)[0].clean.indices) < 30
 
 
 def test_labels_are_in_the_models_order(folder):
@@ -153,7 +153,7 @@ def test_labels_are_in_the_models_order(folder):
 def test_a_class_with_few_images_gives_what_it_has_with_a_warning(tmp_path):
     write_parquet(tmp_path / "train.parquet", [0] * 40 + [1] * 40 + [2] * 2)
     write_parquet(tmp_path / "test.parquet", cycle(9), first=1000)
-    images, notes = load(tmp_path, samples=20)
+    images, notes = load(tmp_path, clean_samples=20)
     assert np.bincount(images.clean.labels).tolist() == [9, 9, 2]
     assert any("not balanced: 2 to 9" in note for note in notes)
 
@@ -162,25 +162,25 @@ def test_a_class_without_an_image_needs_the_switch(tmp_path):
     write_parquet(tmp_path / "train.parquet", cycle(40, 2))
     write_parquet(tmp_path / "test.parquet", cycle(9, 2), first=1000)
     with pytest.raises(TooFewImagesError, match=r"no image of 1 of the model's 3 classes \(horse\).*--allow-missing"):
-        load(tmp_path, samples=20)
-    images, notes = load(tmp_path, samples=20, allow_missing_classes=True)
+        load(tmp_path, clean_samples=20)
+    images, notes = load(tmp_path, clean_samples=20, allow_missing_classes=True)
     assert np.bincount(images.clean.labels, minlength=3).tolist() == [10, 10, 0]
     assert any("no clean image of 1 of the model's 3 classes (horse)" in note for note in notes)
 
 
 def test_more_samples_than_images(folder):
     with pytest.raises(TooFewImagesError, match="--samples 91: split train has 90 labelled images"):
-        load(folder, samples=91)
-    assert load(folder, samples=90)[0].info.clean_samples == 90
+        load(folder, clean_samples=91)
+    assert load(folder, clean_samples=90)[0].info.clean_samples == 90
 
 
 def test_fewer_samples_than_classes(folder):
     with pytest.raises(TooFewImagesError, match="fewer than the 3 classes"):
-        load(folder, samples=2)
+        load(folder, clean_samples=2)
 
 
 def test_a_fraction_of_the_split(folder):
-    assert load(folder, samples=0.1)[0].info.clean_samples == 9
+    assert load(folder, clean_samples=0.1)[0].info.clean_samples == 9
 
 
 def test_evaluation_images_are_a_seeded_uniform_choice(folder):
@@ -201,7 +201,7 @@ def test_an_image_of_both_sets_is_left_out_of_the_evaluation(tmp_path):
     bmp = io.BytesIO()
     Image.open(io.BytesIO(png(2))).save(bmp, "BMP")
     write_parquet(tmp_path / "test.parquet", cycle(4), images=[png(90), png(4), bmp.getvalue(), png(91)])
-    images, notes = load(tmp_path, samples=6)
+    images, notes = load(tmp_path, clean_samples=6)
     assert images.evaluation.indices == [0, 3]
     assert images.info.eval_samples == 2
     assert any(note.startswith("2 evaluation images have the same pixels") for note in notes)
@@ -209,25 +209,27 @@ def test_an_image_of_both_sets_is_left_out_of_the_evaluation(tmp_path):
 
 def test_a_dataset_with_one_split_gives_disjoint_parts(tmp_path):
     write_parquet(tmp_path / "train.parquet", cycle(100))
-    images, notes = load(tmp_path, samples=60)
+    images, notes = load(tmp_path, clean_samples=60)
     assert len(images.evaluation) == 20
     assert len(images.clean) == 60
     assert not set(images.evaluation.indices) & set(images.clean.indices)
     assert any("serves for both sets: 20 of its 100" in note for note in notes)
-    assert load(tmp_path, samples=60)[0].info == images.info
-    assert len(load(tmp_path, samples=30, eval_samples=70)[0].evaluation) == 70
+    assert load(tmp_path, clean_samples=60)[0].info == images.info
+    assert len(load(tmp_path, clean_samples=30, eval_samples=70)[0].evaluation) == 70
     with pytest.raises(TooFewImagesError, match="has 30 labelled images"):
-        load(tmp_path, samples=31, eval_samples=70)
+        load(tmp_path, clean_samples=31, eval_samples=70)
     with pytest.raises(TooFewImagesError, match="--eval-samples"):
-        load(tmp_path, samples=3, eval_samples=100)
+        load(tmp_path, clean_samples=3, eval_samples=100)
 
 
 def test_only_all_rows_of_a_split_of_its_own_are_a_whole_split(folder, tmp_path):
     assert load(folder)[0].whole_split
     assert load(folder, eval_samples=30)[0].whole_split
     assert not load(folder, eval_samples=29)[0].whole_split
-    assert not load(folder, eval_split="train", samples=30)[0].whole_split  # a part of what the clean ones are from
-    assert not load(folder, eval_split="train", samples=12, eval_samples=78)[0].whole_split
+    assert not load(folder, eval_split="train", clean_samples=30)[
+        0
+    ].whole_split  # a part of what the clean ones are from
+    assert not load(folder, eval_split="train", clean_samples=12, eval_samples=78)[0].whole_split
     one_less = {"horse": None}
     assert not load(folder, labels=["cat", "dog"], label_map=one_less)[0].whole_split
     merged = {"horse": "dog", "dog": "dog"}  # all rows, and another task
@@ -242,7 +244,7 @@ def test_rows_that_are_left_out_make_it_a_part(tmp_path):
     assert not load(tmp_path / "a")[0].whole_split
     write_parquet(tmp_path / "b" / "train.parquet", cycle(6))
     write_parquet(tmp_path / "b" / "test.parquet", cycle(4), images=[png(90), png(4), png(92), png(91)])
-    assert not load(tmp_path / "b", samples=6)[0].whole_split  # one is among the clean images
+    assert not load(tmp_path / "b", clean_samples=6)[0].whole_split  # one is among the clean images
 
 
 def test_a_split_read_up_to_the_scan_limit_is_a_part(tmp_path, monkeypatch):
@@ -277,7 +279,7 @@ def test_a_test_split_without_labels_gives_way_to_validation(tmp_path):
 def test_rows_without_a_label_are_left_out_with_a_warning(tmp_path):
     write_parquet(tmp_path / "train.parquet", [*cycle(30), None, -1])
     write_parquet(tmp_path / "test.parquet", [None, *cycle(9), -1], first=500)
-    images, notes = load(tmp_path, samples=30)
+    images, notes = load(tmp_path, clean_samples=30)
     assert max(images.clean.indices) < 30
     assert images.evaluation.indices == list(range(1, 10))
     assert any("2 of 11 rows of split test have no label" in note for note in notes)
@@ -289,7 +291,7 @@ def test_a_broken_image_is_named_by_its_row(tmp_path):
     contents[5] = contents[5][:60]
     write_parquet(tmp_path / "test.parquet", cycle(9), images=contents)
     with pytest.raises(BrokenImageError, match="image 5 of split test"):
-        load(tmp_path, samples=3)
+        load(tmp_path, clean_samples=3)
 
 
 def test_a_damaged_parquet_file_is_named(folder):

@@ -14,6 +14,7 @@ import pytest
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 
+from hfdetox.config import DetoxOptions
 from hfdetox.data import load as data_module
 from hfdetox.data import readers as sources
 from hfdetox.data.columns import Columns
@@ -22,7 +23,6 @@ from hfdetox.data.opened import DatasetError, LocalFiles
 from hfdetox.errors import HubError, RunError
 from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, UnreachableError, ask, http
 from hfdetox.models.classifier import load_classifier
-from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.plan import plan
 from hfdetox.runs.steps import RunWarnings, pull_images
 from hfdetox.training.devices import make_accelerator
@@ -85,8 +85,8 @@ def test_the_scan_limit_is_kept_and_said(tmp_path, monkeypatch):
     write_tar(tmp_path / "w" / "train-000.tar", 60)
     write_tar(tmp_path / "w" / "test-000.tar", 30, 500)
     with pytest.raises(TooFewImagesError, match=r"its first 21 rows, the scan limit\) has 21 labelled images"):
-        load(tmp_path / "w", samples=22)
-    images, notes = load(tmp_path / "w", samples=0.5)
+        load(tmp_path / "w", clean_samples=22)
+    images, notes = load(tmp_path / "w", clean_samples=0.5)
     assert len(images.evaluation) == 21
     assert any("split test is a stream: its first 21 rows were read" in note for note in notes)
 
@@ -98,14 +98,14 @@ def test_a_damaged_tar_is_an_error_of_one_line(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:60_000])
     with pytest.raises(RunError, match="split train cannot be read") as caught:
-        load(tmp_path / "w", samples=60)
+        load(tmp_path / "w", clean_samples=60)
     assert "\n" not in str(caught.value)
     # tarfile takes a damaged header for the end; only the card knows how many rows there should be
     path.write_bytes(content[:40_960] + b"\xff" * 2048 + content[43_008:])
     info = "dataset_info:\n  splits:\n  - name: train\n    num_examples: 60\n  - name: test\n    num_examples: 9\n"
     (tmp_path / "w" / "README.md").write_text(f"---\n{info}---\n")
     with pytest.raises(RunError, match=r"split train ends after .* of 60 rows"):
-        load(tmp_path / "w", samples=60)
+        load(tmp_path / "w", clean_samples=60)
 
 
 class Impatient(LocalFiles):
@@ -212,8 +212,8 @@ def test_a_large_parquet_file_is_not_downloaded_whole(hub, repo_name, tmp_path, 
     hub.create_repo(name, "dataset")
     hub.commit_folder(name, tmp_path, repo_type="dataset")
     hub.log.clear()
-    images, _ = load(name, samples=30)
-    assert images.info.indices_sha256 == load(tmp_path, samples=30)[0].info.indices_sha256
+    images, _ = load(name, clean_samples=30)
+    assert images.info.indices_sha256 == load(tmp_path, clean_samples=30)[0].info.indices_sha256
     whole = (tmp_path / "train.parquet").stat().st_size
     ranges = [r for r in hub.log if r.origin == "storage" and "train" in r.path]
     assert all(request.range for request in ranges)
@@ -236,7 +236,7 @@ def namesake(repo, tmp_path, monkeypatch):
 
 def test_a_name_from_elsewhere_is_never_a_folder(hub, namesake):
     assert load(namesake)[0].info.source == "folder"
-    images, _ = load(namesake, hub_only=True, samples=1.0)
+    images, _ = load(namesake, hub_only=True, clean_samples=1.0)
     assert (images.info.source, images.info.clean_samples) == ("hub", 90)
 
 
@@ -247,7 +247,7 @@ def test_the_dataset_of_a_models_card_is_never_a_folder(hub, namesake, tmp_path)
     assert plan(str(model))["dataset"]["revision"] == head
     assert plan(str(model), dataset=namesake)["dataset"]["revision"] is None
     (tmp_path / "map.json").write_text('{"horse": "elk"}')
-    options = RunOptions(model=str(model), settings={}, triggers=[], samples=12, allow_missing_classes=True,
+    options = DetoxOptions(str(model), clean_samples=12, allow_missing_classes=True,
                          label_map=str(tmp_path / "map.json"))  # fmt: skip
     images = pull_images(options, None, load_classifier(model), RunWarnings(make_accelerator("cpu", "no")))
     assert images.info.revision == head
@@ -257,8 +257,8 @@ def test_the_commit_is_pinned_and_chosen(hub, repo, tmp_path):
     old = hub.repo(repo, "dataset").refs["refs/heads/main"]
     write_parquet(tmp_path / "new.parquet", cycle(60))
     hub.commit(repo, {"data/train-00000-of-00001.parquet": tmp_path / "new.parquet"}, repo_type="dataset")
-    assert load(repo, samples=1.0)[0].info.clean_samples == 60
-    images, _ = load(repo, samples=1.0, revision=old)
+    assert load(repo, clean_samples=1.0)[0].info.clean_samples == 60
+    images, _ = load(repo, clean_samples=1.0, revision=old)
     assert images.info.clean_samples == 90
     assert images.info.revision == old
     with pytest.raises(DatasetError, match="only a dataset on the Hub has revisions"):
@@ -309,11 +309,11 @@ def test_configurations(hub, repo_name, tmp_path):
     name = repo_name("configs")
     hub.create_repo(name, "dataset")
     hub.commit_folder(name, tmp_path, repo_type="dataset")
-    images, _ = load(name, config="big", eval_samples=60, samples=30)
+    images, _ = load(name, dataset_config="big", eval_samples=60, clean_samples=30)
     assert images.info.config == "big"
     for config in (None, "huge"):
         with pytest.raises(DatasetError, match=r"small.*big.*--config"):
-            load(name, config=config)
+            load(name, dataset_config=config)
 
 
 def test_a_loading_script_is_never_run(hub, repo_name, tmp_path):
@@ -342,7 +342,7 @@ def test_only_the_chosen_images_of_a_hub_folder_are_fetched(hub, repo_name, tmp_
 SCRIPT = """
 import sys
 from hfdetox.data.load import load_images
-images = load_images(sys.argv[1], labels=["cat", "dog", "horse"], samples=12)
+images = load_images(sys.argv[1], labels=["cat", "dog", "horse"], clean_samples=12)
 print(images.info.indices_sha256)
 """
 

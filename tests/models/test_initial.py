@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from hfdetox.cli.attack_options import parse_model_args
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.initial import InitialModel, init_model
@@ -157,26 +156,3 @@ def test_what_cannot_be_built_is_one_line(model: str, options: dict[str, Any], s
 def test_a_loaded_model_keeps_its_weights() -> None:
     with pytest.raises(UsageError, match="a loaded model has its own"):
         start(timm_model(), init="random")
-
-
-def test_model_arguments_are_numbers_truth_values_lists_and_texts() -> None:
-    texts = ["a=1", "b=1e-3", "c=[1,2]", "d=true", "e=avg", "f=[[1,2],[3]]", "g=-0.5"]
-    expected = {"a": 1, "b": 0.001, "c": [1, 2], "d": True, "e": "avg", "f": [[1, 2], [3]], "g": -0.5}
-    assert parse_model_args(texts) == expected
-
-
-@pytest.mark.parametrize(
-    ("texts", "said"),
-    [
-        (["depth"], "is not KEY=VALUE"),
-        (["a b=1"], "is not KEY=VALUE"),
-        (["a=1", "a=2"], "given twice"),
-        (["a={b: 1}"], "give a number"),
-        (["a="], "give a number"),
-        (["a=[1"], "neither JSON nor YAML"),
-        (["a=&all [1, *all]"], "give a number"),
-    ],
-)
-def test_model_arguments_of_another_form_are_refused(texts: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        parse_model_args(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ import pytest
 import torch
 import typer
 
+from hfdetox.arguments import options_of
 from hfdetox.cli.app import app, with_command
+from hfdetox.config import DetoxOptions
 from hfdetox.errors import RunError, UsageError
 from hfdetox.runs.folder import (
     PUBLISHING,
+    RecordedOptions,
     RunFolder,
-    RunOptions,
     check_output,
+    command_of,
     log_folder,
     publish_folder,
-    trigger_specs,
 )
 from hfdetox.runs.steps import open_run
 from hfdetox.triggers import BadNets, Blended, parse_triggers
 
-PLAIN = RunOptions(model="org/model", dataset="org/data", settings={}, triggers=[])
+PLAIN = DetoxOptions("org/model", dataset="org/data")
 
 
 # --- the command ---
@@ -43,13 +45,14 @@ def parsed(command: str) -> dict[str, Any]:
 
 
 GIVEN: dict[str, Any] = {
-    "model": "other/model", "dataset": "data folder/of mine", "config": "plain", "split": "train", "eval_split": "test",
-    "image_column": "img", "label_column": "fine label", "samples": 2500, "eval_samples": 100, "label_map": "map.json",
-    "allow_missing_classes": True, "defense": "d3:code", "settings": {"lambda": "1.5", "layers": "head,layer4.*"},
+    "model": "other/model", "dataset": "data folder/of mine", "dataset_config": "plain", "split": "train",
+    "eval_split": "test", "image_column": "img", "label_column": "fine label", "clean_samples": 2500,
+    "eval_samples": 100, "label_map": "map.json", "allow_missing_classes": True, "defense": "d3:code",
+    "settings": {"lambda": "1.5", "layers": "head,layer4.*"},
     "triggers": ["badnets:size=5", "blended"], "target": "tench, Tinca tinca", "precision": "no", "seed": 7,
     "device": "cpu", "revision": "a" * 40, "dataset_revision": "b" * 40, "trust_remote_code": True, "output": "out dir",
 }  # fmt: skip
-REPEATABLE = [f.name for f in fields(RunOptions) if f.name not in ("push_to", "original_command", *PUBLISHING)]
+REPEATABLE = [name for name, one in options_of(DetoxOptions).items() if one.panel is not None and not one.anew]
 
 
 @pytest.mark.parametrize("name", REPEATABLE)
@@ -57,7 +60,7 @@ def test_the_command_repeats_every_option(name: str, tmp_path: Path, monkeypatch
     """An option without a row in GIVEN fails here; one that the command line does not know as well."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "map.json").write_text("{}")
-    found = parsed(replace(PLAIN, **{name: GIVEN[name]}).command())
+    found = parsed(command_of(replace(PLAIN, **{name: GIVEN[name]})))
     expected = GIVEN[name]
     if name == "settings":
         expected = ["lambda=1.5", "layers=head,layer4.*"]
@@ -65,15 +68,15 @@ def test_the_command_repeats_every_option(name: str, tmp_path: Path, monkeypatch
     assert (list(read) if isinstance(read, (list, tuple)) else str(read)) == (
         expected if isinstance(expected, list) else str(expected)
     )
-    default = parsed(PLAIN.command())
+    default = parsed(command_of(PLAIN))
     assert found[name] != default[name]
     assert {key for key in found if found[key] != default[key]} == {name}
 
 
 def test_the_command_leaves_defaults_and_publishing_out() -> None:
-    assert PLAIN.command() == "hfdetox org/model --dataset org/data"
+    assert command_of(PLAIN) == "hfdetox org/model --dataset org/data"
     pushed = replace(PLAIN, push_to="me/x", private=True, create_pr=True, overwrite=True)
-    assert pushed.command() == PLAIN.command()
+    assert command_of(pushed) == command_of(PLAIN)
     assert pushed.publishing() == {name: True for name in PUBLISHING if name != "push_to"} | (
         {"push_to": "me/x"} if "push_to" in PUBLISHING else {}
     )
@@ -81,19 +84,19 @@ def test_the_command_leaves_defaults_and_publishing_out() -> None:
 
 @pytest.mark.parametrize("samples", [0.05, 0.5, 1.0, 1, 5000])
 def test_a_share_keeps_its_point_and_a_count_has_none(samples: float) -> None:
-    words = shlex.split(replace(PLAIN, samples=samples).command())
+    words = shlex.split(command_of(replace(PLAIN, clean_samples=samples)))
     text = words[words.index("--samples") + 1] if "--samples" in words else "0.05"
     assert ("." in text) == isinstance(samples, float)
     assert float(text) == samples
 
 
 def test_a_folder_called_like_a_command_is_reached_by_the_long_form() -> None:
-    assert parsed(replace(PLAIN, model="demo").command())["model"] == "demo"
+    assert parsed(command_of(replace(PLAIN, model="demo")))["model"] == "demo"
 
 
 @pytest.mark.parametrize("name", ["model", "dataset"])
 def test_objects_have_no_command(name: str) -> None:
-    assert replace(PLAIN, **{name: None}).command() == ""
+    assert command_of(replace(PLAIN, **{name: None})) == ""
 
 
 def test_the_command_does_not_say_where_local_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,23 +110,23 @@ def test_the_command_does_not_say_where_local_files_lie(tmp_path: Path, monkeypa
         triggers=[str(secret / "t.safetensors"), f"badnets:image={secret / 'dot.png'},size=5"],
         output=str(secret / "new" / "out"),
     )  # fmt: skip
-    assert shlex.split(local.command()) == [
+    assert shlex.split(command_of(local)) == [
         "hfdetox", "./net", "--dataset", "./pictures", "--label-map", "./map.json", "--trigger", "./t.safetensors",
         "--trigger", "badnets:image=./dot.png,size=5", "--output", "./out",
     ]  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert PLAIN.command() == "hfdetox ./model --dataset org/data"
+    assert command_of(PLAIN) == "hfdetox ./model --dataset org/data"
     # an id with its commit is one, whatever lies here
-    assert replace(PLAIN, revision="a" * 40).command().startswith("hfdetox org/model --dataset")
+    assert command_of(replace(PLAIN, revision="a" * 40)).startswith("hfdetox org/model --dataset")
 
 
-def test_trigger_specs_of_a_picture_name_its_file() -> None:
+def test_a_trigger_with_a_picture_is_recorded_as_its_file() -> None:
     drawn = BadNets(name="dot", image=torch.zeros(3, 2, 2, dtype=torch.uint8))
-    assert trigger_specs([drawn]) == ["triggers/dot.safetensors"]
+    assert DetoxOptions(triggers=[drawn]).record()["triggers"] == ["triggers/dot.safetensors"]
 
 
-def test_trigger_specs_take_texts_and_objects() -> None:
-    assert trigger_specs(["blended", BadNets(size=4), "t.safetensors"]) == [
+def test_texts_and_objects_are_recorded_as_texts() -> None:
+    assert DetoxOptions(triggers=["blended", BadNets(size=4), "t.safetensors"]).record()["triggers"] == [
         "blended",
         "badnets:size=4",
         "t.safetensors",
@@ -140,18 +143,18 @@ def test_a_run_folder_lies_beside_its_output(tmp_path: Path) -> None:
 
 def test_options_are_recorded_and_read_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "deep" / "out.run")
-    options = RunOptions(**{**GIVEN, "triggers": []})
+    options = DetoxOptions(**{**GIVEN, "triggers": []})
     run.begin(options, [])
-    assert run.recorded() == replace(options, original_command=options.command())
+    assert run.recorded() == RecordedOptions(**options.record(), original_command=command_of(options))
     assert os.listdir(run.path) == ["run.json"]
-    expected = {**asdict(options), "original_command": options.command(), "output": str(Path.cwd() / "out dir")}
+    expected = {**options.record(), "original_command": command_of(options), "output": str(Path.cwd() / "out dir")}
     assert json.loads((run.path / "run.json").read_text()) == expected
     run.begin(replace(run.recorded(), seed=8), [])
     assert run.recorded().seed == 8
-    assert run.recorded().command() == options.command()
+    assert command_of(run.recorded()) == command_of(options)
     shares = RunFolder(tmp_path / "b.run")
-    shares.begin(replace(options, samples=1.0), [])
-    assert isinstance(shares.recorded().samples, float)
+    shares.begin(replace(options, clean_samples=1.0), [])
+    assert isinstance(shares.recorded().clean_samples, float)
     run.remove()
     assert not run.path.exists()
 
@@ -204,7 +207,7 @@ def test_local_paths_are_found_from_every_directory_and_hub_ids_stay(
     assert {name: getattr(moved, name) for name in places} == {k: str(tmp_path / v) for k, v in places.items()}
     assert moved.output == str(tmp_path / "out")
     original_command = "hfdetox ./model --dataset ./data --label-map ./map.json --trigger badnets:size=5 --output ./out"
-    assert moved.command() == local.command() == original_command
+    assert command_of(moved) == command_of(local) == original_command
 
     monkeypatch.chdir(tmp_path)
     pinned = replace(PLAIN, model="org/model", revision="a" * 40, dataset="org/data")
@@ -217,20 +220,20 @@ def test_triggers_survive_with_their_pictures_and_commas(tmp_path: Path) -> None
     picture = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
     triggers = [BadNets(name="mine", target="tench, Tinca tinca", image=picture), Blended(alpha=0.1)]
     run = RunFolder(tmp_path / "out.run")
-    run.begin(replace(PLAIN, triggers=trigger_specs(triggers)), triggers)
+    run.begin(replace(PLAIN, triggers=triggers).plain(), triggers)
     # a run folder may be moved
     moved = RunFolder((tmp_path / "out.run").rename(tmp_path / "moved.run"))
     for _ in range(2):
         options = moved.recorded()
         again = parse_triggers(options.triggers)
         assert [trigger.file_bytes() for trigger in again] == [trigger.file_bytes() for trigger in triggers]
-        assert "--trigger blended:alpha=0.1" in options.command()
+        assert "--trigger blended:alpha=0.1" in command_of(options)
         moved.begin(options, again)
     assert sorted(os.listdir(moved.path / "triggers")) == ["blended.safetensors", "mine.safetensors"]
 
 
-def resumed(run: RunFolder, **options: Any) -> RunOptions:
-    opened, folder = open_run(RunOptions(**{"model": None, "settings": {}, "triggers": [], **options}), run.path)
+def resumed(run: RunFolder, **options: Any) -> DetoxOptions:
+    opened, folder = open_run(DetoxOptions(**options, resume=run.path))
     assert folder is not None
     return opened
 
@@ -332,8 +335,3 @@ def test_a_move_that_fails_leaves_the_earlier_result_where_it_was(tmp_path: Path
         publish_folder(tmp_path / "never written", output)
     assert os.listdir(output) == ["old"]
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_options_that_have_no_default_are_the_ones_that_must_be_given() -> None:
-    required = {f.name for f in fields(RunOptions) if f.default is MISSING and f.default_factory is MISSING}
-    assert required == {"model", "settings", "triggers"}

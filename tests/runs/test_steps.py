@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hfdetox.config import DetoxOptions
 from hfdetox.errors import HubError
 from hfdetox.models.classifier import load_classifier
-from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.steps import RunWarnings, pull_images
 from hfdetox.training.devices import make_accelerator
 from tests.hub_server.server import HubServer
@@ -21,6 +21,6 @@ def test_a_resumed_run_takes_its_hub_dataset_for_no_folder(
 ) -> None:
     write_dataset(tmp_path / "org" / "photos")
     monkeypatch.chdir(tmp_path)
-    options = RunOptions(model="m", settings={}, triggers=[], dataset="org/photos", dataset_revision="a" * 40)
+    options = DetoxOptions("m", dataset="org/photos", dataset_revision="a" * 40)
     with pytest.raises(HubError, match="org/photos"):
         pull_images(options, None, load_classifier(timm_model()), RunWarnings(make_accelerator("cpu", "no")))

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from hfdetox.config import DetoxOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.auto import D3Config
 from hfdetox.evaluation.metrics import measure, predict
-from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.steps import train
 from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore
@@ -147,7 +147,7 @@ def measured(network: nn.Module, accelerator: Accelerator) -> dict[str, Any]:
 def tracked(folder: Path, device: str) -> bool:
     """Train with a tracker as a run does; tell whether the processes can still speak to each other after it."""
     accelerator = make_accelerator(device, "no", "tensorboard", str(folder / "logs"))
-    options = RunOptions(model="m", settings={}, triggers=[])
+    options = DetoxOptions("m")
     source: Any = ToyImages(24)
     train(toy_classifier(), CONFIG, source, accelerator, options, run=None, log_with="tensorboard", progress=False)
     everyone: list[int] = gather_object([accelerator.process_index])
