@@ -71,7 +71,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
 
     with accelerator.main_process_first():
         classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes)
+        images = pull_images(options, given.dataset, classifier, notes, progress=progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = evaluation.measure("before")
@@ -137,7 +137,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     notes = RunWarnings(accelerator)
     with accelerator.main_process_first():
         classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes)
+        images = pull_images(options, given.dataset, classifier, notes, progress=given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress)  # fmt: skip
     outcome = evaluation.measure("measure")

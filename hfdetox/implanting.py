@@ -74,7 +74,7 @@ def implant(given: AttackOptions) -> AttackResult:
                            preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
         check_init(run, start, notes)
         classifier = start.classifier
-        images = pull_images(run, given.dataset, classifier, notes)
+        images = pull_images(run, given.dataset, classifier, notes, progress=progress)
         implants = build_implants(run, known, poisoners, classifier, images.clean, notes)
         clean_model = find_surrogate(run, start, implants)
     ready = [one.trigger for one in implants if one.trigger.fitted]
