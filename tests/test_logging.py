@@ -120,7 +120,7 @@ def test_decoding_shows_a_bar(
     monkeypatch.setattr(talk, "LOG_SECONDS", 0.0)
     options = RunOptions(model="m", dataset=str(write_dataset(tmp_path / "photos")), settings={}, triggers=[])
     notes = RunWarnings(make_accelerator("cpu", "no"))
-    pull_images(options, None, load_classifier(timm_model()), notes, progress=True)
+    pull_images(options, None, load_classifier(timm_model(num_classes=3)), notes, progress=True)
     shown = capsys.readouterr().err
     assert "read images: 100%" in shown
     with talk.progress_bar("decode", None, "image", shown=True) as bar:
