@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hfdetox.defenses.auto import D3Config
 from hfdetox.defenses.d3 import D3
 
 STATE_FILE = "d3.safetensors"
@@ -95,10 +96,11 @@ class D3Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
-        """Return the config's SGD over what is trained."""
-        if self.optimizer is None:
-            self.optimizer = self.d3.config.sgd([p for p in self.model.parameters() if p.requires_grad])
-        return self.optimizer
+        """Return the SGD of D3's configuration over what is trained; Trainer's own where it has none."""
+        config = self.d3.config
+        if self.optimizer is None and isinstance(config, D3Config):
+            self.optimizer = config.sgd([p for p in self.model.parameters() if p.requires_grad])
+        return super().create_optimizer(*args, **options)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the engine's cosine schedule, stepped once an epoch."""

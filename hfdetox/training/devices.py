@@ -79,14 +79,14 @@ def _configured_precision() -> str | None:
 
 
 def _cpu_has_bf16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 or so
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    capabilities = torch.cpu.get_capabilities()
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        amx, others = found.get("amx_bf16"), any(found.get(name) for name in ("avx512_bf16", "bf16", "arm_bf16"))
+    else:  # PyTorch before 2.11 or so
+        amx, others = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
     # oneDNN's AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16; the
     # command line keeps it from using them, but not a library in its user's process
-    if capabilities.get("amx_bf16") and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        return False
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    return "ONEDNN_MAX_CPU_ISA" in os.environ if amx else bool(others)
 
 
 @contextmanager
