@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import hfdetox.logging as talk
+from hfdetox.config import DetoxOptions
 from hfdetox.data.cache import Pixels
 from hfdetox.models.classifier import load_classifier
-from hfdetox.runs.folder import RunOptions
 from hfdetox.runs.steps import RunWarnings, pull_images
 from hfdetox.training.devices import make_accelerator
 from tests.conftest import REPOSITORY
@@ -118,7 +118,7 @@ def test_decoding_shows_a_bar(
     """Both times: when a set is read to find broken images and duplicates, and when it is prepared for a model."""
     monkeypatch.delenv(BARS)
     monkeypatch.setattr(talk, "LOG_SECONDS", 0.0)
-    options = RunOptions(model="m", dataset=str(write_dataset(tmp_path / "photos")), settings={}, triggers=[])
+    options = DetoxOptions("m", dataset=str(write_dataset(tmp_path / "photos")))
     notes = RunWarnings(make_accelerator("cpu", "no"))
     pull_images(options, None, load_classifier(timm_model(num_classes=3)), notes, progress=True)
     shown = capsys.readouterr().err
