@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from hfdetox.data.images import BrokenImageError, ImageSet
 from hfdetox.data.info import DatasetInfo
 from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
 from hfdetox.data.opened import OpenedDataset, open_dataset
-from hfdetox.data.readers import SCAN_LIMIT, SplitReader
+from hfdetox.data.readers import SCAN_LIMIT, Block, SplitReader
 from hfdetox.data.sampling import Selection, choose_balanced, choose_uniform, sample_count
 from hfdetox.errors import UsageError
 from hfdetox.values import load_yaml
@@ -33,6 +33,8 @@ __all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "class_names", "d
 # of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
 _EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
 _TRAIN_NAMES = ("train", "training")
+# where DROPPED (-1) is a class left out
+_UNLABELLED = -2
 _EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -115,65 +117,70 @@ class _Plan:
     allow_missing_classes: bool
     warn: Callable[[str], None]
     progress: Callable[[int, int], None] | None
+    reader: LabelReader = field(init=False)
+    alignment: Alignment = field(init=False)
 
     def load(self, train: str, measures: list[str]) -> Images:
         """Choose and fetch; `measures` are the evaluation splits to try in turn."""
         source = self.origin.open(train)
         evaluation = source if measures[0] == train else self.origin.open(measures[0])
-        reader, alignment = self._align(source, evaluation)
+        self._align(source, evaluation)
         if evaluation is source:
-            clean_rows, eval_rows = self._disjoint(source, reader, alignment)
+            clean_rows, eval_rows = self._disjoint(source)
         else:
-            evaluation, eval_rows = self._measured(evaluation, measures, reader, alignment)
-            clean_rows = self._clean(source, reader, alignment, np.zeros(0, np.int64))
-        clean = ImageSet(source.fetch(clean_rows.indices.tolist()), clean_rows.labels, clean_rows.indices.tolist(),
-                         split=source.split, channels=self.channels)  # fmt: skip
-        measured = ImageSet(evaluation.fetch(eval_rows.indices.tolist()), eval_rows.labels, eval_rows.indices.tolist(),
-                            split=evaluation.split, channels=self.channels)  # fmt: skip
+            evaluation, eval_rows = self._measured(evaluation, measures)
+            clean_rows = self._clean(source)
+        clean, measured = self._image_set(source, clean_rows), self._image_set(evaluation, eval_rows)
         measured = self._without_duplicates(clean, measured)
-        one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
+        mapping = self.alignment.mapping
+        one_to_one = DROPPED not in mapping and len(set(mapping)) == len(mapping)
         everything = len(measured) == evaluation.rows and not evaluation.limited
         whole_split = evaluation is not source and one_to_one and everything
-        return Images(clean, measured, self._info(clean, measured, alignment), whole_split)
+        origin = self.origin
+        info = DatasetInfo(
+            id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
+            source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
+            indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
+            label_map=self.alignment.label_map,
+        )  # fmt: skip
+        return Images(clean, measured, info, whole_split)
 
-    def _align(self, source: SplitReader, evaluation: SplitReader) -> tuple[LabelReader, Alignment]:
-        columns = self.origin.columns(source.split)
-        other = self.origin.columns(evaluation.split)
+    def _image_set(self, source: SplitReader, rows: Selection) -> ImageSet:
+        indices = rows.indices.tolist()
+        return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=self.channels)
+
+    def _align(self, source: SplitReader, evaluation: SplitReader) -> None:
+        columns, other = (self.origin.columns(one.split) for one in (source, evaluation))
         if (columns.kind, columns.names) != (other.kind, other.names):
-            raise ColumnError(
-                f"splits {source.split} and {evaluation.split} have other classes; choose another --eval-split"
-            )
+            raise ColumnError(f"splits {source.split} and {evaluation.split} have other classes; choose another "
+                              "--eval-split")  # fmt: skip
         seen: set[str] = set()
         if columns.kind == "text":
             for part in {source.split: source, evaluation.split: evaluation}.values():
                 seen.update(value for _, values in part.scan() for value in values if value)
-        reader = LabelReader(columns, sorted(seen))
-        alignment = align_labels(reader.names, self.labels, self.label_map)
-        if alignment.note:
-            self.warn(alignment.note)
-        return reader, alignment
+        self.reader = LabelReader(columns, sorted(seen))
+        self.alignment = align_labels(self.reader.names, self.labels, self.label_map)
+        if self.alignment.note:
+            self.warn(self.alignment.note)
 
-    def _model_labels(
-        self, source: SplitReader, reader: LabelReader, alignment: Alignment, values: Sequence[Any]
-    ) -> np.ndarray:
-        """Return the model's label index of stored label values; -1 where there is none or the class is left out."""
-        found = reader.read(values)
-        mapping = np.array([*alignment.mapping, -1])  # index -1 is a row without a label
-        if len(found) and found.max() >= len(alignment.mapping):
-            raise LabelMismatchError(
-                f"split {source.split} has the label {found.max()} and the model {len(self.labels)} labels; "
-                "name another --label-column, or say which classes these are with --label-map"
-            )
-        return mapping[found]
+    def _scan(self, source: SplitReader, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield blocks of row numbers and the model's labels: -1 where a class is left out, -2 where there is none."""
+        mapping = np.array([*self.alignment.mapping, _UNLABELLED])  # index -1 is a row without a label
+        for indices, values in source.scan(rng):
+            found = self.reader.read(values)
+            if len(found) and found.max() >= len(mapping) - 1:
+                raise LabelMismatchError(
+                    f"split {source.split} has the label {found.max()} and the model {len(self.labels)} labels; "
+                    "name another --label-column, or say which classes these are with --label-map"
+                )
+            yield indices, mapping[found]
 
-    def _all_rows(self, source: SplitReader, reader: LabelReader, alignment: Alignment) -> Selection:
+    def _all_rows(self, source: SplitReader) -> Selection:
         """Return every usable row of a split with its label."""
         empty = np.zeros(0, np.int64)
-        blocks, unlabelled = [(empty, empty)], 0
-        for indices, values in source.scan():
-            blocks.append((indices, self._model_labels(source, reader, alignment, values)))
-            unlabelled += int((reader.read(values) < 0).sum())
-        rows = Selection(np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks]))
+        indices, labels = zip((empty, empty), *self._scan(source), strict=True)
+        rows = Selection(np.concatenate(indices), np.concatenate(labels))
+        unlabelled = int((rows.labels == _UNLABELLED).sum())
         if 0 < unlabelled < len(rows.indices):
             self.warn(
                 f"{unlabelled} of {len(rows.indices)} rows of split {source.split} have no label and were left out"
@@ -182,36 +189,30 @@ class _Plan:
             self.warn(
                 f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not looked at"
             )
-        return rows.without(rows.labels >= 0)
+        return rows.where(rows.labels >= 0)
 
-    def _clean(self, source: SplitReader, reader: LabelReader, alignment: Alignment, taken: np.ndarray) -> Selection:
+    def _clean(self, source: SplitReader, taken: Sequence[int] | np.ndarray = ()) -> Selection:
         """Choose the clean images, none of the rows in `taken`."""
         if self.samples is not None:
-            return self._balanced(source, reader, alignment, taken, self.samples)
+            return self._balanced(source, taken, self.samples)
         source.expect_all()
-        rows = self._all_rows(source, reader, alignment)
-        rows = rows.without(~np.isin(rows.indices, taken))
+        rows = self._all_rows(source)
+        rows = rows.where(~np.isin(rows.indices, taken))
         self._check_classes(rows.labels, f"split {source.split}")
         return rows
 
-    def _balanced(
-        self, source: SplitReader, reader: LabelReader, alignment: Alignment, taken: np.ndarray, samples: int | float
-    ) -> Selection:
+    def _balanced(self, source: SplitReader, taken: Sequence[int] | np.ndarray, samples: int | float) -> Selection:
         rng = np.random.default_rng([self.seed, 1])
         if source.rows is None and isinstance(samples, float):
             for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
                 pass
-
-        def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for indices, values in source.scan(rng):
-                labels = self._model_labels(source, reader, alignment, values)
-                yield indices, np.where(np.isin(indices, taken), -1, labels) if len(taken) else labels
+        blocks = ((indices, np.where(np.isin(indices, taken), -1, labels))
+                  for indices, labels in self._scan(source, rng))  # fmt: skip
 
         def count() -> int:
             return sample_count(samples, source.rows or 0)
 
-        classes = sorted(set(alignment.mapping) - {-1})
-        chosen, seen = choose_balanced(blocks(), count, classes, rng)
+        chosen, seen = choose_balanced(blocks, count, sorted(set(self.alignment.mapping) - {DROPPED}), rng)
         self._check_balance(source, chosen, seen, count())
         return chosen
 
@@ -249,9 +250,9 @@ class _Plan:
             self.warn(f"there is no clean image of {which}")
         return took
 
-    def _disjoint(self, source: SplitReader, reader: LabelReader, alignment: Alignment) -> tuple[Selection, Selection]:
+    def _disjoint(self, source: SplitReader) -> tuple[Selection, Selection]:
         """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
-        rows = self._all_rows(source, reader, alignment)
+        rows = self._all_rows(source)
         total = len(rows.indices)
         count = self.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
         if count >= total:
@@ -261,17 +262,15 @@ class _Plan:
             )
         measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
         self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
-        return self._clean(source, reader, alignment, measured.indices), measured
+        return self._clean(source, measured.indices), measured
 
-    def _measured(
-        self, source: SplitReader, names: list[str], reader: LabelReader, alignment: Alignment
-    ) -> tuple[SplitReader, Selection]:
+    def _measured(self, source: SplitReader, names: list[str]) -> tuple[SplitReader, Selection]:
         """Choose the evaluation rows of the first split in `names` with labels; `source` is that of the first name."""
         for number, name in enumerate(names):
             source = source if number == 0 else self.origin.open(name)
             if self.eval_samples is None:
                 source.expect_all()
-            rows = self._all_rows(source, reader, alignment)
+            rows = self._all_rows(source)
             total = len(rows.indices)
             if total:
                 break
@@ -302,15 +301,6 @@ class _Plan:
             )
         self.warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out")
         return measured.subset(keep)
-
-    def _info(self, clean: ImageSet, measured: ImageSet, alignment: Alignment) -> DatasetInfo:
-        origin = self.origin
-        return DatasetInfo(
-            id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
-            source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
-            indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
-            label_map=alignment.label_map,
-        )  # fmt: skip
 
 
 def class_names(

@@ -80,8 +80,7 @@ class SplitReader(ABC):
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return the encoded images of these rows (ascending; rows that `scan` yielded)."""
 
-    @abstractmethod
-    def expect_all(self) -> None:
+    def expect_all(self) -> None:  # noqa: B027 - only remote parquet has something to do
         """Say that most rows will be fetched, so that whole files may be downloaded at once."""
 
 
@@ -102,9 +101,6 @@ class TableReader(SplitReader):
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return a view of the rows; nothing is copied."""
         return Picked(_TableImages(self._table, self._columns.image), indices)
-
-    def expect_all(self) -> None:
-        """Do nothing: it is all here."""
 
 
 class _TableImages:
@@ -240,56 +236,47 @@ class StreamReader(SplitReader):
         self.split, self.rows, self._columns, self._files = split, rows, columns, files
         if isinstance((stream.features or {}).get(columns.image), Image):
             stream = stream.cast_column(columns.image, Image(decode=False))
-        self._stream: IterableDataset = stream
+        self._stream = stream
         self._reading: Iterator[dict[str, Any]] | None = None
-        self._spool, self._entries = Spool(), []  # type: ignore[var-annotated]
-        self._blocks: list[Block] = []
+        # of each row where its image is, in the spool or at a path, and its label
+        self._spool, self._entries, self._labels = Spool(), list[int | str](), list[Any]()
         self._ended = False
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield blocks in the stream's own order; loose files (no bytes come along) are all in one block."""
-        number = 0
-        while number < len(self._blocks) or self._advance():
-            yield self._blocks[number]
-            number += 1
+        first = 0
+        while first < len(self._entries) or not self._ended:
+            self._read(min(SCAN_LIMIT, len(self._spool) + _STREAM_BLOCK) if first == len(self._entries) else 0)
+            yield np.arange(first, len(self._entries)), self._labels[first:]
+            first = len(self._entries)
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return the images kept during the scan; loose files are fetched now, several at a time."""
-        chosen = [self._entries[i] for i in indices]
-        if not any(isinstance(entry, str) for entry in chosen):
-            return Picked(self._spool, chosen)
         with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="hfdetox-fetch") as pool:
-            local = pool.map(lambda entry: self._files.path(entry) if isinstance(entry, str) else entry, chosen)
-            return _Mixed(self._spool, list(local))
+            local = list(pool.map(lambda row: row if isinstance(row, int) else self._files.path(row),
+                                  [self._entries[i] for i in indices]))  # fmt: skip
+        return _Mixed(self._spool, local)
 
-    def expect_all(self) -> None:
-        """Do nothing: a stream is read in its own order, whatever is wanted of it."""
-
-    def _advance(self) -> bool:
-        """Read one more block; False at the end of the stream or at the scan limit."""
-        first, labels = len(self._entries), []
-        kept = len(self._spool)
-        while not self._ended and len(self._spool) < min(SCAN_LIMIT, kept + _STREAM_BLOCK):
+    def _read(self, kept: int) -> None:
+        """Read on until `kept` images are kept, or the stream or what may be read of it ends."""
+        while not self._ended and len(self._spool) < kept:
             row = self._next()
             if row is None:
                 if self.rows is not None and len(self._entries) < self.rows:  # a damaged tar ends without an error
                     raise DamagedFileError(f"split {self.split} ends after {len(self._entries)} of {self.rows} rows; "
                                            "get the dataset anew")  # fmt: skip
-                self._ended, self.rows = True, len(self._entries)
+                self._ended = True
                 break
             value = row[self._columns.image]
-            if isinstance(value, dict) and not value.get("bytes") and value.get("path"):
-                self._entries.append(str(value["path"]))
-            else:
+            path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
+            if not path:
                 self._spool.append(stored_bytes(value))
-                self._entries.append(len(self._spool) - 1)
-            labels.append(row[self._columns.label])
-        self.limited = not self._ended and len(self._spool) >= SCAN_LIMIT
-        if self.limited:
+            self._entries.append(str(path) if path else len(self._spool) - 1)
+            self._labels.append(row[self._columns.label])
+        if not self._ended and len(self._spool) >= SCAN_LIMIT:
+            self.limited = self._ended = True
+        if self._ended:
             self.rows = len(self._entries)  # a fraction is one of what can be read
-        if labels:
-            self._blocks.append((np.arange(first, len(self._entries)), labels))
-        return bool(labels)
 
     def _next(self) -> dict[str, Any] | None:
         def attempt() -> dict[str, Any] | None:

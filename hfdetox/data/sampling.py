@@ -17,7 +17,7 @@ class Selection:
     indices: np.ndarray
     labels: np.ndarray
 
-    def without(self, keep: np.ndarray) -> Selection:
+    def where(self, keep: np.ndarray) -> Selection:
         """Return only the rows where the boolean mask `keep` (N,) is true."""
         return Selection(self.indices[keep], self.labels[keep])
 
