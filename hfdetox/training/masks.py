@@ -240,6 +240,11 @@ def unit_layers(network: nn.Module) -> list[MaskedLayer]:
             layer = getattr(module, child, None)
             if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
                 readers[f"{name}.{child}" if name else child] = layer.in_features // heads
+        # the first transformers 5 have the projection in a module of its own, beside the one with the heads
+        beside = f"{name.rpartition('.')[0]}.output.dense"
+        layer = _child(network, beside)
+        if isinstance(layer, nn.Linear) and layer.in_features % heads == 0 and beside not in readers:
+            readers[beside] = layer.in_features // heads
     order = [name for name, _ in network.named_modules() if name in readers]
     return [
         MaskedLayer(f"{name}.weight", None, network.get_parameter(f"{name}.weight").shape[1] // readers[name],

@@ -7,8 +7,7 @@ import platform
 
 import pytest
 
-from hfdetox.logging import is_main_process
-from hfdetox.reporting.environment import describe_environment, mask_secrets
+from hfdetox.reporting.environment import describe_environment, is_main_process, mask_secrets
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 

@@ -64,7 +64,8 @@ def test_the_command_repeats_every_option(name: str, tmp_path: Path, monkeypatch
     expected = GIVEN[name]
     if name == "settings":
         expected = ["lambda=1.5", "layers=head,layer4.*"]
-    read = found[name]
+    # Typer before 0.28 makes paths of texts only when it calls the command
+    read = Path(found[name]) if name in ("label_map", "output") else found[name]
     assert (list(read) if isinstance(read, (list, tuple)) else str(read)) == (
         expected if isinstance(expected, list) else str(expected)
     )

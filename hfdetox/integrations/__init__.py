@@ -1,1 +1,0 @@
-"""hfdetox in other libraries' training loops."""
