@@ -71,7 +71,7 @@ $(DOCS_STAMP): $(STAMP)
 	@touch $@
 
 docs: $(DOCS_STAMP)
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 
 tables: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.tables

@@ -6,22 +6,12 @@
 
 Without --model the toy of toy.py is used (written to ./toy). The model must be one of transformers.
 
-What Trainer would do to D3 if it were let, and what is done here instead:
-- It takes a loss of an overridden `compute_loss` as summed over the accumulated batches wherever the model's forward
-  takes keyword arguments, and does not divide it by their number: `loss_is_scaled_for_ga = False`.
-- It clips gradients to a norm of 1: `max_grad_norm=0`. Label smoothing stays off: the loss below does not know it.
-- It would train with AdamW and a linear schedule: SGD and the cosine schedule of the engine are passed to it.
-- Its callbacks are called after a step that fp16 skipped, too: the callback asks the optimiser.
-- A batch whose accumulated parts differ in size (the last of an epoch) weighs the images of the smaller part more;
-  the engine does not. Choose numbers that divide, or pass `dataloader_drop_last=True`.
-- Resuming works where Trainer's own does: of ViT, transformers 5.23 writes checkpoints under older parameter names and
-  then goes on with a warning about missing keys and the old weights.
+What Trainer does otherwise than hfdetox's engine, and what is left to you: see `hfdetox.integrations.trainer`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,47 +19,10 @@ import torch
 import toy
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from hfdetox import D3, D3Config, evaluate, load_classifier, load_images
-
-
-class D3Callback(TrainerCallback):
-    """Moves the selected weights away at the start, and back onto their sphere after every real optimiser step."""
-
-    def __init__(self, d3: D3) -> None:
-        self.d3 = d3
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Initialise, unless a checkpoint is resumed; all processes draw alike."""
-        if state.global_step == 0:
-            torch.manual_seed(args.seed)
-            self.d3.initialize()
-
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
-        """Project; Trainer calls this (and `on_step_end`) after a skipped step as well."""
-        if not optimizer.step_was_skipped:
-            self.d3.project()
-
-
-class D3Trainer(Trainer):
-    """A Trainer that minimises the loss of D3."""
-
-    loss_is_scaled_for_ga = False
-
-    def __init__(self, *args: Any, d3: D3, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.model_accepts_loss_kwargs = False  # what loss_is_scaled_for_ga is to the first releases of transformers 5
-        self.d3 = d3
-        self.add_callback(D3Callback(d3))
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the loss of one accumulated batch; `num_items_in_batch`, the images of all of them, is not needed."""
-        outputs = model(pixel_values=inputs["pixel_values"])
-        loss = self.d3.loss(outputs.logits, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
+from hfdetox.integrations.trainer import D3Trainer
 
 
 def make_trainer(
@@ -78,16 +31,8 @@ def make_trainer(
     """Return a Trainer that does what hfdetox's engine does with `config` (but for augmentation) in one process.
 
     `images` gives {"pixel_values", "labels"}; `arguments` are more TrainingArguments. D3 remembers the weights that
-    `model` has now: load the backdoored ones first, also before resuming.
+    `model` has now: load the backdoored ones first.
     """
-    d3 = D3(model, config)
-    for scale in d3.frozen_scales:  # see `freeze_norm` of D3Config
-        scale.requires_grad_(False)
-    optimizer = config.sgd([p for p in model.parameters() if p.requires_grad])
-    steps = math.ceil(len(images) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * (step // steps) / config.epochs))
-    )
     training = TrainingArguments(
         output,
         num_train_epochs=config.epochs,
@@ -97,7 +42,7 @@ def make_trainer(
         seed=seed,
         **arguments,
     )
-    return D3Trainer(model, training, d3=d3, train_dataset=images, optimizers=(optimizer, schedule))
+    return D3Trainer(model, training, d3=D3(model, config), train_dataset=images)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
+from hfdetox import logging as logging
 from hfdetox._version import __version__
-
-# oneDNN's AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16. It reads this
-# once, at its first layer, and CPUs without AMX do not notice
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 if TYPE_CHECKING:
     from hfdetox.data.load import load_images

@@ -108,6 +108,8 @@ class ImageOptions(Options):
     processor: Any = option(None, None, "Image processor of a loaded transformers model.")
     preprocessing: Any = option(None, None, "Preprocessing of a loaded module, see `load_classifier`.")
     labels: Sequence[str] | int | None = option(None, None, "Labels of a loaded module, or how many there are.")
+    accelerator: Any = option(None, None, "An `accelerate.Accelerator` of your own: the run gets its device, mixed "
+                              "precision and trackers, and leaves it as it is.")  # fmt: skip
     progress: bool = option(True, None, "Whether bars are drawn.")
 
     def __post_init__(self) -> None:
@@ -187,7 +189,8 @@ class TrainingOptions(PublishOptions, ImageOptions):
         None, DEFENSE, "One of the defense's own settings; repeatable.", flag="set", metavar="KEY=VALUE"
     )
     precision: Precision = option("auto", RUN, "Mixed precision of the training.",
-                                  more="Measuring is always float32.")  # fmt: skip
+                                  more="`auto` is what Accelerate's configuration names, else the best of the "
+                                  "hardware. Measuring is always float32.")  # fmt: skip
     output: str | Path | None = option(None, HUB, "Folder of the result.", path="new", shown="MODEL's name with "
                                        "-detoxed", more="None keeps it in memory.")  # fmt: skip
     push_to: str | None = option(None, HUB, "Publish the result there.", metavar="REPO", anew=True)

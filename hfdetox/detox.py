@@ -33,13 +33,14 @@ from hfdetox.runs.steps import (
     selected_weights,
     train,
 )
-from hfdetox.training.devices import forget_peak_memory, make_accelerator, peak_memory
+from hfdetox.training.devices import accelerate_state_kept, forget_peak_memory, make_accelerator, peak_memory
 from hfdetox.triggers import parse_triggers, reload_triggers
 
 __all__ = ["DetoxResult", "detoxify", "evaluate", "plan"]
 
 
 @takes(DetoxOptions)
+@accelerate_state_kept()
 def detoxify(given: DetoxOptions) -> DetoxResult:
     """Make an image classifier forget any backdoor, and measure what that did.
 
@@ -58,7 +59,11 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     method, preset = choose_defense(given.defense, str(options.defense), options.settings or {}, resumed=resumed)
     # objects hold more than their text form, which is all that the options of a new run have of them
     known = reload_triggers(options.triggers, given.triggers) if resumed else parse_triggers(given.triggers)
-    accelerator = make_accelerator(options.device, options.precision, log_with, str(log_folder(options.output)))
+    accelerator = make_accelerator(options.device, options.precision, log_with, str(log_folder(options.output)),
+                                   given=given.accelerator)  # fmt: skip
+    if given.accelerator is not None:
+        # a resumed run may be given none
+        options = replace(options, device=accelerator.device.type, precision=accelerator.mixed_precision)
     if push_to is not None:
         push_to = check_push_allowed(push_to, **push_options)
         options = replace(options, push_to=push_to)
@@ -66,7 +71,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
 
     with accelerator.main_process_first():
         classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes)
+        images = pull_images(options, given.dataset, classifier, notes, progress=progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = evaluation.measure("before")
@@ -111,6 +116,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
 
 
 @takes(EvaluateOptions)
+@accelerate_state_kept()
 def evaluate(given: EvaluateOptions) -> EvalResult:
     """Measure a classifier: accuracy, loss, what each known trigger does, and how visible it is.
 
@@ -126,11 +132,12 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     options, known = given.plain(), parse_triggers(given.triggers)
     if options.gallery is not None:
         check_gallery(Path(options.gallery), known)
-    accelerator = make_accelerator(options.device, "no")
+    own = given.accelerator
+    accelerator = make_accelerator(options.device, "no" if own is None else "auto", given=own)
     notes = RunWarnings(accelerator)
     with accelerator.main_process_first():
         classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes)
+        images = pull_images(options, given.dataset, classifier, notes, progress=given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress)  # fmt: skip
     outcome = evaluation.measure("measure")

@@ -36,7 +36,7 @@ from hfdetox.runs.implanting import (
 )
 from hfdetox.runs.publish import check_push_allowed, comes_backdoored
 from hfdetox.runs.steps import RunWarnings, pin, pull_images
-from hfdetox.training.devices import make_accelerator
+from hfdetox.training.devices import accelerate_state_kept, make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
 
@@ -44,6 +44,7 @@ __all__ = ["AttackResult", "implant"]
 
 
 @takes(AttackOptions)
+@accelerate_state_kept()
 def implant(given: AttackOptions) -> AttackResult:
     """Train a backdoor into an image classifier, for research on defenses, and measure it.
 
@@ -60,7 +61,7 @@ def implant(given: AttackOptions) -> AttackResult:
     known = parse_triggers([] if run.clean else given.triggers)
     training, poisoners = parse_attack_settings([trigger.kind for trigger in known], run.settings or {})
     sharpness = parse_adaptive(run.adaptive)
-    accelerator = make_accelerator(run.device, run.precision)
+    accelerator = make_accelerator(run.device, run.precision, given=given.accelerator)
     push_to = _check_places(run)
     notes = RunWarnings(accelerator)
 
@@ -73,7 +74,7 @@ def implant(given: AttackOptions) -> AttackResult:
                            preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
         check_init(run, start, notes)
         classifier = start.classifier
-        images = pull_images(run, given.dataset, classifier, notes)
+        images = pull_images(run, given.dataset, classifier, notes, progress=progress)
         implants = build_implants(run, known, poisoners, classifier, images.clean, notes)
         clean_model = find_surrogate(run, start, implants)
     ready = [one.trigger for one in implants if one.trigger.fitted]

@@ -115,10 +115,11 @@ def test_keywords_of_the_api_exist() -> None:
     for page in PAGES:
         for block in blocks(page, "python"):
             for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and hasattr(hfdetox, node.func.id):
-                    known = inspect.signature(getattr(hfdetox, node.func.id)).parameters
-                    unknown = [keyword.arg for keyword in node.keywords if keyword.arg not in known]
-                    assert not unknown, f"{page.name}: {node.func.id} has no {unknown}"
+                called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+                function = getattr(hfdetox, called, None)
+                if inspect.isfunction(function):
+                    unknown = {keyword.arg for keyword in node.keywords} - set(inspect.signature(function).parameters)
+                    assert not unknown, f"{page.name}: {called} has no {unknown}"
 
 
 def test_suites_of_the_pages_are_suites(reader: Path) -> None:
@@ -176,3 +177,12 @@ def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_the_text_names_exist(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:hfdetox|tests|examples|docs)/[\w/.-]+)`", text)
+    # the defense that the reader writes on the page Add a defense
+    missing = [name for name in named if not (REPOSITORY / name).exists() and "shrink" not in name]
+    assert missing == []

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hfdetox import D3Config, load_classifier
 from hfdetox.training.engine import Engine
@@ -277,7 +277,7 @@ def test_trainer_does_not_project_after_a_step_that_fp16_skipped(
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
     weights, skipped = [], []
 
-    class Watch(module.TrainerCallback):
+    class Watch(TrainerCallback):
         def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
             weights.append(model.classifier.weight.detach().clone())
 
@@ -307,6 +307,10 @@ def test_trainer_resumes_a_checkpoint_without_starting_d3_again(
     models = [tiny_models.transformers_model("convnext") for _ in range(2)]
     whole = module.make_trainer(models[0], items, CONFIG, str(tmp_path), **arguments)
     whole.train()
+    assert load_file(str(tmp_path / "checkpoint-2" / "d3.safetensors")).keys() == whole.d3.initial.keys()
+    # D3 is made of other weights than the run began with, and learns those from the checkpoint
+    with torch.no_grad():
+        models[1].classifier.weight.mul_(3)
     resumed = module.make_trainer(models[1], items, CONFIG, str(tmp_path), **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == whole.state.global_step == 6
@@ -322,7 +326,7 @@ def test_engine_steps_after_a_trainer_that_was_stopped_amid_its_accumulation(
     items = as_items(recorder, recorder.images / 255)
     trainer = module.make_trainer(tiny_vit(), items, CONFIG, str(tmp_path), **TRAINING)
 
-    class Stop(module.TrainerCallback):
+    class Stop(TrainerCallback):
         def on_substep_end(self, *_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 

@@ -14,7 +14,7 @@ from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.attacks.lf import clean_model
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
-from hfdetox.progress import progress_bar
+from hfdetox.logging import progress_bar
 from hfdetox.triggers.base import Target, Trigger
 
 _BATCH = 256
@@ -62,7 +62,7 @@ class LabelConsistentRecipe(DataPoisoner):
         network = clean_model(context, "lc", "or take another trigger").network.to(device).eval()
         clean, stamped = context.clean.view(positions=positions), super().triggered(trigger, target, positions, context)
         parts = []
-        with progress_bar("lc", len(clean), "image", context.accelerator, shown=context.progress) as bar:
+        with progress_bar("lc", len(clean), "image", shown=context.progress) as bar:
             for _, images, labels in clean.batches(_BATCH):
                 perturbed = self.perturbed(network, images.to(device), labels.to(device))
                 perturbed = of_main(perturbed, context.accelerator).cpu()

@@ -19,7 +19,7 @@ from hfdetox.triggers._ssba_networks import Decoder, Encoder
 from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.ssba import SSBA
 
-logger = logging.getLogger("hfdetox")
+logger = logging.getLogger(__name__)
 
 BATCH = 64
 # the weight of the images' error starts to count from the first batch with more bits right than this

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hfdetox.bench.cells import CellFolder, CellT, RowT, Running
 from hfdetox.errors import UsageError
-from hfdetox.progress import LOG_SECONDS
+from hfdetox.logging import progress_bar
 
 _OPEN = ("not run", "failed")  # what is still to be done
 _POLL = 0.2  # seconds between two looks at the processes
@@ -33,10 +33,9 @@ class CellRunner(Generic[CellT, RowT]):
                         ]  # fmt: skip
         self.running: dict[str, Running] = {}
         self.elsewhere: set[str] = set()
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=len(folder.cells), initial=len(folder.cells) - len(self.waiting), desc=folder.title,
-                        unit=" cells", dynamic_ncols=terminal, mininterval=0.1 if terminal else LOG_SECONDS,
-                        disable=not progress)  # fmt: skip
+        self.progress = progress
+        self.bar = progress_bar(folder.title, len(folder.cells), " cells", shown=progress,
+                                done=len(folder.cells) - len(self.waiting), keep=True)  # fmt: skip
 
     def run(self) -> None:
         """Run what is not there; on Ctrl-C the processes are stopped."""
@@ -110,7 +109,7 @@ class CellRunner(Generic[CellT, RowT]):
         return True
 
     def _say(self, line: str) -> None:
-        if not self.bar.disable:
+        if self.progress:
             tqdm.write(line, file=sys.stderr)
 
     @contextlib.contextmanager

@@ -46,9 +46,11 @@ from hfdetox.config import (
 from hfdetox.errors import HfdetoxError
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.files import REPORT_NAMES
-from hfdetox.reporting.environment import check_torchvision, is_main_process, mask_secrets
+from hfdetox.logging import disable_default_handler, is_main_process, write_line
+from hfdetox.reporting.environment import check_torchvision, mask_secrets
 
 INTERRUPTED = 130
+ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
 FIRST_WORDS = (*COMMANDS, "--help", "--version")
 
 app = typer.Typer(
@@ -332,17 +334,33 @@ class OneLineHandler(logging.Handler):
         complain(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
+LINES = OneLineHandler()
+
+
 def prepare_console(options: ConsoleOptions) -> None:
     """Show hfdetox's warnings as lines, and turn the client libraries' bars and notices down."""
+    disable_default_handler()
     logger = logging.getLogger("hfdetox")
-    if not any(isinstance(handler, OneLineHandler) for handler in logger.handlers):
-        logger.addHandler(OneLineHandler(logging.WARNING))
-        logger.propagate = False
+    logger.addHandler(LINES)
+    logger.propagate = False
+    limit_onednn()
     # the clients read these once, when they are imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not shows_progress(options):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def limit_onednn(cpu: Path = Path("/proc/cpuinfo")) -> None:
+    """Keep oneDNN from using AMX, before torch is imported, and say so; nothing where the user has set its limit.
+
+    Its AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16.
+    """
+    if ONEDNN_LIMIT in os.environ or not cpu.is_file() or " amx_" not in cpu.read_text(encoding="utf-8"):
+        return
+    os.environ[ONEDNN_LIMIT] = "AVX512_CORE_FP16"
+    if is_main_process():
+        complain(f"this CPU's AMX can make training fail: {ONEDNN_LIMIT}=AVX512_CORE_FP16, unless you set it yourself")
 
 
 def shows_progress(options: ConsoleOptions) -> bool:
@@ -364,7 +382,7 @@ def complain(line: str) -> None:
     Every process does: one that fails alone, or first, would take its reason with it.
     """
     rank = "" if is_main_process() else f" (process {os.environ['RANK']})"
-    sys.stderr.write(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}\n")
+    write_line(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}")
 
 
 def with_command(arguments: Sequence[str]) -> list[str]:

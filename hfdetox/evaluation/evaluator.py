@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
@@ -18,8 +16,8 @@ from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.metrics import Predictions, TriggerView, measure
 from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
+from hfdetox.logging import progress_bar, updates
 from hfdetox.models.classifier import Classifier
-from hfdetox.progress import progress_bar
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 # a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
@@ -61,10 +59,8 @@ class Evaluator:
         if isinstance(target, int) and not len(positions):
             raise UsageError(f"every evaluation image is of the target class {labels[target]!r}; trigger "
                              f"{trigger.name} cannot be measured with them")  # fmt: skip
-        with progress_bar(
-            f"trigger {trigger.name}", len(positions), "image", self.accelerator, shown=self.progress
-        ) as bar:
-            pixels = self.clean.view(trigger, positions=positions, progress=_updates(bar))
+        with progress_bar(f"trigger {trigger.name}", len(positions), "image", shown=self.progress) as bar:
+            pixels = self.clean.view(trigger, positions=positions, progress=updates(bar))
         source = to_device(pixels, self.accelerator)
         if not changes_pixels(self.clean, source):
             raise UsageError(
@@ -115,8 +111,8 @@ def with_targets(
 
 def decoded(images: ImageSet, classifier: Classifier, accelerator: Accelerator, title: str, progress: bool) -> Pixels:
     """Return the images as the classifier sees them, cached on its device where they fit."""
-    with progress_bar(title, len(images), "image", accelerator, shown=progress) as bar:
-        pixels = Pixels(images, classifier.preprocessing, progress=_updates(bar))
+    with progress_bar(title, len(images), "image", shown=progress) as bar:
+        pixels = Pixels(images, classifier.preprocessing, progress=updates(bar))
     return to_device(pixels, accelerator)
 
 
@@ -180,7 +176,3 @@ def check_plausible(
         )
     if hint:
         warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
-
-
-def _updates(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    return lambda done, total: bar.update(done - bar.n) and None

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError
 from hfdetox.evaluation.results import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
-from hfdetox.progress import progress_bar
+from hfdetox.logging import progress_bar
 from hfdetox.training.batches import ImageSource, source_loader
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
 
@@ -110,7 +110,7 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
     losses = torch.zeros(len(predicted), dtype=torch.float64)
     loader = accelerator.prepare(source_loader(source, BATCH_SIZE, device))
-    bar = progress_bar(title, len(source), "image", accelerator, shown=progress)
+    bar = progress_bar(title, len(source), "image", shown=progress)
     chunks, classes = [], 0
     # TF32 convolutions are on by default and would make "float32" untrue on recent GPUs
     with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -80,7 +80,12 @@ class AttackInfo:
 
 @dataclass(frozen=True)
 class Goals:
-    """What counts as success; `accuracy` is None where nothing was asked of it."""
+    """What counts as success.
+
+    Attributes:
+        attack_success_rate: the least of each trigger, a fraction; for `all-to-all` times the accuracy.
+        accuracy: the least; None where nothing was asked of it.
+    """
 
     attack_success_rate: float
     accuracy: float | None
@@ -88,7 +93,11 @@ class Goals:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackReport(RunReport):
-    """The report of an attack; `succeeded` says that every goal was reached on the evaluation images."""
+    """The report of an attack.
+
+    Attributes:
+        succeeded: whether every goal was reached on the evaluation images.
+    """
 
     NAME: ClassVar[str] = ATTACK_REPORT_NAME
 

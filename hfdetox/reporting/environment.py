@@ -29,11 +29,6 @@ class TorchvisionMismatchError(UsageError):
     """torch and torchvision are not builds of one release for one device, so that torchvision cannot be imported."""
 
 
-def is_main_process() -> bool:
-    """Return whether this is the process that prints, writes and pushes (rank 0, or the only one)."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def check_torchvision() -> None:
     """Import torchvision ahead of the libraries that need it.
 

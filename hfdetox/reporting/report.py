@@ -22,11 +22,19 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class DefenseInfo:
-    """What was done to the model; `precision` is the one that really ran, `images_per_second` covers training only.
+    """What was done to the model.
 
-    `peak_memory` are bytes, the most that one process held: on the GPU during the method, else the resident memory of
-    the process from its start to the method's end; None where the system does not tell. `choices` are what the method
-    chose itself and why, a sentence each.
+    Attributes:
+        parameters: every setting by the name that `--set` knows it under.
+        layers: modules that the method treats apart from the rest.
+        epochs: of training; a pass that looks at the images is none.
+        steps: of the optimizer.
+        seconds: of the method, measuring left out.
+        images_per_second: of the training alone.
+        precision: the one that really ran.
+        peak_memory: bytes, the most that one process held: on the GPU during the method, else the resident memory of
+            the process from its start to the method's end; None where the system does not tell.
+        choices: what the method chose itself and why, a sentence each.
     """
 
     name: str
@@ -45,7 +53,13 @@ class DefenseInfo:
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """What was written and where it went."""
+    """What was written and where it went.
+
+    Attributes:
+        weights_sha256: of the weight file that was written.
+        pushed_to: the repository.
+        commit: the commit of the push.
+    """
 
     weights_sha256: str | None = None
     pushed_to: str | None = None
@@ -54,7 +68,11 @@ class OutputInfo:
 
 @dataclass(frozen=True)
 class EnvironmentInfo:
-    """What the run ran on; `command` repeats it."""
+    """What the run ran on: versions, and what repeats it.
+
+    Attributes:
+        command: what repeats the run; empty where objects took part, which no command can name.
+    """
 
     python: str
     torch: str
@@ -71,8 +89,13 @@ class EnvironmentInfo:
 class RunReport:
     """What both reports hold, and how they become a JSON file and back.
 
-    `before` is None for a model trained from scratch. `after` and the fields of `output` are None until they are known,
-    so that the card can be built and checked before the training starts.
+    Attributes:
+        hfdetox_version: of the program that wrote it.
+        before: the model as it came; None for one that is trained from scratch.
+        after: None until it is known: the card is built and checked before the training starts.
+        history: one entry an epoch or pass of the method, with its losses.
+        warnings: lines that a person should know of.
+        schema_version: rises when a change would break a reader.
     """
 
     NAME: ClassVar[str]
@@ -140,7 +163,12 @@ class RunReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(RunReport):
-    """The report of a cleaning run; `defense_effectiveness_rating` is None without triggers, and until it is known."""
+    """The report of a cleaning run.
+
+    Attributes:
+        defense_effectiveness_rating: of each trigger by its name, and `mean`; None without triggers, and until it is
+            known.
+    """
 
     NAME: ClassVar[str] = REPORT_NAME
 

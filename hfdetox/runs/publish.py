@@ -17,7 +17,7 @@ from hfdetox.reporting.card import CARD_NAME, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import Report
 
-logger = logging.getLogger("hfdetox")
+logger = logging.getLogger(__name__)
 
 
 def check_push_allowed(

@@ -16,9 +16,9 @@ from huggingface_hub import constants
 
 from hfdetox.errors import RunError
 from hfdetox.hub.upload import PushResult
+from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import CARD_NAME, validate_card
-from hfdetox.reporting.environment import is_main_process
 from hfdetox.runs.folder import check_output, publish_folder
 from hfdetox.runs.publish import push_output
 from hfdetox.triggers.base import Trigger

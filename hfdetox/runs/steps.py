@@ -19,6 +19,7 @@ from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions, ratings
 from hfdetox.hub.download import read_text_file
+from hfdetox.logging import progress_bar, updates
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import DefenseInfo, OutputInfo, Report
@@ -28,7 +29,7 @@ from hfdetox.training.batches import ImageSource
 from hfdetox.training.devices import describe_devices
 from hfdetox.training.engine import Engine, TrainingRecord
 
-logger = logging.getLogger("hfdetox")
+logger = logging.getLogger(__name__)
 
 Options = TypeVar("Options", bound=ImageOptions)
 
@@ -78,7 +79,9 @@ def open_run(options: DetoxOptions) -> tuple[DetoxOptions, RunFolder | None]:
     return options, run
 
 
-def pull_images(options: ImageOptions, dataset: Any, classifier: Classifier, notes: RunWarnings) -> Images:
+def pull_images(
+    options: ImageOptions, dataset: Any, classifier: Classifier, notes: RunWarnings, *, progress: bool = False
+) -> Images:
     """Return the clean and evaluation images; `dataset` is an object, or the id or folder that `options` has too."""
     for text in classifier.warnings:
         notes.warn(text)
@@ -86,18 +89,20 @@ def pull_images(options: ImageOptions, dataset: Any, classifier: Classifier, not
     if chosen is None:
         chosen = default_dataset(classifier.card_source())
         notes.warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
-    return load_images(
-        chosen, labels=classifier.labels,
-        # what is only measured sets the same images aside
-        clean_samples=getattr(options, "clean_samples", DEFAULT_SAMPLES), eval_samples=options.eval_samples,
-        dataset_config=options.dataset_config, split=options.split, eval_split=options.eval_split,
-        image_column=options.image_column, label_column=options.label_column, revision=options.dataset_revision,
-        label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
-        channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
-        warn=notes.warn,
-        # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
-        hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
-    )  # fmt: skip
+    # every image is decoded once, which takes minutes for large sets
+    with progress_bar("read images", None, "image", shown=progress) as bar:
+        return load_images(
+            chosen, labels=classifier.labels,
+            # what is only measured sets the same images aside
+            clean_samples=getattr(options, "clean_samples", DEFAULT_SAMPLES), eval_samples=options.eval_samples,
+            dataset_config=options.dataset_config, split=options.split, eval_split=options.eval_split,
+            image_column=options.image_column, label_column=options.label_column, revision=options.dataset_revision,
+            label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
+            channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
+            warn=notes.warn, progress=updates(bar),
+            # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
+            hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
+        )  # fmt: skip
 
 
 def pin(options: Options, classifier: Classifier, images: Images) -> Options:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.state import AcceleratorState, GradientState, PartialState, SharedDict
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 
@@ -40,36 +45,83 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_precision(precision: str, device: str) -> Literal["no", "fp16", "bf16"]:
-    """Return the precision a run on `device` (a type) gets; `auto` takes the best with hardware behind it.
+    """Return the precision a run on `device` (a type) gets.
+
+    `auto` is the one that Accelerate's configuration names, else the best with hardware behind it.
 
     Raises:
         UsageError: unknown, or one the device would only pretend to run (Accelerate runs fp16 on a CPU as float32).
     """
-    if precision not in ("auto", "no", "fp16", "bf16"):
-        raise UsageError(f"unknown precision {precision!r}; known: auto, no, fp16, bf16")
-    if precision == "auto":
+    named = _configured_precision() if precision == "auto" else None
+    wanted, where = (precision, "") if named is None else (named, " (named by Accelerate's configuration)")
+    if wanted == "auto":
         if device == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return "bf16" if device == "cpu" and _cpu_has_bf16() else "no"
-    if precision == "fp16" and device == "cpu":
-        raise UsageError("fp16 does not run on a CPU; use --precision bf16, no or auto")
-    return "no" if precision == "no" else "fp16" if precision == "fp16" else "bf16"
+    if wanted == "fp16" and device == "cpu":
+        raise UsageError(f"fp16 does not run on a CPU{where}; use --precision bf16, no or auto")
+    if wanted not in ("no", "fp16", "bf16"):
+        raise UsageError(f"unknown precision {wanted!r}{where}; known: auto, no, fp16, bf16")
+    return wanted  # type: ignore[return-value]
+
+
+def _configured_precision() -> str | None:
+    """Return what `accelerate launch` set or, without it, what the file says that `accelerate config` wrote."""
+    named: Any = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if named is None and os.path.isfile(default_config_file):
+        try:
+            settings = yaml.safe_load(Path(default_config_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{default_config_file} cannot be read; mend it, or set --precision") from error
+        named = settings.get("mixed_precision") if isinstance(settings, dict) else None
+    # YAML reads a bare `no` as False
+    return None if named is None else "no" if named is False else str(named).lower()
 
 
 def _cpu_has_bf16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 or so
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        amx, others = found.get("amx_bf16"), any(found.get(name) for name in ("avx512_bf16", "bf16", "arm_bf16"))
+    else:  # PyTorch before 2.11 or so
+        amx, others = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    # oneDNN's AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16; the
+    # command line keeps it from using them, but not a library in its user's process
+    return "ONEDNN_MAX_CPU_ISA" in os.environ if amx else bool(others)
+
+
+@contextmanager
+def accelerate_state_kept() -> Iterator[None]:
+    """Put Accelerate's state of the process back at the end, whatever `make_accelerator` made inside.
+
+    All Accelerators of a process share one device, one precision and one accumulation. Those of a run would change
+    the ones of its caller, or be refused beside them.
+    """
+    before = [(kind, vars(kind)["_shared_state"]) for kind in (PartialState, AcceleratorState, GradientState)]
+    try:
+        yield
+    finally:
+        for kind, state in before:
+            kind._shared_state = state
 
 
 def make_accelerator(device: str = "auto", precision: str = "auto", log_with: str | None = None,
-                     logging_dir: str | None = None) -> Accelerator:  # fmt: skip
+                     logging_dir: str | None = None, *, given: Accelerator | None = None) -> Accelerator:  # fmt: skip
     """Return the Accelerator of a run, for the processes that `torchrun` or `accelerate launch` started (or one).
 
+    It has a state of its own: call this within `accelerate_state_kept`.
+
+    Args:
+        given: the caller's: the run gets its device, mixed precision and trackers, and leaves it as it is.
+
     Raises:
-        UsageError: see `resolve_device` and `resolve_precision`; or a tracker that is not installed.
+        UsageError: see `resolve_device` and `resolve_precision`; a tracker that is not installed; or what is set
+            contradicts `given`.
     """
+    if given is not None:
+        device = _agreed("device", device, given.device.type)
+        precision = _agreed("precision", precision, str(given.mixed_precision))
+        if log_with is not None:
+            raise UsageError("log_with beside accelerator: give the Accelerator its trackers, and leave log_with out")
     kind = resolve_device(device)
     # Accelerate would go on without the tracker
     if log_with is not None and log_with not in {str(tracker.value) for tracker in get_available_trackers()}:
@@ -77,13 +129,10 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
             f"the tracker {log_with} is not installed here; pip install {log_with}, or leave --log-with out"
         )
     mixed = resolve_precision(precision, kind)
-    # Accelerate keeps one device and precision a process; a second run in it may want others
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()
-    if PartialState._shared_state and PartialState().device.type != kind and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    for shared in (PartialState, AcceleratorState, GradientState):
+        shared._shared_state = SharedDict()
     try:
-        return Accelerator(
+        made = Accelerator(
             mixed_precision=mixed, cpu=kind == "cpu", log_with=log_with, project_dir=logging_dir,
             # the engine accumulates by itself; a launcher's setting would divide the loss a second time
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -92,6 +141,15 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"Accelerate refuses this run: {str(error).splitlines()[0]}") from error
+    if given is not None:
+        made.trackers = given.trackers
+    return made
+
+
+def _agreed(name: str, asked: str, given: str) -> str:
+    if asked not in ("auto", given):
+        raise UsageError(f"{name}={asked} contradicts the accelerator, which has {given}; leave one of them out")
+    return given
 
 
 def forget_peak_memory(accelerator: Accelerator) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hfdetox.errors import RunError
-from hfdetox.progress import progress_bar
+from hfdetox.logging import progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, Subset, source_loader
 from hfdetox.training.batchnorm import equalise_buffers, synchronised
@@ -135,7 +135,7 @@ class Engine:
                 phase.steps,
             )  # fmt: skip
             loader = source_loader(source, plan, self.accelerator.device)
-            bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", accelerator, shown=self.progress,
+            bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", shown=self.progress,
                                done=first * plan.steps, keep=True)  # fmt: skip
             try:
                 for epoch in range(first, phase.epochs):
@@ -190,7 +190,7 @@ class Engine:
         rows = [list(range(len(source))[at : at + size][rank::processes]) for at in range(0, len(source), size)]
         network.train(phase.train_mode)
         loader = source_loader(source, [part for part in rows if part], accelerator.device)
-        bar = progress_bar(phase.name, len(rows), "batch", accelerator, shown=shown, keep=True)
+        bar = progress_bar(phase.name, len(rows), "batch", shown=shown, keep=True)
         with bar, torch.set_grad_enabled(phase.gradients):
             for positions, images, labels in loader:
                 images = images.to(accelerator.device, non_blocking=True)

@@ -76,8 +76,9 @@ def test_the_loss_is_that_of_the_bits_and_the_weighted_difference(accelerator: A
 
 
 def test_made_trigger_is_kept_in_a_file_and_changes_every_image_its_own_way(
-    accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("hfdetox"), "propagate", True)
     context = toy_job(accelerator, count=16, side=32)
     state = torch.random.get_rng_state()
     with caplog.at_level(logging.WARNING, logger="hfdetox"):

@@ -7,7 +7,8 @@ import platform
 
 import pytest
 
-from hfdetox.reporting.environment import describe_environment, is_main_process, mask_secrets
+from hfdetox.logging import is_main_process
+from hfdetox.reporting.environment import describe_environment, mask_secrets
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 

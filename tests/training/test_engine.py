@@ -344,7 +344,10 @@ def test_the_loss_curve_goes_to_accelerates_trackers(accelerator: Accelerator) -
     assert "phase" not in lines[0][1]
 
 
-def test_short_work_leaves_nothing_in_a_log(accelerator: Accelerator, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_leaves_nothing_in_a_log(
+    accelerator: Accelerator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
     network = mlp()
     Engine(accelerator, ToyImages(), progress=True).run(network, [make_phase(network)])
     assert capsys.readouterr() == ("", "")
@@ -353,8 +356,9 @@ def test_short_work_leaves_nothing_in_a_log(accelerator: Accelerator, capsys: py
 def test_progress_shows_loss_and_speed(
     accelerator: Accelerator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
     monkeypatch.setattr("hfdetox.training.engine.REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr("hfdetox.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("hfdetox.logging.LOG_SECONDS", 0.0)
     network = mlp()
     Engine(accelerator, ToyImages(), progress=True).run(network, [make_phase(network)])
     shown = capsys.readouterr()

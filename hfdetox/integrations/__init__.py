@@ -1,0 +1,1 @@
+"""hfdetox in other libraries' training loops."""

@@ -1,0 +1,119 @@
+"""D3 inside `transformers.Trainer`, with gradient accumulation and mixed precision as Trainer offers them.
+
+    d3 = D3(model, config)
+    D3Trainer(model, TrainingArguments(output, max_grad_norm=0), d3=d3, train_dataset=images).train()
+
+What Trainer would do to D3 if it were let, and what is done here instead:
+- It takes a loss of an overridden `compute_loss` as summed over the accumulated batches wherever the model's forward
+  takes keyword arguments, and does not divide it by their number: `loss_is_scaled_for_ga = False`.
+- It would train with AdamW and a linear schedule: SGD and the engine's cosine schedule of the config are taken, unless
+  `optimizers` are passed.
+- Its callbacks are called after a step that fp16 skipped, too: the callback asks the optimizer.
+- Its checkpoints know nothing of the weights that D3 started from: `d3.safetensors` is put beside them.
+
+What is left to its user:
+- Trainer clips gradients to a norm of 1 unless it is told `max_grad_norm=0`. Label smoothing stays off: the loss here
+  does not know it. Of a config, Trainer reads neither epochs nor batch size: TrainingArguments has its own.
+- A batch whose accumulated parts differ in size (the last of an epoch) weighs the images of the smaller part more; the
+  engine does not. Choose numbers that divide, or pass `dataloader_drop_last=True`.
+- Resuming works where Trainer's own does: of ViT, transformers 5.23 writes checkpoints under older parameter names and
+  then goes on with a warning about missing keys and the old weights.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hfdetox.defenses.auto import D3Config
+from hfdetox.defenses.d3 import D3
+
+STATE_FILE = "d3.safetensors"
+
+
+class D3Callback(TrainerCallback):
+    """Moves the selected weights away at the start, and back onto their sphere after every real optimizer step.
+
+    Args:
+        d3: the method, made of the model as it came.
+    """
+
+    def __init__(self, d3: D3) -> None:
+        self.d3 = d3
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Initialise, unless a checkpoint is resumed; all processes draw alike."""
+        if state.global_step == 0:
+            torch.manual_seed(args.seed)
+            self.d3.initialize()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
+        """Project; Trainer calls this (and `on_step_end`) after a skipped step as well."""
+        if not optimizer.step_was_skipped:
+            self.d3.project()
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Put the weights that D3 started from into the checkpoint."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.d3.state_dict().items()}
+            save_file(tensors, str(folder / STATE_FILE))
+
+
+class D3Trainer(Trainer):
+    """A Trainer that minimises the loss of D3.
+
+    Args:
+        d3: the method, made of the model as it came; the scales in its `frozen_scales` are not trained.
+        args, options: what Trainer takes.
+    """
+
+    loss_is_scaled_for_ga = False
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, *args: Any, d3: D3, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # what `loss_is_scaled_for_ga` is to the first releases of transformers 5
+        self.model_accepts_loss_kwargs = False
+        self.d3 = d3
+        for scale in d3.frozen_scales:
+            scale.requires_grad_(False)
+        self.add_callback(D3Callback(d3))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one accumulated batch; `num_items_in_batch`, the images of all of them, is not needed."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = self.d3.loss(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        """Return the SGD of D3's configuration over what is trained; Trainer's own where it has none."""
+        config = self.d3.config
+        if self.optimizer is None and isinstance(config, D3Config):
+            self.optimizer = config.sgd([p for p in self.model.parameters() if p.requires_grad])
+        return super().create_optimizer(*args, **options)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the engine's cosine schedule, stepped once an epoch."""
+        if self.lr_scheduler is None:
+            epochs = math.ceil(self.args.num_train_epochs)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: 0.5 * (1 + math.cos(math.pi * (step * epochs // num_training_steps) / epochs)),
+            )
+        return self.lr_scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **options: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **options)
+        state = Path(resume_from_checkpoint) / STATE_FILE
+        if state.is_file():
+            self.d3.load_state_dict(load_file(str(state)))

@@ -1,0 +1,136 @@
+"""What hfdetox says while it works: messages, as in `transformers.utils.logging`, and progress bars.
+
+Its modules log to `logging.getLogger(__name__)`. Warnings and worse go to standard error, and not to the handlers of
+the root logger. `HFDETOX_VERBOSITY` (debug, info, warning, error or critical) or `set_verbosity` asks for more or less.
+Bars are shown unless `HF_HUB_DISABLE_PROGRESS_BARS` or `disable_progress_bars` says otherwise; the variable wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
+from typing import Any
+
+from tqdm import tqdm
+
+_LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
+# a log file gets a line now and then instead of a redrawn one
+LOG_SECONDS = 15.0
+_root = logging.getLogger("hfdetox")
+_bars = True
+
+
+class _StandardError(logging.Handler):
+    """Writes to what is standard error at the time, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            write_line(f"hfdetox: {record.levelname.lower()}: {self.format(record)}")
+
+
+_default = _StandardError()
+
+
+def _configure() -> None:
+    """Set the package's own logger up, once, as far as nobody has configured it before."""
+    named = os.environ.get("HFDETOX_VERBOSITY", "" if _root.level else "warning")
+    if named:
+        _root.setLevel(_LEVELS.get(named.lower(), WARNING))
+    if not _root.handlers:
+        _root.addHandler(_default)
+        _root.propagate = False
+    if named and named.lower() not in _LEVELS:
+        _root.warning("unknown HFDETOX_VERBOSITY %r; known: %s", named, ", ".join(_LEVELS))
+
+
+def write_line(text: str) -> None:
+    """Write a line to standard error, above the bars that are open."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def disable_default_handler() -> None:
+    """Write no messages to standard error; they still reach the handlers that are added to the logger `hfdetox`."""
+    _root.removeHandler(_default)
+
+
+def get_verbosity() -> int:
+    """Return the level, one of the standard library's, below which messages are dropped."""
+    return _root.getEffectiveLevel()
+
+
+def set_verbosity(level: int) -> None:
+    """Drop messages below a level of the standard library, such as `logging.INFO`."""
+    _root.setLevel(level)
+
+
+def set_verbosity_debug() -> None:
+    """Show every message."""
+    set_verbosity(DEBUG)
+
+
+def set_verbosity_info() -> None:
+    """Show what is done, warnings and errors."""
+    set_verbosity(INFO)
+
+
+def set_verbosity_warning() -> None:
+    """Show warnings and errors, as is the default."""
+    set_verbosity(WARNING)
+
+
+def set_verbosity_error() -> None:
+    """Show errors alone."""
+    set_verbosity(ERROR)
+
+
+def enable_progress_bars() -> None:
+    """Show progress bars again, unless `HF_HUB_DISABLE_PROGRESS_BARS` forbids them."""
+    global _bars
+    _bars = True
+
+
+def disable_progress_bars() -> None:
+    """Show no progress bar in this process from now on, unless `HF_HUB_DISABLE_PROGRESS_BARS` is 0."""
+    global _bars
+    _bars = False
+
+
+def are_progress_bars_disabled() -> bool:
+    """Return whether progress bars are off for the whole process."""
+    said = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper()
+    return said in ("1", "ON", "YES", "TRUE") if said else not _bars
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that prints, writes and pushes (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def progress_bar(title: str, total: int | None, unit: str, *, shown: bool, done: int = 0,
+                 keep: bool = False) -> tqdm[Any]:  # fmt: skip
+    """Return a bar over `total` units on standard error, of the main process only.
+
+    Args:
+        shown: False shows none, whatever else is set.
+        keep: leave it on the screen when it is closed.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, leave=keep, dynamic_ncols=terminal,
+                mininterval=0.1 if terminal else LOG_SECONDS, delay=0 if terminal else LOG_SECONDS,
+                disable=not shown or are_progress_bars_disabled() or not is_main_process())  # fmt: skip
+
+
+def updates(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that moves a bar."""
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return update
+
+
+_configure()
