@@ -120,6 +120,16 @@ def _holder(folder: Path) -> str:
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Return whether `path` leads, all links followed, to something in the folder `root`."""
+    """Return whether `path` leads, all links followed, to something in the folder `root`.
+
+    Of a snapshot in the Hub's cache, whose files are links, the blobs of its repository count as well.
+    """
     # unlike Path.resolve, realpath takes a circle of links as it is
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    here, there = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    roots = [there]
+    for folder in (there, *there.parents):
+        repo = folder.parent.parent
+        if folder.parent.name == "snapshots" and repo.name.startswith(("models--", "datasets--")):
+            # a link in this place would lead anywhere
+            roots += [repo / "blobs"] if not (repo / "blobs").is_symlink() else []
+    return any(here.is_relative_to(one) for one in roots)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hfdetox.errors import RunError
+from hfdetox.errors import HfdetoxError, RunError
 
 MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here and not a warning
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
@@ -137,6 +137,8 @@ class ImageSet:
             return kept
         try:
             image = decode_image(self._encoded[position], channels=self.channels)
+        except HfdetoxError:
+            raise
         except _DECODE_ERRORS as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise BrokenImageError(

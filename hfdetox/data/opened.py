@@ -23,6 +23,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from hfdetox.data.columns import Columns, find_columns
 from hfdetox.data.readers import Files, ParquetReader, Result, SplitReader, StreamReader, TableReader, damage
 from hfdetox.errors import HubError, UsageError
+from hfdetox.files import is_inside
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
@@ -67,6 +68,7 @@ class OpenedObject(OpenedDataset):
     """A `datasets.Dataset` or `DatasetDict` that a caller holds."""
 
     tables: dict[str, Dataset]
+    files: Files | None = None
 
     def features(self, split: str) -> Features:
         """Return the table's features."""
@@ -74,7 +76,7 @@ class OpenedObject(OpenedDataset):
 
     def open(self, split: str) -> SplitReader:
         """Open one table in place."""
-        return TableReader(self.tables[split], self.columns(split), split)
+        return TableReader(self.tables[split], self.columns(split), split, self.files)
 
 
 class OpenedBuilder(OpenedDataset):
@@ -152,15 +154,12 @@ class LocalFiles(Files):
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file of the folder."""
-        return open(name, "rb")
+        return open(self.path(name), "rb")
 
     def path(self, name: str) -> str:
-        """Return `name` itself; DatasetError for a path that a row names outside the folder."""
-        # the snapshot of a cached repository is made of links, so the name is checked and not what it leads to
-        if self._folder not in Path(name).parents or ".." in Path(name).parts:
-            raise DatasetError(
-                f"a row names the file {name[:200]}, which is outside the dataset's folder; do not use it"
-            )
+        """Return `name` itself; DatasetError for a file, or a link to one, outside the folder."""
+        if not is_inside(Path(name), self._folder):
+            raise DatasetError(f"{name[:200]} is outside the dataset's folder, and the dataset names it; do not use it")
         return name
 
     def size(self, name: str) -> int:
@@ -239,7 +238,7 @@ def open_dataset(
     return origin
 
 
-def _from_object(dataset: Any) -> OpenedDataset:
+def _from_object(dataset: Any) -> OpenedObject:
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming, or give its id")
     tables = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
@@ -255,7 +254,10 @@ def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
         raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         origin = _from_object(datasets.load_from_disk(str(folder)))
-        origin.id, origin.source = folder.resolve().name, "folder"
+        origin.id, origin.source, origin.files = folder.resolve().name, "folder", LocalFiles(folder)
+        for table in origin.tables.values():
+            for file in table.cache_files:
+                origin.files.path(file["filename"])
         return origin
     path = folder.resolve()
     builder = _builder(lambda: datasets.load_dataset_builder(str(path), name=config), f"dataset {folder}")
@@ -312,6 +314,9 @@ def _with_builder(name: str, revision: str | None, source: Literal["hub", "folde
     splits = [str(split) for split in builder.config.data_files or {}]
     if not splits:
         raise DatasetError(f"dataset {name} has no data files that hfdetox can read")
+    if isinstance(files, LocalFiles):
+        for path in (path for split in splits for path in builder.config.data_files[split]):
+            files.path(path)
     if isinstance(builder, FolderBasedBuilder):
         # of the Hub, datasets would decode (and so download) each image that a scan for labels passes
         builder.config.decode_num_threads = 0

@@ -87,8 +87,9 @@ class SplitReader(ABC):
 class TableReader(SplitReader):
     """A `datasets.Dataset`: a memory-mapped table, read in place."""
 
-    def __init__(self, dataset: Dataset, columns: Columns, split: str) -> None:
-        self.split, self.rows, self._columns = split, len(dataset), columns
+    def __init__(self, dataset: Dataset, columns: Columns, split: str, files: Files | None = None) -> None:
+        """`files` gives the files that rows may name; None, for a caller's own table, is any."""
+        self.split, self.rows, self._columns, self._files = split, len(dataset), columns, files
         table = dataset.with_format(None).select_columns([columns.image, columns.label])
         if isinstance(table.features[columns.image], Image):
             table = table.cast_column(columns.image, Image(decode=False))
@@ -100,12 +101,12 @@ class TableReader(SplitReader):
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return a view of the rows; nothing is copied."""
-        return Picked(_TableImages(self._table, self._columns.image), indices)
+        return Picked(_TableImages(self._table, self._columns.image, self._files), indices)
 
 
 class _TableImages:
-    def __init__(self, table: Dataset, column: str) -> None:
-        self._table, self._column = table, column
+    def __init__(self, table: Dataset, column: str, files: Files | None) -> None:
+        self._table, self._column, self._files = table, column, files
 
     def __len__(self) -> int:
         return len(self._table)
@@ -113,7 +114,8 @@ class _TableImages:
     def __getitem__(self, position: int) -> bytes | str:
         value = self._table[position][self._column]
         if isinstance(value, dict) and not value.get("bytes") and value.get("path"):
-            return str(value["path"])
+            name = str(value["path"])
+            return name if self._files is None else self._files.path(name)
         return stored_bytes(value)
 
 
@@ -234,6 +236,8 @@ class StreamReader(SplitReader):
 
     def __init__(self, stream: IterableDataset, columns: Columns, split: str, files: Files, rows: int | None) -> None:
         self.split, self.rows, self._columns, self._files = split, rows, columns, files
+        # of other columns datasets would open the files that rows name
+        stream = stream.select_columns([columns.image, columns.label])
         if isinstance((stream.features or {}).get(columns.image), Image):
             stream = stream.cast_column(columns.image, Image(decode=False))
         self._stream = stream

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hfdetox.errors import RunError, UsageError
+from hfdetox.files import is_inside
 from hfdetox.hub.download import PulledRepo, pull_model, sha256_file
 from hfdetox.models import weights as _weights
 from hfdetox.models.corrections import load_correction
 from hfdetox.models.info import ModelInfo
-from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, numbered_labels
+from hfdetox.models.loaded import Loaded, NotAClassifierError, check_links, check_num_labels, numbered_labels
 from hfdetox.models.network import Network
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
 
@@ -68,7 +69,9 @@ class Classifier:
     def card_source(self) -> str | None:
         """Return the text of the source's README.md, or None without one."""
         readme = self.folder / "README.md" if self.folder else None
-        return readme.read_text(encoding="utf-8", errors="replace") if readme and readme.is_file() else None
+        if self.folder is None or readme is None or not readme.is_file() or not is_inside(readme, self.folder):
+            return None
+        return readme.read_text(encoding="utf-8", errors="replace")
 
     def round_weights(self) -> None:
         """Round every tensor in place to the dtype in which it will be saved, and leave the model in eval mode.
@@ -177,11 +180,13 @@ def fetch_model(
     """Return the files of a model, a local folder looking like a pulled one, and the commit (None for a folder).
 
     Raises:
-        UsageError: a revision of a local folder, or two of a Hub id; and what `pull_model` raises.
+        UsageError: a revision of a local folder, links that lead out of it, or two revisions of a Hub id; and what
+            `pull_model` raises.
     """
     if Path(model).is_dir():
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
+        check_links(Path(model))
         return PulledRepo(model, "", Path(model), {}, ()), None
     repo_id = model
     if model.startswith(_TIMM_PREFIXES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ from typing import Any, Literal
 from torch import nn
 
 from hfdetox.errors import UsageError
+from hfdetox.files import is_inside
 from hfdetox.models.preprocessing import Preprocessing
 
 Library = Literal["timm", "transformers", "torch"]
 
 # Files that travel with a model unchanged. The card is not among them: hfdetox writes its own and keeps the text.
 _COMPANIONS = ("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*")
+
+
+# what is read of a model's folder, by hfdetox or by the model's library
+_READ = ("*.json", "*.safetensors", "*.py", "README.md", "LICENSE*", "NOTICE*")
 
 
 class NotAClassifierError(UsageError):
@@ -49,7 +55,21 @@ def check_num_labels(count: int, name: str) -> None:
 
 
 def copy_companions(source: Path | None, folder: Path, extra: Sequence[str] = ()) -> None:
-    """Copy preprocessing configs, licence files and the `extra` patterns, byte for byte."""
-    for pattern in (*_COMPANIONS, *extra) if source else ():
-        for file in sorted(source.glob(pattern)) if source else ():
+    """Copy preprocessing configs, licence files and the `extra` patterns, byte for byte, none from outside it."""
+    if source is None:
+        return
+    for file in (file for pattern in (*_COMPANIONS, *extra) for file in sorted(source.glob(pattern))):
+        if file.is_file() and is_inside(file, source):
             shutil.copyfile(file, folder / file.name)
+
+
+def check_links(folder: Path) -> None:
+    """Raise UsageError when a file that would be read of a model's folder is a link that leads out of it.
+
+    Who sends a folder could else have any file of this machine published with the cleaned model.
+    """
+    for file in sorted(folder.iterdir()):
+        read = file.is_symlink() and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _READ)
+        if read and not is_inside(file, folder):
+            raise UsageError(f"{file} is a link to something outside the model's folder, which is not read; if it is "
+                             "yours, put the file itself there")  # fmt: skip

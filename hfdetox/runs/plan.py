@@ -10,6 +10,7 @@ from hfdetox.config import DetoxOptions
 from hfdetox.data.load import default_dataset
 from hfdetox.defenses import parse_defense
 from hfdetox.hub.download import read_text_file, resolve, weight_files
+from hfdetox.models.loaded import check_links
 from hfdetox.runs.folder import RunFolder, check_output
 from hfdetox.runs.publish import check_push_allowed
 from hfdetox.training.devices import resolve_device, resolve_precision
@@ -53,6 +54,7 @@ def plan(options: DetoxOptions) -> dict[str, Any]:
 
 def _plan_model(model: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
     if Path(model).is_dir():
+        check_links(Path(model))
         readme = Path(model) / "README.md"
         card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
         return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}, card
