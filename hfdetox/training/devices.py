@@ -23,9 +23,6 @@ from hfdetox.errors import UsageError
 # Windows has none
 resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None
 
-Precision = Literal["auto", "no", "fp16", "bf16"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-
 
 def resolve_device(device: str) -> str:
     """Return the device type that `device` stands for here: cuda, mps or cpu.

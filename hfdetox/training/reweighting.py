@@ -175,11 +175,8 @@ def class_weights(harm: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     logs = SHARPNESS * harm.double() - counts.double().clamp_min(1).log()
     shares = counts.double() / counts.sum()
     low, high = -logs.max() + math.log(BOUNDS[0]), -logs.min() + math.log(BOUNDS[1])
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        too_much = (shares * (logs + middle).exp().clamp(*BOUNDS)).sum() > 1
-        low, high = (low, middle) if too_much else (middle, high)
-    return (logs + low).exp().clamp(*BOUNDS)
+    found = _bisected(low, high, lambda middle: (shares * (logs + middle).exp().clamp(*BOUNDS)).sum() > 1)
+    return (logs + found).exp().clamp(*BOUNDS)
 
 
 def critic_weights(scores: torch.Tensor, budget: float) -> torch.Tensor:
@@ -202,11 +199,16 @@ def critic_weights(scores: torch.Tensor, budget: float) -> torch.Tensor:
         if (_simplex(scores, high) - 1).square().mean() >= budget:
             break
         high = 2 * high
+    found = _bisected(low, high, lambda middle: (_simplex(scores, middle) - 1).square().mean() > budget)
+    return _simplex(scores, found)
+
+
+def _bisected(low: torch.Tensor, high: torch.Tensor, too_much: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    """Return the largest number between two (0-d) that is not too much, from below."""
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        too_much = (_simplex(scores, middle) - 1).square().mean() > budget
-        low, high = (low, middle) if too_much else (middle, high)
-    return _simplex(scores, low)
+        low, high = (low, middle) if too_much(middle) else (middle, high)
+    return low
 
 
 def _simplex(scores: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

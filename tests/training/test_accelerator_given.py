@@ -64,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def detoxify(model: tuple[Path, Path]) -> Run:
     def run(**changes: Any) -> hfdetox.DetoxResult:
-        options = {"defense": "ft", "settings": FT, "samples": 40, "progress": False, **changes}
+        options = {"defense": "ft", "settings": FT, "clean_samples": 40, "progress": False, **changes}
         return hfdetox.detoxify(model[0], dataset=model[1], **options)
 
     return run
