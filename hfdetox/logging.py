@@ -10,15 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
-from typing import Any
-
-from tqdm import tqdm
 
 _LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
-# a log file gets a line now and then instead of a redrawn one
-LOG_SECONDS = 15.0
 _root = logging.getLogger("hfdetox")
 _bars = True
 
@@ -48,7 +42,11 @@ def _configure() -> None:
 
 def write_line(text: str) -> None:
     """Write a line to standard error, above the bars that are open."""
-    tqdm.write(text, file=sys.stderr)
+    # who has not imported it has drawn none
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        sys.stderr.write(text + "\n")
 
 
 def disable_default_handler() -> None:
@@ -107,30 +105,6 @@ def are_progress_bars_disabled() -> bool:
 def is_main_process() -> bool:
     """Return whether this is the process that prints, writes and pushes (rank 0, or the only one)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def progress_bar(title: str, total: int | None, unit: str, *, shown: bool, done: int = 0,
-                 keep: bool = False) -> tqdm[Any]:  # fmt: skip
-    """Return a bar over `total` units on standard error, of the main process only.
-
-    Args:
-        shown: False shows none, whatever else is set.
-        keep: leave it on the screen when it is closed.
-    """
-    terminal = sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc=title, unit=unit, leave=keep, dynamic_ncols=terminal,
-                mininterval=0.1 if terminal else LOG_SECONDS, delay=0 if terminal else LOG_SECONDS,
-                disable=not shown or are_progress_bars_disabled() or not is_main_process())  # fmt: skip
-
-
-def updates(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    """Return a function of (done, total) that moves a bar."""
-
-    def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return update
 
 
 _configure()

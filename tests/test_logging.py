@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hfdetox.logging as talk
+from hfdetox import progress
 from hfdetox.config import DetoxOptions
 from hfdetox.data.cache import Pixels
 from hfdetox.models.classifier import load_classifier
@@ -95,13 +96,13 @@ def test_the_hubs_variable_wins_over_the_functions(
     variable: str, disabled: bool, off: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(BARS, variable)
-    monkeypatch.setattr(talk, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     (talk.disable_progress_bars if disabled else talk.enable_progress_bars)()
     assert talk.are_progress_bars_disabled() is off
-    with talk.progress_bar("look", 3, "image", shown=True, keep=True) as bar:
+    with progress.progress_bar("look", 3, "image", shown=True, keep=True) as bar:
         bar.update(3)
     assert ("look: 100%" in capsys.readouterr().err) is not off
-    with talk.progress_bar("look", 3, "image", shown=False, keep=True) as bar:
+    with progress.progress_bar("look", 3, "image", shown=False, keep=True) as bar:
         bar.update(3)
     assert capsys.readouterr().err == ""
 
@@ -109,7 +110,7 @@ def test_the_hubs_variable_wins_over_the_functions(
 def test_only_the_main_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BARS)
     monkeypatch.setenv("RANK", "1")
-    assert talk.progress_bar("look", 3, "image", shown=True).disable
+    assert progress.progress_bar("look", 3, "image", shown=True).disable
 
 
 def test_decoding_shows_a_bar(
@@ -117,21 +118,21 @@ def test_decoding_shows_a_bar(
 ) -> None:
     """Both times: when a set is read to find broken images and duplicates, and when it is prepared for a model."""
     monkeypatch.delenv(BARS)
-    monkeypatch.setattr(talk, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     options = DetoxOptions("m", dataset=str(write_dataset(tmp_path / "photos")))
     notes = RunWarnings(make_accelerator("cpu", "no"))
     pull_images(options, None, load_classifier(timm_model(num_classes=3)), notes, progress=True)
     shown = capsys.readouterr().err
     assert "read images: 100%" in shown
-    with talk.progress_bar("decode", None, "image", shown=True) as bar:
-        Pixels(toy_set(12), toy_preprocessing(), progress=talk.updates(bar))
+    with progress.progress_bar("decode", None, "image", shown=True) as bar:
+        Pixels(toy_set(12), toy_preprocessing(), progress=progress.updates(bar))
         assert (bar.n, bar.total) == (12, 12)
 
 
 def test_a_message_stands_above_the_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv(BARS)
-    monkeypatch.setattr(talk, "LOG_SECONDS", 0.0)
-    with talk.progress_bar("look", 3, "image", shown=True):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    with progress.progress_bar("look", 3, "image", shown=True):
         capsys.readouterr()
         talk.write_line("hfdetox: warning: stop")
     assert "\rhfdetox: warning: stop\n" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.attacks.lf import clean_model
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
-from hfdetox.logging import progress_bar
+from hfdetox.progress import progress_bar
 from hfdetox.triggers.base import Target, Trigger
 
 _BATCH = 256

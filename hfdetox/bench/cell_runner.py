@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hfdetox.bench.cells import CellFolder, CellT, RowT, Running
 from hfdetox.errors import UsageError
-from hfdetox.logging import progress_bar
+from hfdetox.progress import progress_bar
 
 _OPEN = ("not run", "failed")  # what is still to be done
 _POLL = 0.2  # seconds between two looks at the processes

@@ -16,8 +16,8 @@ from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.metrics import Predictions, TriggerView, measure
 from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
-from hfdetox.logging import progress_bar, updates
 from hfdetox.models.classifier import Classifier
+from hfdetox.progress import progress_bar, updates
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 # a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here

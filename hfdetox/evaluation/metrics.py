@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError
 from hfdetox.evaluation.results import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
-from hfdetox.logging import progress_bar
+from hfdetox.progress import progress_bar
 from hfdetox.training.batches import ImageSource, source_loader
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
 

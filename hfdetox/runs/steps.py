@@ -19,8 +19,8 @@ from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions, ratings
 from hfdetox.hub.download import read_text_file
-from hfdetox.logging import progress_bar, updates
 from hfdetox.models.classifier import Classifier
+from hfdetox.progress import progress_bar, updates
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import DefenseInfo, OutputInfo, Report
 from hfdetox.runs.folder import PUBLISHING, RunFolder, check_output, command_of, same_model

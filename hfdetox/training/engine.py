@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hfdetox.errors import RunError
-from hfdetox.logging import progress_bar
+from hfdetox.progress import progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, Subset, source_loader
 from hfdetox.training.batchnorm import equalise_buffers, synchronised

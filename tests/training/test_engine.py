@@ -358,7 +358,7 @@ def test_progress_shows_loss_and_speed(
 ) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
     monkeypatch.setattr("hfdetox.training.engine.REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr("hfdetox.logging.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("hfdetox.progress.LOG_SECONDS", 0.0)
     network = mlp()
     Engine(accelerator, ToyImages(), progress=True).run(network, [make_phase(network)])
     shown = capsys.readouterr()

@@ -1,0 +1,38 @@
+"""The progress bars of long work: one function makes them all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from hfdetox.logging import are_progress_bars_disabled, is_main_process
+
+# a log file gets a line now and then instead of a redrawn one
+LOG_SECONDS = 15.0
+
+
+def progress_bar(title: str, total: int | None, unit: str, *, shown: bool, done: int = 0,
+                 keep: bool = False) -> tqdm[Any]:  # fmt: skip
+    """Return a bar over `total` units on standard error, of the main process only.
+
+    Args:
+        shown: False shows none, whatever else is set.
+        keep: leave it on the screen when it is closed.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, leave=keep, dynamic_ncols=terminal,
+                mininterval=0.1 if terminal else LOG_SECONDS, delay=0 if terminal else LOG_SECONDS,
+                disable=not shown or are_progress_bars_disabled() or not is_main_process())  # fmt: skip
+
+
+def updates(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    """Return a function of (done, total) that moves a bar."""
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return update
