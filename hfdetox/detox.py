@@ -1,4 +1,4 @@
-"""The story: pull a model and clean images, measure, defend, measure again, report, save and publish."""
+"""The pipeline: pull a model and clean images, measure, defend, measure again, report, save and publish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The story of an attack: a model and images, triggers, training, measuring, report, card, and a folder of it all."""
+"""The pipeline of an attack: a model and images, triggers, training, measuring, report, card, and their folder."""
 
 from __future__ import annotations
 

@@ -4,14 +4,17 @@
 :::{hfdetox-members} defenses     the members of a family with presets and settings, as `hfdetox list` has them
 :::{hfdetox-schema} detox         the fields of a report, from its dataclasses
 :::{hfdetox-statuses}             the exit statuses, from the errors
+:::{hfdetox-rooms}                the rooms, from the contract of import-linter and their docstrings
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,8 +32,9 @@ from hfdetox.cli.app import INTERRUPTED, app
 
 
 def text(value: str) -> str:
-    """Return plain text for a cell of a Markdown table: one line, nothing in it is syntax."""
-    return re.sub(r"([\\|<*\[\]])", r"\\\1", " ".join(value.split()))
+    """Return plain text for a cell of a Markdown table: one line in which only `code` is syntax."""
+    parts = " ".join(value.split()).replace("|", "\\|").split("`")
+    return "`".join(part if i % 2 else re.sub(r"([<*\[\]])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def code(value: object) -> str:
@@ -268,8 +272,32 @@ class Statuses(Generated):
         yield from table(["exit status", "Python", "meaning"], rows)
 
 
+class Rooms(Generated):
+    """The rooms of the package from the top floor down, and what the docstring of each says."""
+
+    optional_arguments = 0
+
+    def lines(self) -> Iterator[str]:
+        root = Path(__file__).parents[2]
+        linter = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+        rows = []
+        for layer in linter["contracts"][0]["layers"]:
+            for name in (part.strip(" ()") for part in layer.split("|")):
+                place = root / "hfdetox" / name
+                file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                told = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+                rows.append([code(f"{name}/" if place.is_dir() else f"{name}.py"), text(told.split("\n\n")[0])])
+        yield from table(["room", "holds"], rows)
+
+
 def setup(app: Sphinx) -> Mapping[str, Any]:
     """Register the directives."""
-    for name, directive in {"command": Command, "members": Members, "schema": Schema, "statuses": Statuses}.items():
+    for name, directive in {
+        "command": Command,
+        "members": Members,
+        "schema": Schema,
+        "statuses": Statuses,
+        "rooms": Rooms,
+    }.items():
         app.add_directive(f"hfdetox-{name}", directive)
     return {"parallel_read_safe": True}
