@@ -18,6 +18,8 @@ from hfdetox.errors import RunError, UsageError
 
 # by which a folder or repository is known as hfdetox's own
 REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack_report.json")
+# which files of an output folder hfdetox wrote; it stays out of repositories
+MANIFEST = ".hfdetox-manifest.json"
 LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from hfdetox.errors import UsageError
-from hfdetox.files import REPORT_NAMES
+from hfdetox.files import MANIFEST, REPORT_NAMES
 from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import (
     DEFAULT_RETRY,
@@ -36,7 +36,7 @@ _WEIGHT_SUFFIXES = (
 _LOADER_FILES = ("preprocessor_config.json", "processor_config.json", "adapter_config.json")
 _OWN_FOLDERS = ("plots/", "triggers/")
 _RESULTS_FOLDER = ".eval_results/"
-_SKIPPED = frozenset({".git", ".cache", "__pycache__", ".DS_Store"})
+_SKIPPED = frozenset({MANIFEST, ".git", ".cache", "__pycache__", ".DS_Store"})
 
 
 class RepoExistsError(UsageError):

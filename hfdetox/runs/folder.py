@@ -15,6 +15,7 @@ from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.defenses import DEFENSES
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import REPORT_NAMES, replace_folder, write_atomically
+from hfdetox.runs.manifest import foreign_files, remove_own
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
 from hfdetox.values import read_fields
@@ -161,16 +162,26 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{output} exists and was not written by hfdetox; choose another --output")
     if not overwrite:
         raise UsageError(f"{output} holds an earlier result; choose another --output, or replace it with --overwrite")
+    _refuse_foreign(output)
+
+
+def _refuse_foreign(output: Path) -> None:
+    foreign = foreign_files(output)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UsageError(f"{output} holds {foreign[0]}{more}, which is not as hfdetox wrote it: --overwrite removes "
+                         "only what hfdetox wrote; move it away, or choose another --output")  # fmt: skip
 
 
 def publish_folder(fresh: Path, output: Path) -> None:
     """Move the finished folder `fresh` (on the same disk) to `output` in one rename; an old result goes only then."""
     old = output.with_name(f".{output.name}.old")
     if output.exists():
+        _refuse_foreign(output)
         # what a killed process left there would be in the way
-        shutil.rmtree(old, ignore_errors=True)
+        remove_own(old)
     try:
         replace_folder(fresh, output, old)
     except OSError as error:
         raise RunError(f"cannot move the result to {output}: {error.strerror or error}") from error
-    shutil.rmtree(old, ignore_errors=True)
+    remove_own(old)

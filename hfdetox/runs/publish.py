@@ -9,13 +9,14 @@ from pathlib import Path
 
 from hfdetox._version import __version__
 from hfdetox.errors import HubError, UsageError
-from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, write_atomically
+from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.attack_card import DELIBERATE, retarget_attack_card
 from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.reporting.card import CARD_NAME, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import Report
+from hfdetox.runs.manifest import write_own
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,7 @@ def push_output(
                                public=public, i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
         raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
     report = load_report(folder)
-    write_atomically(
-        folder / report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json()
-    )
+    write_own(folder, report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
     return pushed
 
 
@@ -127,7 +126,7 @@ def _retarget(folder: Path, repo_id: str) -> list[str]:
     here, there = (_card_for(report, card, place, plots) for place in (report.output.pushed_to, repo_id))
     if card == here != there:
         validate_card(there)
-        write_atomically(folder / CARD_NAME, there)
+        write_own(folder, CARD_NAME, there)
     elif card not in (here, there):
         logger.warning(
             "%s is not word for word what this hfdetox wrote: it is pushed as it is, look whether it names %s",
@@ -137,7 +136,7 @@ def _retarget(folder: Path, repo_id: str) -> list[str]:
     # a commit cannot hold its own id
     addressed = replace(report, output=replace(report.output, pushed_to=repo_id, commit=None))
     if addressed != report:
-        write_atomically(folder / report.NAME, addressed.to_json())
+        write_own(folder, report.NAME, addressed.to_json())
     return [CARD_NAME, report.NAME]
 
 

@@ -20,6 +20,7 @@ from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import CARD_NAME, validate_card
 from hfdetox.runs.folder import check_output, publish_folder
+from hfdetox.runs.manifest import write_manifest
 from hfdetox.runs.publish import push_output
 from hfdetox.triggers.base import Trigger
 
@@ -82,6 +83,7 @@ class SavedResult(ABC):
             ) from error
         try:
             self._write(fresh)
+            write_manifest(fresh)
             publish_folder(fresh, folder)
         except OSError as error:
             reason = error.strerror or error

@@ -321,18 +321,18 @@ def test_an_output_without_a_name_is_refused(name: str, tmp_path: Path, monkeypa
 def test_a_result_is_moved_in_one_step_and_nothing_stays_beside_it(before: str, tmp_path: Path) -> None:
     fresh, output = folder_with(tmp_path / "fresh", "new"), tmp_path / "out"
     if before != "nothing":
-        folder_with(output, *(["old"] if before != "empty" else []))
+        folder_with(output, *(["config.json"] if before != "empty" else []))
     if before == "leftover":
         # a process killed between the renames of an earlier replacement
-        folder_with(tmp_path / ".out.old", "older")
+        folder_with(tmp_path / ".out.old", "model.safetensors")
     publish_folder(fresh, output)
     assert os.listdir(output) == ["new"]
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_move_that_fails_leaves_the_earlier_result_where_it_was(tmp_path: Path) -> None:
-    output = folder_with(tmp_path / "out", "old")
+    output = folder_with(tmp_path / "out", "config.json")
     with pytest.raises(RunError, match=r"cannot move the result to .*out: No such file or directory"):
         publish_folder(tmp_path / "never written", output)
-    assert os.listdir(output) == ["old"]
+    assert os.listdir(output) == ["config.json"]
     assert os.listdir(tmp_path) == ["out"]

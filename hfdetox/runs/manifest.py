@@ -1,0 +1,80 @@
+"""Which files of an output folder hfdetox wrote: only those are ever replaced or removed."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+from pathlib import Path
+
+from hfdetox.files import MANIFEST, REPORT_NAMES, write_atomically
+from hfdetox.hub.checksums import sha256_file
+
+# what versions without a manifest wrote
+_KNOWN = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "correction.safetensors", "README.md", "LICENSE*", "NOTICE*", "*.py", "plots/*.png",
+    "triggers/*.safetensors", ".eval_results/*.yaml", *REPORT_NAMES,
+)  # fmt: skip
+
+
+def write_manifest(folder: Path) -> None:
+    """Record every file of a finished output folder with its SHA-256; raises RunError when it cannot be written."""
+    _write(folder, {name: sha256_file(folder / name) for name in _files(folder)})
+
+
+def write_own(folder: Path, name: str, text: str) -> None:
+    """Replace one of the files of an output folder, and its line in the manifest; raises RunError."""
+    write_atomically(folder / name, text)
+    recorded = _recorded(folder)
+    if recorded is not None:
+        _write(folder, {**recorded, name: sha256_file(folder / name)})
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return the paths below a folder that hfdetox did not write, or that were changed since; links are never its own.
+
+    Of a folder without a manifest (an earlier version's, or one from the Hub) names that hfdetox is known to write are
+    its own.
+    """
+    return sorted(set(_files(folder)) - set(_own_files(folder)))
+
+
+def remove_own(folder: Path) -> None:
+    """Remove what hfdetox wrote to a folder, and the folder if nothing else is in it."""
+    own = [*_own_files(folder), MANIFEST]
+    places = {folder, *(parent for name in own for parent in (folder / name).parents if folder in parent.parents)}
+    with contextlib.suppress(OSError):
+        for name in own:
+            (folder / name).unlink(missing_ok=True)
+    for place in sorted(places, key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+def _files(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [name for name in (path.relative_to(folder).as_posix() for path in paths) if name != MANIFEST]
+
+
+def _own_files(folder: Path) -> list[str]:
+    recorded = _recorded(folder)
+    plain = [name for name in _files(folder) if (folder / name).is_file() and not (folder / name).is_symlink()]
+    if recorded is None:
+        return [name for name in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN)]
+    return [name for name in plain if name in recorded and recorded[name] == sha256_file(folder / name)]
+
+
+def _recorded(folder: Path) -> dict[str, str] | None:
+    """Return the manifest, None without one; one that cannot be read records nothing."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
