@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -54,18 +53,6 @@ def adam(config: TuningConfig, parameters: list[nn.Parameter]) -> torch.optim.Op
     return torch.optim.Adam(
         parameters, lr=config.learning_rate, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
     )
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Hold the network in eval mode; on leaving, every module is in its mode again."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class OwnState:

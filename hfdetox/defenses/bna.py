@@ -19,7 +19,7 @@ images and tokens.
 The history's entry `bna-detection` says how well the estimated trigger's images are told from clean ones, as the code
 counts it: `false_positive_rate`, the flagged share of clean images of t that f has right; `true_positive_rate`, that of
 triggered images of other classes that f gives to t; and `returned_to_source`, the share of these whose answer is their
-true class again. `hfdetox.corrections.flagged` flags images at test time.
+true class again. `hfdetox.models.network.flagged` flags images at test time.
 
 T is the trigger that Neural Cleanse finds for the most suspicious class (NC's defaults; the authors invert with a
 method of their own), or the one that `trigger` names, put on the images as the model sees them. Where NC flags no class

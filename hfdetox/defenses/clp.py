@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
-from hfdetox.models.dataflow import direct_sources
+from hfdetox.models.layers import direct_sources
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import mlp_layers

@@ -63,10 +63,7 @@ class IBAUConfig(TuningConfig):
         "i-BAU, implicit backdoor adversarial unlearning ([arXiv 2110.03735](https://arxiv.org/abs/2110.03735)), "
         "fine-tuned the model on {images}, some of which carried a perturbation that was searched for to mislead it."
     )
-    presets: ClassVar = {
-        "paper": {},
-        "backdoorbench": {"learning_rate": 1e-4, "batch_size": 256},
-    }
+    presets: ClassVar = {"paper": {}, "backdoorbench": {"learning_rate": 1e-4, "batch_size": 256}}
 
     epochs: int = 5
     batch_size: int = 100

@@ -30,7 +30,6 @@ from hfdetox.defenses._perturbed import (
     PIXEL,
     OwnState,
     adam,
-    evaluating,
     module_terms,
     neg_log_complement,
     require_pixels,
@@ -38,7 +37,7 @@ from hfdetox.defenses._perturbed import (
 )
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network
+from hfdetox.models.network import Network, evaluating
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.phases import Pass, Phase
 

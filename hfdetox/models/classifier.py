@@ -207,6 +207,7 @@ def _load_folder(
     trust_remote_code: bool,
 ) -> Loaded:
     config = _weights.read_json(folder / "config.json")
+    # a library is imported only for its own models: transformers takes seconds
     if "architecture" in config and "model_type" not in config:
         from hfdetox.models import timm as _timm
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hfdetox.errors import UsageError
-
-if TYPE_CHECKING:
-    from hfdetox.models.network import Network
 
 FILE_NAME = "correction.safetensors"
 _PARTS = ("scale", "shift", "bound")
@@ -77,23 +74,6 @@ class Correction:
                    for name, each in self.maps.items() for part in _PARTS}  # fmt: skip
         header = json.dumps({"version": 1, "target": self.target})
         save_file(tensors, folder / FILE_NAME, metadata={"correction": header})
-
-
-@torch.no_grad()
-def flagged(network: Network, images: torch.Tensor) -> torch.Tensor:
-    """Tell which images (N×C×H×W, 0 to 255) the network's correction takes for triggered: f(x) = t and f̃(x) ≠ t.
-
-    Returns (N,) of bool; none is flagged by a network without a correction, as where BNA found nothing to correct.
-    """
-    correction = network.correction
-    if correction is None:
-        return torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    network.correction = None
-    try:
-        own = network(images).argmax(1)
-    finally:
-        network.correction = correction
-    return (own == correction.target) & (network(images).argmax(1) != correction.target)
 
 
 def load_correction(folder: Path, model: nn.Module, labels: int) -> Correction | None:
@@ -154,13 +134,11 @@ def on_output(norm: nn.Module, change: Callable[[torch.Tensor, int], torch.Tenso
 
     inner = getattr(norm, "drop", None)
     if isinstance(inner, nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
-        handle = inner.register_forward_pre_hook(before)
+        hook = inner.register_forward_pre_hook(before)
     else:
-        handle = norm.register_forward_hook(after)
-    try:
+        hook = norm.register_forward_hook(after)
+    with hook:
         yield
-    finally:
-        handle.remove()
 
 
 def channel_axis(norm: nn.Module, output: torch.Tensor) -> int:

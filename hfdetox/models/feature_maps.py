@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import head_layers, library_logits, probe_input
+from hfdetox.models.layers import head_layers, library_logits, probing
 
 Layout = Literal["NCHW", "NHWC", "NTC"]
 # a network has up to five stages; longer rows are blocks, of which those that end a resolution are the stages
@@ -88,19 +88,10 @@ def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch
 
 def _probe(model: nn.Module, names: Sequence[str], input_size: tuple[int, int, int] | None) -> dict[str, torch.Tensor]:
     """Return the outputs of the named modules for two images of noise; none if no size fits."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            images = probe_input(model, input_size)
-            if images is None:
-                return {}
-            with captured(model, names) as outputs:
-                library_logits(model, images)
-            return outputs
-    finally:
-        for module, training in was_training:
-            module.training = training
+    with probing(model, input_size) as images, captured(model, names) as outputs:
+        if images is not None:
+            library_logits(model, images)
+    return outputs
 
 
 def _listed_by_timm(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -1,11 +1,11 @@
-"""Which layers a defense acts on: the classifier head, layers chosen by name, and the norm that feeds the head."""
+"""Which layers a defense acts on: the classifier head, layers chosen by name, and which feeds which."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network, logits_of
+from hfdetox.models.network import Network, evaluating, logits_of
 from hfdetox.models.preprocessing import timm_data_config
 
 HEAD = "head"
@@ -92,18 +92,55 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     """
     prefix, inner = _unwrap(model)
     heads = [inner.get_submodule(name) for name in head_layers(inner)]
-    was_training = [(module, module.training) for module in inner.modules()]
-    inner.eval()
-    try:
-        with torch.no_grad():
-            images = probe_input(inner, input_size)
-            if images is None:
-                return []
-            groups = _last_norms(inner, heads, images)
-            return [prefix + name for name, group in groups.items() if _flips_cancel(inner, group, name, images)]
-    finally:
-        for module, training in was_training:
-            module.training = training
+    with probing(inner, input_size) as images:
+        if images is None:
+            return []
+        groups = _last_norms(inner, heads, images)
+        return [prefix + name for name, group in groups.items() if _flips_cancel(inner, group, name, images)]
+
+
+def direct_sources(
+    model: nn.Module, producers: Mapping[str, nn.Module], consumers: Mapping[str, nn.Module]
+) -> dict[str, str] | None:
+    """Return, by consumer's name, the producer whose output is the consumer's input; consumers without are left out.
+
+    The tensors are followed, not the order in which modules were made: the input must be the output's own memory, all
+    of it, with nothing written to it in between (a residual sum or an activation in place is another tensor). None
+    when the model takes none of the usual image sizes. Modes and parameters stay as they are.
+    """
+    with probing(model) as images:
+        return None if images is None else _observed(model, producers, consumers, images)
+
+
+def _observed(model: nn.Module, producers: Mapping[str, nn.Module], consumers: Mapping[str, nn.Module],
+              images: torch.Tensor) -> dict[str, str]:  # fmt: skip
+    names = {module: name for name, module in producers.items()}
+    readers = {module: name for name, module in consumers.items()}
+    # the tensors are kept, or their memory would be given to others
+    made: dict[int, tuple[torch.Tensor, int, str]] = {}
+    seen: dict[str, set[str | None]] = {}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            made[output.untyped_storage().data_ptr()] = (output, output._version, names[module])
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        found = None
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            entry = made.get(inputs[0].untyped_storage().data_ptr())
+            if entry is not None and (inputs[0]._version, inputs[0].numel()) == (entry[1], entry[0].numel()):
+                found = entry[2]
+        seen.setdefault(readers[module], set()).add(found)
+
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(note))
+        for module in readers:
+            hooks.enter_context(module.register_forward_pre_hook(look))
+        library_logits(model, images)
+    # a layer that runs several times must get the same producer's output each time
+    single = {name: next(iter(found)) for name, found in seen.items() if len(found) == 1}
+    return {name: producer for name, producer in single.items() if producer is not None}
 
 
 def _unwrap(model: nn.Module) -> tuple[str, nn.Module]:
@@ -168,8 +205,17 @@ def _is_affine_norm(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in type(module).__name__.lower()
 
 
-def probe_input(model: nn.Module, input_size: tuple[int, int, int] | None) -> torch.Tensor | None:
-    """Return two images of noise in a size that the model takes, or None when none of the usual sizes fits."""
+@contextmanager
+def probing(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Iterator[torch.Tensor | None]:
+    """Give two images of noise in a size that the model takes, or None when none of the usual sizes fits.
+
+    While inside, the model is in eval mode and no gradients are kept.
+    """
+    with evaluating(model), torch.no_grad():
+        yield _noise(model, input_size)
+
+
+def _noise(model: nn.Module, input_size: tuple[int, int, int] | None) -> torch.Tensor | None:
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     for size in _candidate_sizes(model, input_size):
@@ -209,12 +255,10 @@ def _last_norms(model: nn.Module, heads: Sequence[nn.Module], images: torch.Tens
     """Run the model and group the head layers by the affine norm that ran last before each."""
     order: list[nn.Module] = []
     names = {module: name for name, module in model.named_modules() if _is_affine_norm(module)}
-    handles = [m.register_forward_pre_hook(lambda module, _: order.append(module)) for m in (*names, *heads)]
-    try:
+    with ExitStack() as hooks:
+        for module in (*names, *heads):
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: order.append(module)))
         library_logits(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
     groups: dict[str, list[nn.Module]] = {}
     last = None
     for module in order:

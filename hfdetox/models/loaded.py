@@ -1,4 +1,4 @@
-"""What the library modules hand to `models.py`: a built model with everything that belongs to it."""
+"""What `timm.py` and `transformers.py` hand to `classifier.py`: a built model with everything that belongs to it."""
 
 from __future__ import annotations
 

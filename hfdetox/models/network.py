@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +50,35 @@ class Network(nn.Module):
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         return logits_of(self.model(pixel_values=images) if self._keyword else self.model(images))
+
+
+@torch.no_grad()
+def flagged(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Tell which images (N×C×H×W, 0 to 255) the network's correction takes for triggered: f(x) = t and f̃(x) ≠ t.
+
+    Returns (N,) of bool; none is flagged by a network without a correction, as where BNA found nothing to correct.
+    """
+    correction = network.correction
+    if correction is None:
+        return torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    network.correction = None
+    try:
+        own = network(images).argmax(1)
+    finally:
+        network.correction = correction
+    return (own == correction.target) & (network(images).argmax(1) != correction.target)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Hold the network in eval mode; on leaving, every module is in its mode again."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def logits_of(output: Any) -> torch.Tensor:

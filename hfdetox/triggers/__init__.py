@@ -21,15 +21,7 @@ from hfdetox.triggers.base import TensorKind, Trigger
 from hfdetox.triggers.blended import Blended
 from hfdetox.values import read, read_pairs
 
-__all__ = [
-    "TRIGGERS",
-    "BadNets",
-    "Blended",
-    "Trigger",
-    "load_trigger",
-    "parse_trigger",
-    "parse_triggers",
-]
+__all__ = ["TRIGGERS", "BadNets", "Blended", "Trigger", "load_trigger", "parse_trigger", "parse_triggers"]
 
 
 TRIGGERS: Registry[Trigger] = Registry("triggers", Trigger, "kind")

@@ -20,11 +20,10 @@ from hfdetox.models.corrections import (
     UnitMap,
     channel_axis,
     channels_of,
-    flagged,
     norms_of,
     on_output,
 )
-from hfdetox.models.network import Network
+from hfdetox.models.network import Network, flagged
 from hfdetox.triggers import BadNets
 from tests.defenses.runs import assert_resumes, one_batch, run
 from tests.tiny_training import _quick_garbage, accelerator, convnet, equal_weights, mlp, toy_preprocessing, weights_of

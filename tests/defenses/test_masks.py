@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import probe_input
+from hfdetox.models.layers import probing
 from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
 from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, norm_layers
@@ -68,8 +68,7 @@ def test_folding_is_exact_and_changes_only_what_is_masked(family: str) -> None:
     mask = torch.where(torch.rand(masks.count, generator=generator) < 0.3, 0.4, 1.0)
     mask[: masks.layers[0].units] = 1
     before = weights_of(network)
-    with torch.no_grad():
-        images = probe_input(network.model, None)
+    with probing(network.model) as images:
         assert images is not None
         masked = masks.logits(network, images, mask)
         assert equal_weights(weights_of(network), before)
