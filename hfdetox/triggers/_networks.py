@@ -8,8 +8,10 @@ from typing import Final, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger
 
 # pixels a side at which a trigger's networks may run: a small file must not ask for gigabytes
 MAX_SIZE: Final = 1024
@@ -55,6 +57,29 @@ def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor],
     # a third faster on a CPU, whatever the memory order of the images
     network = network.to(memory_format=torch.channels_last)
     return network.eval().requires_grad_(False)
+
+
+def check_normalisation(trigger: Trigger, mean: torch.Tensor | None, std: torch.Tensor | None, channels: int) -> None:
+    """Raise UsageError unless `mean` and `std` are None or of shape (`channels`,), and no deviation is 0."""
+    for name, array in (("mean", mean), ("std", std)):
+        if array is not None and array.shape != (channels,):
+            raise UsageError(f"{trigger.kind}: {name} must be of shape ({channels},), got {tuple(array.shape)}")
+    if std is not None and not (std > 0).all():
+        raise UsageError(f"{trigger.kind}: std must be above 0 in every channel")
+
+
+def check_channels(trigger: Trigger, what: str, channels: int, images: torch.Tensor) -> None:
+    """Raise UsageError unless `images` (N×C×H×W) have the `channels` that the network `what` was trained on."""
+    if images.shape[-3] != channels:
+        raise UsageError(f"{trigger.kind}: the {what} was trained on images of {channels} channels, these have "
+                         f"{images.shape[-3]}; train one for such images")  # fmt: skip
+
+
+def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return float32 `images` (N×C×H×W) at a size, resized bilinearly with antialiasing unless it is theirs."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return interpolate(images, size=(height, width), mode="bilinear", antialias=True)
 
 
 def normalisation(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger, resize_picture
 
 
@@ -64,12 +62,8 @@ class BadNets(Trigger):
             square.fill_(self.value)
         else:
             key = (images.shape[-3], side, images.device)
-            square.copy_(remember(self._patches, key, lambda: self._patch(side, images)))
+            square.copy_(self.remember(key, lambda: self._patch(side, images)))
         return stamped
-
-    @cached_property
-    def _patches(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
-        return {}
 
     def _patch(self, side: int, images: torch.Tensor) -> torch.Tensor:
         """Return the picture or the grid at `side`×`side`: uint8, for `images` and on their device."""

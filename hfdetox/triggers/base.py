@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save
@@ -17,6 +19,8 @@ from hfdetox.errors import UsageError
 from hfdetox.values import to_text
 
 Mode = Literal["native", "input"]
+Value = TypeVar("Value")
+MAX_KEPT = 8
 ALL_TO_ALL: Final = "all-to-all"
 # a label index, or every class to the next one
 Target = int | Literal["all-to-all"]
@@ -95,6 +99,20 @@ class Trigger(ABC):
             UsageError: the trigger does not fit images of this size or channel count.
         """
 
+    def remember(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Return `make()`, made once for `key`; what is kept for at most 8 keys must not fill the memory."""
+        # a native trigger meets images of many sizes, and several threads stamp at a time: the value is read once
+        value = self._kept.get(key)
+        if value is None:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            value = self._kept[key] = make()
+        return value
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the trigger's own arrays by field name (`FIELD.KEY` of a network), saved beside its parameters."""
         arrays: dict[str, torch.Tensor] = {}
@@ -142,8 +160,16 @@ def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.T
     Three-channel pictures become grey (ITU-R 601 luma) for one-channel images; one-channel ones are repeated.
     Bilinear with antialiasing, computed on the CPU so that every device stamps the same grey levels.
     """
-    channels = like.shape[-3]
-    array = picture.cpu().float()
+    return fit(picture, like.shape[-3], height, width).round().clamp(0, 255).to(torch.uint8).to(like.device)
+
+
+def fit(array: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
+    """Return `array` (c×h×w) as float32 of `channels`×`height`×`width` on the CPU, as `resize_picture` says.
+
+    Raises:
+        UsageError: the channel counts do not go together.
+    """
+    array = array.cpu().float()
     if array.shape[0] == 3 and channels == 1:
         array = (array * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
     elif array.shape[0] == 1:
@@ -153,4 +179,4 @@ def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.T
                          "give it one of 1 or 3 channels")  # fmt: skip
     if array.shape[-2:] != (height, width):
         array = interpolate(array[None], size=(height, width), mode="bilinear", antialias=True)[0]
-    return array.round().clamp(0, 255).to(torch.uint8).to(like.device)
+    return array

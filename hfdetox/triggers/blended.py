@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger, resize_picture
 
 
@@ -45,12 +43,6 @@ class Blended(Trigger):
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         channels, height, width = images.shape[-3:]
         key = (channels, height, width, images.device)
-        share = remember(
-            self._shares, key, lambda: self.alpha * resize_picture(self.picture(), height, width, images).float()
-        )
+        share = self.remember(key, lambda: self.alpha * resize_picture(self.picture(), height, width, images).float())
         # float32 gives 12.999999 for a blend of 13 and 13, and devices may fuse the two products differently
         return ((1 - self.alpha) * images.float() + share + 1e-4).to(torch.uint8)
-
-    @cached_property
-    def _shares(self) -> dict[tuple[int, int, int, torch.device], torch.Tensor]:
-        return {}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final
 
 import torch
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger
 
 # 1 white, 0 black, -1 left as it is
@@ -40,15 +38,11 @@ class Blind(Trigger):
             raise UsageError(f"blind: its pattern of {columns}×{rows} pixels at row {top}, column {left} does not fit "
                              f"an image of {width}×{height}")  # fmt: skip
         key = (rows, columns, images.device)
-        pattern = remember(self._patterns, key, lambda: _grown(rows, columns).to(images.device))
+        pattern = self.remember(key, lambda: _grown(rows, columns).to(images.device))
         stamped = images.clone()
         place = stamped[..., top : top + rows, left : left + columns]
         place.copy_(torch.where(pattern < 0, place, (255 * pattern).to(torch.uint8)))
         return stamped
-
-    @cached_property
-    def _patterns(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
-        return {}
 
 
 def _grown(rows: int, columns: int) -> torch.Tensor:

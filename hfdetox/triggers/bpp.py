@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger
 
 
@@ -35,16 +33,12 @@ class Bpp(Trigger):
             raise UsageError("bpp: levels must be 2 to 255")
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        greys = remember(self._greys, images.device, lambda: _greys(self.levels).to(images.device))
+        greys = self.remember(images.device, lambda: _greys(self.levels).to(images.device))
         if self.dither:
             return greys[diffused(images, self.levels)]
         # round(a / b) of whole numbers is (2a + b) // 2b: every device gives the same
         nearest = (2 * torch.arange(256, device=images.device) * (self.levels - 1) + 255) // 510
         return greys[nearest][images.long()]
-
-    @cached_property
-    def _greys(self) -> dict[torch.device, torch.Tensor]:
-        return {}
 
 
 def _greys(levels: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Ctrl(Additive):
         if not 0 < self.magnitude <= 10_000:
             raise UsageError("ctrl: magnitude must be above 0 and at most 10000")
 
-    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         require_colour(self, channels)
         positions = [(_scaled(place, height), _scaled(place, width)) for place in POSITIONS]
         magnitude = self.magnitude * math.sqrt(height * width) / 32

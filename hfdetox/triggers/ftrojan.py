@@ -37,7 +37,7 @@ class FTrojan(Additive):
         if not 0 < self.magnitude <= 10_000:
             raise UsageError("ftrojan: magnitude must be above 0 and at most 10000")
 
-    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         require_colour(self, channels)
         block = self.magnitude * dct_waves(POSITIONS, BLOCK, BLOCK)
         tiled = block.repeat(-(-height // BLOCK), -(-width // BLOCK))[:height, :width]

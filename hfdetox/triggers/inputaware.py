@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers._generator import Generator, hard_mask
-from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network, normalisation
+from hfdetox.triggers._networks import (
+    MAX_SIZE,
+    check_channels,
+    check_normalisation,
+    full_precision,
+    load_network,
+    normalisation,
+    resized,
+)
 from hfdetox.triggers.base import Trigger
 
 
@@ -46,15 +52,9 @@ class InputAware(Trigger):
         super().__post_init__()
         if not 8 <= self.size <= MAX_SIZE or self.size % 8:
             raise UsageError(f"inputaware: size must be a multiple of 8, at most {MAX_SIZE}")
-        if not self.fitted:
-            return
-        # a state that does not fit is told of now, and not at the first image
-        channels = self._networks()[0].channels
-        for name, array in (("mean", self.mean), ("std", self.std)):
-            if array is not None and array.shape != (channels,):
-                raise UsageError(f"inputaware: {name} must be of shape ({channels},), got {tuple(array.shape)}")
-        if self.std is not None and not (self.std > 0).all():
-            raise UsageError("inputaware: std must be above 0 in every channel")
+        if self.fitted:
+            # a state that does not fit is told of now, and not at the first image
+            check_normalisation(self, self.mean, self.std, self._networks()[0].channels)
 
     @property
     def fitted(self) -> bool:
@@ -87,16 +87,10 @@ class InputAware(Trigger):
         """
         self.require_fitted()
         generator, mask, mean, std = self._on(images.device)
-        if images.shape[-3] != generator.channels:
-            raise UsageError(f"inputaware: the generator was trained on images of {generator.channels} channels, "
-                             f"these have {images.shape[-3]}; train one for such images")  # fmt: skip
+        check_channels(self, "generator", generator.channels, images)
         with full_precision(images.device):
             x = (images.float() / 255 - mean) / std
             return draw_pattern(generator, x, self.size), draw_mask(mask, x, self.size)
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Generator, Generator, torch.Tensor, torch.Tensor]]:
-        return {}
 
     def _on(self, device: torch.device) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
         """Return G, M, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
@@ -105,7 +99,7 @@ class InputAware(Trigger):
             generator, mask = self._networks()
             return generator.to(device), mask.to(device), *normalisation(self.mean, self.std, device)
 
-        return remember(self._copies, device, make)
+        return self.remember(device, make)
 
     def _networks(self) -> tuple[Generator, Generator]:
         states = (self.generator or {}, self.mask or {})
@@ -119,20 +113,11 @@ class InputAware(Trigger):
 
 def draw_pattern(generator: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
     """Return G(x) of normalised float32 `images` (N×C×H×W), in [0, 1], same shape; differentiable in both."""
-    pattern = generator(_at(images, size))
-    if pattern.shape == images.shape:
-        return pattern
+    pattern = generator(resized(images, size, size))
     # under autocast the pattern may be bfloat16, of which the CPU cannot take this gradient
-    return interpolate(pattern.float(), size=images.shape[-2:], mode="bilinear", antialias=True)
+    return pattern if pattern.shape == images.shape else resized(pattern.float(), *images.shape[-2:])
 
 
 def draw_mask(mask: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
     """Return h(M(x)) of normalised float32 `images` (N×C×H×W): N×1×H×W in [0, 1]; differentiable in both."""
-    return interpolate(hard_mask(mask(_at(images, size))), size=images.shape[-2:], mode="nearest")
-
-
-def _at(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Return `images` at `size`×`size`, the size that the networks know."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    return interpolate(hard_mask(mask(resized(images, size, size))), size=images.shape[-2:], mode="nearest")

@@ -37,7 +37,7 @@ class LabelConsistent(Additive):
         if not 0 < self.amplitude <= 1:
             raise UsageError("lc: amplitude must be in (0, 1]")
 
-    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         if min(height, width) < 8:
             raise UsageError(f"lc: the corners do not fit an image of {width}×{height}; it needs 8×8 pixels")
         left = torch.tensor(CORNER, dtype=torch.float64)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch.nn.functional import conv2d, pad
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import add_saturating, grey_levels, remember
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers._additive import Additive
+from hfdetox.triggers.base import fit
 
 TAPS = 30
 STD = 6.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LF(Trigger):
+class LF(Additive):
     """T(x) = clip(x + 255·v), truncated, v a fixed smooth pattern in [0, amplitude], the same for every image.
 
     `universal` is the paper's: a universal adversarial perturbation of a clean model, low-passed at each step, which
@@ -70,15 +69,8 @@ class LF(Trigger):
         generator = torch.Generator().manual_seed(self.seed)
         return rescale(low_pass(torch.randn(3, 32, 32, generator=generator)), self.amplitude)
 
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
-        channels, height, width = images.shape[-3:]
-        levels = remember(self._levels, (channels, height, width, images.device), lambda: grey_levels(
-            self.signal(), height, width, channels).to(images.device))  # fmt: skip
-        return add_saturating(images, levels)
-
-    @cached_property
-    def _levels(self) -> dict[tuple[int, int, int, torch.device], torch.Tensor]:
-        return {}
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
+        return 255 * fit(self.signal(), channels, height, width)
 
 
 def low_pass(v: torch.Tensor) -> torch.Tensor:

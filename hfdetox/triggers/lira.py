@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers._autoencoder import Autoencoder
-from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network, normalisation
+from hfdetox.triggers._networks import (
+    MAX_SIZE,
+    check_channels,
+    check_normalisation,
+    full_precision,
+    load_network,
+    normalisation,
+    resized,
+)
 from hfdetox.triggers.base import Trigger
 
 
@@ -48,15 +53,9 @@ class LIRA(Trigger):
         if not 16 <= self.size <= MAX_SIZE or self.size % 16 or not 0 < self.epsilon <= 1000:
             raise UsageError(f"lira: size must be a multiple of 16, at most {MAX_SIZE}, and epsilon above 0 and "
                              "at most 1000")  # fmt: skip
-        if not self.fitted:
-            return
-        # a state that does not fit is told of now, and not at the first image
-        channels = self._network().channels
-        for name, array in (("mean", self.mean), ("std", self.std)):
-            if array is not None and array.shape != (channels,):
-                raise UsageError(f"lira: {name} must be of shape ({channels},), got {tuple(array.shape)}")
-        if self.std is not None and not (self.std > 0).all():
-            raise UsageError("lira: std must be above 0 in every channel")
+        if self.fitted:
+            # a state that does not fit is told of now, and not at the first image
+            check_normalisation(self, self.mean, self.std, self._network().channels)
 
     @property
     def fitted(self) -> bool:
@@ -66,20 +65,12 @@ class LIRA(Trigger):
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         self.require_fitted()
         network, mean, std = self._on(images.device)
-        if images.shape[-3] != network.channels:
-            raise UsageError(f"lira: the autoencoder was trained on images of {network.channels} channels, these have "
-                             f"{images.shape[-3]}; train one for such images")  # fmt: skip
+        check_channels(self, "autoencoder", network.channels, images)
         return change(network, images.float(), mean, std, self.epsilon, self.size).round_().to(torch.uint8)
-
-    @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Autoencoder, torch.Tensor, torch.Tensor]]:
-        return {}
 
     def _on(self, device: torch.device) -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
         """Return A, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
-        return remember(
-            self._copies, device, lambda: (self._network().to(device), *normalisation(self.mean, self.std, device))
-        )
+        return self.remember(device, lambda: (self._network().to(device), *normalisation(self.mean, self.std, device)))
 
     def _network(self) -> Autoencoder:
         state = self.autoencoder or {}
@@ -96,11 +87,5 @@ def change(autoencoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std
     """
     with full_precision(images.device):
         normal = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        drawn = _resized(autoencoder(_resized(normal, size, size)), *images.shape[-2:])
+        drawn = resized(autoencoder(resized(normal, size, size)), *images.shape[-2:])
         return (images + 255 * std * epsilon * drawn).clamp(0, 255)
-
-
-def _resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    if images.shape[-2:] == (height, width):
-        return images
-    return interpolate(images, size=(height, width), mode="bilinear", antialias=True)

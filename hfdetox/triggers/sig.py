@@ -32,7 +32,7 @@ class Sig(Additive):
         if not 0 < self.delta <= 255 or not 0 < self.frequency <= 10_000:
             raise UsageError("sig: delta must be above 0 and at most 255, frequency above 0 and at most 10000")
 
-    def pattern(self, channels: int, height: int, width: int) -> torch.Tensor:
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         columns = torch.arange(width, dtype=torch.float64)
         wave = self.delta * torch.sin(2 * math.pi * self.frequency / width * columns)
         return wave.expand(channels, height, width)

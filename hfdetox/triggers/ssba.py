@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
-from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
-from hfdetox.triggers._networks import MAX_SIZE, full_precision, load_network
+from hfdetox.triggers._networks import MAX_SIZE, check_channels, full_precision, load_network, resized
 from hfdetox.triggers._ssba_networks import Encoder
 from hfdetox.triggers.base import Trigger
 
@@ -59,20 +56,14 @@ class SSBA(Trigger):
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         self.require_fitted()
         network, secret = self._on(images.device)
-        if images.shape[-3] != network.channels:
-            raise UsageError(f"ssba: the encoder was trained on images of {network.channels} channels, these have "
-                             f"{images.shape[-3]}; train one for such images")  # fmt: skip
+        check_channels(self, "encoder", network.channels, images)
         with full_precision(images.device):
             carrying = embed(network, secret, images.float() / 255, self.size)
             return (255 * carrying).round_().clamp_(0, 255).to(torch.uint8)
 
-    @cached_property
-    def _copies(self) -> dict[torch.device, tuple[Encoder, torch.Tensor]]:
-        return {}
-
     def _on(self, device: torch.device) -> tuple[Encoder, torch.Tensor]:
         """Return the encoder and the secret on `device`, a copy for each: threads may stamp on several at a time."""
-        return remember(self._copies, device, lambda: (self._network().to(device), self.secret().to(device)))
+        return self.remember(device, lambda: (self._network().to(device), self.secret().to(device)))
 
     def _network(self) -> Encoder:
         state = self.encoder or {}
@@ -91,6 +82,5 @@ def embed(network: Encoder, bits: torch.Tensor, images: torch.Tensor, size: int)
     rows = bits.expand(len(images), -1)
     if images.shape[-2:] == (size, size):
         return network(rows, images)
-    small = interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    residual = network(rows, small) - small
-    return images + interpolate(residual, size=images.shape[-2:], mode="bilinear", antialias=True)
+    small = resized(images, size, size)
+    return images + resized(network(rows, small) - small, *images.shape[-2:])

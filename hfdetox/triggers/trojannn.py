@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import add_saturating, grey_levels, remember
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers._additive import Additive
+from hfdetox.triggers.base import fit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TrojanNN(Trigger):
+class TrojanNN(Additive):
     """T(x) = clip(x + 255·q), truncated, q a logo whose pixels an attack tuned on a clean model.
 
     The sum saturates; BackdoorBench adds modulo 256 instead. q is resized to the image bilinearly; grey images take
@@ -47,16 +46,9 @@ class TrojanNN(Trigger):
     def fitted(self) -> bool:
         return self.pattern is not None
 
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         self.require_fitted()
-        channels, height, width = images.shape[-3:]
-        levels = remember(self._levels, (channels, height, width, images.device), lambda: grey_levels(
-            self.tensors()["pattern"], height, width, channels).to(images.device))  # fmt: skip
-        return add_saturating(images, levels)
-
-    @cached_property
-    def _levels(self) -> dict[tuple[int, int, int, torch.device], torch.Tensor]:
-        return {}
+        return 255 * fit(self.tensors()["pattern"], channels, height, width)
 
 
 def logo(size: int, seed: int = 0) -> torch.Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import remember
 from hfdetox.triggers.base import Trigger
 
 
@@ -79,21 +77,13 @@ class WaNet(Trigger):
         device = images.device if generator is None else generator.device
         drawn = torch.rand(len(images), height, width, 2, generator=generator, device=device).to(images.device) * 2 - 1
         key = (height, width, images.device)
-        sides = remember(self._sides, key, lambda: torch.tensor([width, height], device=images.device))
+        sides = self.remember(("sides", *key), lambda: torch.tensor([width, height], device=images.device))
         return _sampled(images, (self._grid_on(images) + drawn / sides).clamp(-1, 1))
-
-    @cached_property
-    def _grids(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
-        return {}
-
-    @cached_property
-    def _sides(self) -> dict[tuple[int, int, torch.device], torch.Tensor]:
-        return {}
 
     def _grid_on(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         key = (height, width, images.device)
-        return remember(self._grids, key, lambda: self.grid(height, width).to(images.device))
+        return self.remember(key, lambda: self.grid(height, width).to(images.device))
 
 
 @torch.no_grad()

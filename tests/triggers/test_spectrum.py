@@ -34,7 +34,7 @@ def changed(difference: np.ndarray) -> dict[tuple[int, int], float]:
 def differences(trigger: Additive, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what a trigger changes in luma and in both colour differences, before rounding and clipping."""
     clean = noise(1, 3, height, width)[0].double().numpy()
-    stamped = clean + trigger.pattern(3, height, width).numpy()
+    stamped = clean + trigger.added(3, height, width).numpy()
     pairs = zip(colour_differences(stamped, trigger.kind), colour_differences(clean, trigger.kind), strict=True)
     luma, first, second = (after - before for after, before in pairs)
     return luma, first, second
@@ -58,8 +58,8 @@ def test_ftrojan_changes_every_block_alike() -> None:
 
 
 def test_a_cut_block_of_ftrojan_is_the_beginning_of_a_whole_one() -> None:
-    pattern = FTrojan().pattern(3, 48, 40)
-    block = FTrojan().pattern(3, 32, 32)
+    pattern = FTrojan().added(3, 48, 40)
+    block = FTrojan().added(3, 32, 32)
     assert torch.equal(pattern[:, :32, :32], block)
     assert torch.equal(pattern[:, 32:, :32], block[:, :16])
     assert torch.equal(pattern[:, 32:, 32:], block[:, :16, :8])
@@ -96,7 +96,7 @@ def test_a_wave_of_the_dct_by_hand() -> None:
 
 def test_one_coefficient_of_30_is_a_wave_of_not_quite_two_levels() -> None:
     # 30·2/32 = 1.875 is the greatest a unit wave can be; both together reach 3.2 in chroma
-    wave = colour_differences(FTrojan().pattern(3, 32, 32).numpy(), "ftrojan")[1]
+    wave = colour_differences(FTrojan().added(3, 32, 32).numpy(), "ftrojan")[1]
     assert 3.0 < np.abs(wave).max() <= 3.2
     # pixel (0, 0): 1.875·(cos²(15π/64) + cos²(31π/64)) = 1.875·(0.549009 + 0.002408) = 1.033907
     assert wave[0, 0] == pytest.approx(1.033907, abs=1e-5)
