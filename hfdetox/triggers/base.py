@@ -163,7 +163,7 @@ def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.T
     return fit(picture, like.shape[-3], height, width).round().clamp(0, 255).to(torch.uint8).to(like.device)
 
 
-def fit(array: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
+def fit(array: torch.Tensor, channels: int, height: int, width: int, what: str = "picture") -> torch.Tensor:
     """Return `array` (c×h×w) as float32 of `channels`×`height`×`width` on the CPU, as `resize_picture` says.
 
     Raises:
@@ -175,8 +175,8 @@ def fit(array: torch.Tensor, channels: int, height: int, width: int) -> torch.Te
     elif array.shape[0] == 1:
         array = array.expand(channels, -1, -1)
     if array.shape[0] != channels:
-        raise UsageError(f"the trigger's picture has {array.shape[0]} channels, the images have {channels}; "
-                         "give it one of 1 or 3 channels")  # fmt: skip
+        advice = "give it one of 1 or 3 channels" if what == "picture" else "make the trigger for such images"
+        raise UsageError(f"the trigger's {what} has {array.shape[0]} channels, the images have {channels}; {advice}")
     if array.shape[-2:] != (height, width):
         array = interpolate(array[None], size=(height, width), mode="bilinear", antialias=True)[0]
     return array

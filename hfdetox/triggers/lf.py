@@ -70,7 +70,7 @@ class LF(Additive):
         return rescale(low_pass(torch.randn(3, 32, 32, generator=generator)), self.amplitude)
 
     def added(self, channels: int, height: int, width: int) -> torch.Tensor:
-        return 255 * fit(self.signal(), channels, height, width)
+        return 255 * fit(self.signal(), channels, height, width, "pattern")
 
 
 def low_pass(v: torch.Tensor) -> torch.Tensor:

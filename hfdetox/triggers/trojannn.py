@@ -48,7 +48,7 @@ class TrojanNN(Additive):
 
     def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         self.require_fitted()
-        return 255 * fit(self.tensors()["pattern"], channels, height, width)
+        return 255 * fit(self.tensors()["pattern"], channels, height, width, "pattern")
 
 
 def logo(size: int, seed: int = 0) -> torch.Tensor:
