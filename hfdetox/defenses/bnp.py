@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.defenses.base import DefenseConfig
-from hfdetox.defenses.clp import outstanding
+from hfdetox.defenses.clp import OutlierConfig, outstanding
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
@@ -30,7 +29,7 @@ from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class BNPConfig(DefenseConfig):
+class BNPConfig(OutlierConfig):
     """Settings of BNP; the default is the paper's.
 
     Attributes:
@@ -48,13 +47,6 @@ class BNPConfig(DefenseConfig):
         "BatchNorm statistics differ most from those of {images}."
     )
     presets: ClassVar = {"paper": {}, "tiny-imagenet": {"u": 4.0}}
-
-    u: float = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.u < float("inf"):
-            raise UsageError(f"bnp: u must be at least 0 and finite, got {self.u}")
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         bnp = BNP(network, self.u)

@@ -28,7 +28,19 @@ from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLPConfig(DefenseConfig):
+class OutlierConfig(DefenseConfig):
+    """The setting of the methods that prune what stands out of its layer: `u` standard deviations above the mean."""
+
+    u: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.u < float("inf"):
+            raise UsageError(f"{self.name}: u must be at least 0 and finite, got {self.u}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLPConfig(OutlierConfig):
     """Settings of CLP; the default is the paper's.
 
     Attributes:
@@ -47,13 +59,6 @@ class CLPConfig(DefenseConfig):
         "given to the run."
     )
     presets: ClassVar = {"paper": {}, "tiny-imagenet": {"u": 5.0}}
-
-    u: float = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.u < float("inf"):
-            raise UsageError(f"clp: u must be at least 0 and finite, got {self.u}")
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         clp = CLP(network.model, self.u)
