@@ -28,8 +28,8 @@ DEFAULT_SAMPLES = 0.05
 NONE: Final = "none"
 
 # what the help of a command groups its options under, in its order; an argument of Python alone has none
-IMAGES, ATTACK, START, DEFENSE, MEASURING, RUN, HUB = PANELS = (
-    "Images", "Attack", "Start and suite", "Defense", "Measuring", "Run", "Output and Hub",
+IMAGES, TRIGGERS, ATTACK, START, DEFENSE, RUN, HUB = PANELS = (
+    "Images", "Triggers", "Attack", "Start and suite", "Defense", "Run", "Output and Hub",
 )  # fmt: skip
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -37,17 +37,15 @@ Precision = Literal["auto", "no", "fp16", "bf16"]
 
 
 class NamedTrigger(Protocol):
-    """A `Trigger` object, as far as an option needs to know it."""
+    """A `Trigger` object: `recorded` returns what `--trigger` makes it of."""
 
-    def recorded(self) -> str:
-        """Return what `--trigger` makes it of."""
+    def recorded(self) -> str: ...
 
 
 class NamedDefense(Protocol):
-    """A `DefenseConfig` object, as far as an option needs to know it."""
+    """A `DefenseConfig` object: `settings` returns every setting by its name."""
 
-    def settings(self) -> dict[str, Any]:
-        """Return every setting by its name."""
+    def settings(self) -> dict[str, Any]: ...
 
 
 def check_samples(flag: str, value: Any) -> None:
@@ -81,10 +79,10 @@ class ImageOptions(Options):
         IMAGES, "A Hub id, a timm id (hf_hub:… or timm/…), or a local folder.", metavar="MODEL",
         more="Or a loaded module, then with `processor`, or `preprocessing` and `labels`; see `load_classifier`.",
     ))  # fmt: skip
-    dataset: Any = option(None, IMAGES, "Clean images: a Hub id or a local folder; else what the model's card names.",
+    dataset: Any = option(None, IMAGES, "Images: a Hub id or a local folder; else what the model's card names.",
                           more="Or a `datasets` object.")  # fmt: skip
     dataset_config: str | None = option(None, IMAGES, "The dataset's configuration.", flag="config", was="config")
-    split: str | None = option(None, IMAGES, "Split of the defense's images.")
+    split: str | None = option(None, IMAGES, "Split of the images to train on.")
     eval_split: str | None = option(None, IMAGES, "Split that is measured.")
     image_column: str | None = option(None, IMAGES, "The column of the images.")
     label_column: str | None = option(None, IMAGES, "The column of the labels.")
@@ -96,10 +94,10 @@ class ImageOptions(Options):
     dataset_revision: str | None = option(None, IMAGES, "The dataset's commit or branch.")
     allow_missing_classes: bool = option(False, IMAGES, "Go on without images of some classes.")
     triggers: Sequence[str | NamedTrigger] = option(
-        (), MEASURING, "A known trigger, NAME:key=value,… or a trigger file; repeatable.", flag="trigger",
+        (), TRIGGERS, "A known trigger, NAME:key=value,… or a trigger file; repeatable.", flag="trigger",
         metavar="SPEC", more="Or `Trigger` objects.",
     )  # fmt: skip
-    target: str | int | None = option(None, MEASURING, "Label or all-to-all, for triggers that name none (else label "
+    target: str | int | None = option(None, TRIGGERS, "Label or all-to-all, for triggers that name none (else label "
                                       "0).", metavar="LABEL")  # fmt: skip
     seed: int = option(0, RUN, "Seed of everything random.", least=0)
     device: Device = option("auto", RUN, "Where to run.")
@@ -186,13 +184,17 @@ class TrainingOptions(PublishOptions, ImageOptions):
     """What makes a model has these too: how it is trained, where it goes."""
 
     settings: Mapping[str, Any] | None = option(
-        None, DEFENSE, "One of the defense's own settings; repeatable.", flag="set", metavar="KEY=VALUE"
+        None,
+        RUN,
+        "A setting of the defense or the attack, see `hfdetox list`; repeatable.",
+        flag="set",
+        metavar="KEY=VALUE",
     )
     precision: Precision = option("auto", RUN, "Mixed precision of the training.",
                                   more="`auto` is what Accelerate's configuration names, else the best of the "
                                   "hardware. Measuring is always float32.")  # fmt: skip
-    output: str | Path | None = option(None, HUB, "Folder of the result.", path="new", shown="MODEL's name with "
-                                       "-detoxed", more="None keeps it in memory.")  # fmt: skip
+    output: str | Path | None = option(None, HUB, "Folder of the result.", path="new", shown="named after MODEL",
+                                       more="None keeps it in memory.")  # fmt: skip
     push_to: str | None = option(None, HUB, "Publish the result there.", metavar="REPO", anew=True)
 
     def __post_init__(self) -> None:
@@ -273,29 +275,20 @@ class AttackOptions(AttackPublishOptions, TrainingOptions):
         IMAGES, "A Hub id, a timm id, a local folder, or timm-arch:NAME for a new model.", metavar="MODEL",
         more="Or what else `load_classifier` takes.",
     ))  # fmt: skip
-    dataset: Any = option(None, IMAGES, "Training images: a Hub id or a local folder; else as the card says.",
-                          more="Or a `datasets` object.")  # fmt: skip
-    split: str | None = option(None, IMAGES, "Split of the training images.")
     clean_samples: int | float | None = option(
         None, IMAGES, "Train on so many; at most 5000 for a fraction.", flag="samples", metavar="N|FRACTION",
         shown="the whole split", was="samples", check=check_samples,
     )  # fmt: skip
     triggers: Sequence[str | NamedTrigger] = option(
-        (), ATTACK, "What to implant, NAME:key=value,… or a trigger file; repeatable. none trains a clean baseline.",
+        (), TRIGGERS, "What to implant, NAME:key=value,… or a trigger file; repeatable. none trains a clean baseline.",
         flag="trigger", metavar="SPEC", more="Or `Trigger` objects.",
     )  # fmt: skip
-    target: str | int | None = option(None, ATTACK, "Label or all-to-all, for triggers without one (else label 0).",
-                                      metavar="LABEL")  # fmt: skip
     poison_ratio: float = option(0.1, ATTACK, "Of the training images, or of every batch.", metavar="SHARE",
                                  check=_check_share)  # fmt: skip
     adaptive: str | None = option(None, ATTACK, "sam:rho=2.0,adaptive=true: into a flat minimum.", metavar="SPEC")
     surrogate: str | Path | None = option(
         None, ATTACK, "A clean model, for triggers that are made on one.", metavar="MODEL",
         more="It has the same labels; a trained model serves itself.",
-    )  # fmt: skip
-    settings: Mapping[str, Any] | None = option(
-        None, ATTACK, "A setting of the training or the attack; repeatable, see `hfdetox list attacks`.", flag="set",
-        metavar="KEY=VALUE",
     )  # fmt: skip
     goal_asr: float = option(0.9, ATTACK, "Attack success rate from which it succeeded.", metavar="RATE",
                              check=_check_rate, more="For `all-to-all` times the accuracy.")  # fmt: skip
@@ -310,11 +303,6 @@ class AttackOptions(AttackPublishOptions, TrainingOptions):
         None, START, "Argument of a timm-arch; repeatable.", flag="model-arg", metavar="KEY=VALUE"
     )
     input_size: int | None = option(None, START, "Image height and width of a timm-arch.", least=1)
-    output: str | Path | None = option(
-        None, HUB, "Folder of the result.", path="new", shown="MODEL's name with -backdoored",
-        more="None keeps it in memory. It is written also when the attack did not succeed.",
-    )  # fmt: skip
-    private: bool = option(False, HUB, "Make a new repository private, as a backdoored model's is anyway.", anew=True)
 
     @property
     def clean(self) -> bool:

@@ -5,35 +5,35 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
+from hfdetox.data.pull import pin, pull_images
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult
-from hfdetox.hub.upload import check_card
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.reporting.card import build_card, validate_card
+from hfdetox.reporting.card import build_card
+from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
-from hfdetox.runs.folder import log_folder
+from hfdetox.runs.folder import RunFolder, command_of, log_folder, open_run
 from hfdetox.runs.plan import plan
 from hfdetox.runs.publish import check_push_allowed
-from hfdetox.runs.result import DetoxResult, draw_strip
-from hfdetox.runs.steps import (
-    RunWarnings,
-    close_report,
+from hfdetox.runs.result import (
+    DetoxResult,
+    check_draft,
+    draw_strip,
     gather_artifacts,
-    open_report,
-    open_run,
-    pin,
-    pull_images,
+    publish,
     save_result,
     selected_weights,
-    train,
 )
+from hfdetox.runs.warnings import RunWarnings
+from hfdetox.training.batches import ImageSource
 from hfdetox.training.devices import accelerate_state_kept, forget_peak_memory, make_accelerator, peak_memory
+from hfdetox.training.engine import Engine, TrainingRecord
 from hfdetox.triggers import parse_triggers, reload_triggers
 
 __all__ = ["DetoxResult", "detoxify", "evaluate", "plan"]
@@ -54,48 +54,41 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         UsageError: it cannot be run as asked. HubError: the Hub or the network. RunError: it ran and failed.
     """
     options, run = open_run(_without_objects(given))
-    push_to, push_options, log_with, progress = options.push_to, options.publishing(), options.log_with, given.progress
-    resumed = given.resume is not None
+    resumed, progress = given.resume is not None, given.progress
     method, preset = choose_defense(given.defense, str(options.defense), options.settings or {}, resumed=resumed)
     # objects hold more than their text form, which is all that the options of a new run have of them
     known = reload_triggers(options.triggers, given.triggers) if resumed else parse_triggers(given.triggers)
-    accelerator = make_accelerator(options.device, options.precision, log_with, str(log_folder(options.output)),
-                                   given=given.accelerator)  # fmt: skip
+    accelerator = make_accelerator(options.device, options.precision, options.log_with,
+                                   str(log_folder(options.output)), given=given.accelerator)  # fmt: skip
     if given.accelerator is not None:
         # a resumed run may be given none
         options = replace(options, device=accelerator.device.type, precision=accelerator.mixed_precision)
-    if push_to is not None:
-        push_to = check_push_allowed(push_to, **push_options)
-        options = replace(options, push_to=push_to)
+    push_to = options.push_to and check_push_allowed(options.push_to, **options.publishing())
     notes = RunWarnings(accelerator)
 
     with accelerator.main_process_first():
         classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes, progress=progress)
+        images = pull_images(options, given.dataset, classifier, notes.warn, progress=progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = evaluation.measure("before")
     check_plausible(before, evaluation.clean.labels, classifier.labels, notes.warn)
 
     # a run must not fail at its end for a reason known at its start
-    options = pin(options, classifier, images)
-    report = open_report(options, classifier, images, method, preset, before, accelerator, push_to=push_to, notes=notes)
-    artifacts = gather_artifacts(classifier, images, evaluation, whole_split=images.whole_split)
-    draft = build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels)
-    validate_card(draft)
-    if accelerator.is_main_process:
-        if push_to is not None:
-            check_card(draft)
-        if run is not None:
-            run.begin(options, known)
+    options = replace(pin(options, classifier, images), push_to=push_to)
+    report = open_report(options, classifier, images, method, preset, before, accelerator,
+                         command=command_of(options), warnings=notes.texts)  # fmt: skip
+    artifacts = gather_artifacts(classifier, images, evaluation)
+    check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),
+                push_to, accelerator)  # fmt: skip
+    if run is not None and accelerator.is_main_process:
+        run.begin(options, known)
 
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
-    forget_peak_memory(accelerator)
-    record = train(classifier, method, pixels, accelerator, options, run=run, log_with=log_with, progress=progress)
+    record, memory = train(classifier, method, pixels, accelerator, options, run=run, progress=progress)
     if any(entry.get("unchanged") == 1 for entry in record.history):
         notes.warn(f"{method.name} found nothing that it would change, and returns the model as it came")
-    memory = peak_memory(accelerator)
     classifier.round_weights()
     after = evaluation.measure("after")
 
@@ -104,15 +97,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     result = DetoxResult(close_report(report, method, record, before, after, memory), classifier, artifacts)
     if options.output is not None:
         save_result(result, options, run)
-    if accelerator.is_main_process:
-        if run is not None and not options.keep_run:
-            run.remove()
-        if push_to is not None:
-            result.push_to_hub(push_to, **push_options)
-    accelerator.wait_for_everyone()
-    # the main process knows the hash of what it wrote, and the commit
-    result.report = broadcast_object_list([result.report])[0]
-    return result
+    return publish(result, accelerator, push_to, options)
 
 
 @takes(EvaluateOptions)
@@ -137,7 +122,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     notes = RunWarnings(accelerator)
     with accelerator.main_process_first():
         classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes, progress=given.progress)
+        images = pull_images(options, given.dataset, classifier, notes.warn, progress=given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress)  # fmt: skip
     outcome = evaluation.measure("measure")
@@ -147,6 +132,27 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     if options.gallery is not None and accelerator.is_main_process:
         draw_gallery(evaluation, outcome, visibility, Path(options.gallery))
     return EvalResult(measured.accuracy, measured.loss, measured.triggers, measured.classes, visibility)
+
+
+def train(
+    classifier: Classifier, method: DefenseConfig, source: ImageSource, accelerator: Accelerator, options: DetoxOptions,
+    *, run: RunFolder | None, progress: bool,
+) -> tuple[TrainingRecord, int | None]:  # fmt: skip
+    """Run the defense's phases on the classifier in place, from the run's last checkpoint if there is one.
+
+    Returns:
+        What the training was, and the most bytes that a process held, None where unknown.
+    """
+    forget_peak_memory(accelerator)
+    if options.log_with is not None:
+        accelerator.init_trackers("hfdetox", config={k: str(v) for k, v in method.settings().items()})
+    checkpoints = run.checkpoints if run is not None else None
+    engine = Engine(accelerator, source, seed=options.seed, checkpoints=checkpoints, progress=progress)
+    record = engine.run(classifier.network, method.phases(classifier.network))
+    # `end_training` would also end the process group, which the rest of the run needs
+    for tracker in accelerator.trackers if options.log_with is not None else ():
+        tracker.finish()
+    return record, peak_memory(accelerator)
 
 
 def _without_objects(given: DetoxOptions) -> DetoxOptions:

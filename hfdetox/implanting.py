@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+import torch
 from torch import nn
 
 from hfdetox.arguments import takes
 from hfdetox.attacks import parse_attack_settings, run_attack
-from hfdetox.attacks.base import AttackContext
+from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingPoisoner
 from hfdetox.config import AttackOptions
+from hfdetox.data.cache import apply_to_image
+from hfdetox.data.images import ImageSet
 from hfdetox.data.load import class_names
+from hfdetox.data.pull import pin, pull_images
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
-from hfdetox.hub.upload import check_card
-from hfdetox.models.initial import init_model
+from hfdetox.evaluation.cross import cross_accuracies
+from hfdetox.evaluation.evaluator import Evaluator, check_plausible, decoded, prepare_evaluator, with_targets
+from hfdetox.evaluation.metrics import Predictions
+from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import missed_goals
-from hfdetox.reporting.card import validate_card
-from hfdetox.runs.attack_result import AttackArtifacts, AttackResult
-from hfdetox.runs.folder import check_output
-from hfdetox.runs.implanting import (
-    Monitor,
-    build_implants,
-    check_init,
-    close_report,
-    cross_accuracies,
-    find_surrogate,
-    goals_of,
-    open_report,
-    split_monitor,
-)
+from hfdetox.reporting.filling import close_attack_report, open_attack_report
+from hfdetox.runs.folder import check_output, command_of
+from hfdetox.runs.goals import Monitor, goals_of, split_monitor
 from hfdetox.runs.publish import check_push_allowed, comes_backdoored
-from hfdetox.runs.steps import RunWarnings, pin, pull_images
+from hfdetox.runs.result import AttackArtifacts, AttackResult, check_draft, publish
+from hfdetox.runs.warnings import RunWarnings
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
+from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 __all__ = ["AttackResult", "implant"]
 
@@ -47,6 +46,8 @@ __all__ = ["AttackResult", "implant"]
 @accelerate_state_kept()
 def implant(given: AttackOptions) -> AttackResult:
     """Train a backdoor into an image classifier, for research on defenses, and measure it.
+
+    The result is written also when the attack did not succeed.
 
     Args:
         {arguments}
@@ -66,62 +67,127 @@ def implant(given: AttackOptions) -> AttackResult:
     notes = RunWarnings(accelerator)
 
     with accelerator.main_process_first():
-        model = given.model if isinstance(given.model, nn.Module) else str(run.model)
-        start = init_model(model, class_names=lambda: _class_names(run, given.dataset),
-                           is_backdoored=comes_backdoored, init=run.init, model_args=run.model_args,
-                           input_size=run.input_size, seed=run.seed, revision=run.revision,
-                           trust_remote_code=run.trust_remote_code, processor=given.processor,
-                           preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
-        check_init(run, start, notes)
+        start = _start(given, run)
+        check_init(run, start, notes.warn)
         classifier = start.classifier
-        images = pull_images(run, given.dataset, classifier, notes, progress=progress)
-        implants = build_implants(run, known, poisoners, classifier, images.clean, notes)
+        images = pull_images(run, given.dataset, classifier, notes.warn, progress=progress)
+        implants = build_implants(run, known, poisoners, classifier, images.clean, notes.warn)
         clean_model = find_surrogate(run, start, implants)
-    ready = [one.trigger for one in implants if one.trigger.fitted]
-    evaluation = prepare_evaluator(classifier, images.evaluation, ready, accelerator, target=run.target,
-                                    warn=notes.warn, progress=progress)  # fmt: skip
-    before = None if start.from_scratch else evaluation.measure("before")
-    if before is not None:
-        check_plausible(before, evaluation.clean.labels, classifier.labels, notes.warn)
+    evaluator = functools.partial(prepare_evaluator, classifier, accelerator=accelerator, target=run.target,
+                                  warn=notes.warn, progress=progress)  # fmt: skip
+    evaluation = evaluator(images.evaluation, [one.trigger for one in implants if one.trigger.fitted])
+    before = None if start.from_scratch else _measure_before(evaluation, notes.warn)
 
     goals = goals_of(run, before)
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
     clean = decoded(kept, classifier, accelerator, "decode", progress)
     context = AttackContext(classifier=classifier, clean=clean, accelerator=accelerator, training=training,
-              from_scratch=start.from_scratch, surrogate=clean_model, sharpness=sharpness, seed=run.seed,
-              progress=progress)  # fmt: skip
-    report = open_report(pin(run, classifier, images), start, info, implants, context, before, goals, clean_model,
-                         push_to=push_to, notes=notes)  # fmt: skip
+                            from_scratch=start.from_scratch, surrogate=clean_model, sharpness=sharpness, seed=run.seed,
+                            progress=progress)  # fmt: skip
     # a run must not fail at its end for a reason known at its start
+    run = replace(pin(run, classifier, images), push_to=push_to)
+    report = open_attack_report(run, start, info, implants, context, before, goals, clean_model,
+                                command=command_of(run), warnings=notes.texts)  # fmt: skip
     source_card = classifier.card_source()
-    draft = build_attack_card(report, source_card=source_card, repo_id=push_to, labels=classifier.labels)
-    validate_card(draft)
-    if push_to is not None and accelerator.is_main_process:
-        check_card(draft)
+    check_draft(build_attack_card(report, source_card=source_card, repo_id=push_to, labels=classifier.labels),
+                push_to, accelerator)  # fmt: skip
 
-    monitor = None
-    if held_out is not None:
-        monitor = Monitor(prepare_evaluator(classifier, held_out, [], accelerator, target=None, warn=notes.warn,
-                                             progress=progress), goals)  # fmt: skip
+    monitor = Monitor(evaluator(held_out, []), goals) if held_out is not None else None
     done = run_attack(context, implants, monitor=monitor)
     classifier.round_weights()
     evaluation = evaluation.with_triggers([one.trigger for one in done.implants])
     after, visibility = evaluation.measure("after"), evaluation.visibility()
-    cross = cross_accuracies(evaluation, done.implants)
-    report = close_report(report, done, after, visibility, cross, epochs=training.epochs,
-                          reached=monitor is not None and monitor.reached)  # fmt: skip
+    report = close_attack_report(report, done, after, visibility, cross_accuracies(evaluation, done.implants),
+                                 epochs=training.epochs, reached=monitor is not None and monitor.reached)  # fmt: skip
     if not report.succeeded:
         notes.warn(f"the attack did not succeed: {'; '.join(missed_goals(after.measurement, goals))}")
     result = AttackResult(report, classifier, AttackArtifacts(source_card, evaluation, after, visibility))
     if run.output is not None:
         result.save(run.output, overwrite=run.overwrite)
-    if push_to is not None and accelerator.is_main_process:
-        result.push_to_hub(push_to, **run.publishing())
-    accelerator.wait_for_everyone()
-    # the main process knows the hash of what it wrote, and the commit
-    result.report = broadcast_object_list([result.report])[0]
-    return result
+    return publish(result, accelerator, push_to, run)
+
+
+def _start(given: AttackOptions, run: AttackOptions) -> InitialModel:
+    model = given.model if isinstance(given.model, nn.Module) else str(run.model)
+    return init_model(model, class_names=lambda: _class_names(run, given.dataset), is_backdoored=comes_backdoored,
+                      init=run.init, model_args=run.model_args, input_size=run.input_size, seed=run.seed,
+                      revision=run.revision, trust_remote_code=run.trust_remote_code, processor=given.processor,
+                      preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
+
+
+def _measure_before(evaluation: Evaluator, warn: Callable[[str], None]) -> Predictions:
+    before = evaluation.measure("before")
+    check_plausible(before, evaluation.clean.labels, evaluation.classifier.labels, warn)
+    return before
+
+
+def build_implants(
+    run: AttackOptions, triggers: Sequence[Trigger], poisoners: Mapping[str, Poisoner], classifier: Classifier,
+    images: ImageSet, warn: Callable[[str], None],
+) -> list[Implant]:  # fmt: skip
+    """Return the implants: the triggers with their labels and, where the training puts them on, in mode `input`.
+
+    Raises:
+        UsageError: a target that is not a label, or a finished trigger that does not fit the images.
+    """
+    channels, height, width = classifier.preprocessing.input_size
+    native = images.image(0).size if len(images) else (width, height)
+    implants = []
+    for trigger in with_targets(triggers, run.target, classifier.labels, warn):
+        poisoner = poisoners[trigger.kind]
+        if isinstance(poisoner, TrainingPoisoner) and trigger.mode == "native":
+            trigger = replace(trigger, mode="input")
+            if native != (width, height):
+                warn(f"trigger {trigger.name} is put on by the training, which sees images of {width}×{height}: "
+                           f"its mode is input, not native ({native[0]}×{native[1]})")  # fmt: skip
+        if trigger.fitted and trigger.mode == "input":
+            trigger.apply(torch.zeros(1, channels, height, width, dtype=torch.uint8))
+        elif trigger.fitted:
+            apply_to_image(trigger, images.image(0))
+        target: Target = ALL_TO_ALL if trigger.target == ALL_TO_ALL else int(trigger.target or 0)
+        implants.append(Implant(trigger, target, run.poison_ratio, poisoner))
+    return implants
+
+
+def check_init(run: AttackOptions, start: InitialModel, warn: Callable[[str], None]) -> None:
+    """Refuse to make a clean baseline of a backdoored model; of another attack on one, say what it starts from."""
+    if not start.backdoored:
+        return
+    name = start.classifier.info.id
+    if run.clean:
+        raise UsageError(f"{name} is deliberately backdoored: training it on does not make a clean baseline; start "
+                         "from a clean model, or from fresh weights (--init random)")  # fmt: skip
+    warn(f"{name} is deliberately backdoored already: the result has its backdoors too")
+
+
+def find_surrogate(run: AttackOptions, start: InitialModel, implants: Sequence[Implant]) -> Classifier | None:
+    """Return the clean model that triggers are made on, None where no trigger needs one.
+
+    A model that was trained before serves as its own, as it is before the training.
+
+    Raises:
+        UsageError: one is needed and there is none, it is backdoored, or its labels are not the model's.
+    """
+    needed = [implant.trigger.name for implant in implants if implant.poisoner.on_clean_model(implant.trigger)]
+    if not needed:
+        return None
+    if run.surrogate is not None:
+        surrogate = load_classifier(run.surrogate, trust_remote_code=run.trust_remote_code)
+        if comes_backdoored(surrogate.folder):
+            raise UsageError(f"--surrogate {run.surrogate} is deliberately backdoored: trigger {needed[0]} is made on "
+                             "a clean model, name one")  # fmt: skip
+        if [name.casefold() for name in surrogate.labels] != [name.casefold() for name in start.classifier.labels]:
+            raise UsageError(f"--surrogate {run.surrogate} has other labels than the model: "
+                             "name a clean model of the same classes in the same order")  # fmt: skip
+        return surrogate
+    if start.from_scratch:
+        raise UsageError(f"trigger {needed[0]} is made on a clean model: name one of the same labels with --surrogate, "
+                         "or start from a trained model")  # fmt: skip
+    if start.backdoored:
+        raise UsageError(f"trigger {needed[0]} is made on a clean model, and {start.classifier.info.id} is "
+                         "deliberately backdoored: name a clean one of the same labels with --surrogate")  # fmt: skip
+    return copy.deepcopy(start.classifier)
 
 
 def _check_places(run: AttackOptions) -> str | None:

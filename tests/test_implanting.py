@@ -18,7 +18,7 @@ from hfdetox.errors import UsageError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.runs.folder import command_of
-from hfdetox.runs.implanting import split_monitor
+from hfdetox.runs.goals import split_monitor
 from hfdetox.triggers import load_trigger
 from tests.attacked import attack_report
 from tests.colours import ARCHITECTURE, NAMES, SIDE, TRAINING, write_colours

@@ -14,8 +14,8 @@ import hfdetox.logging as talk
 from hfdetox import progress
 from hfdetox.config import DetoxOptions
 from hfdetox.data.cache import Pixels
+from hfdetox.data.pull import pull_images
 from hfdetox.models.classifier import load_classifier
-from hfdetox.runs.steps import RunWarnings, pull_images
 from hfdetox.training.devices import make_accelerator
 from tests.conftest import REPOSITORY
 from tests.image_data import write_dataset
@@ -47,7 +47,7 @@ def _as_before() -> Iterator[None]:
 
 
 ALL = """import logging, hfdetox
-logger = logging.getLogger("hfdetox.runs.steps")
+logger = logging.getLogger("hfdetox.runs.warnings")
 for level in ("debug", "info", "warning", "error", "critical"): getattr(logger, level)("so %s", level)
 """
 
@@ -120,8 +120,8 @@ def test_decoding_shows_a_bar(
     monkeypatch.delenv(BARS)
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     options = DetoxOptions("m", dataset=str(write_dataset(tmp_path / "photos")))
-    notes = RunWarnings(make_accelerator("cpu", "no"))
-    pull_images(options, None, load_classifier(timm_model(num_classes=3)), notes, progress=True)
+    make_accelerator("cpu", "no")
+    pull_images(options, None, load_classifier(timm_model(num_classes=3)), print, progress=True)
     shown = capsys.readouterr().err
     assert "read images: 100%" in shown
     with progress.progress_bar("decode", None, "image", shown=True) as bar:

@@ -7,19 +7,19 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from hfdetox.cli import console as console
+from hfdetox.cli.advice import attack_advice, output_of, resume_advice, written
 from hfdetox.cli.options import (
     CommandLine,
     attack_options,
@@ -45,9 +45,11 @@ from hfdetox.config import (
 )
 from hfdetox.errors import HfdetoxError
 from hfdetox.evaluation.verdict import describe_visibility
-from hfdetox.files import REPORT_NAMES
 from hfdetox.logging import disable_default_handler, is_main_process, write_line
 from hfdetox.reporting.environment import check_torchvision, mask_secrets
+
+if TYPE_CHECKING:
+    from hfdetox.runs.result import AttackResult, DetoxResult
 
 INTERRUPTED = 130
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
@@ -77,7 +79,7 @@ def detox(line: CommandLine) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
     shown, options = line.options(DetoxConsole), detox_options(line)
     # an earlier result in the output folder is none of this run's
-    earlier = written(_output_of(run_folder(options)))
+    earlier = written(output_of(run_folder(options)))
     with (
         interruptible(lambda: resume_advice(run_folder(options), earlier=earlier)),
         standard_output(shown) as out,
@@ -92,12 +94,8 @@ def detox(line: CommandLine) -> None:
             return
         result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
-        lines: list[Any] = [console.title(report.model, report.dataset), console.report_table(report)]
-        if result.output is not None:
-            lines.append(f"model, card (README.md), report and plots: {result.output}{os.sep}")
-        if report.output.pushed_to is not None:
-            lines.append(f"published: {console.at_revision(report.output.pushed_to, report.output.commit)}")
-        out.show(report.to_dict(), lines)
+        lines = [console.title(report.model, report.dataset), console.report_table(report)]
+        out.show(report.to_dict(), [*lines, *ends(result, "report and plots")])
 
 
 @app.command()
@@ -137,14 +135,19 @@ def attack(line: CommandLine) -> None:
 
         result = implant(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
-        lines: list[Any] = [*console.attack_lines(report), console.attack_table(report)]
-        if result.output is not None:
-            lines.append(f"model, card (README.md), report, triggers and gallery: {result.output}{os.sep}")
-        if report.output.pushed_to is not None:
-            lines.append(f"published: {console.at_revision(report.output.pushed_to, report.output.commit)}")
-        out.show(report.to_dict(), lines)
+        lines = [*console.attack_lines(report), console.attack_table(report)]
+        out.show(report.to_dict(), [*lines, *ends(result, "report, triggers and gallery")])
         if not report.succeeded:
             raise typer.Exit(1)
+
+
+def ends(result: DetoxResult | AttackResult, parts: str) -> list[str]:
+    """Return the lines that say where a result lies."""
+    pushed = result.report.output
+    lines = [] if result.output is None else [f"model, card (README.md), {parts}: {result.output}{os.sep}"]
+    if pushed.pushed_to is not None:
+        lines.append(f"published: {console.at_revision(pushed.pushed_to, pushed.commit)}")
+    return lines
 
 
 def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) -> None:
@@ -291,40 +294,6 @@ def interruptible(advice: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         complain(f"interrupted; {advice()}")
         raise typer.Exit(INTERRUPTED) from None
-
-
-def written(output: Path | None) -> tuple[int, int] | None:
-    """Return what tells the result in `output` from one written later, None where there is none."""
-    for name in REPORT_NAMES if output is not None else ():
-        with contextlib.suppress(OSError):
-            found = (output / name).stat()  # type: ignore[operator]
-            return found.st_ino, found.st_mtime_ns
-    return None
-
-
-def _output_of(run_folder: Path | None) -> Path | None:
-    return run_folder and run_folder.with_name(run_folder.name.removesuffix(".run"))
-
-
-def attack_advice(output: Path | None, earlier: tuple[int, int] | None) -> str:
-    """Return whether anything of an interrupted attack was written; `earlier` is what `written` gave before it."""
-    if output is not None and written(output) not in (None, earlier):
-        return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"
-    return "nothing was written: give the same command again to start anew"
-
-
-def resume_advice(run_folder: Path | None, *, earlier: tuple[int, int] | None = None) -> str:
-    """Return how to go on with the run in `run_folder`, that only the push was left, or that it had not begun.
-
-    Args:
-        earlier: what `written` gave before the run.
-    """
-    if run_folder is not None and run_folder.is_dir():
-        return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
-    output = _output_of(run_folder)
-    if output is not None and written(output) not in (None, earlier):
-        return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"
-    return "the run had not begun, and nothing was written"
 
 
 class OneLineHandler(logging.Handler):

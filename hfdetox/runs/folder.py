@@ -124,6 +124,36 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def open_run(options: DetoxOptions) -> tuple[DetoxOptions, RunFolder | None]:
+    """Return the options that count and the run folder, None without output.
+
+    A resumed run's options are the recorded ones; how it is published may be added to them, or all of it said anew.
+
+    Raises:
+        UsageError: the output holds something, a run is there already, `resume` is not a run folder or one of another
+            model, or it is said how to publish and not where.
+    """
+    run = RunFolder(Path(options.resume)) if options.resume is not None else None
+    if run is not None:
+        recorded = run.recorded()
+        of_it = None if recorded.model is None else str(recorded.model)
+        if options.model is not None and not same_model(str(options.model), of_it):
+            of = recorded.model or "a loaded model"
+            raise UsageError(f"{run.path} is a run of {of}, not of {options.model}: leave the model out, or start anew")
+        if options.push_to is not None:
+            anew: dict[str, Any] = {**options.publishing(), "push_to": options.push_to}
+        else:
+            anew = {name: getattr(recorded, name) or getattr(options, name) for name in PUBLISHING}
+        options = replace(recorded, **anew, log_with=options.log_with, keep_run=options.keep_run)
+        options.check_publishing()
+    if options.output is not None:
+        check_output(Path(options.output), overwrite=options.overwrite)
+        if run is None:
+            run = RunFolder.beside(options.output)
+            run.refuse_existing()
+    return options, run
+
+
 def _absolute(place: str | None) -> str | None:
     """Return a path that exists here as an absolute one; a Hub id as it is."""
     return str(Path(place).absolute()) if place is not None and Path(place).exists() else place

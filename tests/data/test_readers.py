@@ -20,12 +20,11 @@ from hfdetox.data import readers as sources
 from hfdetox.data.columns import Columns
 from hfdetox.data.load import TooFewImagesError
 from hfdetox.data.opened import DatasetError, LocalFiles
+from hfdetox.data.pull import pull_images
 from hfdetox.errors import HubError, RunError
 from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, UnreachableError, ask, http
 from hfdetox.models.classifier import load_classifier
 from hfdetox.runs.plan import plan
-from hfdetox.runs.steps import RunWarnings, pull_images
-from hfdetox.training.devices import make_accelerator
 from tests.image_data import (
     cycle,
     load,
@@ -249,7 +248,7 @@ def test_the_dataset_of_a_models_card_is_never_a_folder(hub, namesake, tmp_path)
     (tmp_path / "map.json").write_text('{"horse": "elk"}')
     options = DetoxOptions(str(model), clean_samples=12, allow_missing_classes=True,
                          label_map=str(tmp_path / "map.json"))  # fmt: skip
-    images = pull_images(options, None, load_classifier(model), RunWarnings(make_accelerator("cpu", "no")))
+    images = pull_images(options, None, load_classifier(model), print)
     assert images.info.revision == head
 
 

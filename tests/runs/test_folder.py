@@ -24,9 +24,9 @@ from hfdetox.runs.folder import (
     check_output,
     command_of,
     log_folder,
+    open_run,
     publish_folder,
 )
-from hfdetox.runs.steps import open_run
 from hfdetox.triggers import BadNets, Blended, parse_triggers
 
 PLAIN = DetoxOptions("org/model", dataset="org/data")

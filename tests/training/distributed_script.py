@@ -18,8 +18,8 @@ from torch import nn
 from hfdetox.config import DetoxOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.auto import D3Config
+from hfdetox.detox import train
 from hfdetox.evaluation.metrics import measure, predict
-from hfdetox.runs.steps import train
 from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.devices import make_accelerator
@@ -147,9 +147,9 @@ def measured(network: nn.Module, accelerator: Accelerator) -> dict[str, Any]:
 def tracked(folder: Path, device: str) -> bool:
     """Train with a tracker as a run does; tell whether the processes can still speak to each other after it."""
     accelerator = make_accelerator(device, "no", "tensorboard", str(folder / "logs"))
-    options = DetoxOptions("m")
+    options = DetoxOptions("m", log_with="tensorboard")
     source: Any = ToyImages(24)
-    train(toy_classifier(), CONFIG, source, accelerator, options, run=None, log_with="tensorboard", progress=False)
+    train(toy_classifier(), CONFIG, source, accelerator, options, run=None, progress=False)
     everyone: list[int] = gather_object([accelerator.process_index])
     return everyone == list(range(accelerator.num_processes)) and any(folder.glob("logs/**/events.*"))
 

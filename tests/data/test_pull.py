@@ -1,4 +1,4 @@
-"""The steps of the story: where a resumed run's images come from."""
+"""Where a resumed run's images come from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from hfdetox.config import DetoxOptions
+from hfdetox.data.pull import pull_images
 from hfdetox.errors import HubError
 from hfdetox.models.classifier import load_classifier
-from hfdetox.runs.steps import RunWarnings, pull_images
-from hfdetox.training.devices import make_accelerator
 from tests.hub_server.server import HubServer
 from tests.image_data import write_dataset
 from tests.tiny_models import timm_model
@@ -23,4 +22,4 @@ def test_a_resumed_run_takes_its_hub_dataset_for_no_folder(
     monkeypatch.chdir(tmp_path)
     options = DetoxOptions("m", dataset="org/photos", dataset_revision="a" * 40)
     with pytest.raises(HubError, match="org/photos"):
-        pull_images(options, None, load_classifier(timm_model()), RunWarnings(make_accelerator("cpu", "no")))
+        pull_images(options, None, load_classifier(timm_model()), print)
