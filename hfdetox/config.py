@@ -142,15 +142,11 @@ class ImageOptions(Options):
         pinned = {"model": self.revision, "dataset": self.dataset_revision}
         names = [name for name in ("model", "dataset", "label_map", "surrogate") if not pinned.get(name)]
         here: dict[str, Any] = {
-            name: last_part(value) for name in names if isinstance(value := getattr(self, name, None), str)
+            name: redact_paths(value) for name in names if isinstance(value := getattr(self, name, None), str)
         }
         if output := getattr(self, "output", None):
             here["output"] = f"./{Path(output).resolve().name}"
-        here["triggers"] = [
-            last_part(spec) if spec.endswith(".safetensors")
-            else re.sub("(?<==)[^,]*/[^,]*", lambda path: last_part(path[0]), spec)
-            for spec in map(str, self.triggers)
-        ]  # fmt: skip
+        here["triggers"] = [redact_paths(spec) for spec in map(str, self.triggers)]
         return replace(self, **here)
 
 
@@ -392,9 +388,12 @@ class BenchOptions(Options):
     keep_models: bool = option(False, HUB, "Keep the cleaned models, not their reports and cards alone.")
 
 
-def last_part(text: str) -> str:
-    """Return the name of a path that exists here, without where it lies; any other text as it is."""
-    return f"./{Path(text).resolve().name}" if Path(text).exists() else text
+def redact_paths(text: str) -> str:
+    """Return a text without where things lie: of a path that exists here, and of those in `KEY=PATH,…`, the name."""
+    path = Path(text)
+    if "=" in text and not path.exists():
+        return re.sub("(?<==)[^,]*/[^,]*", lambda found: redact_paths(found[0]), text)
+    return f"./{path.resolve().name}" if path.exists() or path.is_absolute() else text
 
 
 def _texts(value: Any) -> list[str]:

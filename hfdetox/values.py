@@ -6,7 +6,8 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -17,6 +18,39 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _LISTS, _MAPPINGS = (list, tuple, Sequence), (dict, Mapping)
 _UNIONS = (types.UnionType, typing.Union)
 _DEEPEST = 4  # lists in lists of a value that has no type
+_SHOWN = 60  # letters of a wrong value that a message shows
+
+
+@dataclass(frozen=True)
+class Shape:
+    """In an `Annotated` type: what of JSON or YAML is taken for it, where the type alone does not say.
+
+    Attributes:
+        says: what the message says after the key, with `{}` for the wrong value: `must be above 0, got {}`.
+        holds: whether a value of the type will do.
+        kind: the type as it is written, where that is another one.
+        make: the value of what is written; its UsageError needs not name the key.
+    """
+
+    says: str = ""
+    holds: Callable[[Any], object] = lambda value: True
+    kind: Any = None
+    make: Callable[[Any], Any] = lambda value: value
+
+    def read(self, key: str, hint: Any, value: Any) -> Any:
+        """Return `value` as the type `hint`, as `read` does."""
+        wrong = UsageError(f"{key} {self.says.format(shown(value))}")
+        try:
+            found = read(key, self.kind or hint, value)
+        except UsageError as error:
+            # what is wrong in a list or mapping has a name of its own
+            raise (wrong if self.says and not isinstance(value, list | dict) else error) from None
+        if not self.holds(found):
+            raise wrong
+        try:
+            return self.make(found)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from error
 
 
 def read(key: str, hint: Any, value: Any, *, text: bool = False) -> Any:
@@ -32,6 +66,9 @@ def read(key: str, hint: Any, value: Any, *, text: bool = False) -> Any:
         UsageError: it is not one; the line says what it must be.
     """
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is typing.Annotated:
+        shape = next((note for note in hint.__metadata__ if isinstance(note, Shape)), None)
+        return read(key, arguments[0], value, text=text) if shape is None else shape.read(key, arguments[0], value)
     if hint is Any:
         return value
     if origin in _UNIONS:
@@ -45,24 +82,32 @@ def read(key: str, hint: Any, value: Any, *, text: bool = False) -> Any:
         found = [read(f"{key}[{i}]", arguments[0], item, text=text) for i, item in enumerate(items)]
         return tuple(found) if origin is tuple else found
     if origin in _MAPPINGS and isinstance(value, Mapping):
-        return {name: read(_join(key, str(name)), arguments[1], item, text=text) for name, item in value.items()}
+        if strange := [name for name in value if not isinstance(name, str)]:
+            raise UsageError(f"{key}: the name {shown(strange[0])} is not text; put it in quotes")
+        return {name: read(_join(key, name), arguments[1], item, text=text) for name, item in value.items()}
     if hint in _NAMES:
         known, found = _read_text(hint, value) if text else (_fits(hint, value), value)
         if known:
             return found
-    raise UsageError(f"{key} must be {expected(hint)}, got {value!r}")
+    raise UsageError(f"{key} must be {expected(hint)}, got {shown(value)}")
 
 
 def read_fields(key: str, kind: type[Any], value: Any) -> Any:
-    """Return a dataclass of plain JSON or YAML; UsageError for unknown or missing fields and for wrong values."""
+    """Return a dataclass of plain JSON or YAML; UsageError for unknown or missing fields and for wrong values.
+
+    A text alone is taken for the field that the class names as its `SHORT`, if it does.
+    """
+    if isinstance(value, str) and hasattr(kind, "SHORT"):
+        value = {kind.SHORT: value}
+    hints, known = typing.get_type_hints(kind, include_extras=True), {f.name: f for f in dataclasses.fields(kind)}
+    listed, where = ", ".join(sorted(known)), key or kind.__name__
     if not isinstance(value, Mapping):
-        raise UsageError(f"{key or kind.__name__} must be a mapping, got {value!r}")
-    hints, known = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(value) - set(known)):
-        raise UsageError(f"unknown fields {unknown} for {key or kind.__name__}")
+        raise UsageError(f"{where} must be a mapping with {listed}, got {shown(value)}")
+    if unknown := sorted(map(str, set(value) - set(known))):
+        raise UsageError(f"unknown fields {unknown} for {where}; known: {listed}")
     needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING and f.init]
     if missing := sorted(set(needed) - set(value)):
-        raise UsageError(f"missing fields {missing} for {key or kind.__name__}")
+        raise UsageError(f"missing fields {missing} for {where}")
     return kind(**{name: read(_join(key, name), hints[name], item) for name, item in value.items()})
 
 
@@ -164,9 +209,11 @@ def _read_union(key: str, hint: Any, value: Any, text: bool) -> Any:
     for kind in sorted(kinds, key=lambda kind: not words_of(kind)):
         try:
             return read(key, kind, value, text=text)
-        except UsageError:
-            continue
-    raise UsageError(f"{key} must be {expected(hint)}, got {value!r}")
+        except UsageError as error:
+            # the list or mapping that it should be, with something wrong in it
+            if not str(error).startswith(f"{key} must"):
+                raise
+    raise UsageError(f"{key} must be {expected(hint)}, got {shown(value)}")
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -182,6 +229,12 @@ def _read_text(hint: Any, text: str) -> tuple[bool, Any]:
         return True, hint(text)
     except ValueError:
         return False, None
+
+
+def shown(value: Any) -> str:
+    """Return a wrong value as a message shows it, the first letters of a long one."""
+    text = repr(value) if isinstance(value, str) else ascii(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _join(key: str, name: str) -> str:

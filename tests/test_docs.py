@@ -18,7 +18,7 @@ import pytest
 import typer
 
 import hfdetox
-from hfdetox.bench.suite_file import load_suite
+from hfdetox.bench.tasks import load_suite
 from hfdetox.cli.app import app, with_command
 from hfdetox.defenses import parse_defense
 from hfdetox.triggers import parse_triggers

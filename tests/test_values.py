@@ -95,11 +95,14 @@ def test_dataclasses_are_read_with_all_that_is_in_them() -> None:
     assert read_fields("", Outer, plain) == Outer("n", Inner(1), {"a": Inner(2, 1)}, ["t"], 3)
     assert read_fields("", Outer, {"name": "n", "inner": None}) == Outer("n")
     for wrong, said in (
-        ({"name": "n", "colour": 1}, r"unknown fields \['colour'\] for Outer"),
+        (
+            {"name": "n", "colour": 1},
+            r"unknown fields \['colour'\] for Outer; known: anything, inner, name, parts, tags",
+        ),
         ({}, r"missing fields \['name'\] for Outer"),
         ({"name": "n", "parts": {"a": {}}}, r"missing fields \['count'\] for parts\.a"),
         ({"name": "n", "parts": {"a": {"count": 1.5}}}, r"parts\.a\.count must be a whole number, got 1\.5"),
-        ([], r"Outer must be a mapping, got \[\]"),
+        ([], r"Outer must be a mapping with anything, inner, name, parts, tags, got \[\]"),
     ):
         with pytest.raises(UsageError, match=f"^{said}$"):
             read_fields("", Outer, wrong)

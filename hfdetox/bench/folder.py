@@ -1,245 +1,293 @@
-"""The folder of a bench: the command of every trial, how far it is, and what is kept of it."""
+"""A folder of tasks, each made by a process of its own and several at a time: what is there is kept.
+
+A task's folder is FOLDER/NAME; beside it NAME.log (what its process said) and NAME.json (the command that it was made
+by, and of what). Whether a task is done, failed or not run is read from these alone.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import fcntl
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
 
-from hfdetox.bench.cells import CellFolder, portable
-from hfdetox.bench.suite import SubjectEntry, Suite
-from hfdetox.bench.tables import BenchOutcome, BenchRow, row_of
-from hfdetox.bench.trials import SHARE, Trial, trials_of
-from hfdetox.bench.zoo_folder import given_files
-from hfdetox.defenses import parse_defense
+from hfdetox.bench.suite import SuiteFile
+from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.errors import UsageError
-from hfdetox.hub.checksums import sha256_file
-from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
-from hfdetox.runs.folder import RUN_FILE
+from hfdetox.files import locked, write_atomically
+from hfdetox.reporting.markdown import one_line
+from hfdetox.reporting.report import ATTACK_REPORT_NAME, RunReport
+from hfdetox.triggers import TRIGGERS
 
-_INTERRUPTED = 130
+_TAIL = 1 << 16  # bytes of a log in which the reason is looked for
+_ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
+OPEN = ("not run", "failed")  # what is still to be done
+
+
+class Named(Protocol):
+    """A task: what it is, under the name of its folder."""
+
+    @property
+    def name(self) -> str: ...
+
+
+TaskT = TypeVar("TaskT", bound=Named)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """Where and how the trials of a suite are run.
+class Settings:
+    """Where and how the tasks of a suite are run.
 
     Attributes:
-        output: the bench's folder.
-        zoo: the folder of the suite's zoo, None where only models that are not of a zoo are tried.
+        output: their folder.
         dataset: Hub id or folder, in place of the suite's.
         precision: of the training, as `--precision` takes it.
-        device: as `--device` takes it; not a part of what a trial is.
+        device: as `--device` takes it; not a part of what a task is.
         threads: of one process, None leaves them to the environment.
-        keep_models: keep the weights of the cleaned models, not their reports and cards alone.
+        zoo: of a bench the folder of the suite's zoo, None where only models that are not of a zoo are tried.
+        keep_models: of a bench: keep the weights of the cleaned models, not their reports and cards alone.
     """
 
     output: Path
-    zoo: Path | None = None
     dataset: str | None = None
     precision: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    zoo: Path | None = None
     keep_models: bool = False
 
 
-class Bench(CellFolder[Trial, BenchRow]):
-    """The folder of a suite's trials, and the state of each.
+@dataclass
+class Running:
+    """The process of a task, and the log it writes, which is locked as long as it lives."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
+class TaskFolder(ABC, Generic[TaskT]):
+    """The folder of a suite's tasks, and the state of each.
+
+    Attributes:
+        title: what the folder is, in a word.
+        report: what a finished task has in its folder.
+        tables: what is made of the rows.
+        tasks: by name, in the order in which they are run.
+        rows: the table's row of each.
 
     Raises:
-        UsageError: no dataset; a dataset or model of this machine that is not there; a cell of a zoo is asked for and
-            no zoo is named; a folder is there that another suite or command made.
+        UsageError: no dataset, or a folder is there that another suite or command made; nothing was written.
     """
 
-    title = "bench"
+    title: ClassVar[str]
+    report: ClassVar[type[RunReport]]
+    tables: ClassVar[type[Tables[Any]]]
 
-    def __init__(self, suite: Suite, place: BenchSettings) -> None:
-        self.suite, self.place = suite, place
-        self.folder, self.threads = place.output, place.threads
-        self.dataset = place.dataset or suite.dataset.id
-        if self.dataset is None:
+    def __init__(self, suite: SuiteFile, settings: Settings) -> None:
+        self.suite, self.settings, self.folder = suite, settings, settings.output
+        dataset = settings.dataset or suite.dataset.id
+        if dataset is None:
             raise UsageError(f"{suite.file} names no dataset: add one to it, or give --dataset")
-        self.cells = {trial.name: trial for trial in trials_of(suite)}
-        _check_there("dataset", self.dataset)
-        for trial in self.cells.values():
-            if isinstance(trial.subject.source, SubjectEntry):
-                _check_there(f"subject {trial.subject.name}: model", self.model(trial))
-        if place.zoo is None and any(not isinstance(t.subject.source, SubjectEntry) for t in self.cells.values()):
-            raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack --suite "
-                             f"{suite.file} --output ZOO builds it)")  # fmt: skip
-        self._dataset_files = _fingerprint(Path(self.dataset))
-        self._sources = {t.subject.name: self._source(t) for t in self.cells.values()}
-        self.rows = {name: self.row(trial) for name, trial in self.cells.items()}
+        self.dataset = dataset
+        self.tasks = {task.name: task for task in self.prepare(suite)}
+        self.rows = {name: self.row(task) for name, task in self.tasks.items()}
 
-    def command(self, trial: Trial) -> list[str]:
-        """Return the words after `hfdetox` that run a trial, without where it goes."""
-        source = trial.subject.source
-        words = ["detox", self.model(trial), "--dataset", str(self.dataset), *self._dataset_options()]
-        words += ["--defense", trial.entry.defense]
-        words += [w for key, value in trial.entry.settings.items() for w in ("--set", f"{key}={value}")]
-        words += ["--seed", str(trial.seed)]
-        words += [w for trigger in self._triggers(trial) for w in ("--trigger", trigger)]
-        if isinstance(source, SubjectEntry):
-            words += ["--target", source.target] if source.target is not None else []
-            words += ["--revision", source.revision] if source.revision is not None else []
-        words += ["--samples", str(trial.samples)] if trial.samples != SHARE else []
-        return words + (["--precision", self.place.precision] if self.place.precision != "auto" else [])
+    @abstractmethod
+    def prepare(self, suite: SuiteFile) -> Sequence[TaskT]:
+        """Return the tasks; UsageError for what they need that is not there."""
 
-    def model(self, trial: Trial) -> str:
-        """Return the trial's model: the folder of the zoo's cell, or what the suite names."""
-        source = trial.subject.source
-        return source.model if isinstance(source, SubjectEntry) else str(self._cell_folder(trial))
+    @abstractmethod
+    def argv(self, task: TaskT) -> list[str]:
+        """Return the words after `hfdetox` of the task's process."""
 
-    def words(self, trial: Trial) -> list[str]:
-        """Return the words of a trial's process: a killed one of the same command goes on from its checkpoint."""
-        device = ["--device", self.place.device] if self.place.device != "auto" else []
-        run = self._run(trial)
-        made = self.made(trial)
-        same = self._same(trial) and made.get("device", "auto") == self.place.device
-        # a run that was killed while it began has no record of itself
-        if same and (run / RUN_FILE).is_file():
-            return ["detox", "--resume", str(run)]
-        shutil.rmtree(run, ignore_errors=True)
-        return [*self.command(trial), "--output", str(self.folder / trial.name), *device]
+    @abstractmethod
+    def recorded(self, task: TaskT) -> dict[str, Any]:
+        """Return what NAME.json says of a task, which decides whether a folder is that of this very task."""
 
-    def recorded(self, trial: Trial) -> dict[str, Any]:
-        """Return what NAME.json says of a trial: its command, without where things lie, and what it was run on.
+    @abstractmethod
+    def difference(self, task: TaskT, report: Any) -> str | None:
+        """Return what a finished task is that is not this one, None where it is."""
 
-        `model_weights` is the SHA-256 of the zoo's model, or those of a folder's weight files, None for a model of the
-        Hub; `triggers` are those of its trigger files and pictures; `dataset_files` is one over the names and sizes of
-        a folder's files, None for a dataset of the Hub.
-        """
-        source = self._sources[trial.subject.name]
-        # a defense may be given a trigger file too
-        own = [text for key, text in trial.entry.settings.items() if key == "trigger"]
-        triggers = source["triggers"] + [sha256_file(file) for file in given_files(own)]
-        return {"schema_version": 1, "command": portable(self.command(trial)), "dataset_files": self._dataset_files,
-                "model_weights": source["model_weights"], "triggers": triggers}  # fmt: skip
+    def missing(self, task: TaskT) -> str | None:
+        """Return why a task cannot be run, None where it can."""
+        return None
 
-    def extras(self, trial: Trial) -> dict[str, Any]:
-        """Return how a trial is run, and why it failed before: it stays failed in the tables until it is done."""
-        before = self.made(trial) if self._same(trial) else {}
-        failed = {"failed": before["failed"]} if "failed" in before else {}
-        return {"device": self.place.device, "kept": self.place.keep_models, **failed}
-
-    def remember(self, trial: Trial, reason: str) -> None:
-        """Keep why a trial failed."""
-        self.record(trial, {**self.extras(trial), "failed": reason})
-
-    def _same(self, trial: Trial) -> bool:
-        """Tell whether NAME.json is of this very trial."""
-        made, expected = self.made(trial), self.recorded(trial)
-        return isinstance(made, dict) and {key: made.get(key) for key in expected} == expected
-
-    def row(self, trial: Trial) -> BenchRow:
-        """Return a trial as it lies in the bench: `done`, `failed`, or `not run` with the reason where it cannot be.
+    def row(self, task: TaskT) -> Row:
+        """Return a task as it lies in the folder: finished, `failed`, or `not run`, with the reason where it cannot be.
 
         Raises:
-            UsageError: its folder was made by another command or on another model, or its report cannot be read.
+            UsageError: its folder was made by another command or of something else, or its report cannot be read.
         """
-        folder = self.folder / trial.name
-        if not (folder / Report.NAME).is_file():
-            source = trial.subject.source
-            missing = (
-                not isinstance(source, SubjectEntry) and not (self._cell_folder(trial) / ATTACK_REPORT_NAME).is_file()
-            )
-            if missing:
-                return row_of(trial, reason=f"the zoo has no model {trial.subject.name}")
-            failed = self.made(trial).get("failed") if self._same(trial) else None
-            return row_of(trial) if failed is None else self.failed(trial, str(failed))
-        report = Report.load(folder)
-        # settings that the command does not name may have had other defaults in another version
-        settings = parse_defense(trial.entry.defense, trial.entry.settings)[0].settings()
-        if not self._same(trial) or report.defense.parameters != settings:
-            raise UsageError(f"{folder} is a finished run of another suite, command, model or version; it is not "
-                             "replaced: choose another --output, or remove the folder to run it again")  # fmt: skip
-        return row_of(trial, "done", report=report)
+        folder = self.folder / task.name
+        if not (folder / self.report.NAME).is_file():
+            missing = self.missing(task)
+            failed = None if missing else self.failed_before(task)
+            return self.tables.row(task, "failed" if failed else "not run", missing or failed)
+        try:
+            report = self.report.load(folder)
+        except UsageError as error:
+            raise UsageError(f"{folder / self.report.NAME} cannot be read ({error}); remove the folder to make it "
+                             "again") from error  # fmt: skip
+        if wrong := self.difference(task, report):
+            raise UsageError(f"{folder} is a finished {wrong}; it is not replaced: choose another --output, or remove "
+                             "the folder to make it again")  # fmt: skip
+        return self.tables.row(task, report=report)
 
-    def failed(self, trial: Trial, reason: str) -> BenchRow:
-        """Return the row of a trial that failed."""
-        return row_of(trial, "failed", reason=reason)
+    def outcome(self) -> Any:
+        """Return the rows as this run knows them."""
+        return self.tables(self.folder, self.suite.file.name, list(self.rows.values()))
 
-    def tidy(self, trial: Trial, returncode: int) -> None:
-        """Remove what a failed run would go on from, and the weights of a finished one unless they are kept."""
-        if returncode > 0 and returncode != _INTERRUPTED:
-            # it would only fail again at the same place
-            shutil.rmtree(self._run(trial), ignore_errors=True)
-        if returncode == 0:
-            self._drop_weights(trial)
+    def needs(self, task: TaskT) -> str | None:
+        """Return the name of the task that has to be done before this one."""
+        return None
 
-    def tidy_done(self) -> None:
-        """Put in order finished trials whose bench was stopped before it could."""
-        for name, trial in self.cells.items():
-            if self.rows[name].status == "done":
-                self._drop_weights(trial)
+    def how(self) -> dict[str, Any]:
+        """Return what NAME.json says besides what a task is: how it is run."""
+        return {}
 
-    def _drop_weights(self, trial: Trial) -> None:
-        if not self.made(trial).get("kept"):
-            for weights in (self.folder / trial.name).glob("*.safetensors"):
-                weights.unlink()
+    def tidy(self, task: TaskT, returncode: int) -> None:
+        """Put in order what the process of a task has left, which ended with `returncode`."""
 
-    def outcome(self) -> BenchOutcome:
-        """Return the bench's rows as they are now."""
-        return BenchOutcome(self.folder, self.suite.file.name, list(self.rows.values()))
+    def finish(self) -> None:
+        """Make what is made of all rows."""
+
+    def options(self, first: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
+        """Return the options of a task's command: the images, what is `first`, how they are read, and what is `last`.
+
+        What an option of `last` says is not said before; a revision is that of the suite's own dataset.
+        """
+        read = vars(replace(self.suite.dataset, id=None, **({"revision": None} if self.settings.dataset else {})))
+        read = {"dataset-revision" if name == "revision" else name.replace("_", "-"): value
+                for name, value in read.items()}  # fmt: skip
+        read = {name: value for name, value in read.items() if name not in last}
+        return words({"dataset": self.dataset, **first, **read, **last, "precision": _asked(self.settings.precision)})
+
+    def place(self, task: TaskT) -> list[str]:
+        """Return the words that say where a task is run and where its result goes."""
+        return words({"output": self.folder / task.name, "device": _asked(self.settings.device)})
+
+    def claim(self, task: TaskT) -> IO[bytes] | None:
+        """Return the task's log, locked, or None where another run works on the task.
+
+        The lock is the kernel's: it ends with the last process that holds it, the task's own included.
+        """
+        place = self.beside(task, "log")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        log = place.open("ab")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            return None
+        return log
+
+    def start(self, task: TaskT, log: IO[bytes]) -> Running:
+        """Start the process of a task whose `log` has been claimed.
+
+        It has a session of its own, so that Ctrl-C comes to it once, from the run that started it.
+        """
+        argv = self.argv(task)
+        self.record(task)
+        log.truncate(0)
+        log.write(f"$ {shlex.join(['hfdetox', *argv])}\n".encode())
+        log.flush()
+        threads = {} if self.settings.threads is None else {"OMP_NUM_THREADS": str(self.settings.threads)}
+        process = subprocess.Popen([sys.executable, "-m", "hfdetox", *argv], env={**threads, **os.environ},
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   start_new_session=True)  # fmt: skip
+        return Running(process, log)
+
+    def record(self, task: TaskT, failed: str | None = None) -> None:
+        """Write NAME.json; why a task failed stays in it, and the task failed in the tables, until it is done."""
+        failed = failed or self.failed_before(task)
+        content = {**self.recorded(task), **self.how(), **({} if failed is None else {"failed": failed})}
+        write_atomically(self.beside(task, "json"), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def made(self, task: TaskT) -> dict[str, Any]:
+        """Return the content of NAME.json, nothing where there is none that can be read."""
+        try:
+            found = json.loads(self.beside(task, "json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        # an earlier version wrote paths that are within a word
+        return {**found, "command": redacted(found.get("command", []))} if isinstance(found, dict) else {}
+
+    def same(self, task: TaskT) -> bool:
+        """Tell whether NAME.json is of this very task."""
+        made = self.made(task)
+        return all(made.get(key) == value for key, value in self.recorded(task).items())
+
+    def failed_before(self, task: TaskT) -> str | None:
+        """Return why the task failed when it was run last, None where it did not."""
+        return self.made(task).get("failed") if self.same(task) else None
+
+    def reason(self, task: TaskT, process: subprocess.Popen[bytes]) -> str:
+        """Return why a process that has ended came to nothing, one line: its error, its signal or its last words."""
+        log = self.beside(task, "log")
+        said = log.read_bytes()[-_TAIL:].decode(errors="replace").split("\n", 1)[-1].splitlines()
+        errors = [match[1] for match in map(_ERROR.match, said) if match]
+        if errors:
+            return one_line(errors[-1])
+        if process.returncode < 0:
+            return f"killed by {signal.Signals(-process.returncode).name}; see {log}"
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        return f"exit status {process.returncode}: {one_line(last)}; see {log}"
+
+    def beside(self, task: TaskT, ending: str) -> Path:
+        """Return the path of NAME.ENDING."""
+        return self.folder / f"{task.name}.{ending}"
 
     def write(self) -> None:
-        """Write the bench's tables."""
-        self.outcome().write()
+        """Write the tables; what another run has done meanwhile is in them too."""
+        with locked(self.folder, self.folder, wait=LOCK_SECONDS):
+            replace(self.outcome(), rows=[self._newest(row) for row in self.rows.values()]).write()
 
-    def _run(self, trial: Trial) -> Path:
-        return self.folder / f"{trial.name}.run"
-
-    def _cell_folder(self, trial: Trial) -> Path:
-        return (self.place.zoo or Path()) / trial.subject.name
-
-    def _triggers(self, trial: Trial) -> Sequence[str]:
-        source = trial.subject.source
-        if isinstance(source, SubjectEntry):
-            return source.triggers
-        return [str(file) for file in sorted((self._cell_folder(trial) / "triggers").glob("*.safetensors"))]
-
-    def _source(self, trial: Trial) -> dict[str, Any]:
-        weights: Any = None
-        if not isinstance(trial.subject.source, SubjectEntry):
-            try:
-                report = json.loads((self._cell_folder(trial) / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))
-                weights = report["output"]["weights_sha256"]
-            except (OSError, ValueError, KeyError, TypeError):
-                weights = None
-        elif (folder := Path(trial.subject.source.model)).is_dir():
-            weights = [sha256_file(file) for file in sorted(folder.glob("*.safetensors"))]
-        return {
-            "model_weights": weights,
-            "triggers": [sha256_file(file) for file in given_files(self._triggers(trial))],
-        }
-
-    def _dataset_options(self) -> Iterator[str]:
-        entry = self.suite.dataset
-        for option in fields(entry):
-            value = getattr(entry, option.name)
-            # a revision is that of the suite's own dataset, and the samples are the attacks'
-            if option.name in ("id", "samples") or value is None or (
-                option.name == "revision" and self.place.dataset
-            ):  # fmt: skip
-                continue
-            flag = "dataset-revision" if option.name == "revision" else option.name.replace("_", "-")
-            yield from (f"--{flag}", str(value))
+    def _newest(self, row: Row) -> Row:
+        with contextlib.suppress(UsageError):
+            found = row if row.status not in OPEN else self.row(self.tasks[row.name])
+            return row if found.status == "not run" else found
+        return row
 
 
-def _check_there(what: str, name: str) -> None:
-    """Raise UsageError for a path that is not there; another name may be one of the Hub."""
-    if name.startswith((".", "/", "~")) and not Path(name).exists():
-        raise UsageError(f"{what} {name}: no such folder")
+def words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command: None is left out, a list or a mapping repeats its option."""
+    found = []
+    for name, value in options.items():
+        values = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
+        for item in values if isinstance(values, list | tuple) else [values]:
+            found += [] if item is None else [f"--{name}", str(item)]
+    return found
 
 
-def _fingerprint(folder: Path) -> str | None:
-    """Return the SHA-256 over the names and sizes of a folder's files, None where there is no such folder."""
-    if not folder.is_dir():
+def _asked(choice: str) -> str | None:
+    """Return a choice where one is made."""
+    return None if choice == "auto" else choice
+
+
+def given_files(specs: Sequence[str]) -> Iterator[Path]:
+    """Yield the trigger files and pictures that specifications name."""
+    for spec in specs:
+        kind, _, rest = spec.partition(":")
+        if spec.endswith(".safetensors"):
+            yield Path(spec)
+        else:
+            pairs = [item.partition("=") for item in rest.split(",")]
+            yield from (Path(value) for key, _, value in pairs if key in TRIGGERS[kind].tensor_fields())
+
+
+def weights_of(folder: Path) -> Any:
+    """Return the SHA-256 of the weights that an attack's report names, None where there is no such report."""
+    try:
+        return json.loads((folder / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))["output"]["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
-    return hashlib.sha256(listed.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,55 +1,185 @@
-"""Compares defenses: every trial of a suite by a process of its own, and the tables and pictures of all of them."""
+"""Runs tasks, each as a process of its own and several at a time: nothing is left running."""
 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic
 
-from hfdetox.bench.cell_runner import CellRunner, share_of_cores
-from hfdetox.bench.folder import Bench, BenchSettings
-from hfdetox.bench.plots import draw_bench
-from hfdetox.bench.suite_file import load_suite
-from hfdetox.bench.tables import BenchOutcome, check_place
-from hfdetox.errors import RunError
+from tqdm import tqdm
+
+from hfdetox.bench.folder import OPEN, Running, TaskFolder, TaskT
+from hfdetox.bench.tables import Row
+from hfdetox.errors import RunError, UsageError
+from hfdetox.progress import progress_bar
+
+_POLL = 0.2  # seconds between two looks at the processes
+_PATIENCE = 10.0  # seconds that an interrupted process gets for its last words
 
 
-def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str | None = None, jobs: int = 1,
-              precision: str = "auto", device: str = "auto", keep_models: bool = False,
-              progress: bool = False) -> BenchOutcome:  # fmt: skip
-    """Run what a suite's `bench` asks for and is not there; the same call goes on after a stop.
-
-    Args:
-        zoo: folder of the suite's models, as `hfdetox attack --suite` builds it.
-        dataset: Hub id or folder, in place of the suite's.
-        jobs: processes at a time; each gets its share of the cores unless OMP_NUM_THREADS is set.
-        precision: as `--precision` takes it.
-        device: as `--device` takes it.
-        keep_models: keep the cleaned models' weights; their reports and cards are kept in any case.
-        progress: say on standard error how each trial ended, and draw a bar.
+def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> None:
+    """Run what is not there in a folder of tasks.
 
     Raises:
-        UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no bench is in the
-            way; nothing was written.
-        RunError: the bench cannot be written. A trial that fails is not an error: its row says so.
-        KeyboardInterrupt: the processes are stopped, and `bench.json` says what was not run.
+        UsageError: something else is in the folder.
+        RunError: it cannot be written. A task that fails is not an error: its row says so.
+        KeyboardInterrupt: the processes are stopped, and the tables say what was not run.
     """
-    place = BenchSettings(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
-                       threads=share_of_cores(jobs), keep_models=keep_models)  # fmt: skip
-    suite = load_suite(file)
     try:
-        bench = Bench(suite, place)
-        check_place(output, suite.file.name, bench.cells)
-        output.mkdir(parents=True, exist_ok=True)
-        bench.tidy_done()
-        bench.write()
+        folder.outcome().check_place(folder.tasks)
+        folder.folder.mkdir(parents=True, exist_ok=True)
+        folder.write()
         try:
-            CellRunner(bench, jobs, progress=progress).run()
+            TaskRunner(folder, jobs, progress=progress).run()
         except BaseException:
-            # the pictures are of what there is; what goes wrong with them hides nothing else
+            # what goes wrong with the rest hides nothing
             with contextlib.suppress(RunError):
-                draw_bench(bench.outcome())
+                folder.finish()
             raise
-        draw_bench(bench.outcome())
+        folder.finish()
     except OSError as error:
-        raise RunError(f"cannot run the bench in {output}: {error.strerror or error}") from error
-    return bench.outcome()
+        raise RunError(f"cannot write the {folder.title} {folder.folder}: {error.strerror or error}") from error
+
+
+class TaskRunner(Generic[TaskT]):
+    """Runs the tasks of a folder that are not there and can be run, `jobs` at a time, in their order."""
+
+    def __init__(self, folder: TaskFolder[TaskT], jobs: int, *, progress: bool) -> None:
+        self.folder, self.jobs = folder, jobs
+        rows = folder.rows
+        # what is not run for a reason cannot be
+        self.waiting = {name: task for name, task in folder.tasks.items()
+                        if rows[name].status == "failed" or (rows[name].status == "not run" and not rows[name].reason)
+                        }  # fmt: skip
+        self.running: dict[str, Running] = {}
+        self.elsewhere: set[str] = set()
+        self.progress = progress
+        self.bar = progress_bar(folder.title, len(folder.tasks), " cells", shown=progress,
+                                done=len(folder.tasks) - len(self.waiting), keep=True)  # fmt: skip
+
+    def run(self) -> None:
+        """Run what is not there; on Ctrl-C the processes are stopped."""
+        with self.bar, self._stopping(), interruption() as interrupted:
+            while self.waiting or self.running:
+                if interrupted():
+                    raise KeyboardInterrupt
+                moved = [self._advance(task) for task in list(self.waiting.values())] + [self._collect()]
+                if not any(moved):
+                    time.sleep(_POLL)
+
+    def _advance(self, task: TaskT) -> bool:
+        """Start a waiting task if it can be; return whether it is waiting no longer."""
+        needed, rows = self.folder.needs(task), self.folder.rows
+        if len(self.running) >= self.jobs or needed in self.waiting or needed in self.running:
+            return False
+        if needed is not None and rows[needed].status == "failed":
+            return self._end(self.folder.tables.row(task, "failed", f"its clean model {needed} failed"))
+        log = self.folder.claim(task)
+        if log is None:
+            if task.name not in self.elsewhere:
+                self.elsewhere.add(task.name)
+                self._say(f"waiting: {task.name}: another run works on it")
+            return False
+        row, final = self._row(task)
+        if final or (task.name in self.elsewhere and row.status == "failed" != rows[task.name].status):
+            # another run has finished it, or has seen it fail since this one began
+            log.close()
+            return self._end(row)
+        self.running[task.name] = self.folder.start(self.waiting.pop(task.name), log)
+        return True
+
+    def _collect(self) -> bool:
+        """Take in the processes that have ended; return whether there were any."""
+        ended = [name for name, running in self.running.items() if running.process.poll() is not None]
+        for name in ended:
+            task, running = self.folder.tasks[name], self.running.pop(name)
+            # locked until all is in order
+            with running.log:
+                self.folder.tidy(task, running.process.returncode)
+                row, final = self._row(task)
+                if not final:
+                    row = self.folder.tables.row(task, "failed", self.folder.reason(task, running.process))
+                    self.folder.record(task, row.reason)
+            self._end(row)
+        return bool(ended)
+
+    def _row(self, task: TaskT) -> tuple[Row, bool]:
+        """Return the row of a task as it lies in the folder, and whether it is not to be run (again)."""
+        try:
+            row = self.folder.row(task)
+        except UsageError as error:
+            return self.folder.tables.row(task, "failed", str(error)), True
+        return row, row.status not in OPEN
+
+    def _end(self, row: Row) -> bool:
+        self.waiting.pop(row.name, None)
+        self.folder.rows[row.name] = row
+        self._say(row.line())
+        self.bar.update()
+        self.folder.write()
+        return True
+
+    def _say(self, line: str) -> None:
+        if self.progress:
+            tqdm.write(line, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Leave no process behind, however the block ends."""
+        try:
+            yield
+        finally:
+            processes = [running.process for running in self.running.values()]
+            try:
+                for process in processes:
+                    process.send_signal(signal.SIGINT)
+                deadline = time.monotonic() + _PATIENCE
+                while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+                    time.sleep(_POLL)
+            finally:
+                # who presses Ctrl-C twice does not want to wait
+                for process in processes:
+                    if process.poll() is None:
+                        # its workers as well, which hold the log's lock too
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether Ctrl-C or a termination has come; nothing is torn apart in the middle by it.
+
+    An exception out of a process's start would leave that process behind. A terminal that is closed counts too, unless
+    nohup has it ignored: its signal does not reach the tasks, which have sessions of their own. Threads other than the
+    main one cannot catch signals and are told of none.
+    """
+    come: list[int] = []
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        closed = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        numbers = [signal.SIGINT, signal.SIGTERM, *closed]
+    earlier = {number: signal.signal(number, lambda got, frame: come.append(got)) for number in numbers}
+    try:
+        yield lambda: bool(come)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def share_of_cores(jobs: int) -> int:
+    """Return the threads of one of `jobs` processes.
+
+    Raises:
+        UsageError: no job at all, or a launcher has started several of this process.
+    """
+    if jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {jobs}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("a suite starts its own processes: give --jobs N instead of a launcher of several")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // jobs)

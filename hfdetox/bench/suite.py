@@ -1,37 +1,90 @@
-"""Suites: models × triggers × ratios × seeds as the cells of a zoo, and the defenses that a bench tries on them."""
+"""What a suite file says: short YAML, every key known, every value of its type. Light: read before the libraries load.
+
+dataset: uoft-cs/cifar10                # or {id: …, image_column: …, …}; --dataset is used instead of the id
+training: {epochs: 10}                  # --set values of all cells
+models:
+  small: {model: "timm-arch:resnetv2_50", model_args: {layers: [1, 1, 1]}, input_size: 32, settings: {epochs: 12}}
+triggers:                               # names for specifications with settings of their own
+  ssba: {spec: "ssba:bits=32", settings: {encoder_epochs: 4}}
+grids:                                  # each is models × triggers × ratios × seeds (× targets × adaptive)
+  - {models: [small], triggers: [none, badnets, ssba], ratios: [0.1, 0.01], seeds: [0]}
+# for the bench; without `bench` it tries every defense on every attacked model of the grids
+defenses: {d3: d3:paper, strong: {defense: d3, settings: {lambda: 2}}}
+subjects:                               # models that are not of the zoo, and what is known of their triggers
+  hub: {model: org/model, triggers: ["badnets:size=3"], target: cat}
+bench:                                  # models × defenses × clean images × seeds; model_seeds are those of the zoo
+  - {models: [small], triggers: [badnets, ssba], ratios: [0.1], defenses: [d3, strong, ft], seeds: [0, 1, 2]}
+  - {subjects: [hub], defenses: [d3], samples: [0.05, 500]}
+"""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from hfdetox.bench.suite_yaml import SuiteError
-from hfdetox.config import NONE
-from hfdetox.models.initial import ARCHITECTURE
-from hfdetox.triggers.base import ALL_TO_ALL
+import yaml
 
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,39}")
-_LONGEST = 24  # letters kept of a text that cannot be a folder's name as it is
+from hfdetox.errors import UsageError
+from hfdetox.values import Shape, read_fields, shown, to_text
+
+T = TypeVar("T")
+
+
+class SuiteError(UsageError):
+    """A suite file that cannot be read or asks for what there is not; the message names the file and the key."""
+
+
+def _distinct(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    for i, item in enumerate(items):
+        if item in items[:i]:
+            raise UsageError(f"{shown(item)} is there twice")
+    return items
+
+
+def _scalars(value: Any, *kinds: type) -> bool:
+    return all(isinstance(item, (str, int, float, *kinds)) for item in (value if isinstance(value, list) else [value]))
+
+
+def _settings(given: dict[str, Any]) -> dict[str, str]:
+    return {key.replace("-", "_"): to_text(value) for key, value in given.items()}
+
+
+_VALUE = "must be a number, text, true, false or a list of these, got {}"
+Text = Annotated[str, Shape("must be text, got {}; put it in quotes", str.strip)]
+Count = Annotated[int, Shape("must be a whole number of at least 1, got {}", lambda n: n >= 1)]
+Seed = Annotated[int, Shape("must be a whole number of at least 0, got {}", lambda n: n >= 0)]
+Share = Annotated[float, Shape("must be above 0 and at most 1, such as 0.1, got {}", lambda x: 0 < x <= 1, make=float)]
+# as on the command line, a number with a point is a share
+Samples = Annotated[int | float, Shape("must be above 0 and at most 1, or a whole number of at least 1, got {}",
+                                       lambda n: n >= 1 if isinstance(n, int) else 0 < n <= 1)]  # fmt: skip
+Target = Annotated[str, Shape("must be text or a whole number of at least 0, got {}",
+                              lambda x: x.strip() if isinstance(x, str) else x >= 0, str | int, str)]  # fmt: skip
+Items = Annotated[tuple[T, ...], Shape("must be a list with at least one entry, got {}", bool, make=_distinct)]
+# `--set` values, as the command line takes them
+Settings = Annotated[
+    dict[str, str],
+    Shape(kind=dict[str, Annotated[Any, Shape(_VALUE, lambda x: _scalars(x, type(None)))]], make=_settings),
+]
+Arguments = dict[str, Annotated[Any, Shape(_VALUE, _scalars)]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetEntry:
     """The images of all cells, by the names of the command line's options; `id` is a Hub id or a local folder."""
 
-    id: str | None = None
-    config: str | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    revision: str | None = None
-    samples: int | float | None = None
-    eval_samples: int | None = None
+    SHORT: ClassVar = "id"
+
+    id: Text | None = None
+    config: Text | None = None
+    split: Text | None = None
+    eval_split: Text | None = None
+    image_column: Text | None = None
+    label_column: Text | None = None
+    revision: Text | None = None
+    samples: Samples | None = None
+    eval_samples: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +99,23 @@ class ModelEntry:
         settings: `--set` values of this model's cells.
     """
 
-    model: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-    input_size: int | None = None
-    init: str | None = None
-    settings: dict[str, str] = field(default_factory=dict)
+    SHORT: ClassVar = "model"
 
-    @property
-    def from_scratch(self) -> bool:
-        """Whether the weights are freshly drawn."""
-        return self.init is not None or self.model.startswith(ARCHITECTURE)
+    model: Text
+    model_args: Arguments = field(default_factory=dict)
+    input_size: Count | None = None
+    init: Literal["random"] | None = None
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerEntry:
     """A trigger with a name of its own: one or more specifications that go into one model, and `--set` values."""
 
-    specs: tuple[str, ...]
-    settings: dict[str, str] = field(default_factory=dict)
+    SHORT: ClassVar = "spec"
+
+    spec: Annotated[tuple[str, ...], Shape(kind=Text | Items[Text], make=lambda x: (x,) if isinstance(x, str) else x)]
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +124,29 @@ class GridEntry:
 
     Attributes:
         targets: the attacker's labels, names or indices, or `all-to-all`; None leaves the label to the attack.
-        adaptive: attackers' trainings such as `sam:rho=2`; None is the usual one.
+        adaptive: attackers' trainings such as `sam:rho=2`; None and `none` are the usual one.
     """
 
-    models: tuple[str, ...]
-    triggers: tuple[str, ...]
-    ratios: tuple[float, ...] = (0.1,)
-    seeds: tuple[int, ...] = (0,)
-    targets: tuple[str | None, ...] = (None,)
-    adaptive: tuple[str | None, ...] = (None,)
+    models: Items[Text]
+    triggers: Items[Text]
+    ratios: Items[Share] = (0.1,)
+    seeds: Items[Seed] = (0,)
+    targets: Items[Target | None] = (None,)
+    adaptive: Items[Text | None] = (None,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseEntry:
     """A defense that the bench tries, `NAME[:PRESET]`, and its `--set` values; a zoo is built without it."""
 
-    defense: str
-    settings: dict[str, str] = field(default_factory=dict)
+    SHORT: ClassVar = "defense"
+
+    defense: Text
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectEntry:
+class TargetEntry:
     """A model that is not of the zoo, and what is known of its triggers, as `hfdetox detox` takes them.
 
     Attributes:
@@ -102,132 +156,96 @@ class SubjectEntry:
         target: of triggers that name none.
     """
 
-    model: str
-    revision: str | None = None
-    triggers: tuple[str, ...] = ()
-    target: str | None = None
+    SHORT: ClassVar = "model"
+
+    model: Text
+    revision: Text | None = None
+    triggers: Items[Text] = ()
+    target: Target | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchEntry:
+class BenchEntry(GridEntry):
     """What the bench runs: every combination of models, defenses, numbers of clean images and seeds.
 
     Attributes:
-        grid: cells of the zoo.
+        models: of the zoo, as a grid has them; none for subjects alone.
+        model_seeds: those of the zoo's models; `seeds` are those of the defense.
         subjects: names of the suite's subjects.
         defenses: names of the suite's defenses, or `NAME[:PRESET]` each.
         samples: clean images of a defense, a share of the split or a count.
-        seeds: of the defense.
     """
 
-    defenses: tuple[str, ...]
-    grid: GridEntry | None = None
-    subjects: tuple[str, ...] = ()
-    samples: tuple[int | float, ...] = (0.05,)
-    seeds: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One model of a zoo.
-
-    Attributes:
-        name: its folder in the zoo; the same whatever else is in the suite.
-        model: name of the model.
-        entry: the model itself.
-        trigger: name of the trigger, `none` for a clean baseline.
-        specs: the trigger's specifications, empty for a clean baseline.
-        ratio: share of poisoned images, None for a clean baseline.
-        target: as in `GridEntry`.
-        adaptive: as in `GridEntry`.
-        settings: `--set` values: the suite's, then the model's, then the trigger's.
-    """
-
-    name: str
-    model: str
-    entry: ModelEntry
-    trigger: str
-    specs: tuple[str, ...]
-    ratio: float | None
-    seed: int
-    target: str | None
-    adaptive: str | None
-    settings: dict[str, str]
-
-    @property
-    def clean(self) -> bool:
-        """Whether this is a clean baseline."""
-        return not self.specs
-
-    @property
-    def control(self) -> str:
-        """The name of the clean baseline of the same model and seed."""
-        return clean_name(self.model, self.seed)
+    models: Items[Text] = ()
+    triggers: Items[Text] = ()
+    model_seeds: Items[Seed] = (0,)
+    subjects: Items[Text] = ()
+    defenses: Items[Text]
+    samples: Items[Samples] = (0.05,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
     """What a suite file says."""
 
+    dataset: DatasetEntry = field(default_factory=DatasetEntry)
+    training: Settings = field(default_factory=dict)
+    models: dict[str, ModelEntry] = field(default_factory=dict)
+    triggers: dict[str, TriggerEntry] = field(default_factory=dict)
+    grids: Items[GridEntry] = ()
+    defenses: dict[str, DefenseEntry] = field(default_factory=dict)
+    subjects: dict[str, TargetEntry] = field(default_factory=dict)
+    bench: Items[BenchEntry] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFile(Suite):
+    """A suite, and the file that says it."""
+
     file: Path
-    dataset: DatasetEntry
-    training: dict[str, str]
-    models: dict[str, ModelEntry]
-    triggers: dict[str, TriggerEntry]
-    grids: tuple[GridEntry, ...]
-    defenses: dict[str, DefenseEntry]
-    subjects: dict[str, SubjectEntry]
-    bench: tuple[BenchEntry, ...]
-
-    def cells(self) -> list[Cell]:
-        """Return every cell once: the clean baselines, then the others in the order of the file.
-
-        Raises:
-            SuiteError: two grids ask for the same cell, or two cells would have the same folder.
-        """
-        found: dict[str, tuple[int, Cell]] = {}
-        for number, grid in enumerate(self.grids):
-            for cell in self.cells_of(grid):
-                # some file systems do not tell upper from lower case
-                place, earlier = found.setdefault(cell.name.casefold(), (number, cell))
-                if earlier is cell or (place == number and cell.clean and earlier == cell):
-                    continue  # a clean baseline has no ratio or target: one cell of a grid for all of them
-                where = f"{self.file}: grids[{number}]: cell {cell.name}"
-                if earlier == cell:
-                    raise SuiteError(f"{where} is also in grids[{place}]; leave it out of one")
-                raise SuiteError(f"{where} and another cell would share one folder; rename a model or a trigger")
-        return sorted((cell for _, cell in found.values()), key=lambda cell: not cell.clean)
-
-    def cells_of(self, grid: GridEntry) -> Iterator[Cell]:
-        """Yield the cells of one grid; a clean baseline may come several times."""
-        combinations = product(grid.models, grid.triggers, grid.targets, grid.adaptive, grid.ratios, grid.seeds)
-        for model, trigger, target, adaptive, ratio, seed in combinations:
-            entry = self.models[model]
-            common: dict[str, Any] = {"model": model, "entry": entry, "trigger": trigger, "seed": seed}
-            if trigger == NONE:
-                yield Cell(**common, name=clean_name(model, seed), specs=(), ratio=None, target=None, adaptive=None,
-                           settings=self.training | entry.settings)  # fmt: skip
-                continue
-            named = self.triggers.get(trigger) or TriggerEntry(specs=(trigger,))
-            parts = [folder_part(model), folder_part(trigger)]
-            if target is not None:
-                parts.append(target if target == ALL_TO_ALL else f"to-{folder_part(target)}")
-            parts.append(repr(ratio).removesuffix(".0"))
-            if adaptive is not None:
-                parts.append(folder_part(adaptive))
-            yield Cell(**common, name="-".join([*parts, f"s{seed}"]), specs=named.specs, ratio=ratio, target=target,
-                       adaptive=adaptive, settings=self.training | entry.settings | named.settings)  # fmt: skip
 
 
-def clean_name(model: str, seed: int) -> str:
-    """Return the folder's name of a model's clean baseline."""
-    return f"{folder_part(model)}-clean-s{seed}"
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types; a key that is there twice is refused, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            mark = (key.tag, str(key.value))
+            if mark in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(mark)
+        return super().construct_mapping(node, deep=deep)
 
 
-def folder_part(text: str) -> str:
-    """Return `text` as a part of a folder's name: as it is where that is safe, else its letters and a hash of it."""
-    plain = text.replace(":", "_").replace(",", "_")
-    if _PLAIN.fullmatch(plain):
-        return plain
-    letters = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", text.rpartition("/")[2]).strip("-.")[:_LONGEST]
-    return f"{letters or 'x'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+def read_yaml(file: Path) -> Any:
+    """Return what a suite file says, as YAML's plain types; SuiteError when it cannot be read or is empty."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{file}: the suite cannot be read ({error}); give a YAML file") from error
+    try:
+        # a SafeLoader with one more check
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise SuiteError(f"{file}: the suite is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        raise SuiteError(f"{file}: the suite is empty; it needs models and grids, or subjects and a bench")
+    return content
+
+
+def read_suite(file: Path) -> SuiteFile:
+    """Return what a suite file says; that the names in it mean something is for `load_suite` to see.
+
+    Raises:
+        SuiteError: it cannot be read, is no YAML, has an unknown or missing key, or a value of the wrong type or range.
+    """
+    content = read_yaml(file)
+    try:
+        # a bench of models that are there needs neither
+        if isinstance(content, dict) and ("subjects" not in content or "grids" in content):
+            for key in {"models", "grids"} - set(content):
+                raise UsageError(f"{key} is missing")
+        return SuiteFile(file=file, **vars(read_fields("", Suite, content)))
+    except UsageError as error:
+        raise SuiteError(f"{file}: {error}") from error

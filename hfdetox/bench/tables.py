@@ -1,50 +1,197 @@
-"""What a bench found: one row a trial, as JSON (`bench.json`), CSV (`bench.csv`), Markdown (`bench.md`) and a table."""
+"""What came of a suite's tasks: one row each, as JSON, Markdown and CSV and on a terminal; those of the bench."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import pandas as pd
 from rich.box import SIMPLE
-from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from hfdetox._version import __version__
-from hfdetox.bench.cells import portable
-from hfdetox.bench.scores import HEADINGS, NARROW, RATES, USUAL, Line, averages, results
-from hfdetox.bench.trials import Trial
-from hfdetox.defenses import parse_defense
-from hfdetox.errors import RunError, UsageError
+from hfdetox.config import redact_paths
+from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement
 from hfdetox.evaluation.verdict import percent
+from hfdetox.files import locked, write_atomically
 from hfdetox.reporting import markdown
 from hfdetox.reporting.report import Report
 
-BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, TRIALS_CSV = "bench.json", "bench.md", "bench.csv", "trials.csv"
-PLOTS = "plots"
-OWN_FILES = frozenset({BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, TRIALS_CSV, PLOTS})
-Status = Literal["done", "failed", "not run"]
+LOCK_SECONDS = 60.0  # that a run waits for another to write its tables
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+class Row:
+    """A task and what came of it.
+
+    Attributes:
+        name: the task's folder.
+        status: `done`, `failed` or `not run`, and of an attack `did not take`: finished, but it missed its goal.
+        reason: why it failed or cannot be run, one line.
+    """
+
+    name: str
+    status: str
+    reason: str | None
+
+    def numbers(self) -> list[str]:
+        """Return what was measured, in words; nothing unless it is finished."""
+        raise NotImplementedError
+
+    def line(self) -> str:
+        """Return what is said when the task ends, such as `done: cell/ft-s0: ACC 91.0 %, ASR 3.0 %, DER 96.1 %, …`."""
+        said = ", ".join(self.numbers()) or self.reason
+        return f"{self.status}: {self.name}" + (f": {said}" if said else "")
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+@dataclass(frozen=True)
+class Tables(ABC, Generic[RowT]):
+    """What a run over a suite came to: one row a task, in the order in which they are run.
+
+    Attributes:
+        folder: where they are, and the tables of them.
+        suite: the name of the suite's file.
+    """
+
+    title: ClassVar[str]
+    files: ClassVar[tuple[str, ...]]
+
+    folder: Path
+    suite: str
+    rows: Sequence[RowT]
+
+    @property
+    def exit_status(self) -> int:
+        """0 when every task is done, 1 when one failed, missed its goal or was not run."""
+        return int(any(row.status != "done" for row in self.rows))
+
+    def summary(self) -> str:
+        """Return how many tasks came to what, on one line."""
+        return ", ".join(f"{count} {status}" for status, count in Counter(row.status for row in self.rows).items())
+
+    @staticmethod
+    @abstractmethod
+    def row(task: Any, status: str = "not run", reason: str | None = None, report: Any = None) -> Any:
+        """Return a task's row; of a finished one with what its report says."""
+
+    @abstractmethod
+    def document(self) -> dict[str, Any]:
+        """Return the content of the JSON file."""
+
+    @abstractmethod
+    def texts(self) -> dict[str, str]:
+        """Return the contents of the files beside it, by name."""
+
+    @abstractmethod
+    def read(self, document: Any) -> Any:
+        """Return what is asked of an earlier JSON file; KeyError or TypeError for one that is none."""
+
+    def whole(self) -> Self:
+        """Return what is to be written: also what the files that are there say of other suites."""
+        return self
+
+    def write(self) -> None:
+        """Write the files, each whole or not at all.
+
+        Raises:
+            UsageError: the JSON file that is there is none of hfdetox, or another run holds the folder for long.
+            RunError: they cannot be written.
+        """
+        with locked(self.folder, self.folder, wait=LOCK_SECONDS):
+            whole = self.whole()
+            text = json.dumps(whole.document(), indent=2, ensure_ascii=False) + "\n"
+            for name, content in {self.files[0]: text, **whole.texts()}.items():
+                write_atomically(self.folder / name, content)
+
+    def earlier(self) -> Any:
+        """Return what `read` makes of the JSON file that is there, None without one; UsageError if it is not ours."""
+        file = self.folder / self.files[0]
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(document["hfdetox_version"], str):
+                raise TypeError("hfdetox_version")
+            return self.read(document)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file} is no table that this hfdetox reads ({error!r}); choose another --output, or "
+                             "remove the file: what was made beside it is kept") from error  # fmt: skip
+
+    def check_place(self, tasks: Collection[str]) -> None:
+        """Raise UsageError unless `tasks` may be run in the folder: one missing or empty, or of the same kind.
+
+        A folder without the JSON file will do where nothing is in it but folders of these tasks, and tables to be made
+        again.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--output {self.folder} is a file; name a folder for the {self.title}")
+        there = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        foreign = sorted(name for name in there - {task.split("/")[0] for task in tasks} - set(self.files)
+                         if not name.startswith("."))  # fmt: skip
+        if foreign and self.files[0] not in there:
+            what = f"{markdown.one_line(foreign[0])}, and no {self.files[0]}"
+            raise UsageError(f"--output {self.folder} holds something else than this {self.title} ({what}); choose "
+                             "another folder")  # fmt: skip
+        self.earlier()
+
+
+def shown(value: Any, form: str = "") -> str:
+    """Return a value as a table shows it; one that is not known is a dash."""
+    return "–" if value is None else format(value, form)
+
+
+def redacted(argv: Sequence[str]) -> list[str]:
+    """Return a command without where on this machine things lie."""
+    return [redact_paths(word).removeprefix("./") if os.sep in word else word for word in argv]
+
+
+def rich_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str], *,
+               title: str = "", caption: str = "") -> Table:  # fmt: skip
+    """Return a table for the terminal; the columns `left` are texts."""
+    # Text, not markup: a name may be "[red]"
+    table = Table(box=SIMPLE, title=title and Text(title), caption=caption and Text(caption), title_justify="left",
+                  caption_justify="left")  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right")
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of equal keys as CSV; a cell that a spreadsheet would run is text."""
+
+    def safe(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+    return pd.DataFrame(rows, dtype=object).map(safe).to_csv(index=False, lineterminator="\n")
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    texts = (" | ".join(map(markdown.text, cells)) for cells in rows)
+    return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(f"| {text} |" for text in texts)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchRow:
-    """One trial and what came of it; the numbers are None unless it is done. Rates are fractions in [0, 1].
+class BenchRow(Row):
+    """One run of a defense and what came of it; the numbers are None unless it is done. Rates are fractions in [0, 1].
 
     Attributes:
-        name: the trial's folder.
         subject: the model it was run on; `model` and `attack` say what that is.
         defense: the suite's name of the defense; `method` is the defense's own, with all of its settings.
-        dataset: of a finished trial the id, of a folder the last part; `clean_images` and `eval_images` are counts.
+        dataset: of a finished run the id, of a folder the last part; `clean_images` and `eval_images` are counts.
         clean: whether the model is a clean baseline, which is in no average over attacks.
-        reason: why it failed or was not run, one line.
         attack_success_before: mean over the model's triggers, None for a model without; so are those after it.
         der: defense effectiveness rating, mean over the triggers, with its 95 % interval over images.
         worst_class_before: lowest accuracy of a class.
@@ -61,7 +208,7 @@ class BenchRow:
     samples: int | float
     seed: int
     clean: bool = False
-    status: Status = "not run"
+    status: str = "not run"
     reason: str | None = None
     method: str | None = None
     settings: dict[str, Any] | None = None
@@ -89,270 +236,36 @@ class BenchRow:
     clean_images: int | None = None
     eval_images: int | None = None
 
-    def line(self) -> str:
-        """Return what is said when the trial ends, such as `done: cell/ft-s0: ACC 91.0 %, ASR 3.0 %, DER 96.1 %, …`."""
-        said = f"{self.status}: {self.name}"
-        if self.accuracy is None or self.seconds is None:
-            return f"{said}: {self.reason}" if self.reason else said
-        attacked = [f"ASR {percent(self.attack_success)}"] if self.attack_success is not None else []
-        rated = [f"DER {percent(self.der)}"] if self.der is not None else []
-        return ", ".join([f"{said}: ACC {percent(self.accuracy)}", *attacked, *rated, f"{self.seconds:,.0f} s"])
+    def measured(self, report: Report) -> Self:
+        """Return the row of the finished run with what its report says."""
+        if report.before is None or report.after is None:
+            return self
+        defense, dataset = report.defense, report.dataset
+        rates: dict[str, Any] = {f"{key}_before": value for key, value in _rates(report.before).items()} | _rates(
+            report.after
+        )
+        if report.defense_effectiveness_rating is not None:
+            rating = report.defense_effectiveness_rating["mean"]
+            rates |= {"der": rating.value, "der_low": rating.interval[0], "der_high": rating.interval[1]}
+        run = {key: getattr(defense, key) for key in ("epochs", "steps", "seconds", "images_per_second", "peak_memory",
+                                                      "precision")}  # fmt: skip
+        return replace(self, status="done", method=defense.name, settings=defense.parameters, **rates, **run,
+                       device=", ".join(defense.devices), dataset=redacted([str(dataset.id)])[0],
+                       clean_images=dataset.clean_samples, eval_images=dataset.eval_samples)  # fmt: skip
 
-
-def row_of(trial: Trial, status: Status = "not run", *, reason: str | None = None,
-           report: Report | None = None) -> BenchRow:  # fmt: skip
-    """Return a trial's row; of a finished one with what its report says."""
-    method, _ = parse_defense(trial.entry.defense, trial.entry.settings)
-    row: dict[str, Any] = {
-        "name": trial.name, "subject": trial.subject.name, "model": trial.subject.model,
-        "attack": trial.subject.attack, "defense": trial.label, "samples": trial.samples, "seed": trial.seed,
-        "clean": trial.subject.clean, "method": method.name, "settings": method.settings(),
-    }  # fmt: skip
-    if report is not None and report.before is not None and report.after is not None:
-        defense, rating = report.defense, (report.defense_effectiveness_rating or {}).get("mean")
-        row |= {"method": defense.name, "settings": defense.parameters, "device": ", ".join(defense.devices)}
-        row |= {"dataset": portable([report.dataset.id])[0], "clean_images": report.dataset.clean_samples,
-                "eval_images": report.dataset.eval_samples}  # fmt: skip
-        row |= {key: getattr(defense, key) for key in ("epochs", "steps", "seconds", "images_per_second",
-                                                       "peak_memory", "precision")}  # fmt: skip
-        row |= {f"{key}_before": value for key, value in _rates(report.before).items()} | _rates(report.after)
-        if rating is not None:
-            row |= {"der": rating.value, "der_low": rating.interval[0], "der_high": rating.interval[1]}
-    return BenchRow(**row, status=status, reason=reason)
+    def numbers(self) -> list[str]:
+        """Return the rates after the defense, and its seconds."""
+        rates = {"ACC": self.accuracy, "ASR": self.attack_success, "DER": self.der}
+        found = [f"{name} {percent(rate)}" for name, rate in rates.items() if rate is not None]
+        return found if self.seconds is None else [*found, f"{self.seconds:,.0f} s"]
 
 
 def _rates(state: Measurement) -> dict[str, float]:
     """Return the rates of a measurement, those of triggers as their mean."""
-    found = {"accuracy": state.accuracy.value}
-    results = list(state.triggers.values())
+    found, results = {"accuracy": state.accuracy.value}, list(state.triggers.values())
     if results:
         found["attack_success"] = sum(r.attack_success_rate.value for r in results) / len(results)
         found["robust_accuracy"] = sum(r.robust_accuracy.value for r in results) / len(results)
     if state.classes is not None:
         found |= {"worst_class": state.classes.worst.value, "spread": state.classes.spread}
     return found
-
-
-@dataclass(frozen=True)
-class BenchOutcome:
-    """A bench after a run over its suite: one row a trial, in the order in which they are run."""
-
-    folder: Path
-    suite: str
-    rows: Sequence[BenchRow]
-
-    @property
-    def exit_status(self) -> int:
-        """0 when every trial is done, 1 when one failed or was not run."""
-        return int(any(row.status != "done" for row in self.rows))
-
-    def summary(self) -> str:
-        """Return how many trials came to what, on one line."""
-        counts = Counter(row.status for row in self.rows)
-        return ", ".join(f"{counts[status]} {status}" for status in ("done", "failed", "not run") if counts[status])
-
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """Return the method and the settings of every defense, by the suite's names."""
-        return {row.defense: {"method": row.method, **row.settings} for row in self.rows if row.settings is not None}
-
-    def document(self) -> dict[str, Any]:
-        """Return the content of `bench.json`; the settings are told once for each defense."""
-        trials = [{key: value for key, value in asdict(row).items() if key != "settings"} for row in self.rows]
-        return {
-            "schema_version": 1, "hfdetox_version": __version__, "suite": self.suite,
-            "measured": self.measured(), "defenses": self.settings(),
-            "averages": [line.document() for line in averages(self.rows)],
-            "results": [line.document() for line in results(self.rows)], "trials": trials,
-        }  # fmt: skip
-
-    def measured(self) -> dict[str, list[Any]]:
-        """Return on what the finished trials were run and measured; several values where they differ."""
-        done = [row for row in self.rows if row.status == "done"]
-        keys = ("dataset", "clean_images", "eval_images", "precision", "device")
-        # a method that trains nothing has no precision
-        return {
-            key: [v for v in dict.fromkeys(getattr(row, key) for row in done) if v not in (None, "")] for key in keys
-        }
-
-    def about(self) -> str:
-        """Return what `measured` says, on one line."""
-        words = {"no": "float32"}
-        data, clean, held, precision, device = (
-            " or ".join(f"{value:,}" if isinstance(value, int) else words.get(value, value) for value in values)
-            for values in self.measured().values()
-        )
-        if not data:
-            return "nothing is measured yet"
-        return f"{data}: {clean} clean images, measured on {held}; trained in {precision} on {device}"
-
-    def tables(self) -> BenchTables:
-        """Return what the terminal shows: every model, the averages; what failed or was not run, with reasons."""
-        notes = [*self._notes(), self.about(), f"settings other than the papers': {'; '.join(self._changed())}"]
-        return BenchTables([*results(self.rows), *averages(self.rows)], notes)
-
-    def problems(self) -> str | None:
-        """Return on one line what failed or was not run, None where all is done."""
-        if not self.exit_status:
-            return None
-        return f"{self.summary()}: {'; '.join(self._notes())}"
-
-    def markdown(self) -> str:
-        """Return the content of `bench.md`: averages, every model, the settings, and what failed."""
-        lines = ["# Bench", "", self.summary(), "", markdown.text(self.about()), "", _LEGEND, ""]
-        for title, group in (("Averages", averages(self.rows)), ("Every model", results(self.rows))):
-            lines += [f"## {title}", ""]
-            for place in dict.fromkeys(line.place for line in group):
-                lines += [
-                    f"### {markdown.text(place)}",
-                    "",
-                    *_markdown_table([x for x in group if x.place == place]),
-                    "",
-                ]
-        lines += ["## Settings", "", f"Fixed by the suite before anything was run; {self._knowing()}.", ""]
-        for name, settings in self.settings().items():
-            shown = ", ".join(f"{key}={_plain(value)}" for key, value in settings.items() if key != "method")
-            lines.append("- " + markdown.text(f"{name} ({settings['method']}): {shown}"))
-        notes = [f"- {markdown.text(note)}" for note in self._notes()]
-        return "\n".join([*lines, *(["", "## Failed or not run", "", *notes] if notes else []), ""])
-
-    def lines_csv(self) -> str:
-        """Return the content of `bench.csv`: the lines of the tables, with rates as fractions."""
-        rows = []
-        for kind, group in (("average", averages(self.rows)), ("model", results(self.rows))):
-            for line in group:
-                row = {"table": kind, **line.document(), "attacks": "; ".join(line.attacks)}
-                row = {key: value for key, value in row.items() if key not in line.scores}
-                for key in RATES:
-                    found = line.scores.get(key)
-                    row |= {key: found and found.mean, f"{key}_half_width": found and found.half_width}
-                rows.append(row)
-        return _csv(rows)
-
-    def trials_csv(self) -> str:
-        """Return the content of `trials.csv`: a line a trial."""
-        return _csv([asdict(row) | {"settings": json.dumps(row.settings)} for row in self.rows])
-
-    def write(self) -> None:
-        """Write the four files, each whole or not at all; RunError when one cannot be."""
-        text = json.dumps(self.document(), indent=2, ensure_ascii=False) + "\n"
-        contents = {BENCH_JSON: text, BENCH_MARKDOWN: self.markdown(), BENCH_CSV: self.lines_csv(),
-                    TRIALS_CSV: self.trials_csv()}  # fmt: skip
-        for name, content in contents.items():
-            fresh = self.folder / f".{name}.{os.getpid()}"
-            try:
-                fresh.write_text(content, encoding="utf-8")
-                os.replace(fresh, self.folder / name)
-            except OSError as error:
-                raise RunError(f"cannot write {self.folder / name}: {error.strerror or error}") from error
-
-    def _changed(self) -> list[str]:
-        """Return of every defense the settings that are not its method's defaults, such as `d3: epochs=20`."""
-        said = []
-        for name, settings in self.settings().items():
-            default = parse_defense(settings["method"])[0].settings()
-            changed = [f"{key}={_plain(value)}" for key, value in settings.items() if default.get(key, value) != value]
-            said.append(f"{name}: {' '.join(changed) or 'none'}")
-        return said
-
-    def _knowing(self) -> str:
-        """Return which defenses were given a trigger."""
-        told = [name for name, settings in self.settings().items() if settings.get("trigger")]
-        return f"given a trigger: {markdown.text(', '.join(told))}" if told else "no method sees a trigger"
-
-    def _notes(self) -> list[str]:
-        """Return a line for each failed trial, and one for those that were not run."""
-        notes = [row.line() for row in self.rows if row.status == "failed"]
-        left = Counter(row.reason or "not run yet" for row in self.rows if row.status == "not run")
-        return notes + [f"not run: {count} ({reason})" for reason, count in left.items()]
-
-
-@dataclass(frozen=True)
-class BenchTables:
-    """The tables of a terminal, one for each model and attack or set of attacks; a narrow one has fewer columns."""
-
-    lines: Sequence[Line]
-    notes: Sequence[str]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        unbound = options.update_width(_UNBOUND)
-        for headings in (HEADINGS, USUAL, NARROW):
-            tables = self._tables(headings)
-            # numbers are never cut, and all tables have the same columns
-            if all(console.measure(table, options=unbound).maximum <= options.max_width for table in tables):
-                break
-        yield from tables
-        yield from map(Text, self.notes)
-
-    def _tables(self, headings: Sequence[str]) -> list[Table]:
-        tables = []
-        for place in dict.fromkeys(line.place for line in self.lines):
-            # Text, not markup: a defense may be named "[red]"
-            table = Table(box=SIMPLE, title=Text(place), title_justify="left")
-            for heading in headings:
-                # what has no room in the narrowest is the name
-                name = heading == "defense"
-                table.add_column(heading, justify="left" if name else "right", no_wrap=not name, overflow="fold")
-            for line in self.lines:
-                if line.place == place:
-                    cells = dict(zip(HEADINGS, line.cells(), strict=True))
-                    table.add_row(*(Text(cells[heading]) for heading in headings))
-            tables.append(table)
-        return tables
-
-
-_UNBOUND = 1000  # columns, more than any table has
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_LEGEND = (
-    "Rates in percent; ± is half a 95 % interval over seeds (Student's t: of two or three seeds so wide that it may "
-    "reach beyond 0 and 100). DER is the defense effectiveness rating, worst the accuracy of the worst class, "
-    "spread the standard deviation over the classes; '× ft' the method's seconds over those of the suite's defense "
-    "named ft on the same model, the median over attacks. Runs that share a machine (`--jobs`) slow each other "
-    "down, so seconds are rough. Memory is the GPU's, or on a CPU the most that the process held since its start. "
-    "Seeds that were not run on all models are left out ('1 of 3'); a line with a failed run has no numbers."
-)
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows of equal keys as CSV; a cell that a spreadsheet would run is text."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
-                         for key, value in row.items()})  # fmt: skip
-    return stream.getvalue()
-
-
-def _markdown_table(lines: Sequence[Line]) -> list[str]:
-    rows = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
-    return rows + [f"| {' | '.join(map(markdown.text, line.cells()))} |" for line in lines]
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def check_place(output: Path, suite: str, trials: Collection[str]) -> None:
-    """Raise UsageError unless the suite's bench may be run in `output`: a folder missing or empty, or its own bench.
-
-    One without `bench.json` is its own where nothing is in it but folders of `trials`, and tables to be made again.
-    """
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file; name a folder for the bench")
-    there = {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.exists() else set()
-    foreign = sorted(there - {name.split("/")[0] for name in trials} - OWN_FILES)
-    if foreign and BENCH_JSON not in there:
-        raise UsageError(f"--output {output} holds something else than this bench "
-                         f"({markdown.one_line(foreign[0])}, and no {BENCH_JSON}); choose another folder")  # fmt: skip
-    if BENCH_JSON in there:
-        try:
-            table = json.loads((output / BENCH_JSON).read_text(encoding="utf-8"))
-            of, done = table["suite"], {trial["name"] for trial in table["trials"] if trial["status"] == "done"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{output / BENCH_JSON} is no table that this hfdetox reads ({error!r}); choose another "
-                             "--output, or remove the file: the runs beside it are kept") from error  # fmt: skip
-        # a suite of the same name may be another one
-        if of != suite or (done and done.isdisjoint(trials)):
-            whose = f"another {of}" if of == suite else of
-            raise UsageError(f"--output {output} is the bench of {whose}; choose another folder, or remove its "
-                             f"{BENCH_JSON} to make it that of {suite}: runs of equal settings are kept")  # fmt: skip

@@ -177,7 +177,7 @@ def bench(line: CommandLine) -> None:
         prepare_console(shown)
         arguments = bench_arguments(line)
         check_torchvision()
-        from hfdetox.bench.runner import run_bench
+        from hfdetox.bench.bench import run_bench
 
         outcome = run_bench(**arguments, progress=shows_progress(shown))
         folder = f"{outcome.folder}{os.sep}"

@@ -15,7 +15,7 @@ import typer
 
 from hfdetox._version import __version__
 from hfdetox.arguments import Option, Options, options_of
-from hfdetox.bench.suite_yaml import read_yaml
+from hfdetox.bench.suite import read_yaml
 from hfdetox.config import NONE, PANELS, AttackConsole, AttackOptions, BenchOptions, DetoxOptions
 from hfdetox.errors import UsageError
 from hfdetox.values import read, read_pair, read_untyped, to_text

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hfdetox.bench.cell_runner import CellRunner
-from hfdetox.bench.suite_file import load_suite
-from hfdetox.bench.suite_yaml import SuiteError
-from hfdetox.bench.zoo import run_suite
-from hfdetox.bench.zoo_folder import Zoo, ZooSettings
-from hfdetox.bench.zoo_table import SuiteOutcome, row_of
+from hfdetox.bench.folder import Settings
+from hfdetox.bench.runner import TaskRunner
+from hfdetox.bench.suite import SuiteError
+from hfdetox.bench.tasks import load_suite, zoo_tasks
+from hfdetox.bench.zoo import Zoo, ZooRow, ZooTables, run_suite
 from hfdetox.errors import UsageError
+from hfdetox.evaluation.metrics import rate
 from tests import image_data
+from tests.attacked import attack_report
 from tests.zoos import ATTACKED, CLEAN, FAILED, MODEL, SUITE, write
 
 # a part of SUITE
@@ -112,8 +115,10 @@ def test_the_table_says_what_the_reports_say(built):
 
 def test_a_cell_that_failed_is_run_again(built, pictures):
     file, zoo, _ = built
-    again = Zoo(load_suite(file), ZooSettings(output=zoo, dataset=str(pictures)))
-    assert [cell.name for cell in CellRunner(again, 1, progress=False).waiting] == [FAILED]
+    again = Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures)))
+    assert list(TaskRunner(again, 1, progress=False).waiting) == [FAILED]
+    # until it is done it stays failed in every table, also while it is run again
+    assert (again.rows[FAILED].status, "cow" in again.rows[FAILED].reason) == ("failed", True)
 
 
 def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_env):
@@ -139,8 +144,8 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     }
     assert not (tmp_path / "zoo" / CLEAN).exists()
     # its process is gone, and with it the lock
-    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), ZooSettings(output=tmp_path / "zoo", dataset=str(pictures)))
-    zoo.claim(zoo.cells[CLEAN]).close()
+    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), Settings(output=tmp_path / "zoo", dataset=str(pictures)))
+    zoo.claim(zoo.tasks[CLEAN]).close()
 
 
 def wait_for(condition, seconds=180):
@@ -174,7 +179,7 @@ def test_a_report_that_cannot_be_read_is_named(copied, pictures):
 def test_the_zoo_may_move_with_its_dataset(copied, pictures, tmp_path):
     file, zoo = copied
     shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
-    place = ZooSettings(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
+    place = Settings(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
     assert Zoo(load_suite(file), place).rows[CLEAN].status == "done"
 
 
@@ -183,7 +188,7 @@ def test_an_attack_that_did_not_take_is_finished(copied, pictures, succeeded, st
     file, zoo = copied
     path = zoo / ATTACKED / "attack_report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"succeeded": succeeded}))
-    assert Zoo(load_suite(file), ZooSettings(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
+    assert Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
 
 
 @pytest.mark.parametrize(
@@ -225,10 +230,14 @@ def test_a_folder_of_others_is_left_as_it_is(tmp_path, name):
 
 
 def test_a_second_suite_keeps_the_rows_of_the_first(tmp_path):
-    clean, failed, attacked = load_suite(write(tmp_path, SUITE)).cells()
+    clean, failed, attacked = zoo_tasks(load_suite(write(tmp_path, SUITE)))
     (tmp_path / "zoo").mkdir()
-    SuiteOutcome(tmp_path / "zoo", [row_of(clean), row_of(failed, "failed", reason="no room")]).write()
-    second = SuiteOutcome(tmp_path / "zoo", [row_of(clean, "failed", reason="too dark"), row_of(attacked)])
+    ZooTables(
+        tmp_path / "zoo", "suite.yaml", [ZooTables.row(clean), ZooTables.row(failed, "failed", reason="no room")]
+    ).write()
+    second = ZooTables(
+        tmp_path / "zoo", "suite.yaml", [ZooTables.row(clean, "failed", reason="too dark"), ZooTables.row(attacked)]
+    )
     second.write()
     written = json.loads((tmp_path / "zoo" / "zoo.json").read_text())
     assert [(cell["name"], cell["reason"]) for cell in written["cells"]] == [
@@ -241,27 +250,63 @@ def test_a_second_suite_keeps_the_rows_of_the_first(tmp_path):
     assert second.summary() == "1 failed, 1 not run"
 
 
+def write_rows(folder, name):
+    """Add rows one after the other, as a suite of its own would."""
+    for number in range(40):
+        row = ZooRow(
+            name=f"{name}-{number}", model=name, trigger="none", ratio=None, seed=0, target=None, adaptive=None
+        )
+        ZooTables(folder, "suite.yaml", [row]).write()
+
+
+def test_suites_that_build_one_zoo_at_the_same_time_lose_no_row(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_rows, args=(tmp_path, name)) for name in ("a", "b")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    written = json.loads((tmp_path / "zoo.json").read_text())
+    assert {cell["name"] for cell in written["cells"]} == {f"{name}-{i}" for name in "ab" for i in range(40)}
+    assert {path.name for path in tmp_path.iterdir()} == {"zoo.json", "zoo.md"}
+
+
+def test_what_another_run_of_the_suite_did_stays_in_the_table(built, pictures):
+    """A run that began earlier knows nothing of it: what lies in the folder counts."""
+    file, zoo, _ = built
+    earlier = Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures)))
+    earlier.rows = {name: ZooTables.row(task) for name, task in earlier.tasks.items()}
+    before = (zoo / "zoo.json").read_text()
+    earlier.write()
+    assert json.loads((zoo / "zoo.json").read_text()) == json.loads(before)
+
+
 def test_rows_in_words(tmp_path):
-    cells = load_suite(write(tmp_path, SUITE)).cells()
+    cells = zoo_tasks(load_suite(write(tmp_path, SUITE)))
     attacked = cells[2]
-    result = {
-        "kind": "badnets", "target": 0, "psnr": 28.04, "max_change": 255, "cross_accuracy": None,
-    }  # fmt: skip
-    report = {
-        "attack": {"epochs": 2, "seconds": 61.7, "images_per_second": 1234.5, "triggers": {"badnets": result}},
-        "after": {
-            "accuracy": {"value": 0.8125},
-            "triggers": {"badnets": {"attack_success_rate": {"value": 1.0}, "robust_accuracy": {"value": 0.0}}},
-        },
-    }
-    rows = [row_of(cells[0]), row_of(cells[1], "failed", reason="no room"), row_of(attacked, "done", report=report)]
+    whole = attack_report()
+    dot = replace(whole.attack.triggers["dot"], kind="badnets", target=0, psnr=28.04, max_change=255,
+                  cross_accuracy=None)  # fmt: skip
+    measured = whole.after.triggers["dot"]
+    report = replace(
+        whole, succeeded=True,
+        attack=replace(whole.attack, epochs=2, seconds=61.7, images_per_second=1234.5, triggers={"badnets": dot}),
+        after=replace(whole.after, accuracy=rate(13, 16), triggers={
+            "badnets": replace(measured, attack_success_rate=rate(20, 20), robust_accuracy=rate(0, 20))}),
+    )  # fmt: skip
+    rows = [
+        ZooTables.row(cells[0]),
+        ZooTables.row(cells[1], "failed", reason="no room"),
+        ZooTables.row(attacked, report=report),
+    ]
     assert rows[2].line() == f"done: {ATTACKED}: ACC 81.2 %, ASR 100.0 %, RA 0.0 %, 62 s, 1,234 images/s"
     assert rows[1].line() == f"failed: {FAILED}: no room"
-    outcome = SuiteOutcome(Path(), rows)
+    outcome = ZooTables(Path(), "suite.yaml", rows)
     assert outcome.summary() == "1 not run, 1 failed, 1 done"
     assert list(rows[2].table_rows()) == [
         [ATTACKED, "badnets", "0", "0.2", "done", "81.2 %", "100.0 %", "0.0 %", "–", "28.0", "255", "2", "62", "1,234"]
     ]
     assert list(rows[0].table_rows()) == [[CLEAN, "none", "–", "–", "not run", *["–"] * 9]]
     assert outcome.exit_status == 1
-    assert SuiteOutcome(Path(), rows[2:]).exit_status == 0
+    assert ZooTables(Path(), "suite.yaml", rows[2:]).exit_status == 0

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hfdetox.bench.cell_runner import CellRunner
-from hfdetox.bench.folder import Bench, BenchSettings
+from hfdetox.bench.bench import Bench, run_bench
+from hfdetox.bench.folder import Settings
 from hfdetox.bench.plots import draw_bench
-from hfdetox.bench.runner import run_bench
-from hfdetox.bench.suite_file import load_suite
+from hfdetox.bench.runner import TaskRunner
+from hfdetox.bench.tasks import load_suite
 from hfdetox.bench.zoo import run_suite
 from hfdetox.errors import UsageError
 from hfdetox.reporting.report import Report
@@ -121,34 +121,53 @@ def test_the_pictures_are_drawn(ran, tmp_path):
 
 def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
-    assert [trial.name for trial in CellRunner(again, 1, progress=False).waiting] == [BROKEN]
-    assert not (bench / f"{BROKEN}.run").exists(), "a failed run would only fail again where it was"
+    again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    assert list(TaskRunner(again, 1, progress=False).waiting) == [BROKEN]
     # until it is done it stays failed in every table, also while it is run again
     assert (again.rows[BROKEN].status, "loss is not finite" in again.rows[BROKEN].reason) == ("failed", True)
-    broken = again.cells[BROKEN]
+    broken = again.tasks[BROKEN]
     kept = again.beside(broken, "json").read_text()
-    again.record(broken, again.extras(broken))
+    again.record(broken)
     assert again.row(broken).status == "failed"
     assert again.beside(broken, "json").read_text() == kept
 
 
-def test_a_trial_killed_while_it_began_is_begun_anew(ran, zoo):
+def test_a_run_that_failed_goes_on_from_where_it_was_as_its_message_says(ran, zoo):
     file, bench, _ = ran
-    place = BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    run = bench / f"{BROKEN}.run"
+    assert (run / "run.json").is_file()
+    assert again.argv(again.tasks[BROKEN]) == ["detox", "--resume", str(run)]
+
+
+def test_a_run_that_cannot_go_on_is_begun_anew(ran, zoo, tmp_path):
+    """As where another version of hfdetox wrote the checkpoints: exit status 2."""
+    bench = shutil.copytree(ran[1], tmp_path / "bench")
+    again = Bench(load_suite(ran[0]), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    broken = again.tasks[BROKEN]
+    for status, kept in ((1, True), (3, True), (130, True), (-9, True), (2, False)):
+        again.tidy(broken, status)
+        assert (bench / f"{BROKEN}.run").exists() == kept, status
+    assert "--output" in again.argv(broken)
+
+
+def test_a_run_killed_while_it_began_is_begun_anew(ran, zoo, tmp_path):
+    file, bench = ran[0], shutil.copytree(ran[1], tmp_path / "bench")
+    place = Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     again = Bench(load_suite(file), place)
     run = bench / f"{BROKEN}.run"
-    (run / "triggers").mkdir(parents=True)
-    assert "--output" in again.words(again.cells[BROKEN])
+    # its folder is there, and nothing is recorded in it
+    (run / "run.json").unlink()
+    assert "--output" in again.argv(again.tasks[BROKEN])
     assert not run.exists()
 
 
 def test_weights_left_by_a_stopped_bench_are_put_in_order(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     left = bench / BADNETS / "ft-n40-s0" / "model.safetensors"
     left.write_bytes(b"x")
-    again.tidy_done()
+    again.finish()
     assert not left.exists()
 
 
@@ -198,7 +217,7 @@ def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_
 def test_a_run_with_other_defaults_is_not_taken_for_this_one_s(ran, zoo, tmp_path):
     """A version of hfdetox may change what the command does not name."""
     bench = shutil.copytree(ran[1], tmp_path / "bench")
-    place = BenchSettings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     assert Bench(load_suite(ran[0]), place).rows[f"{BADNETS}/ft-n40-s0"].status == "done"
     file = bench / BADNETS / "ft-n40-s0" / "detox_report.json"
     content = json.loads(file.read_text())
@@ -223,21 +242,21 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "what is finished stays: give the same command again to go on" in said
-    place = BenchSettings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = Settings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     stopped = Bench(load_suite(file), place)
-    (cell,) = stopped.cells.values()
+    (cell,) = stopped.tasks.values()
     assert stopped.rows[cell.name].status == "not run"
-    assert stopped.words(cell) == ["detox", "--resume", f"{trial}.run"]
+    assert stopped.argv(cell) == ["detox", "--resume", f"{trial}.run"]
     # what was begun on another device is begun anew
     elsewhere = Bench(load_suite(file), replace(place, device="cpu"))
     assert elsewhere.row(cell).status == "not run"
     shutil.copytree(f"{trial}.run", tmp_path / "kept")
-    assert "--output" in elsewhere.words(cell)
+    assert "--output" in elsewhere.argv(cell)
     shutil.copytree(tmp_path / "kept", f"{trial}.run")
     # so is what was begun by another command
     other = Bench(load_suite(write(tmp_path, file.read_text().replace("epochs: 100000", "epochs: 2"))), place)
-    (cell,) = other.cells.values()
-    assert "--output" in other.words(cell)
+    (cell,) = other.tasks.values()
+    assert "--output" in other.argv(cell)
     assert not Path(f"{trial}.run").exists()
 
 
@@ -273,18 +292,18 @@ def test_a_model_of_this_machine_must_be_there(tmp_path):
 def test_a_trial_that_another_run_saw_fail_is_not_run_again(ran, zoo, tmp_path):
     """It waited for the other run's lock; what had failed before this run began is tried again."""
     file, _, _ = ran
-    place = BenchSettings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = Settings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     place.output.mkdir()
     bench = Bench(load_suite(file), place)
-    cell = bench.cells[BROKEN]
-    runner = CellRunner(bench, 1, progress=False)
+    cell = bench.tasks[BROKEN]
+    runner = TaskRunner(bench, 1, progress=False)
     with bench.claim(cell):
         assert not runner._advance(cell)
-    bench.remember(cell, "boom after three hours")
+    bench.record(cell, "boom after three hours")
     assert runner._advance(cell)
     assert (bench.rows[BROKEN].status, bench.rows[BROKEN].reason) == ("failed", "boom after three hours")
     assert runner.running == {}
-    assert bench.rows[BROKEN].name in {c.name for c in CellRunner(bench, 1, progress=False).waiting}
+    assert bench.rows[BROKEN].name in TaskRunner(bench, 1, progress=False).waiting
 
 
 def test_a_trial_given_another_trigger_file_is_another(tmp_path):
@@ -296,8 +315,8 @@ def test_a_trial_given_another_trigger_file_is_another(tmp_path):
     records = []
     for size in (2, 3):
         parse_trigger(f"badnets:size={size}").save(trigger)
-        bench = Bench(load_suite(write(tmp_path, text)), BenchSettings(output=tmp_path / "out"))
-        records += [bench.recorded(trial) for trial in bench.cells.values()]
+        bench = Bench(load_suite(write(tmp_path, text)), Settings(output=tmp_path / "out"))
+        records += [bench.recorded(trial) for trial in bench.tasks.values()]
     assert records[0]["command"] == records[1]["command"]
     assert len(records[0]["triggers"]) == 1
     assert records[0]["triggers"] != records[1]["triggers"]
@@ -316,11 +335,11 @@ dataset: {id: org/pictures, revision: abc, image_column: img, eval_samples: 100}
 subjects: {hub: {model: org/there, triggers: ["badnets:size=2"], target: cat, revision: v1}}
 bench: [{subjects: [hub], defenses: [{}], samples: [500], seeds: [3]}]
 """.replace("{}", "'d3:code'")
-    bench = Bench(load_suite(write(tmp_path, text)), BenchSettings(output=tmp_path / "out", device="cpu"))
-    (trial,) = bench.cells.values()
+    bench = Bench(load_suite(write(tmp_path, text)), Settings(output=tmp_path / "out", device="cpu"))
+    (trial,) = bench.tasks.values()
     assert bench.command(trial) == [
         "detox", "org/there", "--dataset", "org/pictures", "--image-column", "img", "--dataset-revision", "abc",
         "--eval-samples", "100", "--defense", "d3:code", "--seed", "3", "--trigger", "badnets:size=2",
         "--target", "cat", "--revision", "v1", "--samples", "500",
     ]  # fmt: skip
-    assert bench.words(trial)[-4:] == ["--output", str(tmp_path / "out" / "hub" / "d3_code-n500-s3"), "--device", "cpu"]
+    assert bench.argv(trial)[-4:] == ["--output", str(tmp_path / "out" / "hub" / "d3_code-n500-s3"), "--device", "cpu"]

@@ -7,14 +7,13 @@ import io
 import multiprocessing
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from hfdetox.bench.plots import draw_bench, draw_heatmap, draw_scatter
-from hfdetox.bench.scores import averages, results, score
-from hfdetox.bench.tables import BenchOutcome, BenchRow, check_place
+from hfdetox.bench.summary import BenchTables, averages, results
+from hfdetox.bench.tables import BenchRow
 from hfdetox.errors import UsageError
 
 DONE = BenchRow(
@@ -46,14 +45,16 @@ def texts(lines):
 
 
 def test_the_interval_over_seeds():
-    assert score([0.25]).half_width is None
-    assert score([0.25]).mean == 0.25
+    one, two, three = (
+        results([row(seed=seed, der=value) for seed, value in enumerate(values)])[1].scores["der"]
+        for values in ([0.25], [0.4, 0.6], [0.1, 0.2, 0.3])
+    )
+    assert (one.mean, one.half_width) == (0.25, None)
     # 0.4 and 0.6: mean 0.5, s = 0.1414, s/√2 = 0.1, t(0.975, 1) = 12.706
-    two = score([0.4, 0.6])
     assert two.mean == pytest.approx(0.5)
     assert two.half_width == pytest.approx(1.2706, abs=1e-4)
     # 0.1, 0.2, 0.3: s = 0.1, s/√3 = 0.057735, t(0.975, 2) = 4.302653
-    assert score([0.1, 0.2, 0.3]).half_width == pytest.approx(0.248414, abs=1e-6)
+    assert three.half_width == pytest.approx(0.248414, abs=1e-6)
 
 
 def test_one_model_with_several_defenses_and_seeds():
@@ -85,7 +86,7 @@ def test_averages_compare_defenses_on_the_same_attacks_only():
                            ("m: a, b, c", "before"), ("m: a, b, c", "ft")]  # fmt: skip
 
 
-def test_a_failed_trial_is_never_left_out_of_an_average():
+def test_a_failed_run_is_never_left_out_of_an_average():
     rows = [row("a"), row("b"), row("a", "clp"), undone("failed", "no BatchNorm", attack="b", defense="clp")]
     found = texts(averages(rows))
     assert found["m: a, b", "ft"][2] == "80.0"
@@ -142,7 +143,7 @@ def test_before_is_of_the_same_seeds_as_after() -> None:
     assert after.scores["accuracy_lost"].half_width == pytest.approx(0, abs=1e-12)
 
 
-def test_clean_controls_have_a_line_and_are_in_no_average():
+def test_clean_baselines_have_a_line_and_are_in_no_average():
     measured = ("attack_success_before", "attack_success", "robust_accuracy_before", "robust_accuracy", "der")
     gone = dict.fromkeys(measured)
     rows = [row("a"), row("b"), row("clean-s1", clean=True, **gone)]
@@ -153,7 +154,7 @@ def test_clean_controls_have_a_line_and_are_in_no_average():
 def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
     bad = undone("failed", "clp: [red]no BatchNorm[/red] | here", attack="b", defense="clp")
     absent = undone(reason="the zoo has no model m-a-0.1-s0", defense="x")
-    outcome = BenchOutcome(tmp_path, "suite.yaml", [row(), row("b"), bad, absent])
+    outcome = BenchTables(tmp_path, "suite.yaml", [row(), row("b"), bad, absent])
     assert outcome.exit_status == 1
     assert outcome.summary() == "2 done, 1 failed, 1 not run"
     outcome.write()
@@ -165,17 +166,17 @@ def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
     header, first, *_ = (tmp_path / "trials.csv").read_text().splitlines()
     assert header.startswith("name,subject,model,attack,defense,samples,seed,clean,status,reason,method,settings")
     assert first.startswith("m-a-0.1-s0/ft-s0,m-a-0.1-s0,m,a,ft,0.05,0,False,done,,ft,")
-    assert BenchOutcome(tmp_path, "suite.yaml", [row()]).exit_status == 0
+    assert BenchTables(tmp_path, "suite.yaml", [row()]).exit_status == 0
 
 
 def test_a_text_that_a_spreadsheet_would_run_is_text(tmp_path):
-    line = BenchOutcome(tmp_path, "s.yaml", [row(attack="=cmd()")]).trials_csv().splitlines()[1]
+    line = BenchTables(tmp_path, "s.yaml", [row(attack="=cmd()")]).texts()["trials.csv"].splitlines()[1]
     assert ",'=cmd()," in line
 
 
 def test_the_csv_has_the_lines_of_the_tables_with_their_intervals(tmp_path):
     rows = [row(), row(seed=1, accuracy=0.9), undone(attack="b")]
-    found = list(csv.DictReader(io.StringIO(BenchOutcome(tmp_path, "s.yaml", rows).lines_csv())))
+    found = list(csv.DictReader(io.StringIO(BenchTables(tmp_path, "s.yaml", rows).texts()["bench.csv"])))
     assert [(line["table"], line["attacks"], line["defense"]) for line in found] == [
         ("average", "a; b", "ft"), ("model", "a", "before"), ("model", "a", "ft"), ("model", "b", "ft"),
     ]  # fmt: skip
@@ -186,26 +187,26 @@ def test_the_csv_has_the_lines_of_the_tables_with_their_intervals(tmp_path):
 
 
 def test_what_was_measured_is_said(tmp_path):
-    outcome = BenchOutcome(
+    outcome = BenchTables(
         tmp_path, "s.yaml", [row(), row(seed=1, precision=""), undone(seed=2), row(seed=3, precision="no")]
     )
     line = "pictures: 2,500 clean images, measured on 10,000; trained in bf16 or float32 on cpu"
     assert outcome.about() == line
     assert line in outcome.markdown()
     assert outcome.document()["measured"]["eval_images"] == [10000]
-    assert BenchOutcome(tmp_path, "s.yaml", [undone()]).about() == "nothing is measured yet"
+    assert BenchTables(tmp_path, "s.yaml", [undone()]).about() == "nothing is measured yet"
 
 
 def test_a_defense_that_is_given_a_trigger_is_named(tmp_path):
-    assert "no method sees a trigger" in BenchOutcome(tmp_path, "s.yaml", [row(settings={"trigger": ""})]).markdown()
-    told = BenchOutcome(tmp_path, "s.yaml", [row(), row(defense="bna", settings={"trigger": "t.safetensors"})])
+    assert "no method sees a trigger" in BenchTables(tmp_path, "s.yaml", [row(settings={"trigger": ""})]).markdown()
+    told = BenchTables(tmp_path, "s.yaml", [row(), row(defense="bna", settings={"trigger": "t.safetensors"})])
     assert "given a trigger: bna" in told.markdown()
 
 
 def test_what_is_not_done_is_said_on_one_line(tmp_path):
-    assert BenchOutcome(tmp_path, "s.yaml", [row()]).problems() is None
+    assert BenchTables(tmp_path, "s.yaml", [row()]).problems() is None
     bad = undone("failed", "no room", attack="b")
-    assert BenchOutcome(tmp_path, "s.yaml", [row(), bad, undone(seed=1)]).problems() == (
+    assert BenchTables(tmp_path, "s.yaml", [row(), bad, undone(seed=1)]).problems() == (
         "1 done, 1 failed, 1 not run: failed: m-b-0.1-s0/ft-s0: no room; not run: 1 (not run yet)"
     )
 
@@ -223,7 +224,7 @@ def printed(outcome, width):
 def test_no_number_is_cut_on_the_terminal(tmp_path, width):
     names = ("blended-with-a-long-name-0.1", "a-defense-with-a-long-name")
     rows = [row(*names, seed, accuracy=0.7 + seed / 10, method="ft") for seed in (0, 1)]
-    text = printed(BenchOutcome(tmp_path, "s.yaml", rows), width)
+    text = printed(BenchTables(tmp_path, "s.yaml", rows), width)
     assert "…" not in text
     # 0.7 and 0.8: mean 0.75, ± 12.706 · 0.05
     assert "75.0 ± 63.5" in text
@@ -246,7 +247,7 @@ def test_a_terminal_shows_as_many_columns_as_have_room(tmp_path, width, headings
     rates = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
     rows = [row(defense="d3-wasserstein", method="d3", seed=seed, seconds=12345.0, **dict.fromkeys(rates, 1.0 * seed))
             for seed in (0, 1)]  # fmt: skip
-    text = printed(BenchOutcome(tmp_path, "s.yaml", rows), width)
+    text = printed(BenchTables(tmp_path, "s.yaml", rows), width)
     (line,) = (line for line in text.splitlines() if "d3-wasserstein " in line and "±" in line)
     # 0 and 1: mean 0.5, ± 12.706 · 0.5
     shown = headings.split()
@@ -256,7 +257,7 @@ def test_a_terminal_shows_as_many_columns_as_have_room(tmp_path, width, headings
 
 
 def test_a_bench_of_one_attack_has_a_table_too(tmp_path):
-    text = printed(BenchOutcome(tmp_path, "s.yaml", [row(), undone("failed", "[red]no[/red]", defense="clp")]), 80)
+    text = printed(BenchTables(tmp_path, "s.yaml", [row(), undone("failed", "[red]no[/red]", defense="clp")]), 80)
     assert "m: a" in text
     assert [line.split() for line in text.splitlines() if line.split()[:1] == ["ft"]] == [
         ["ft", "1", "80.0", "50.0", "40.0", "70.0", "10", "1.0"]
@@ -278,7 +279,6 @@ def test_a_mean_mark_needs_every_attack():
     points = [len(shown.get_offsets()) for shown in figure.axes[0].collections]
     # small ones, then the mark
     assert points == [2, 1, 1, 0, 1, 0, 2, 1]
-    plt.close(figure)
 
 
 def test_the_heat_map_stars_what_is_of_some_seeds_and_averages_what_is_whole():
@@ -296,7 +296,6 @@ def test_the_heat_map_stars_what_is_of_some_seeds_and_averages_what_is_whole():
         ["100.0", "100.0", "100.0"], ["50.0", "30.0", "40.0"], ["50.0", "50.0*", "50.0*"],
         ["not run", "50.0", "not run"],
     ]  # fmt: skip
-    plt.close(figure)
 
 
 def test_the_numbers_of_the_heat_map_can_be_read():
@@ -309,7 +308,6 @@ def test_the_numbers_of_the_heat_map_can_be_read():
         both = [luminance(colour) for colour in (to_rgb(text.get_color()), axes.images[0].cmap(value / 100)[:3])]
         contrasts.append((max(both) + 0.05) / (min(both) + 0.05))
     assert min(contrasts[:-1]) > 3.5
-    plt.close(figure)
 
 
 def luminance(colour):
@@ -318,7 +316,7 @@ def luminance(colour):
 
 
 def test_benches_that_end_together_draw_side_by_side(tmp_path):
-    outcome = BenchOutcome(tmp_path, "s.yaml", [row("a"), row("b")])
+    outcome = BenchTables(tmp_path, "s.yaml", [row("a"), row("b")])
     processes = [multiprocessing.get_context("spawn").Process(target=draw_bench, args=(outcome,)) for _ in range(2)]
     for process in processes:
         process.start()
@@ -329,11 +327,12 @@ def test_benches_that_end_together_draw_side_by_side(tmp_path):
 
 
 def test_another_suite_of_the_same_name_keeps_its_tables(tmp_path):
-    outcome = BenchOutcome(tmp_path, "s.yaml", [row(), undone(seed=1)])
+    outcome = BenchTables(tmp_path, "s.yaml", [row(), undone(seed=1)])
     outcome.write()
-    check_place(tmp_path, "s.yaml", {outcome.rows[0].name, "other/ft-s0"})
+    again = BenchTables(tmp_path, "s.yaml", [])
+    again.check_place({outcome.rows[0].name, "other/ft-s0"})
     with pytest.raises(UsageError, match=r"is the bench of another s\.yaml; choose another folder"):
-        check_place(tmp_path, "s.yaml", {"other/ft-s0"})
+        again.check_place({"other/ft-s0"})
     # nothing was finished: there is nothing to lose
-    BenchOutcome(tmp_path, "s.yaml", [undone()]).write()
-    check_place(tmp_path, "s.yaml", {"other/ft-s0"})
+    BenchTables(tmp_path, "s.yaml", [undone()]).write()
+    again.check_place({"other/ft-s0"})

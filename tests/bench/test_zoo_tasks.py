@@ -14,12 +14,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from hfdetox.bench.cell_runner import CellRunner, interruption
-from hfdetox.bench.suite_yaml import SuiteError
-from hfdetox.bench.zoo_folder import Zoo
-from hfdetox.bench.zoo_table import row_of
+from hfdetox.bench.runner import TaskRunner, interruption
+from hfdetox.bench.suite import SuiteError
+from hfdetox.bench.zoo import Zoo, ZooTables
 from hfdetox.errors import UsageError
+from hfdetox.reporting.report import OutputInfo
 from hfdetox.triggers import parse_trigger
+from tests.attacked import clean_control
 from tests.zoos import ATTACKED, CLEAN, MODEL, SUITE, zoo_of
 
 
@@ -41,7 +42,7 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it():
 def test_a_cell_is_out_of_reach_of_the_terminal_s_ctrl_c(tmp_path):
     zoo = zoo_of(SUITE, tmp_path)
     (tmp_path / "zoo").mkdir()
-    cell = zoo.cells[ATTACKED]
+    cell = zoo.tasks[ATTACKED]
     running = zoo.start(cell, zoo.claim(cell))
     try:
         assert os.getpgid(running.process.pid) == os.getsid(running.process.pid) == running.process.pid
@@ -56,7 +57,7 @@ def test_a_cell_is_out_of_reach_of_the_terminal_s_ctrl_c(tmp_path):
 def test_a_cell_is_run_by_one_run_at_a_time_and_a_dead_run_holds_nothing(tmp_path):
     zoo = zoo_of(SUITE, tmp_path)
     (tmp_path / "zoo").mkdir()
-    cell = zoo.cells[ATTACKED]
+    cell = zoo.tasks[ATTACKED]
     held = zoo.claim(cell)
     assert zoo.claim(cell) is None
     # a process that got the log holds the lock on, even if the run that started it is killed
@@ -70,15 +71,10 @@ def test_a_cell_is_run_by_one_run_at_a_time_and_a_dead_run_holds_nothing(tmp_pat
 
 def finish(zoo, cell, weights="a" * 64):
     """Write a cell by hand, as its process leaves it."""
-    report = {
-        "succeeded": True, "output": {"weights_sha256": weights},
-        "attack": {"epochs": 1, "seconds": 1.0, "images_per_second": 1.0, "triggers": {}},
-        "after": {"accuracy": {"value": 1.0}, "triggers": {}},
-    }  # fmt: skip
-    folder = zoo.place.output / cell
+    folder = zoo.folder / cell
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "attack_report.json").write_text(json.dumps(report))
-    (zoo.place.output / f"{cell}.json").write_text(json.dumps(zoo.recorded(zoo.cells[cell])))
+    clean_control(output=OutputInfo(weights_sha256=weights)).save(folder)
+    zoo.record(zoo.tasks[cell])
 
 
 def test_a_cell_of_another_trigger_file_or_picture_is_not_kept(tmp_path):
@@ -87,7 +83,7 @@ def test_a_cell_of_another_trigger_file_or_picture_is_not_kept(tmp_path):
     Image.new("RGB", (2, 2)).save(picture)
     text = f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: ['{place}', 'badnets:image={picture}']}}]"
     zoo = zoo_of(text, tmp_path)
-    for name, cell in zoo.cells.items():
+    for name, cell in zoo.tasks.items():
         finish(zoo, name)
         source = place if str(place) in cell.specs else picture
         record = json.loads((tmp_path / "zoo" / f"{name}.json").read_text())
@@ -139,21 +135,21 @@ def test_the_command_of_a_cell(tmp_path):
         "--dataset-revision", "abc", "--eval-samples", "50", "--model-arg", "layers=[1, 1]", "--model-arg",
         'stem_type=""', "--input-size", "32",
     ]  # fmt: skip
-    clean, attacked = zoo.cells.values()
+    clean, attacked = zoo.tasks.values()
     assert zoo.command(clean) == [*model, "--trigger", "none", "--set", "epochs=3"]
     assert zoo.command(attacked) == [
         *model, "--trigger", "badnets:target=0", "--trigger", "sig:target=1", "--poison-ratio", "0.05", "--target", "2",
         "--adaptive", "sam:rho=2", "--set", "epochs=3",
     ]  # fmt: skip
     # another dataset has other revisions
-    assert "--dataset-revision" not in Zoo(zoo.suite, replace(zoo.place, dataset="org/other")).command(clean)
+    assert "--dataset-revision" not in Zoo(zoo.suite, replace(zoo.settings, dataset="org/other")).command(clean)
 
 
 @pytest.mark.parametrize("kind", ["lc", "lf", "trojannn"])
 def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path, kind):
     grid = f"models: {{{MODEL}, trained: org/model}}\ngrids: [{{models: [%s], triggers: [%s], seeds: [3]}}]"
     zoo = zoo_of(grid % ("tiny", f"{kind}, 'lf:random', none"), tmp_path)
-    assert {name: zoo.surrogate(cell) for name, cell in zoo.cells.items()} == {
+    assert {name: zoo.needs(cell) for name, cell in zoo.tasks.items()} == {
         "tiny-clean-s3": None, f"tiny-{kind}-0.1-s3": "tiny-clean-s3", "tiny-lf_random-0.1-s3": None,
     }  # fmt: skip
     with pytest.raises(
@@ -162,14 +158,14 @@ def test_a_trigger_made_on_a_clean_model_gets_the_suite_s_own(tmp_path, kind):
         zoo_of(grid % ("tiny", kind), tmp_path)
     # a trained model is clean before the attack
     alone = zoo_of(grid % ("trained", kind), tmp_path)
-    assert alone.surrogate(alone.cells[f"trained-{kind}-0.1-s3"]) is None
+    assert alone.needs(alone.tasks[f"trained-{kind}-0.1-s3"]) is None
 
 
 def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
     zoo = zoo_of(f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]", tmp_path)
     (tmp_path / "zoo").mkdir()
-    zoo.rows[CLEAN] = row_of(zoo.cells[CLEAN], "failed", reason="no room")
-    CellRunner(zoo, 1, progress=False).run()
+    zoo.rows[CLEAN] = ZooTables.row(zoo.tasks[CLEAN], "failed", reason="no room")
+    TaskRunner(zoo, 1, progress=False).run()
     row = zoo.rows["tiny-lf-0.1-s0"]
     assert (row.status, row.reason) == ("failed", f"its clean model {CLEAN} failed")
     assert not (tmp_path / "zoo" / "tiny-lf-0.1-s0.log").exists()

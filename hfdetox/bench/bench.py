@@ -1,0 +1,177 @@
+"""Compares defenses: every run of a suite's bench by a process of its own, and the tables and pictures of them all."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hfdetox.bench.folder import Settings, TaskFolder, given_files, weights_of
+from hfdetox.bench.plots import draw_bench
+from hfdetox.bench.runner import run_tasks, share_of_cores
+from hfdetox.bench.suite import SuiteFile, TargetEntry
+from hfdetox.bench.summary import BenchTables
+from hfdetox.bench.tables import redacted
+from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
+from hfdetox.defenses import parse_defense
+from hfdetox.errors import UsageError
+from hfdetox.hub.checksums import sha256_file
+from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
+from hfdetox.runs.folder import RUN_FILE
+
+
+def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str | None = None, jobs: int = 1,
+              precision: str = "auto", device: str = "auto", keep_models: bool = False,
+              progress: bool = False) -> BenchTables:  # fmt: skip
+    """Run what a suite's `bench` asks for and is not there; the same call goes on after a stop.
+
+    Args:
+        zoo: folder of the suite's models, as `hfdetox attack --suite` builds it.
+        dataset: Hub id or folder, in place of the suite's.
+        jobs: processes at a time; each gets its share of the cores unless OMP_NUM_THREADS is set.
+        precision: as `--precision` takes it.
+        device: as `--device` takes it.
+        keep_models: keep the cleaned models' weights; their reports and cards are kept in any case.
+        progress: say on standard error how each run ended, and draw a bar.
+
+    Raises:
+        UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no bench is in the
+            way; nothing was written.
+        RunError: the bench cannot be written. A run that fails is not an error: its row says so.
+        KeyboardInterrupt: the processes are stopped, and `bench.json` says what was not run.
+    """
+    settings = Settings(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
+                        threads=share_of_cores(jobs), keep_models=keep_models)  # fmt: skip
+    bench = Bench(load_suite(file), settings)
+    run_tasks(bench, jobs, progress=progress)
+    return bench.outcome()
+
+
+class Bench(TaskFolder[Run]):
+    """The folder of a suite's runs, and the state of each.
+
+    Raises:
+        UsageError: no dataset; a dataset or model of this machine that is not there; a model of a zoo is asked for and
+            no zoo is named; a folder is there that another suite or command made.
+    """
+
+    title = "bench"
+    report = Report
+    tables = BenchTables
+
+    def prepare(self, suite: SuiteFile) -> list[Run]:
+        """Return the runs; models and images of this machine are there, and their fingerprints are taken."""
+        runs = bench_runs(suite)
+        _check_there("dataset", self.dataset)
+        targets = {run.target.name: run.target for run in runs}
+        for name, target in targets.items():
+            if isinstance(target.source, TargetEntry):
+                _check_there(f"subject {name}: model", target.source.model)
+            elif self.settings.zoo is None:
+                raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack "
+                                 f"--suite {suite.file} --output ZOO builds it)")  # fmt: skip
+        self._dataset_files = _fingerprint(Path(self.dataset))
+        self._weights = {name: self._weights_of(target.source, name) for name, target in targets.items()}
+        return runs
+
+    def command(self, run: Run) -> list[str]:
+        """Return the words after `hfdetox` that do a run, without where it goes."""
+        source = run.target.source
+        known = {} if isinstance(source, Task) else {"target": source.target, "revision": source.revision}
+        # the samples of the suite's dataset are the attacks'
+        last = {"defense": run.entry.defense, "set": run.entry.settings, "seed": run.seed,
+                "trigger": self._triggers(run), **known,
+                "samples": None if run.samples == SHARE else run.samples}  # fmt: skip
+        model = str(self._zoo_folder(run.target.name)) if isinstance(source, Task) else source.model
+        return ["detox", model, *self.options({}, last)]
+
+    def argv(self, run: Run) -> list[str]:
+        """Return the words of a run's process: a stopped one of the same command goes on from its checkpoint."""
+        folder = self._run_folder(run)
+        same = self.same(run) and self.made(run).get("device", "auto") == self.settings.device
+        # a run that was killed while it began has no record of itself
+        if same and (folder / RUN_FILE).is_file():
+            return ["detox", "--resume", str(folder)]
+        shutil.rmtree(folder, ignore_errors=True)
+        return [*self.command(run), *self.place(run)]
+
+    def recorded(self, run: Run) -> dict[str, Any]:
+        """Return what NAME.json says of a run: its command, without where things lie, and what it was run on.
+
+        `model_weights` is the SHA-256 of the zoo's model, or those of a folder's weight files, None for a model of the
+        Hub; `triggers` are those of its trigger files and pictures; `dataset_files` is one over the names and sizes of
+        a folder's files, None for a dataset of the Hub.
+        """
+        # a defense may be given a trigger file too
+        given = [*self._triggers(run), *(text for key, text in run.entry.settings.items() if key == "trigger")]
+        return {"schema_version": 1, "command": redacted(self.command(run)), "dataset_files": self._dataset_files,
+                "model_weights": self._weights[run.target.name],
+                "triggers": [sha256_file(file) for file in given_files(given)]}  # fmt: skip
+
+    def how(self) -> dict[str, Any]:
+        """Return the device, and whether the weights are kept."""
+        return {"device": self.settings.device, "kept": self.settings.keep_models}
+
+    def missing(self, run: Run) -> str | None:
+        """Return that the zoo does not have the model (yet)."""
+        name = run.target.name
+        there = not isinstance(run.target.source, Task) or (self._zoo_folder(name) / ATTACK_REPORT_NAME).is_file()
+        return None if there else f"the zoo has no model {name}"
+
+    def difference(self, run: Run, report: Report) -> str | None:
+        """Return what a finished run is that is not this one."""
+        # settings that the command does not name may have had other defaults in another version
+        settings = parse_defense(run.entry.defense, run.entry.settings)[0].settings()
+        same = self.same(run) and report.defense.parameters == settings
+        return None if same else "run of another suite, command, model or version"
+
+    def tidy(self, run: Run, returncode: int) -> None:
+        """Remove the checkpoints of a run that cannot go on, and the weights of a finished one unless they are kept.
+
+        What failed otherwise goes on from its checkpoint when the bench is run again, as its message says.
+        """
+        if returncode == UsageError.exit_status:
+            shutil.rmtree(self._run_folder(run), ignore_errors=True)
+        if returncode == 0 and not self.made(run).get("kept"):
+            for weights in (self.folder / run.name).glob("*.safetensors"):
+                weights.unlink()
+
+    def finish(self) -> None:
+        """Put in order what was finished when the bench was stopped, and draw the pictures of what there is."""
+        for name, run in self.tasks.items():
+            if self.rows[name].status == "done":
+                self.tidy(run, 0)
+        draw_bench(self.outcome())
+
+    def _run_folder(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.run"
+
+    def _zoo_folder(self, name: str) -> Path:
+        return (self.settings.zoo or Path()) / name
+
+    def _triggers(self, run: Run) -> list[str]:
+        if isinstance(run.target.source, TargetEntry):
+            return list(run.target.source.triggers)
+        return [str(file) for file in sorted((self._zoo_folder(run.target.name) / "triggers").glob("*.safetensors"))]
+
+    def _weights_of(self, source: Task | TargetEntry, name: str) -> Any:
+        if isinstance(source, Task):
+            return weights_of(self._zoo_folder(name))
+        folder = Path(source.model)
+        return [sha256_file(file) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else None
+
+
+def _check_there(what: str, name: str) -> None:
+    """Raise UsageError for a path that is not there; another name may be one of the Hub."""
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise UsageError(f"{what} {name}: no such folder")
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Return the SHA-256 over the names and sizes of a folder's files, None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
+    return hashlib.sha256(listed.encode("utf-8", "surrogatepass")).hexdigest()
