@@ -88,9 +88,8 @@ class ImageOptions(Options):
     label_column: str | None = option(None, IMAGES, "The column of the labels.")
     eval_samples: int | None = option(None, IMAGES, "Measure on so many images.", least=1,
                                       more="They are drawn uniformly; None measures on the whole split.")  # fmt: skip
-    label_map: str | Path | None = option(
-        None, IMAGES, "JSON or YAML file: the dataset's label names to the model's.", path="file"
-    )
+    label_map: str | Path | None = option(None, IMAGES, "JSON or YAML file: the dataset's label names to the model's.",
+                                          path="file")  # fmt: skip
     dataset_revision: str | None = option(None, IMAGES, "The dataset's commit or branch.")
     allow_missing_classes: bool = option(False, IMAGES, "Go on without images of some classes.")
     triggers: Sequence[str | NamedTrigger] = option(
@@ -156,9 +155,8 @@ class PublishOptions(Options):
 
     private: bool = option(False, HUB, "Make a new repository private.", anew=True)
     create_pr: bool = option(False, HUB, "Open a pull request on the existing repository.", anew=True)
-    overwrite: bool = option(
-        False, HUB, "Replace an earlier result, or a repository that hfdetox did not make.", anew=True
-    )
+    overwrite: bool = option(False, HUB, "Replace an earlier result, or a repository that hfdetox did not make.",
+                             anew=True)  # fmt: skip
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
@@ -295,9 +293,8 @@ class AttackOptions(AttackPublishOptions, TrainingOptions):
         "runs all its epochs.",
     )  # fmt: skip
     init: Literal["random"] | None = option(None, START, "Draw the weights of a folder or Hub id anew.")
-    model_args: Mapping[str, Any] | None = option(
-        None, START, "Argument of a timm-arch; repeatable.", flag="model-arg", metavar="KEY=VALUE"
-    )
+    model_args: Mapping[str, Any] | None = option(None, START, "Argument of a timm-arch; repeatable.", flag="model-arg",
+                                                  metavar="KEY=VALUE")  # fmt: skip
     input_size: int | None = option(None, START, "Image height and width of a timm-arch.", least=1)
 
     @property
