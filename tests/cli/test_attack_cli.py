@@ -168,20 +168,23 @@ def test_list_attacks_names_settings(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_an_interrupt_leaves_nothing_and_is_one_line(dataset: Path, tmp_path: Path, fresh_env: dict[str, str]) -> None:
     run = words(dataset, "--trigger", "badnets:size=8", "--output", "out", epochs="5000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hfdetox", *run], cwd=tmp_path, env=fresh_env, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    os.set_blocking(process.stderr.fileno(), False)
-    seen, end = b"", time.monotonic() + 100
-    while b"train" not in seen and time.monotonic() < end:
-        seen += process.stderr.read() or b""
-        time.sleep(0.1)
-    assert b"train" in seen
-    process.send_signal(signal.SIGINT)
-    os.set_blocking(process.stderr.fileno(), True)
-    _, err = process.communicate(timeout=60)
+    # the bar says when the training has begun
+    shown = {name: value for name, value in fresh_env.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    with subprocess.Popen([sys.executable, "-m", "hfdetox", *run], cwd=tmp_path, env=shown, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            os.set_blocking(process.stderr.fileno(), False)
+            seen, end = b"", time.monotonic() + 100
+            while b"train" not in seen and time.monotonic() < end:
+                seen += process.stderr.read() or b""
+                time.sleep(0.1)
+            assert b"train" in seen
+            process.send_signal(signal.SIGINT)
+            os.set_blocking(process.stderr.fileno(), True)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert b"hfdetox: interrupted; nothing was written" in err
     assert b"Traceback" not in err
