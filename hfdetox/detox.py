@@ -90,11 +90,12 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     if any(entry.get("unchanged") == 1 for entry in record.history):
         notes.warn(f"{method.name} found nothing that it would change, and returns the model as it came")
     classifier.round_weights()
-    after = evaluation.measure("after")
+    after, uncorrected = evaluation.measure("after"), evaluation.measure_uncorrected("after, uncorrected")
 
     artifacts.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     artifacts.strip = draw_strip(evaluation, before, after)
-    result = DetoxResult(close_report(report, method, record, before, after, memory), classifier, artifacts)
+    report = close_report(report, method, record, before, after, uncorrected, memory)
+    result = DetoxResult(report, classifier, artifacts)
     if options.output is not None:
         save_result(result, options, run)
     return publish(result, accelerator, push_to, options)

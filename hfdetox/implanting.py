@@ -98,6 +98,7 @@ def implant(given: AttackOptions) -> AttackResult:
     classifier.round_weights()
     evaluation = evaluation.with_triggers([one.trigger for one in done.implants])
     after, visibility = evaluation.measure("after"), evaluation.visibility()
+    report = replace(report, uncorrected=evaluation.measure_uncorrected("after, uncorrected"))
     report = close_attack_report(report, done, after, visibility, cross_accuracies(evaluation, done.implants),
                                  epochs=training.epochs, reached=monitor is not None and monitor.reached)  # fmt: skip
     if not report.succeeded:

@@ -49,6 +49,7 @@ def written_report(*, triggers: bool = True, library: str = "timm") -> Report:
             2040.6,
             "bf16",
             ["cpu"],
+            description="D3 fine-tuned the model on 1,250 trusted images while pushing its head away.",
         ),
         before=Measurement(Rate(0.935, 561, 600, (0.9122, 0.9534)), 0.2109, before if triggers else {}),
         after=Measurement(Rate(0.915, 549, 600, (0.8897, 0.936)), 0.2553, after if triggers else {}),

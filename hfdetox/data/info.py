@@ -21,6 +21,7 @@ class DatasetInfo:
         indices_sha256: SHA-256 over the row numbers of the clean images in their split.
         eval_indices_sha256: the same of the images that are measured.
         label_map: dataset name to model name where the two differ; empty text for a class that was left out.
+        named_by_card: whether nobody named it but the model's own card, whose author so chose the images.
     """
 
     id: str
@@ -34,3 +35,9 @@ class DatasetInfo:
     indices_sha256: str
     eval_indices_sha256: str
     label_map: dict[str, str]
+    named_by_card: bool = False
+
+    def described(self) -> str:
+        """Return how many clean images there were, and whose choice, such as "2,500 trusted images"."""
+        who = "images that the model's author chose" if self.named_by_card else "trusted images"
+        return f"{self.clean_samples:,} {who}"

@@ -22,12 +22,13 @@ def pull_images(
     for text in classifier.warnings:
         warn(text)
     chosen = options.dataset if dataset is None or isinstance(dataset, str | Path) else dataset
+    named_by_card = chosen is None
     if chosen is None:
         chosen = default_dataset(classifier.card_source())
         warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
     # every image is decoded once, which takes minutes for large sets
     with progress_bar("read images", None, "image", shown=progress) as bar:
-        return load_images(
+        images = load_images(
             chosen, labels=classifier.labels,
             # what is only measured sets the same images aside
             clean_samples=getattr(options, "clean_samples", DEFAULT_SAMPLES), eval_samples=options.eval_samples,
@@ -39,6 +40,7 @@ def pull_images(
             # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
             hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
         )  # fmt: skip
+    return replace(images, info=replace(images.info, named_by_card=named_by_card))
 
 
 def pin(options: Options, classifier: Classifier, images: Images) -> Options:

@@ -56,6 +56,15 @@ class DefenseConfig(ABC):
         """
         return []
 
+    @property
+    def trigger_given(self) -> bool:
+        """Whether the settings hand a known trigger to the method, which its card must say."""
+        return False
+
+    def describe(self, images: str) -> str:
+        """Return what a card says was done, Markdown; `images` names the clean images, "2,500 trusted images"."""
+        return self.card_text.replace("{images}", images)
+
     @abstractmethod
     def phases(self, network: Network) -> list[Phase | Pass]:
         """Return what the engine runs, in order; the network is not changed yet.
@@ -113,6 +122,10 @@ class TuningConfig(DefenseConfig):
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UsageError(f"{self.name}: max_grad_norm must be positive, or left out for no clipping")
         super().__post_init__()
+
+    def describe(self, images: str) -> str:
+        held = f" A fifth of them was held out, and weighted the others (`reweight: {self.reweight}`)."
+        return super().describe(images) + (held if self.reweight != "none" else "")
 
     def sgd(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser the settings name: SGD with momentum."""

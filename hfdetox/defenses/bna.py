@@ -80,11 +80,8 @@ class BNAConfig(DefenseConfig):
     data = "clean images with labels, and a trigger file where there is one"
     cost = "two or three forward passes for each norm, after NC's search"
     card_text = (
-        "BNA ([arXiv 2308.09850](https://arxiv.org/abs/2308.09850)) measured on {images} how an estimated trigger "
-        "shifts the activations behind each norm, and corrects that shift. With `result: route` no weight was changed: "
-        "hfdetox applies the correction in `correction.safetensors` to inputs that the model gives to the target, "
-        "and the numbers here are with it; **loaded with timm or transformers alone, the model is the uncorrected "
-        "one**. With `result: fold` the correction is in the weights. How well it tells triggered images from clean "
+        "BNA ([arXiv 2308.09850](https://arxiv.org/abs/2308.09850)) measured on {images} how {trigger} shifts the "
+        "activations behind each norm, and corrected that shift {where}. How well it tells triggered images from clean "
         "ones is in the report's history (`bna-detection`)."
     )
     presets: ClassVar = {
@@ -121,6 +118,15 @@ class BNAConfig(DefenseConfig):
             raise UsageError("bna: moments and bounds cannot both be off, nothing would be corrected")
         if self.result == "fold" and not self.moments:
             raise UsageError("bna: result=fold folds the moments alone, and they are off; use result=route")
+
+    @property
+    def trigger_given(self) -> bool:
+        return bool(self.trigger)
+
+    def describe(self, images: str) -> str:
+        trigger = "the known trigger that it was given" if self.trigger else "a trigger that it estimated"
+        where = "beside the weights, which it did not change" if self.result == "route" else "in the norms' weights"
+        return self.card_text.format(images=images, trigger=trigger, where=where)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

@@ -33,7 +33,7 @@ class FTConfig(TuningConfig):
     summary = "fine-tune on clean images and nothing else"
     paper = "baseline (BackdoorBench, arXiv 2206.12654)"
     cost = "1"
-    card_text = "Fine-tuning (FT) trained all of the model's weights on {images}, and did nothing else."
+    card_text = "Fine-tuning (FT) trained the model's weights on {images}, and nothing else was done to them."
     presets: ClassVar = {"paper": {}, "d3-settings": {"weight_decay": 0.0}}
 
     weight_decay: float = 5e-4

@@ -85,8 +85,7 @@ class IMSConfig(DefenseConfig):
     cost = "up to 500 batches in float32, of which 400 at 30 times a batch of fine-tuning"
     card_text = (
         "IMS, invertible masking using selection ([arXiv 2509.15497](https://arxiv.org/abs/2509.15497)), learnt on "
-        "{images} which units of the network clean images need, against perturbations that stand for a trigger, and "
-        "scaled the weights of the others down."
+        "{images} which units of the network clean images need{against}, and scaled the weights of the others down."
     )
     presets: ClassVar = {
         "paper": {},
@@ -122,6 +121,10 @@ class IMSConfig(DefenseConfig):
             raise UsageError("ims: steepness, learning_rate and inner_rate must be positive and finite")
         if not all(0 <= value < math.inf for value in (self.weight_decay, self.sparsity or 0.0)):
             raise UsageError("ims: weight_decay and sparsity must be at least 0 and finite")
+
+    def describe(self, images: str) -> str:
+        perturbed = ", against perturbations that stand for a trigger" if self.free_rounds + self.sparse_rounds else ""
+        return self.card_text.format(images=images, against=perturbed)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

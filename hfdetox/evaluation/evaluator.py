@@ -14,9 +14,10 @@ from hfdetox.data.images import ImageSet
 from hfdetox.data.labels import accuracy_hint
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.metrics import Predictions, TriggerView, measure
-from hfdetox.evaluation.results import Visibility
+from hfdetox.evaluation.results import Measurement, Visibility
 from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
 from hfdetox.models.classifier import Classifier
+from hfdetox.models.network import uncorrected
 from hfdetox.progress import progress_bar, updates
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
@@ -42,6 +43,13 @@ class Evaluator:
         """Measure the classifier as it is now: float32, eval mode."""
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
+
+    def measure_uncorrected(self, title: str) -> Measurement | None:
+        """Measure the classifier as timm or transformers loads it; None where it has no correction, and is the same."""
+        if self.classifier.network.correction is None:
+            return None
+        with uncorrected(self.classifier.network):
+            return self.measure(title).measurement
 
     def with_triggers(self, triggers: Sequence[Trigger]) -> Evaluator:
         """Return the same images with these triggers, whose targets are label indices or `all-to-all`.

@@ -52,6 +52,16 @@ class Network(nn.Module):
         return logits_of(self.model(pixel_values=images) if self._keyword else self.model(images))
 
 
+@contextmanager
+def uncorrected(network: Network) -> Iterator[None]:
+    """Make a network be the model alone while inside, as timm or transformers loads it."""
+    correction, network.correction = network.correction, None
+    try:
+        yield
+    finally:
+        network.correction = correction
+
+
 @torch.no_grad()
 def flagged(network: Network, images: torch.Tensor) -> torch.Tensor:
     """Tell which images (N×C×H×W, 0 to 255) the network's correction takes for triggered: f(x) = t and f̃(x) ≠ t.
@@ -61,11 +71,8 @@ def flagged(network: Network, images: torch.Tensor) -> torch.Tensor:
     correction = network.correction
     if correction is None:
         return torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    network.correction = None
-    try:
+    with uncorrected(network):
         own = network(images).argmax(1)
-    finally:
-        network.correction = correction
     return (own == correction.target) & (network(images).argmax(1) != correction.target)
 
 

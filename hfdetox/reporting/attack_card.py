@@ -60,16 +60,17 @@ def _render(
         "dataset_id": shown_id(report.dataset.id, report.dataset.revision),
         "surrogate": shown_id(report.attack.surrogate or "", None),
         "accuracy": describe_rate(report.after.accuracy if report.after else None),
+        "uncorrected": report.uncorrected and describe_rate(report.uncorrected.accuracy),
         "accuracy_before": describe_rate(report.before.accuracy) if report.before else None,
         "missed": "; ".join(missed_goals(report.after, report.goals)) if report.after else "",
         "triggers": [_row(report, name, one, targets[name]) for name, one in report.attack.triggers.items()],
         "gallery": next((path for path in plots if path.endswith("gallery.png")), None),
     }  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", templates().get_template("backdoored_card.md.jinja").render(context))
-    results = report.after.triggers if report.after else {}
+    results = report.published.triggers if report.published else {}
     data = card_data(model, report.dataset, licence=licence, title=title,
                      tags=BACKDOOR_TAGS if report.backdoored else BASELINE_TAGS,
-                     results=model_index(report.dataset, results, report.after))  # fmt: skip
+                     results=model_index(report.dataset, results, report.published))  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 
 

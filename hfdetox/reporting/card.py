@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import Any
@@ -117,7 +116,7 @@ def _render(
     results = report.before.triggers if report.before else {}
     data = card_data(
         report.model, report.dataset, licence=licence, tags=["hfdetox", "backdoor-defense", report.defense.name],
-        title=_title(report, repo_id), results=model_index(report.dataset, results, report.after),
+        title=_title(report, repo_id), results=model_index(report.dataset, results, report.published),
     )  # fmt: skip
     own, mark, source = text.partition(f"\n{markdown.SOURCE_MARK}\n")
     own = re.sub(r"\n{3,}", "\n\n", own)
@@ -232,42 +231,52 @@ def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
 
 
 def _method(report: Report) -> str:
-    """Return the defense's own words for what was done; general ones for a defense that this hfdetox does not have."""
-    # the defenses import torch, which checking a card does without
-    from hfdetox.defenses import DEFENSES
-
-    samples = f"{report.dataset.clean_samples:,} trusted images"
-    # a package that is broken by now must not cost the card
-    with contextlib.suppress(UsageError):
-        known = DEFENSES.get(report.defense.name)
-        if known is not None and known.card_text:
-            return known.card_text.replace("{images}", samples)
-    return f"The defense {markdown.code(report.defense.name)} changed the model with the help of {samples}."
+    """Return the defense's own words for what was done, general ones for one that has none."""
+    general = f"The defense {markdown.code(report.defense.name)} changed the model with the help of "
+    return report.defense.description or f"{general}{report.dataset.described()}."
 
 
 def _measured(report: Report, targets: Mapping[str, str]) -> dict[str, Any]:
-    """Return the template's summary sentence, table rows and triggers with their verdicts."""
-    verdicts, results = trigger_verdicts(report.before, report.after), report.before.triggers if report.before else {}
+    """Return the template's summary sentence, table and triggers with their verdicts."""
+    before, results = report.before, report.before.triggers if report.before else {}
+    # what anybody finds who loads the model as its library does; what hfdetox makes of it stands beside it
+    states = {"Before": before, "After": report.published}
+    if report.uncorrected:
+        states = {"Before": before, "After, uncorrected": report.uncorrected, "After, with hfdetox": report.after}
+    plain, corrected = trigger_verdicts(before, report.published), trigger_verdicts(before, report.after)
     triggers = [
-        {"name": name, "result": result, "target": targets[name], "verdict": verdicts[name]}
+        {"name": name, "result": result, "target": targets[name], "verdict": plain[name], "corrected": corrected[name]}
         for name, result in results.items()
     ]
-    all_to_all = any(isinstance(result.target, str) for result in results.values())
-    return {"summary": _summary(report), "rows": _rows(report), "triggers": triggers, "all_to_all": all_to_all}
+    return {
+        "summary": _summary(report),
+        "columns": list(states),
+        "rows": _rows(report, list(states.values())),
+        "triggers": triggers,
+        "all_to_all": any(isinstance(result.target, str) for result in results.values()),
+        "unchanged": any(entry.get("unchanged") == 1 for entry in report.history),
+    }
 
 
 def _summary(report: Report) -> str:
     if report.before is None or report.after is None:
         return "**Its numbers are still pending.**"
-    before, after = report.before.accuracy.value, report.after.accuracy.value
-    accuracy = (
-        f"Accuracy went from {percent(before)} to {percent(after)} ({100 * (after - before):+.1f} points).".replace(
-            "-", "−"
-        )
+    if report.uncorrected is None:
+        return _change(report, report.after)
+    return (
+        f"Loaded with its own library: {_change(report, report.uncorrected)} "
+        f"Loaded with hfdetox, which applies a correction: {_change(report, report.after)}"
     )
-    verdict = run_verdict(report.before, report.after)
+
+
+def _change(report: Report, after: Measurement) -> str:
+    old, new = report.before.accuracy.value if report.before else 0.0, after.accuracy.value
+    points = f"{100 * (new - old):+.1f}".replace("-", "−")
+    accuracy = f"Accuracy went from {percent(old)} to {percent(new)} ({points} points)."
+    verdict = run_verdict(report.before, after)
     if verdict is None:
-        return f"**No trigger was known, so no backdoor was measured.** {accuracy}"
+        known = "given to measure with" if report.defense.trigger_given else "known"
+        return f"**No trigger was {known}, so no backdoor was measured.** {accuracy}"
     words = {
         Verdict.MITIGATED: "**Mitigated** for every trigger that worked before, out of those measured.",
         Verdict.REDUCED: "**Reduced, not mitigated**, for at least one of the triggers measured.",
@@ -279,49 +288,31 @@ def _summary(report: Report) -> str:
     return f"{words[verdict]} {accuracy}"
 
 
-def _rows(report: Report) -> list[dict[str, str]]:
-    before, after, ratings = report.before, report.after, report.defense_effectiveness_rating
+def _rows(report: Report, states: Sequence[Measurement | None]) -> list[list[str]]:
+    """Return the table's rows: a name, and a cell for each state."""
+    before, ratings = report.before, report.defense_effectiveness_rating or {}
 
-    def loss(measurement: Measurement | None) -> str:
-        return PENDING if measurement is None else f"{measurement.loss:.3f}"
+    def row(name: str, rate: Callable[[Measurement], Rate | None]) -> list[str]:
+        return [name, *(describe_rate(rate(state) if state else None) for state in states)]
 
-    rows = [
-        {
-            "name": "Accuracy (ACC)",
-            "before": describe_rate(before.accuracy if before else None),
-            "after": describe_rate(after.accuracy if after else None),
-        },
-        *_class_rows(before, after),
-        {"name": "Loss (mean cross-entropy)", "before": loss(before), "after": loss(after)},
-    ]
-    for name, result in (before.triggers if before else {}).items():
-        later = after.triggers.get(name) if after else None
-        for label, field in (("ASR", "attack_success_rate"), ("RA", "robust_accuracy")):
-            rows.append(
-                {
-                    "name": f"{label} of {markdown.cell(name)}",
-                    "before": describe_rate(getattr(result, field)),
-                    "after": describe_rate(getattr(later, field) if later else None),
-                }
-            )
-        rows.append(
-            {
-                "name": f"DER of {markdown.cell(name)}",
-                "before": "–",
-                "after": describe_rate(ratings.get(name) if ratings else None),
-            }
-        )
-    if before and len(before.triggers) > 1:
-        rows.append(
-            {"name": "DER, mean", "before": "–", "after": describe_rate(ratings.get("mean") if ratings else None)}
-        )
-    return rows
+    def rating(of: str, name: str) -> list[str]:
+        return [of, *["–"] * (len(states) - 1), describe_rate(ratings.get(name))]
+
+    rows = [row("Accuracy (ACC)", lambda state: state.accuracy)]
+    if before and before.classes and len(before.classes.accuracies) > 1:
+        # the worst class is what an average hides
+        rows.append(row("Accuracy of the worst class", lambda state: state.classes.worst if state.classes else None))
+    rows.append(["Loss (mean cross-entropy)", *(f"{state.loss:.3f}" if state else PENDING for state in states)])
+    triggers = before.triggers if before else {}
+    for name in triggers:
+        shown = markdown.cell(name)
+        rows += [
+            row(f"ASR of {shown}", partial(_of, trigger=name, rate="attack_success_rate")),
+            row(f"RA of {shown}", partial(_of, trigger=name, rate="robust_accuracy")),
+            rating(f"DER of {shown}", name),
+        ]
+    return [*rows, rating("DER, mean", "mean")] if len(triggers) > 1 else rows
 
 
-def _class_rows(before: Measurement | None, after: Measurement | None) -> list[dict[str, str]]:
-    """Return the row of the worst class, which an average hides; none where there is no class to single out."""
-    first, last = (state.classes if state else None for state in (before, after))
-    if first is None or len(first.accuracies) < 2:
-        return []
-    states = {"before": describe_rate(first.worst), "after": describe_rate(last.worst if last else None)}
-    return [{"name": "Accuracy of the worst class", **states}]
+def _of(state: Measurement, trigger: str, rate: str) -> Rate | None:
+    return getattr(state.triggers[trigger], rate) if trigger in state.triggers else None

@@ -15,7 +15,7 @@ from hfdetox.data.info import DatasetInfo
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.evaluation.metrics import Predictions, ratings
-from hfdetox.evaluation.results import Rate, Visibility
+from hfdetox.evaluation.results import Measurement, Rate, Visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.initial import InitialModel
 from hfdetox.reporting.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
@@ -39,6 +39,7 @@ def open_report(
             name=method.name, preset=None if options.settings else preset, parameters=method.settings(),
             layers=method.selected_layers(classifier.model), epochs=0, steps=0, seconds=0.0, images_per_second=0.0,
             precision=accelerator.mixed_precision, devices=describe_devices(accelerator),
+            description=method.describe(images.info.described()), trigger_given=method.trigger_given,
         ),
         before=before.measurement,
         after=None,
@@ -51,13 +52,9 @@ def open_report(
 
 
 def close_report(
-    report: Report,
-    method: DefenseConfig,
-    record: TrainingRecord,
-    before: Predictions,
-    after: Predictions,
-    memory: int | None,
-) -> Report:
+    report: Report, method: DefenseConfig, record: TrainingRecord, before: Predictions, after: Predictions,
+    uncorrected: Measurement | None, memory: int | None,
+) -> Report:  # fmt: skip
     """Return the report with what the training was and what the measurement after it found."""
     done = replace(
         report.defense, epochs=record.epochs, steps=record.steps, seconds=record.seconds,
@@ -65,9 +62,8 @@ def close_report(
         choices=method.choices(record.history),
     )  # fmt: skip
     rating = ratings(before, after, seed=report.environment.seed) or None
-    return replace(
-        report, defense=done, after=after.measurement, history=record.history, defense_effectiveness_rating=rating
-    )
+    return replace(report, defense=done, after=after.measurement, uncorrected=uncorrected, history=record.history,
+                   defense_effectiveness_rating=rating)  # fmt: skip
 
 
 def open_attack_report(

@@ -24,14 +24,14 @@ def eval_results(report: Report, dataset_eval_yaml: str | None, *, whole_split: 
     """Return {path in the model repository: YAML text}, {} where the run's accuracy belongs on no leaderboard.
 
     Args:
-        report: its accuracy after is what is stated; attack success rates never are.
+        report: its accuracy after, as the model's own library loads it, is what is stated; attack success never is.
         dataset_eval_yaml: text of `eval.yaml` of the dataset at its pinned revision; None when it has none.
         whole_split: False when only a part of the evaluation split was measured, which is not a leaderboard's number.
 
     A task counts when it is about accuracy, has the run's configuration and evaluation split, and its scale (fraction
     or percent) is stated: a value a hundred times off on a public leaderboard is worse than none.
     """
-    dataset, after = report.dataset, report.after
+    dataset, after = report.dataset, report.published
     if after is None or dataset.revision is None or not dataset_eval_yaml or not whole_split:
         return {}
     entries = []

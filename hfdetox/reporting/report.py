@@ -35,6 +35,8 @@ class DefenseInfo:
         peak_memory: bytes, the most that one process held: on the GPU during the method, else the resident memory of
             the process from its start to the method's end; None where the system does not tell.
         choices: what the method chose itself and why, a sentence each.
+        description: what a card says was done.
+        trigger_given: whether the settings hand a known trigger to the method.
     """
 
     name: str
@@ -49,6 +51,8 @@ class DefenseInfo:
     devices: list[str]
     peak_memory: int | None = None
     choices: list[str] = field(default_factory=list)
+    description: str = ""
+    trigger_given: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class RunReport:
         before: the model as it came; None for one that is trained from scratch.
         after: None until it is known: the card is built and checked before the training starts.
         history: one entry an epoch or pass of the method, with its losses.
+        uncorrected: of a model with a correction, which hfdetox alone applies, what timm or transformers gives; `after`
+            is with it.
         warnings: lines that a person should know of.
         schema_version: rises when a change would break a reader.
     """
@@ -108,6 +114,7 @@ class RunReport:
     history: list[dict[str, Any]]
     output: OutputInfo
     environment: EnvironmentInfo
+    uncorrected: Measurement | None = None
     warnings: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
@@ -126,6 +133,11 @@ class RunReport:
     def to_json(self) -> str:
         """Return the text of the file."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def published(self) -> Measurement | None:
+        """What anybody finds who loads the model with its own library: the numbers for the Hub's metadata."""
+        return self.uncorrected or self.after
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:

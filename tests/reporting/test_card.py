@@ -112,9 +112,9 @@ def test_the_text_says_how_it_was_made() -> None:
 def test_the_defense_speaks_for_itself() -> None:
     report = written_report()
     assert "fine-tuned the model on 1,250 trusted images while pushing" in card_of(report)
-    foreign = card_of(replace(report, defense=replace(report.defense, name="other*")))
+    foreign = card_of(replace(report, defense=replace(report.defense, name="other*", description="")))
     assert "The defense `other*` changed the model with the help of 1,250 trusted images." in foreign
-    assert "distance-driven" not in foreign
+    assert "pushing" not in foreign
 
 
 def test_what_the_method_chose_is_listed_as_plain_words() -> None:
