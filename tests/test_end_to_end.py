@@ -182,6 +182,43 @@ def test_a_backdoored_model_is_cleaned_published_and_loads_with_its_library(
     assert here.dataset.revision == hub.head(source.dataset, repo_type="dataset")
 
 
+@torch.no_grad()
+def test_published_numbers_are_those_of_the_models_own_library_where_hfdetox_corrects_it(
+    hub: HubServer, publish: Any, run_cli: Any, fresh_env: dict[str, str]
+) -> None:
+    source = publish("timm")
+    pushed = f"{source.model}-corrected"
+    given = ["--set", f"trigger={TRIGGER}", "--set", f"target={NAMES.index(TARGET)}"]
+    arguments = [
+        source.model,
+        "--dataset",
+        source.dataset,
+        "--samples",
+        "200",
+        "--trigger",
+        TRIGGER,
+        "--target",
+        TARGET,
+    ]
+    done = run_cli([*arguments, "--defense", "bna", *given, "--push-to", pushed, "--output", "out"],
+                   env={**fresh_env, "HF_TOKEN": hub.token})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files = hub.files(pushed)
+    report = report_of(files["detox_report.json"])
+    assert report.after is not None
+    assert report.uncorrected is not None
+    # the correction makes a difference, and timm does not apply it
+    rates = [state.triggers["badnets"].attack_success_rate for state in (report.uncorrected, report.after)]
+    assert rates[0].value >= 0.9 > rates[1].value
+    correct, hits, triggered = recount(by_timm(pushed), source.dataset)
+    found = {r.metric_type: r.metric_value for r in ModelCard(files["README.md"].decode()).data.eval_results}
+    assert found["accuracy"] == pytest.approx(correct / backdoored.TEST_IMAGES, abs=COUNT_TOLERANCE / 500)
+    assert found["attack_success_rate"] == pytest.approx(hits / triggered, abs=COUNT_TOLERANCE / triggered)
+    words = files["README.md"].decode()
+    assert "After, with hfdetox" in words
+    assert "**The defense was given a known trigger" in words
+
+
 def _check_repository(hub: HubServer, pushed: str, files: dict[str, bytes], report: Report) -> None:
     assert len(hub.history(pushed)) == 2  # the Hub's own first commit and ours
     assert len(hub.requests("POST", "/commit/")) == 1
