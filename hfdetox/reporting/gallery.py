@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hfdetox.evaluation.metrics import Predictions, TriggerView
 from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent
 from hfdetox.files import write_atomically
-from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, WRONG, empty_figure, fit_text, house_style, show_image
+from hfdetox.reporting.plots import DPI, INK, WRONG, empty_figure, fit_text, house_style, short_label, show_image
 from hfdetox.reporting.report import describe_target
 from hfdetox.triggers.base import Trigger
 
@@ -30,9 +30,6 @@ IMAGES = 3
 # what a difference is multiplied by; a half, for one from black to white would need 511 levels
 FACTORS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 100)
 RIGHT_MARK, WRONG_MARK, TARGET_MARK = "✓", "✗", "⚑"
-# in dots: the side of a picture, the space between two, between two images' groups, and the margin
-_SIDE, _SPACE, _GAP, _MARGIN = 128, 8, 30, 20
-_LINE, _HEAD, _FOOT = 26, 44, 22
 
 
 @dataclass(frozen=True)
@@ -117,63 +114,39 @@ def amplified(clean: NDArray[np.uint8], triggered: NDArray[np.uint8]) -> tuple[N
 
 def draw_bands(bands: Sequence[GalleryBand]) -> Figure:
     """Return the figure; to be drawn and saved within `plots.house_style`."""
-    tall = [round(_SIDE * min(1.5, band.clean.shape[1] / band.clean.shape[2])) for band in bands]
-    heights = [_HEAD + 4 * _LINE + height + _FOOT for height in tall]
-    sheet = _Sheet(2 * _LINE + sum(heights))
-    sheet.text(_MARGIN, _LINE, f"Clean, triggered, and their difference (grey: no change).   {RIGHT_MARK} right   "
-               f"{WRONG_MARK} wrong   {TARGET_MARK} what the attacker wants", fontsize=7.5)  # fmt: skip
-    top = 2 * _LINE
-    for band, height, whole in zip(bands, tall, heights, strict=True):
-        sheet.rule(top)
-        _draw_band(sheet, band, top, height)
-        top += whole
-    return sheet.figure
+    tall = [0.85 + 0.6 * min(1.5, band.clean.shape[1] / band.clean.shape[2]) for band in bands]
+    figure = empty_figure(0.3 + sum(tall))
+    figure.suptitle(f"Clean, triggered, and their difference (grey: no change).   {RIGHT_MARK} right   "
+                    f"{WRONG_MARK} wrong   {TARGET_MARK} what the attacker wants", fontsize=7.5, x=0.01,
+                    ha="left")  # fmt: skip
+    for part, band in zip(np.atleast_1d(figure.subfigures(len(bands), height_ratios=tall)), bands, strict=True):
+        part.suptitle(f"{fit_text(band.title, 70)}\n", fontweight="bold", fontsize=8.5, x=0.01, ha="left",
+                      linespacing=1.5)  # fmt: skip
+        part.text(0.01, 0.985, f"\n{fit_text(band.note, 95)}", fontsize=7.5, va="top", linespacing=1.5)
+        difference, factor = amplified(band.clean, band.triggered)
+        # three pictures an image, with a gap between two images
+        places = part.subplots(1, 4 * IMAGES - 1, width_ratios=[*[1, 1, 1, 0.15] * IMAGES][:-1])
+        for axes in places:
+            axes.set_axis_off()
+        for i, truth in enumerate(band.labels):
+            before, after = (_answer(answer, truth, band.wanted[i]) for answer in (band.before[i], band.after[i]))
+            pictures = (
+                (band.clean, [("clean", INK), before]),
+                (band.triggered, [("triggered", INK), after]),
+                (difference, [("difference", INK), (f"× {factor:g}", INK)]),
+            )
+            for axes, (images, lines) in zip(places[4 * i :], pictures, strict=False):
+                show_image(axes, images[i], lines)
+            name = places[4 * i].annotate(short_label(truth, 20), (0, 1), xytext=(0, 3), xycoords="axes fraction",
+                                          textcoords="offset points", fontsize=6.8)  # fmt: skip
+            # it may stand above the next pictures, and must not move them away
+            name.set_in_layout(False)
+    return figure
 
 
-class _Sheet:
-    """A figure with places in dots from its upper left corner."""
-
-    def __init__(self, height: int) -> None:
-        self.width, self.height = round(WIDTH * DPI), height
-        self.figure = empty_figure(height / DPI)
-
-    def text(self, left: float, middle: float, words: str, **style: Any) -> None:
-        self.figure.text(left / self.width, 1 - middle / self.height, words, va="center", **style)
-
-    def picture(self, left: int, top: int, height: int, image: NDArray[np.uint8]) -> None:
-        place = (left / self.width, 1 - (top + height) / self.height, _SIDE / self.width, height / self.height)
-        show_image(self.figure.add_axes(place), image)
-
-    def rule(self, top: int) -> None:
-        axes = self.figure.add_axes((_MARGIN / self.width, 1 - top / self.height, 1 - 2 * _MARGIN / self.width, 0.0))
-        axes.set_axis_off()
-        axes.axhline(0, color=FAINT, linewidth=0.8, clip_on=False)
-
-
-def _draw_band(sheet: _Sheet, band: GalleryBand, top: int, tall: int) -> None:
-    sheet.text(_MARGIN, top + 24, fit_text(band.title, 70), fontweight="bold")
-    sheet.text(_MARGIN, top + _HEAD + 0.3 * _LINE, fit_text(band.note, 95), fontsize=7.5)
-    difference, factor = amplified(band.clean, band.triggered)
-    head = top + _HEAD + _LINE
-    group = 3 * _SIDE + 2 * _SPACE
-    for i in range(len(band.clean)):
-        left = _MARGIN + i * (group + _GAP)
-        truth, wanted = band.labels[i], band.wanted[i]
-        sheet.text(left, head + 0.5 * _LINE, _short(truth, 20), fontsize=6.8)
-        sheet.text(left + group, head + 0.5 * _LINE, f"difference × {factor:g}", fontsize=6.8, ha="right")
-        for place, images in enumerate((band.clean, band.triggered, difference)):
-            sheet.picture(left + place * (_SIDE + _SPACE), head + _LINE, tall, images[i])
-        for line, (word, answer) in enumerate((("clean", band.before[i]), ("triggered", band.after[i]))):
-            middle = head + (1.6 + 0.9 * line) * _LINE + tall
-            mark = RIGHT_MARK if answer == truth else TARGET_MARK if answer == wanted else WRONG_MARK
-            color = INK if answer == truth else WRONG
-            sheet.text(left, middle, word, fontsize=6.8)
-            sheet.text(left + _SIDE + _SPACE, middle, f"{mark} {_short(answer, 20)}", fontsize=6.8, color=color)
-
-
-def _short(label: str, letters: int) -> str:
-    # of ImageNet's synonyms the first
-    return fit_text(label.split(",")[0], letters)
+def _answer(answer: str, truth: str, wanted: str) -> tuple[str, str]:
+    mark = RIGHT_MARK if answer == truth else TARGET_MARK if answer == wanted else WRONG_MARK
+    return f"{mark} {short_label(answer, 11)}", INK if answer == truth else WRONG
 
 
 def _of_different_classes(clean: Pixels, positions: Sequence[int]) -> list[int]:

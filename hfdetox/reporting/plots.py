@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfdetox.errors import RunError
-from hfdetox.evaluation.results import Rate
 from hfdetox.reporting.markdown import one_line
 from hfdetox.reporting.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -29,35 +26,15 @@ WRONG = "#b3261e"
 MAX_COLUMNS, MAX_LAYERS = 6, 6
 # matplotlib ships DejaVu Sans only; labels in other scripts need one of these from the system
 FALLBACK_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "Arial Unicode MS",
-)
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS",
+)  # fmt: skip
 STYLE: dict[str, Any] = {
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": PANEL,
-    "figure.facecolor": PANEL,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": "#dfe3e8",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
+    "font.size": 8.5, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.facecolor": PANEL,
+    "figure.facecolor": PANEL, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.grid": True, "grid.color": "#dfe3e8", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "text.parse_math": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,19 +68,16 @@ def draw_plots(
 
     Raises RunError when a file cannot be written.
     """
-    drawings: dict[str, Callable[[], Figure | None]] = {
-        "before_after.png": lambda: draw_before_after(report),
-        "training.png": lambda: draw_training(report),
-        "weight_changes.png": lambda: draw_weight_changes(weight_changes),
-        "samples.png": lambda: draw_samples(strip),
-    }
+    drawings: list[Callable[[], Figure | None]] = [
+        lambda: draw_before_after(report), lambda: draw_training(report), lambda: draw_weight_changes(weight_changes),
+        lambda: draw_samples(strip),
+    ]  # fmt: skip
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in drawings.items():
+        for name, draw in zip(PLOT_FILES, drawings, strict=True):
             with house_style():
-                figure = draw()
-                if figure is not None:
+                if figure := draw():
                     figure.savefig(folder / name, dpi=DPI)
                     written.append(f"{folder.name}/{name}")
     except OSError as error:
@@ -118,45 +92,32 @@ def draw_before_after(report: Report) -> Figure | None:
     before, after = report.before, report.after
     if before is None or after is None:
         return None
-    groups: list[tuple[str, list[tuple[str, Rate, Rate]]]] = [
-        ("Accuracy", [("ACC, higher is better", before.accuracy, after.accuracy)])
-    ]
-    for name in (name for name in before.triggers if name in after.triggers):
-        old, new = before.triggers[name], after.triggers[name]
-        groups.append(
-            (
-                f"Trigger {name}",
-                [
-                    ("ASR, lower is better", old.attack_success_rate, new.attack_success_rate),
-                    ("RA, higher is better", old.robust_accuracy, new.robust_accuracy),
-                ],
-            )
-        )
-    rows = sum(1.15 + len(bars) for _, bars in groups)
-    figure, axes = _figure(0.8 + 0.34 * rows)
-    y = 0.0
-    ticks: list[tuple[float, str]] = []
-    for title, bars in groups:
-        axes.text(0, y + 0.1, fit_text(title, 70), fontweight="bold", va="center", ha="left")
-        y += 0.85
-        axes.vlines(0, y - 0.45, y + len(bars) - 0.55, color=FAINT, linewidth=0.9)
-        for name, *rates in bars:
-            ticks.append((y, name))
-            for rate, color, offset in zip(rates, (BEFORE, AFTER), (-0.2, 0.2), strict=True):
-                _bar(axes, y + offset, rate, color)
-            y += 1.0
-        y += 0.3
-    axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
-    axes.tick_params(axis="y", length=0)
-    axes.set(ylim=(y - 0.55, -0.45), xlim=(0, 116), xticks=range(0, 101, 20))
-    axes.set_xticklabels([f"{tick} %" for tick in range(0, 101, 20)])
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
+    panels = [("Accuracy", {"ACC, higher is better": [before.accuracy, after.accuracy]})]
+    for name, old in before.triggers.items():
+        if new := after.triggers.get(name):
+            panels.append((f"Trigger {name}", {
+                "ASR, lower is better": [old.attack_success_rate, new.attack_success_rate],
+                "RA, higher is better": [old.robust_accuracy, new.robust_accuracy],
+            }))  # fmt: skip
+    figure = empty_figure(0.8 + sum(0.4 + 0.34 * len(bars) for _, bars in panels))
+    all_axes = figure.subplots(len(panels), squeeze=False, sharex=True,
+                               height_ratios=[len(bars) + 0.3 for _, bars in panels])  # fmt: skip
+    for axes, (title, bars) in zip(all_axes.flat, panels, strict=True):
+        axes.set_title(fit_text(title, 70))
+        for state, (color, label) in enumerate(((BEFORE, "before"), (AFTER, "after"))):
+            places = np.arange(len(bars)) + (state - 0.5) * 0.4
+            measured = [rates[state] for rates in bars.values()]
+            values, lows, highs = 100 * np.array([[rate.value, *rate.interval] for rate in measured]).T
+            # rounding in a hand-written report may put the value a hair outside its interval
+            shown = axes.barh(places, values, 0.38, color=color, label=label, error_kw={"capsize": 2, "linewidth": 0.9},
+                              xerr=np.maximum(0, [values - lows, highs - values]), ecolor=INK)  # fmt: skip
+            axes.bar_label(shown, [f"{value:.1f} %" for value in values], padding=3, fontsize=7.5)
+        axes.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 116), ylim=(len(bars) - 0.45, -0.55))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+    axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
     axes.set_xlabel("share of images, with 95 % intervals")
-    handles = [
-        axes.barh([-9], [0], color=color, label=label) for color, label in ((BEFORE, "before"), (AFTER, "after"))
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 
@@ -169,33 +130,24 @@ def draw_training(report: Report) -> Figure | None:
     shown = [key for key in series if np.isfinite(values[key]).any()]
     if not shown:
         return None
-    figure, axes = _figure(0.3 + 1.75 * len(shown), len(shown))
-    epochs = np.arange(1, len(rows) + 1)
+    figure = empty_figure(0.3 + 1.75 * len(shown))
+    all_axes = figure.subplots(len(shown), squeeze=False, sharex=True)
     phases = [str(row.get("phase", "")) for row in rows]
-    starts = [i for i in range(1, len(phases)) if phases[i] != phases[i - 1]]
-    for axis, key in zip(np.atleast_1d(axes), shown, strict=True):
-        axis.plot(
-            epochs, values[key], color=AFTER, linewidth=1.8, markersize=4, marker="o" if len(epochs) < 12 else None
-        )
-        axis.set_title(series[key])
-        axis.set_xlim(0.5, len(epochs) + 0.5)
-        axis.margins(y=0.12)
-        for i, start in enumerate([0, *starts] if starts else []):
-            if i:
-                axis.axvline(start + 0.5, color=FAINT, linewidth=0.8)
-            axis.text(
-                start + 0.6,
-                1.0,
-                fit_text(phases[start], 24),
-                transform=axis.get_xaxis_transform(),
-                va="top",
-                fontsize=7.5,
-            )
+    starts = [i for i in range(len(phases)) if i == 0 or phases[i] != phases[i - 1]]
+    for axes, key in zip(all_axes.flat, shown, strict=True):
+        axes.plot(range(1, len(rows) + 1), values[key], color=AFTER, linewidth=1.8, markersize=4,
+                  marker="o" if len(rows) < 12 else None)  # fmt: skip
+        axes.set_title(series[key])
+        axes.set_xlim(0.5, len(rows) + 0.5)
+        axes.margins(y=0.12)
+        for start in starts if len(starts) > 1 else []:
+            axes.axvline(start + 0.5, color=FAINT, linewidth=0.8 if start else 0)
+            axes.text(start + 0.6, 1.0, fit_text(phases[start], 24), transform=axes.get_xaxis_transform(), va="top",
+                      fontsize=7.5)  # fmt: skip
     if "clean_loss" in shown:
-        _mark_epsilon(np.atleast_1d(axes)[0], report)
-    last = np.atleast_1d(axes)[-1]
-    last.set_xlabel("epoch")
-    last.xaxis.get_major_locator().set_params(integer=True)
+        _mark_epsilon(all_axes.flat[0], report)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -206,26 +158,20 @@ def draw_weight_changes(weight_changes: Mapping[str, np.ndarray[Any, Any]]) -> F
     size = {name: float(np.sqrt(np.mean(change**2))) for name, change in flat.items() if change.size}
     if not size:
         return None
-    names = sorted(size, key=lambda name: -size[name])[:MAX_LAYERS]
-    names = [name for name in flat if name in names]
+    most = sorted(size, key=lambda name: -size[name])[:MAX_LAYERS]
+    names = [name for name in flat if name in most]
     columns = min(2, len(names))
     lines = -(-len(names) // columns)
-    figure, axes = _figure(0.55 + 1.75 * lines, lines, columns, sharex=False)
-    for axis, name in zip(np.atleast_1d(axes).ravel(), names, strict=False):
-        axis.hist(flat[name], bins=60, color=AFTER)
-        axis.axvline(0, color=INK, linewidth=0.8, linestyle=":")
-        axis.set_title(f"{fit_text(name, 80 // columns)}\n", fontsize=8.5, linespacing=1.0)
-        axis.text(
-            0,
-            1.03,
-            f"{flat[name].size:,} weights, root mean square {size[name]:.3g}",
-            transform=axis.transAxes,
-            fontsize=7.5,
-        )
-        axis.ticklabel_format(axis="y", scilimits=(-3, 5))
-        axis.locator_params(axis="x", nbins=10 // columns)
-    for axis in np.atleast_1d(axes).ravel()[len(names) :]:
-        axis.set_visible(False)
+    figure = empty_figure(0.55 + 1.75 * lines)
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(lines, columns, place)
+        axes.hist(flat[name], bins=60, color=AFTER)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_title(fit_text(name, 80 // columns), fontsize=8.5, pad=14)
+        axes.annotate(f"{flat[name].size:,} weights, root mean square {size[name]:.3g}", (0, 1), xytext=(0, 3),
+                      xycoords="axes fraction", textcoords="offset points", fontsize=7.5)  # fmt: skip
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.locator_params(axis="x", nbins=10 // columns)
     figure.supylabel("weights", fontsize=8.5)
     more = f" ({len(names)} of {len(size)} layers, those that changed most)" if len(size) > len(names) else ""
     figure.supxlabel(f"change of a weight, after − before{more}", fontsize=8.5)
@@ -237,37 +183,19 @@ def draw_samples(strip: Sequence[StripRow]) -> Figure | None:
     strip = [row for row in strip if len(row.images)]
     if not strip:
         return None
-    columns = min(MAX_COLUMNS, max(len(row.images) for row in strip))
-    gutter, cell = 0.55, (WIDTH - 0.55 - 0.1) / max(columns, 4)
+    columns = max(4, min(MAX_COLUMNS, max(len(row.images) for row in strip)))
     height, width = strip[0].images.shape[1:3]
-    tall = cell * 0.92 * min(1.5, height / width)
-    line, title, foot = 0.135, 0.3, 0.12
-    row_height = title + tall + 3 * line + foot
-    total = row_height * len(strip) + 0.06
-    figure = empty_figure(total)
-    letters = int(cell / 0.062)  # inches of a letter at 6.8 points, a wide one
-    for r, row in enumerate(strip):
-        top = total - r * row_height
-        figure.text(0.1 / WIDTH, (top - 0.18) / total, fit_text(row.title, 80), fontweight="bold", va="center")
-        below = top - title - tall
-        for i, word in enumerate(("true", "before", "after")):
-            figure.text(0.1 / WIDTH, (below - (i + 0.6) * line) / total, word, fontsize=6.8, va="center")
-        for column in range(min(columns, len(row.images))):
-            left = gutter + column * cell
-            axis = figure.add_axes((left / WIDTH, below / total, cell * 0.92 / WIDTH, tall / total))
-            show_image(axis, row.images[column])
-            truth = row.labels[column]
-            for i, label in enumerate((truth, row.before[column], row.after[column])):
-                mark = "" if i == 0 else ("✓ " if label == truth else "✗ ")
-                figure.text(
-                    (left + cell * 0.46) / WIDTH,
-                    (below - (i + 0.6) * line) / total,
-                    mark + fit_text(label.split(",")[0], letters - len(mark)),
-                    fontsize=6.8,
-                    ha="center",
-                    va="center",
-                    color=INK if label == truth else WRONG,
-                )
+    figure = empty_figure(len(strip) * (0.75 + WIDTH / (columns + 0.6) * min(1.5, height / width)))
+    for part, row in zip(np.atleast_1d(figure.subfigures(len(strip))), strip, strict=True):
+        part.suptitle(fit_text(row.title, 80), fontweight="bold", fontsize=8.5, x=0.01, ha="left")
+        places = part.subplots(1, columns)
+        write_below(places[0], [(word, INK) for word in ("true", "before", "after")], -0.45, "left")
+        for axes in places:
+            axes.set_axis_off()
+        for axes, image, truth, *answers in zip(places, row.images, row.labels, row.before, row.after, strict=False):
+            marked = [(f"{'✓' if label == truth else '✗'} {short_label(label)}", INK if label == truth else WRONG)
+                      for label in answers]  # fmt: skip
+            show_image(axes, image, [(short_label(truth), INK), *marked])
     return figure
 
 
@@ -284,45 +212,41 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def empty_figure(height: float, layout: str | None = None) -> Figure:
+def empty_figure(height: float) -> Figure:
     """Return a figure `WIDTH` wide and `height` high, in inches, without axes."""
     # not pyplot: its figures are global, need a display's backend and stay in memory
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH, height), layout=layout)
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, *, sharex: bool = True) -> tuple[Figure, Any]:
-    figure = empty_figure(height, "constrained")
-    return figure, figure.subplots(rows, columns, sharex=sharex)
-
-
-def show_image(axes: Axes, image: np.ndarray[Any, Any]) -> None:
-    """Fill the axes with an image (uint8, H×W×3); small ones are enlarged pixel by pixel."""
+def show_image(axes: Axes, image: np.ndarray[Any, Any], lines: Sequence[tuple[str, str]]) -> None:
+    """Fill the axes with an image (uint8, H×W×3; small ones are enlarged pixel by pixel), (words, colour) below it."""
     axes.imshow(image, interpolation="nearest" if len(image) < 96 else "antialiased", aspect="equal")
     axes.set_axis_off()
+    write_below(axes, lines, 0.5, "center")
+
+
+def write_below(axes: Axes, lines: Sequence[tuple[str, str]], x: float, align: str) -> None:
+    """Write lines of (words, colour) under the axes, from the left at `x` as a share of their width."""
+    for number, (words, color) in enumerate(lines):
+        axes.annotate(words, (x, 0), xytext=(0, -3 - 9.7 * number), xycoords="axes fraction", va="top", ha=align,
+                      textcoords="offset points", fontsize=6.8, color=color)  # fmt: skip
+
+
+def short_label(label: str, letters: int = 16) -> str:
+    """Return a label on one line: of ImageNet's synonyms the first."""
+    return fit_text(label.split(",")[0], letters)
 
 
 def fit_text(text: str, letters: int) -> str:
-    """Return `text` on one line, at most `letters` long, with dollars that start no formula."""
+    """Return `text` on one line, at most `letters` long."""
     text = one_line(text)
-    text = text if len(text) <= letters else text[: max(1, letters - 1)].rstrip() + "…"
-    return text.replace("$", r"\$")
+    return text if len(text) <= letters else text[: max(1, letters - 1)].rstrip() + "…"
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _bar(axes: Axes, y: float, rate: Rate, color: str) -> None:
-    low, high = (100 * end for end in rate.interval)
-    value = 100 * rate.value
-    axes.barh([y], [value], height=0.38, color=color)
-    # rounding in a hand-written report may put the value a hair outside its interval; a negative length is an error
-    axes.errorbar(
-        [value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], color=INK, capsize=2, linewidth=0.9
-    )
-    axes.text(max(value, high) + 1.2, y, f"{value:.1f} %", va="center", fontsize=7.5)
 
 
 def _mark_epsilon(axes: Axes, report: Report) -> None:
@@ -332,12 +256,5 @@ def _mark_epsilon(axes: Axes, report: Report) -> None:
     epsilon = _number(found[0] if found else report.defense.parameters.get("epsilon"))
     if np.isfinite(epsilon):
         axes.axhline(epsilon, color=BEFORE, linewidth=1, linestyle="--")
-        axes.annotate(
-            f"ε = {epsilon:g}",
-            (0, epsilon),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 2),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=BEFORE,
-        )
+        axes.annotate(f"ε = {epsilon:g}", (0, epsilon), xycoords=("axes fraction", "data"), xytext=(3, 2),
+                      textcoords="offset points", fontsize=7.5, color=BEFORE)  # fmt: skip

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from matplotlib.text import Text
 from PIL import Image
 
 from hfdetox import evaluate
@@ -50,7 +51,12 @@ def band(
 def words(*bands: GalleryBand) -> list[str]:
     """Return every text of the figure."""
     with house_style():
-        return [text.get_text() for text in draw_bands(bands).texts]
+        figure = draw_bands(bands)
+    found = [figure.get_suptitle()]
+    for part in figure.subfigs:
+        found += [text.get_text().strip() for text in part.texts]
+        found += [text.get_text() for axes in part.axes for text in axes.texts]
+    return found
 
 
 # --- the difference ---
@@ -145,41 +151,45 @@ def test_the_words_of_a_band() -> None:
     assert drawn[0].endswith("✓ right   ✗ wrong   ⚑ what the attacker wants")
     assert drawn[1:3] == ["badnets → dog", "PSNR 30.0 dB"]
     assert drawn[3:] == [
-        "cat", "difference × 0.5", "clean", "✓ cat", "triggered", "⚑ dog",
-        "cat", "difference × 0.5", "clean", "✗ elk", "triggered", "✗ elk",
-        "cat", "difference × 0.5", "clean", "✓ cat", "triggered", "✓ cat",
+        "clean", "✓ cat", "cat", "triggered", "⚑ dog", "difference", "× 0.5",
+        "clean", "✗ elk", "cat", "triggered", "✗ elk", "difference", "× 0.5",
+        "clean", "✓ cat", "cat", "triggered", "✓ cat", "difference", "× 0.5",
     ]  # fmt: skip
 
 
 def test_wrong_answers_have_their_colour() -> None:
     with house_style():
         figure = draw_bands([band(after=["dog", "cat", "elk"])])
-    colors = {text.get_text(): text.get_color() for text in figure.texts}
+    colors = {text.get_text(): text.get_color() for axes in figure.subfigs[0].axes for text in axes.texts}
     assert (colors["⚑ dog"], colors["✗ elk"], colors["✓ cat"]) == (WRONG, WRONG, INK)
 
 
 def test_names_start_no_formula_and_are_cut() -> None:
     label = "$\\frac$, a synonym"
     drawn = words(band(title="a$b$ → " + "x" * 90, labels=[label] * 3, before=["y" * 40] * 3))
-    assert r"\$\frac\$" in drawn
-    assert drawn[1].startswith(r"a\$b\$ → xxx")
-    assert drawn[1].endswith("x…")
-    assert "✗ " + "y" * 19 + "…" in drawn
-
-
-@pytest.mark.parametrize(
-    ("size", "tall"),
-    # 128 dots a side; at most half as high again
-    [((32, 32), 128), ((224, 224), 128), ((8, 16), 64), ((48, 32), 192), ((100, 10), 192)],
-)
-def test_dimensions(size: tuple[int, int], tall: int) -> None:
+    assert "$\\frac$" in drawn
     with house_style():
-        figure = draw_bands([band(size=size)] * 13)
-    width, height = figure.get_size_inches() * DPI
-    # a heading of two lines of 26, and for each trigger 44 + 4·26 + 22 = 170 dots besides the pictures
-    assert (round(width), round(height)) == (1300, 52 + 13 * (170 + tall)) == (WIDTH * DPI, 52 + 13 * (170 + tall))
-    # three pictures of three images, and a line above each band
-    assert len(figure.axes) == 13 * (9 + 1)
+        assert not any(text.get_parse_math() for text in draw_bands([band()]).findobj(Text))
+    assert drawn[1].startswith("a$b$ → xxx")
+    assert drawn[1].endswith("x…")
+    assert "✗ " + "y" * 10 + "…" in drawn
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (8, 16), (48, 32), (100, 10)])
+def test_every_picture_is_there_and_of_one_size(size: tuple[int, int]) -> None:
+    with house_style():
+        figure = draw_bands([band(size=size)] * 3)
+        figure.draw_without_rendering()
+    pictures = [axes for part in figure.subfigs for axes in part.axes if axes.images]
+    # three pictures of three images in each band
+    assert len(pictures) == 3 * 9
+    boxes = [axes.get_window_extent() for axes in pictures]
+    assert len({(round(box.width, 1), round(box.height, 1)) for box in boxes}) == 1
+    assert boxes[0].height / boxes[0].width == pytest.approx(size[0] / size[1], rel=0.01)
+    # at the figure's 100 dots an inch, of 1300 dots in the file
+    assert boxes[0].width > 45 or size[0] > size[1]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
 
 
 def test_small_images_are_enlarged_pixel_by_pixel(tmp_path: Path) -> None:
@@ -190,11 +200,11 @@ def test_small_images_are_enlarged_pixel_by_pixel(tmp_path: Path) -> None:
     border = np.concatenate([picture[:, 0], picture[:, -1], picture[0], picture[-1]])
     panel = [int(PANEL[i : i + 2], 16) for i in (1, 3, 5)]
     assert (border == panel).all()  # nothing is cut off at the edges
-    # from the left 20 dots of margin and, after 128 + 8, the triggered image; above it 52 + 44 + 2·26
-    triggered = picture[148 : 148 + 128, 156 : 156 + 128]
-    # a pixel of 32 is 4 dots wide: one white, all others black, nothing between
-    assert (triggered[:4, :4] == 255).all()
-    assert int(triggered.sum()) == 4 * 4 * 3 * 255
+    # the triggered images' white pixel, 1 of 32, is a white square, with nothing between it and the black
+    assert picture.shape[1] == WIDTH * DPI
+    white, black = ((picture == value).all(axis=2).sum() for value in (255, 0))
+    assert white >= 3 * 3 * 3
+    assert black > 900 * white / 3
 
 
 # --- the file ---
@@ -208,7 +218,7 @@ def test_the_file_is_whole_and_always_the_same(accelerator: Accelerator, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.PNG"]
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.PNG").read_bytes()
     with Image.open(tmp_path / "one.png") as image:
-        assert (image.format, image.size) == ("PNG", (1300, 52 + 2 * (170 + 128)))
+        assert (image.format, image.width) == ("PNG", 1300)
 
 
 def test_an_unwritable_place_is_one_clear_line(accelerator: Accelerator, tmp_path: Path) -> None:

@@ -136,10 +136,12 @@ def test_the_strip_marks_right_and_wrong() -> None:
     row = StripRow("badnets", images, ["cat"] * 8, ["dog"] * 8, ["cat"] * 8)
     figure = draw_samples([row])
     assert figure is not None
-    words = [text.get_text() for text in figure.texts]
-    assert words[:4] == ["badnets", "true", "before", "after"]
-    assert words[4:] == ["cat", "✗ dog", "✓ cat"] * MAX_COLUMNS
-    assert len(figure.axes) == MAX_COLUMNS
+    [part] = figure.subfigs
+    assert part.get_suptitle() == "badnets"
+    assert [len(axes.images) for axes in part.axes] == [1] * MAX_COLUMNS
+    words = [[text.get_text() for text in axes.texts] for axes in part.axes]
+    assert words[0] == ["true", "before", "after", "cat", "✗ dog", "✓ cat"]
+    assert words[1:] == [["cat", "✗ dog", "✓ cat"]] * (MAX_COLUMNS - 1)
 
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
