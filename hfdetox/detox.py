@@ -18,7 +18,7 @@ from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
-from hfdetox.runs.folder import RunFolder, command_of, log_folder, open_run
+from hfdetox.runs.folder import RunFolder, command_of, fingerprint, holds_output, log_folder, open_run
 from hfdetox.runs.plan import plan
 from hfdetox.runs.publish import check_push_allowed
 from hfdetox.runs.result import (
@@ -41,6 +41,7 @@ __all__ = ["DetoxResult", "detoxify", "evaluate", "plan"]
 
 @takes(DetoxOptions)
 @accelerate_state_kept()
+@holds_output
 def detoxify(given: DetoxOptions) -> DetoxResult:
     """Make an image classifier forget any backdoor, and measure what that did.
 
@@ -69,6 +70,9 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     with accelerator.main_process_first():
         classifier = _load(given, options)
         images = pull_images(options, given.dataset, classifier, notes.warn, progress=progress)
+    inputs = fingerprint(classifier, images)
+    if run is not None:
+        run.check_fingerprint(inputs)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
     before = evaluation.measure("before")
@@ -82,6 +86,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),
                 push_to, accelerator)  # fmt: skip
     if run is not None and accelerator.is_main_process:
+        run.record_fingerprint(inputs)
         run.begin(options, known)
 
     start = selected_weights(classifier, method)

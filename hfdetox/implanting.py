@@ -29,7 +29,7 @@ from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import missed_goals
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
-from hfdetox.runs.folder import check_output, command_of
+from hfdetox.runs.folder import check_output, command_of, holds_output
 from hfdetox.runs.goals import Monitor, goals_of, split_monitor
 from hfdetox.runs.publish import check_push_allowed, comes_backdoored
 from hfdetox.runs.result import AttackArtifacts, AttackResult, check_draft, publish
@@ -44,6 +44,7 @@ __all__ = ["AttackResult", "implant"]
 
 @takes(AttackOptions)
 @accelerate_state_kept()
+@holds_output
 def implant(given: AttackOptions) -> AttackResult:
     """Train a backdoor into an image classifier, for research on defenses, and measure it.
 

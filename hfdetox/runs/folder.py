@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hfdetox._version import __version__
 from hfdetox.config import NONE, DetoxOptions, ImageOptions
+from hfdetox.data.load import Images
 from hfdetox.defenses import DEFENSES
 from hfdetox.errors import RunError, UsageError
-from hfdetox.files import REPORT_NAMES, replace_folder, write_atomically
+from hfdetox.files import LOCK_FILES, REPORT_NAMES, locked, replace_folder, write_atomically
+from hfdetox.logging import is_main_process
+from hfdetox.models.classifier import Classifier
 from hfdetox.runs.manifest import foreign_files, remove_own
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
 from hfdetox.values import read_fields
 
-RUN_FILE = "run.json"
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+RUN_FILE, FINGERPRINT_FILE = "run.json", "fingerprint.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
@@ -78,7 +89,7 @@ class RunFolder:
 
     def refuse_existing(self) -> None:
         """Raise UsageError when a run is there already."""
-        if self.path.exists():
+        if self.path.exists() and set(os.listdir(self.path)) - set(LOCK_FILES):
             raise UsageError(
                 f"{self.path} holds a run that did not finish: go on with {self.resume_command()}, or remove it to "
                 "start again"
@@ -120,8 +131,39 @@ class RunFolder:
             ) from error
 
     def remove(self) -> None:
-        """Delete the folder; called only after the result is safe."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete what a run wrote, and the folder if nothing else is in it; called only after the result is safe."""
+        for name in ("checkpoint", "checkpoint.new", "checkpoint.old", _TRIGGERS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (RUN_FILE, FINGERPRINT_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def check_fingerprint(self, found: Mapping[str, str | None]) -> None:
+        """Refuse to go on with other inputs than those of the run's start; a run without a record of them goes on.
+
+        Args:
+            found: what the run works with now, a hash or version by what it is of.
+
+        Raises:
+            UsageError: something changed; the line says what.
+        """
+        try:
+            recorded = json.loads((self.path / FINGERPRINT_FILE).read_text(encoding="utf-8"))
+            changed = [f"{name} ({recorded.get(name)}, now {now})" for name, now in found.items()
+                       if recorded.get(name) != now]  # fmt: skip
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"{self.path / FINGERPRINT_FILE} cannot be read ({error}); start again") from error
+        if changed:
+            raise UsageError(f"{self.path} began with other inputs: {'; '.join(changed)} changed since. Put back what "
+                             "it began with, or remove the folder and start again")  # fmt: skip
+
+    def record_fingerprint(self, found: Mapping[str, str | None]) -> None:
+        """Record what the run works with, once; raises RunError when it cannot be written."""
+        if not (self.path / FINGERPRINT_FILE).exists():
+            write_atomically(self.path / FINGERPRINT_FILE, json.dumps(found, indent=2) + "\n")
 
 
 def open_run(options: DetoxOptions) -> tuple[DetoxOptions, RunFolder | None]:
@@ -215,3 +257,32 @@ def publish_folder(fresh: Path, output: Path) -> None:
     except OSError as error:
         raise RunError(f"cannot move the result to {output}: {error.strerror or error}") from error
     remove_own(old)
+
+
+def holds_output(run: Callable[[Given], Result]) -> Callable[[Given], Result]:
+    """Make a run hold the run folder of the output that it is given, or resumes, on the main process, while it runs.
+
+    The function raises UsageError when another process holds it.
+    """
+
+    @functools.wraps(run)
+    def held(given: Given) -> Result:
+        output, resume = getattr(given, "output", None), getattr(given, "resume", None)
+        with contextlib.ExitStack() as locks:
+            if is_main_process() and resume is not None and Path(str(resume)).is_dir():
+                locks.enter_context(locked(Path(str(resume)), f"the run in {resume}"))
+            elif is_main_process() and output is not None and Path(str(output)).name not in ("", ".."):
+                locks.enter_context(locked(RunFolder.beside(str(output)).path, f"the output {output}"))
+            return run(given)
+
+    return held
+
+
+def fingerprint(classifier: Classifier, images: Images) -> dict[str, str | None]:
+    """Return what a resumed run must find as it was: the version, the weights, which images, and what is on them."""
+    pixels = hashlib.sha256(b"".join(images.clean.fingerprints())).hexdigest()
+    return {
+        "hfdetox version": __version__, "model weights": classifier.info.weights_sha256,
+        "rows of the clean images": images.info.indices_sha256, "clean images": pixels,
+        "rows of the evaluation images": images.info.eval_indices_sha256,
+    }  # fmt: skip

@@ -15,11 +15,12 @@ import torch
 from huggingface_hub import constants
 
 from hfdetox.errors import RunError
+from hfdetox.files import locked
 from hfdetox.hub.upload import PushResult
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import CARD_NAME, validate_card
-from hfdetox.runs.folder import check_output, publish_folder
+from hfdetox.runs.folder import RunFolder, check_output, publish_folder
 from hfdetox.runs.manifest import write_manifest
 from hfdetox.runs.publish import push_output
 from hfdetox.triggers.base import Trigger
@@ -71,7 +72,13 @@ class SavedResult(ABC):
         if not is_main_process():
             self.output = folder
             return folder
-        check_output(folder, overwrite=overwrite)
+        with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
+            check_output(folder, overwrite=overwrite)
+            self._place(folder)
+        self.output = folder
+        return folder
+
+    def _place(self, folder: Path) -> None:
         try:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             fresh = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
@@ -90,8 +97,6 @@ class SavedResult(ABC):
             raise RunError(f"cannot write {folder}: {reason}; free some space") from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        self.output = folder
-        return folder
 
     def _push(self, repo_id: str, **push_options: Any) -> PushResult:
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.

@@ -252,3 +252,28 @@ def test_what_is_no_run_folder_is_not_resumed(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "out.run").mkdir()
     assert cli.run(["--resume", str(tmp_path / "out.run")]) == 2
     assert "is not a run folder of this hfdetox" in error_line(capsys.readouterr().err)
+
+
+def test_a_run_is_not_resumed_with_a_model_or_images_that_changed(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, digits, run = tmp_path / "model", tmp_path / "digits", tmp_path / "out.run"
+    shutil.copytree(made.transformers, model)
+    shutil.copytree(made.digits, digits)
+    with largest_file(100_000):
+        assert cli.run(command(model, digits, tmp_path / "out", epochs=2)) == 1
+    began = json.loads((run / "fingerprint.json").read_text())
+    for name in began:
+        (run / "fingerprint.json").write_text(json.dumps({**began, name: "other"}))
+        capsys.readouterr()
+        assert cli.run(["--resume", str(run)]) == 2
+        assert f"began with other inputs: {name} (other, now {began[name]}) changed" in error_line(
+            capsys.readouterr().err
+        )
+    (run / "fingerprint.json").write_text(json.dumps(began))
+    weights_file = model / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    assert cli.run(["--resume", str(run)]) == 2
+    assert "model weights (" in error_line(capsys.readouterr().err)
