@@ -70,8 +70,8 @@ def test_a_backdoor_from_scratch_is_measured_and_written_whole(dataset: Path, tm
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
     }
     assert written == {
-        "README.md", "attack_report.json", "config.json", "model.safetensors", "plots/gallery.png",
-        "triggers/badnets.safetensors",
+        ".hfdetox-manifest.json", "README.md", "attack_report.json", "config.json", "model.safetensors",
+        "plots/gallery.png", "triggers/badnets.safetensors",
     }  # fmt: skip
     assert AttackReport.load(tmp_path / "out") == report
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
