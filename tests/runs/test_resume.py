@@ -216,10 +216,10 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
 def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_space(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # the source card is kept below the new one, which makes that the one file too large
+    # a licence goes with the model: the one file too large
     model, run, limit = tmp_path / "model", tmp_path / "out.run", 3_000_000
     shutil.copytree(made.transformers, model)
-    (model / "README.md").write_text("---\nlicense: mit\n---\n# Long\n" + "A line of the author's.\n" * 200_000)
+    (model / "LICENSE").write_text("A line of the author's.\n" * 200_000)
     with largest_file(limit):
         assert cli.run(command(model, made.digits, tmp_path / "out", epochs=2)) == 1
     line = error_line(capsys.readouterr().err)
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_space(
     assert limit > len(before)
     assert cli.run(["--resume", str(run)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
-    assert (tmp_path / "out" / "README.md").stat().st_size > limit
+    assert (tmp_path / "out" / "LICENSE").stat().st_size > limit
     assert Report.load(tmp_path / "out").defense.epochs == 2
 
 
