@@ -21,6 +21,7 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_title = f"hfdetox {version}"
 html_copy_source = False
+html_show_copyright = False
 # dashes only: quotes stay straight
 smartquotes_action = "D"
 html_show_sphinx = False
