@@ -223,7 +223,8 @@ def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_space(
     with largest_file(limit):
         assert cli.run(command(model, made.digits, tmp_path / "out", epochs=2)) == 1
     line = error_line(capsys.readouterr().err)
-    assert line.startswith(f"hfdetox: error: cannot write {tmp_path / 'out'}: File too large")
+    assert line.startswith(f"hfdetox: error: cannot write the model to {tmp_path}")
+    assert "File too large" in line
     assert line.endswith(f"go on with: hfdetox --resume {run}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.run"]
     assert checkpointed(run) == 2
