@@ -50,7 +50,7 @@ test: $(STAMP)
 # exactly the lower bounds of pyproject.toml; what those need is as new as they allow
 $(LOWEST_STAMP): pyproject.toml | $(STAMP)
 	@echo "installing the oldest versions into $(LOWEST); PyTorch is large, so this takes some minutes"
-	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(LOWEST)
+	$(BIN)/uv venv --quiet --clear --seed --python $(PYTHON) $(LOWEST)
 ifneq ($(TORCH_INDEX),)
 	$(PYTHON) -c 'import tomllib; deps = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
 	  print(*(d for d in deps if d.startswith("torch")), sep="\n")' | \
