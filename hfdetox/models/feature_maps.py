@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import head_layers, library_logits, probing
+from hfdetox.models.layers import head_layers, probing, unwrapped
+from hfdetox.models.network import library_logits
 
 Layout = Literal["NCHW", "NHWC", "NTC"]
 # a network has up to five stages; longer rows are blocks, of which those that end a resolution are the stages
@@ -52,21 +53,21 @@ def last_stages(model: nn.Module, count: int, input_size: tuple[int, int, int] |
     Raises:
         UsageError: the model has no such row with feature maps over positions, or cannot be run on noise.
     """
-    inner: Any = getattr(model, "timm_model", model)
-    prefix = "" if inner is model else "timm_model."
-    heads = {model.get_submodule(name) for name in head_layers(model)}
+    prefix, inner = unwrapped(model)
+    heads = {inner.get_submodule(name) for name in head_layers(inner)}
     modules = dict(inner.named_modules())
     listed = _listed_by_timm(inner, modules)
     rows = [[name for name in row if _has_weights(modules[name], heads)] for row in _rows(modules)]
-    outputs = _probe(inner, sorted({name for row in (listed, *rows) for name in row}), input_size)
+    names = sorted({name for row in (listed, *rows) for name in row})
+    with probing(inner, input_size) as images, captured(inner, names) as outputs:
+        if images is not None:
+            library_logits(inner, images)
     chosen = _stages(inner, listed, outputs)
     if not chosen:
         chosen = _ends_of_sizes(_main_row([_stages(inner, row, outputs) for row in rows], modules), outputs)
     if not chosen:
-        raise UsageError(
-            f"{type(inner).__name__} has no stages or blocks that give feature maps, or cannot be run on noise of a "
-            "usual size; use a method that needs none, such as ft-sam or d3"
-        )
+        raise UsageError(f"{type(inner).__name__} has no stages or blocks that give feature maps, or takes no noise of "
+                         "a usual size; use a method that needs none, such as ft-sam or d3")  # fmt: skip
     return [Stage(prefix + stage.name, stage.layout, stage.prefix) for stage in chosen[-count:]]
 
 
@@ -82,21 +83,12 @@ def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch
                 if isinstance(first, torch.Tensor):
                     outputs[name] = first
 
-            stack.callback(model.get_submodule(name).register_forward_hook(keep).remove)
+            stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
         yield outputs
 
 
-def _probe(model: nn.Module, names: Sequence[str], input_size: tuple[int, int, int] | None) -> dict[str, torch.Tensor]:
-    """Return the outputs of the named modules for two images of noise; none if no size fits."""
-    with probing(model, input_size) as images, captured(model, names) as outputs:
-        if images is not None:
-            library_logits(model, images)
-    return outputs
-
-
 def _listed_by_timm(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:
-    info = getattr(model, "feature_info", None) or []
-    entries = [info[place] for place in range(len(info))]
+    entries = list(getattr(model, "feature_info", None) or [])
     # an entry of another hook type means a module's input
     if any(entry.get("hook_type", "forward") != "forward" for entry in entries):
         return []
@@ -127,8 +119,7 @@ def _has_weights(module: nn.Module, heads: set[nn.Module]) -> bool:
 
 def _stages(model: Any, row: Sequence[str], outputs: Mapping[str, torch.Tensor]) -> list[Stage]:
     """Return those of a row that ran and gave a feature map over positions."""
-    found = [_stage(model, name, outputs[name]) for name in row if name in outputs]
-    return [stage for stage in found if stage is not None]
+    return [stage for name in row if name in outputs and (stage := _stage(model, name, outputs[name]))]
 
 
 def _stage(model: Any, name: str, output: torch.Tensor) -> Stage | None:
@@ -147,21 +138,16 @@ def _prefix_tokens(model: Any) -> int:
     known = getattr(model, "num_prefix_tokens", None)
     if isinstance(known, int):
         return known
-    tokens = [p.shape[1] for name, p in model.named_parameters() if re.search(r"_tokens?$", name) and p.ndim == 3
-              and "mask_token" not in name]  # fmt: skip
-    return sum(tokens)
+    return sum(p.shape[1] for name, p in model.named_parameters()
+               if re.search(r"(?<!mask)_tokens?$", name) and p.ndim == 3)  # fmt: skip
 
 
 def _main_row(rows: Sequence[list[Stage]], modules: Mapping[str, nn.Module]) -> list[Stage]:
     """Return the row with most parameters; in place of a lone module the row inside that has nearly all of it."""
-    sizes = [_size(row, modules) for row in rows]
+    sizes = [sum(p.numel() for stage in row for p in modules[stage.name].parameters()) for row in rows]
     least = _NEARLY_ALL * max(sizes, default=0)
     large = [(len(row) > 1, size, row) for row, size in zip(rows, sizes, strict=True) if size >= least]
     return max(large, key=lambda entry: entry[:2], default=(False, 0, []))[2]
-
-
-def _size(row: Sequence[Stage], modules: Mapping[str, nn.Module]) -> int:
-    return sum(parameter.numel() for stage in row for parameter in modules[stage.name].parameters())
 
 
 def _ends_of_sizes(row: list[Stage], outputs: Mapping[str, torch.Tensor]) -> list[Stage]:

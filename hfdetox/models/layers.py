@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network, evaluating, logits_of
+from hfdetox.models.corrections import norms_of
+from hfdetox.models.network import Network, evaluating, library_logits
 from hfdetox.models.preprocessing import timm_data_config
 
 HEAD = "head"
@@ -32,24 +33,30 @@ def head_layers(model: nn.Module) -> list[str]:
     backbone (two for distilled ones); of the timm wrapper: those of its timm model; else the last Linear (or Conv2d).
     Raises LayerPatternError when the model has none.
     """
-    prefix, inner = _unwrap(model)
+    prefix, inner = unwrapped(model)
+    layers = _layers(inner)
     if hasattr(inner, "get_classifier") and hasattr(inner, "pretrained_cfg"):
-        names = _timm_head(inner)
+        classifier = inner.get_classifier()
+        parts = classifier if isinstance(classifier, tuple | list) else (classifier,)
+        inside = {module for part in parts for module in part.modules()}
+        names = [name for name, layer in layers.items() if layer in inside]
     elif hasattr(inner, "config") and hasattr(inner, "base_model_prefix"):
-        names = _transformers_head(inner)
+        fitting = [name for name, layer in layers.items() if layer.weight.shape[0] == inner.config.num_labels]
+        outside = [name for name in fitting if name.split(".")[0] != inner.base_model_prefix]
+        # of each part beside the backbone the last one: a distilled model has two such parts, a deep head one
+        by_part = {name.split(".")[0]: name for name in outside}
+        names = list(by_part.values()) or fitting[-1:]
     else:
-        names = _last_layer(inner)
+        names = ([name for name, layer in layers.items() if isinstance(layer, nn.Linear)] or list(layers))[-1:]
     if not names:
-        raise LayerPatternError(
-            f"{type(inner).__name__} has no classifier layer that can be found; name layers by pattern: "
-            f"{_selectable(inner)}"
-        )
+        raise LayerPatternError(f"{type(inner).__name__} has no classifier layer that can be found; name layers by "
+                                f"pattern: {_selectable(inner)}")  # fmt: skip
     return [prefix + name for name in names]
 
 
 def classes_of(model: nn.Module) -> int:
     """Return how many classes the model tells apart: the outputs of its head; raises what `head_layers` raises."""
-    return _outputs(model.get_submodule(head_layers(model)[-1])) or 0
+    return model.get_parameter(f"{head_layers(model)[-1]}.weight").shape[0]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -65,14 +72,12 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """
     if not patterns:
         raise LayerPatternError(f"no layer pattern given; use {HEAD} or patterns of: {_selectable(model)}")
-    names = _layer_names(model)
-    chosen: set[str] = set()
+    names, chosen = list(_layers(model)), set[str]()
     for pattern in patterns:
         found = head_layers(model) if pattern == HEAD else [name for name in names if _matches(name, pattern)]
         if not found:
-            raise LayerPatternError(
-                f"no Linear or Conv2d layer matches {pattern!r}; use {HEAD} or patterns of: {_selectable(model)}"
-            )
+            raise LayerPatternError(f"no Linear or Conv2d layer matches {pattern!r}; use {HEAD} or patterns of: "
+                                    f"{_selectable(model)}")  # fmt: skip
         chosen.update(found)
     return [name for name in names if name in chosen]
 
@@ -90,7 +95,7 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     the head's, and where the logits stay, it is such a norm. `input_size` is (C, H, W); without it, the model's own or
     usual sizes are tried. Parameters and modes are bit for bit as before afterwards.
     """
-    prefix, inner = _unwrap(model)
+    prefix, inner = unwrapped(model)
     heads = [inner.get_submodule(name) for name in head_layers(inner)]
     with probing(inner, input_size) as images:
         if images is None:
@@ -143,46 +148,17 @@ def _observed(model: nn.Module, producers: Mapping[str, nn.Module], consumers: M
     return {name: producer for name, producer in single.items() if producer is not None}
 
 
-def _unwrap(model: nn.Module) -> tuple[str, nn.Module]:
-    return ("model.", model.model) if isinstance(model, Network) else ("", model)
+def unwrapped(model: nn.Module) -> tuple[str, Any]:
+    """Return the library's model in a Network, and in transformers' wrapper of timm, after the prefix of its names."""
+    prefix = ""
+    if isinstance(model, Network):
+        prefix, model = "model.", model.model
+    inner = getattr(model, "timm_model", None)
+    return (f"{prefix}timm_model.", inner) if isinstance(inner, nn.Module) else (prefix, model)
 
 
-def _timm_head(model: Any) -> list[str]:
-    classifier = model.get_classifier()
-    modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    inside = {id(layer) for module in modules for layer in module.modules()}
-    return [name for name, layer in model.named_modules() if _is_layer(layer) and id(layer) in inside]
-
-
-def _transformers_head(model: Any) -> list[str]:
-    wrapped = getattr(model, "timm_model", None)
-    if isinstance(wrapped, nn.Module):
-        return [f"timm_model.{name}" for name in _timm_head(wrapped)]
-    outputs = model.config.num_labels
-    names = [name for name, layer in model.named_modules() if _outputs(layer) == outputs]
-    outside = [name for name in names if name.split(".")[0] != model.base_model_prefix]
-    # of each part beside the backbone the last one: a distilled model has two such parts, a deep head one
-    by_part = {name.split(".")[0]: name for name in outside}
-    return list(by_part.values()) or names[-1:]
-
-
-def _last_layer(model: nn.Module) -> list[str]:
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    return (linear or _layer_names(model))[-1:]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
-
-
-def _outputs(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    return module.out_channels if isinstance(module, nn.Conv2d) else None
-
-
-def _layer_names(model: nn.Module) -> list[str]:
-    return [name for name, layer in model.named_modules() if _is_layer(layer)]
+def _layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -192,17 +168,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _selectable(model: nn.Module) -> str:
     """List the selectable names on one line, numbers folded to * with a count."""
-    counts: dict[str, int] = {}
-    for name in _layer_names(model):
-        folded = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
-        counts[folded] = counts.get(folded, 0) + 1
+    folded = (["*" if part.isdigit() else part for part in name.split(".")] for name in _layers(model))
+    counts = Counter(map(".".join, folded))
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
-
-
-def _is_affine_norm(module: nn.Module) -> bool:
-    # by name and shape of the weight: timm and transformers have their own LayerNorm2d, RMSNorm and BatchNormAct
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in type(module).__name__.lower()
 
 
 @contextmanager
@@ -232,7 +200,7 @@ def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Ite
     if input_size is not None:
         yield input_size
         return
-    inner = getattr(model, "timm_model", model)
+    inner = unwrapped(model)[1]
     if hasattr(inner, "pretrained_cfg"):
         yield timm_data_config(inner)["input_size"]
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -245,16 +213,10 @@ def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Ite
         yield channels, side, side
 
 
-def library_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits that a library's own model gives for images it takes as they are (normalised already)."""
-    keyword = getattr(model, "main_input_name", None) == "pixel_values"
-    return logits_of(model(pixel_values=images) if keyword else model(images))
-
-
 def _last_norms(model: nn.Module, heads: Sequence[nn.Module], images: torch.Tensor) -> dict[str, list[nn.Module]]:
     """Run the model and group the head layers by the affine norm that ran last before each."""
     order: list[nn.Module] = []
-    names = {module: name for name, module in model.named_modules() if _is_affine_norm(module)}
+    names = {model.get_submodule(name): name for name in norms_of(model)}
     with ExitStack() as hooks:
         for module in (*names, *heads):
             hooks.enter_context(module.register_forward_pre_hook(lambda module, _: order.append(module)))

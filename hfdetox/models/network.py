@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,6 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).reshape(-1, 1, 1), persistent=False)
         self.convolutional = is_convolutional(model)
-        # transformers models may take other inputs first (Perceiver, remote code); `pipeline` passes this name too
-        self._keyword = getattr(model, "main_input_name", None) == "pixel_values"
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits N×K of prepared images N×C×H×W: uint8 or float32 in 0 to 255, or a callable's own floats."""
@@ -45,11 +44,9 @@ class Network(nn.Module):
                 images = normalize(images, self.mean, self.std, self.scale)
         if self.convolutional:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits = self._run(images)
-        return logits if self.correction is None else self.correction.logits(self.model, self._run, images, logits)
-
-    def _run(self, images: torch.Tensor) -> torch.Tensor:
-        return logits_of(self.model(pixel_values=images) if self._keyword else self.model(images))
+        run = partial(library_logits, self.model)
+        logits = run(images)
+        return logits if self.correction is None else self.correction.logits(self.model, run, images, logits)
 
 
 @contextmanager
@@ -88,8 +85,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of a model's output: the tensor itself, or `.logits` of a transformers or torchvision tuple."""
+def library_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits (N×K) that a library's own model gives for images it takes as they are (normalised already)."""
+    # transformers models may take other inputs first (Perceiver, remote code); `pipeline` passes this name too
+    keyword = getattr(model, "main_input_name", None) == "pixel_values"
+    output: Any = model(pixel_values=images) if keyword else model(images)
+    # of a transformers or torchvision tuple the logits
     return output if isinstance(output, torch.Tensor) else output.logits
 
 
