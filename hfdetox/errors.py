@@ -26,3 +26,8 @@ class HubError(HfdetoxError, OSError):
     """The Hub or the network (unknown, gated or unreachable repository, token, offline without the files)."""
 
     exit_status = 3
+
+
+def one_line(error: BaseException) -> str:
+    """Return another library's message on one line, at most 300 characters."""
+    return " ".join(str(error).split())[:300]

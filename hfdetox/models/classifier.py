@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import RunError, UsageError, one_line
 from hfdetox.files import is_inside
 from hfdetox.hub.download import PulledRepo, pull_model, sha256_file
 from hfdetox.models import weights as _weights
 from hfdetox.models.corrections import load_correction
 from hfdetox.models.info import ModelInfo
-from hfdetox.models.loaded import Loaded, NotAClassifierError, check_links, check_num_labels, numbered_labels
+from hfdetox.models.loaded import Loaded, check_links, check_num_labels, label_names, library_of
 from hfdetox.models.network import Network
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
-
-__all__ = ["Classifier", "LabelsError", "Network", "NotAClassifierError", "load_classifier"]
 
 _TIMM_PREFIXES = ("hf_hub:", "hf-hub:")
 
@@ -95,47 +91,20 @@ class Classifier:
         state = _weights.stored_state(self.model, self.dtypes)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files = self._write(folder, state)
+            files = self._loaded.write(folder, state, self.folder, self.info.dtype)
             if self.network.correction is not None:
                 self.network.correction.save(folder)
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"cannot write the model to {folder}: {_weights.one_line(error)}; free some space or choose another "
-                "--output"
-            ) from error
+            raise RunError(f"cannot write the model to {folder}: {one_line(error)}; free some space or choose another "
+                           "--output") from error  # fmt: skip
         return _weights.digest({file.name: sha256_file(file) for file in files})
-
-    def _write(self, folder: Path, state: dict[str, torch.Tensor]) -> list[Path]:
-        if self.info.library == "timm":
-            from hfdetox.models import timm as _timm
-
-            return _timm.write(folder, self._loaded, state, self.folder)
-        if self.info.library == "transformers":
-            from hfdetox.models import transformers as _transformers
-
-            return _transformers.write(
-                folder, self._loaded, state, self.folder, _weights.dominant_dtype(self.model, self.dtypes)
-            )
-        config = {
-            "library_name": "torch",
-            "class_name": self.info.architecture,
-            "num_classes": len(self.labels),
-            "label_names": list(self.labels),
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(state, folder / _weights.WEIGHTS_NAME, metadata={"format": "pt"})
-        return [folder / _weights.WEIGHTS_NAME]
 
 
 def load_classifier(
-    model: str | Path | nn.Module,
-    *,
-    revision: str | None = None,
-    processor: Any = None,
+    model: str | Path | nn.Module, *, revision: str | None = None, processor: Any = None,
     preprocessing: Callable[[Image.Image], torch.Tensor] | Preprocessing | None = None,
-    labels: Sequence[str] | int | None = None,
-    trust_remote_code: bool = False,
-) -> Classifier:
+    labels: Sequence[str] | int | None = None, trust_remote_code: bool = False,
+) -> Classifier:  # fmt: skip
     """Load an image classifier of timm or transformers, or wrap a loaded one, in float32 and eval mode.
 
     Args:
@@ -155,18 +124,23 @@ def load_classifier(
     if isinstance(model, nn.Module):
         if revision is not None:
             raise UsageError("revision belongs to a Hub id; a loaded model has none")
-        classifier = _from_object(model, processor, preprocessing, labels)
-        classifier.given_preprocessing = preprocessing
-        return classifier
-    pulled, commit = fetch_model(str(model), revision, trust_remote_code)
+        loaded = _describe(model, processor, preprocessing, labels)
+        return assemble(loaded, type(model).__name__, None, labels, preprocessing=preprocessing)
+    pulled, name = fetch_model(str(model), revision, trust_remote_code)
     stored = _weights.find_weights(pulled.folder, pulled.weights)
-    loaded = _load_folder(pulled.folder, stored, pulled.id, processor, preprocessing, trust_remote_code)
-    # reports are published, and where a folder lies is nobody's business
-    name = pulled.id if commit else pulled.folder.resolve().name
-    classifier = assemble(loaded, name, commit, labels, folder=pulled.folder, stored=stored)
-    classifier.trusts_remote_code = trust_remote_code
-    classifier.given_preprocessing = preprocessing
-    classifier.warnings = tuple(pulled.warnings)
+    # a library is imported only for its own models: transformers takes seconds
+    if library_of(pulled.folder, pulled.id) == "timm":
+        from hfdetox.models import timm as _timm
+
+        loaded = _timm.load_folder(pulled.folder, stored, pulled.id)
+    else:
+        from hfdetox.models import transformers as _transformers
+
+        loaded = _transformers.load_folder(pulled.folder, stored, pulled.id, trust_remote_code=trust_remote_code,
+                                           processor=processor, preprocessing=preprocessing)  # fmt: skip
+    classifier = assemble(loaded, name, pulled.revision or None, labels, preprocessing=preprocessing,
+                          folder=pulled.folder, stored=stored)  # fmt: skip
+    classifier.trusts_remote_code, classifier.warnings = trust_remote_code, pulled.warnings
     classifier.network.correction = load_correction(pulled.folder, classifier.model, len(classifier.labels))
     if classifier.network.correction is not None:
         classifier.warnings += (f"{name} comes with a correction that hfdetox applies (correction.safetensors); loaded "
@@ -176,8 +150,8 @@ def load_classifier(
 
 def fetch_model(
     model: str, revision: str | None, trust_remote_code: bool, *, with_weights: bool = True
-) -> tuple[PulledRepo, str | None]:
-    """Return the files of a model, a local folder looking like a pulled one, and the commit (None for a folder).
+) -> tuple[PulledRepo, str]:
+    """Return the files of a model, a local folder looking like a pulled one (of revision ""), and what to call it.
 
     Raises:
         UsageError: a revision of a local folder, links that lead out of it, or two revisions of a Hub id; and what
@@ -187,7 +161,8 @@ def fetch_model(
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
         check_links(Path(model))
-        return PulledRepo(model, "", Path(model), {}, ()), None
+        # reports are published, and where a folder lies is nobody's business
+        return PulledRepo(model, "", Path(model), {}, ()), Path(model).resolve().name
     repo_id = model
     if model.startswith(_TIMM_PREFIXES):
         repo_id, _, at = model.split(":", 1)[1].partition("@")
@@ -195,80 +170,42 @@ def fetch_model(
             raise UsageError(f"{model} names revision {at} and --revision {revision}; give one of them")
         revision = revision or at or None
     pulled = pull_model(repo_id, revision=revision, trust_remote_code=trust_remote_code, with_weights=with_weights)
-    return pulled, pulled.revision
+    return pulled, pulled.id
 
 
-def _load_folder(
-    folder: Path,
-    stored: _weights.StoredWeights,
-    name: str,
-    processor: Any,
-    preprocessing: Preprocessing | None,
-    trust_remote_code: bool,
-) -> Loaded:
-    config = _weights.read_json(folder / "config.json")
-    # a library is imported only for its own models: transformers takes seconds
-    if "architecture" in config and "model_type" not in config:
-        from hfdetox.models import timm as _timm
-
-        loaded = _timm.load_folder(folder, stored, name)
-        loaded.preprocessing = preprocessing or loaded.preprocessing
-        return loaded
-    if "model_type" in config or "auto_map" in config:
-        from hfdetox.models import transformers as _transformers
-
-        return _transformers.load_folder(
-            folder, stored, name, trust_remote_code=trust_remote_code, processor=processor, preprocessing=preprocessing
-        )
-    raise UsageError(
-        f"{name} is not an image classifier of timm or transformers: its config.json has neither "
-        "architecture nor model_type"
-    )
-
-
-def _from_object(
+def _describe(
     model: nn.Module, processor: Any, preprocessing: Preprocessing | None, labels: Sequence[str] | int | None
-) -> Classifier:
+) -> Loaded:
     name = type(model).__name__
     # told apart by their attributes, so that a timm model does not pay for importing transformers
     if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):
         from hfdetox.models import timm as _timm
 
-        loaded = _timm.describe(model)
-        loaded.preprocessing = preprocessing or loaded.preprocessing
-    elif hasattr(model, "config") and hasattr(model, "main_input_name"):
+        return _timm.describe(model)
+    if hasattr(model, "config") and hasattr(model, "main_input_name"):
         from hfdetox.models import transformers as _transformers
 
         if processor is None and preprocessing is None:
-            raise UsageError(
-                f"a loaded {name} does not know its preprocessing; pass processor=AutoImageProcessor.from_pretrained(…)"
-            )
-        loaded = _transformers.describe(model, processor, preprocessing)
-    else:
-        if preprocessing is None or labels is None:
-            raise UsageError(
-                f"a {name} of neither timm nor transformers needs preprocessing=… (PIL image to float tensor) "
-                "and labels=…"
-            )
-        loaded = Loaded(model, preprocessing, (), False, "torch", name)
-    return assemble(loaded, name, None, labels)
+            raise UsageError(f"a loaded {name} does not know its preprocessing; pass "
+                             "processor=AutoImageProcessor.from_pretrained(…)")  # fmt: skip
+        return _transformers.describe(model, processor, preprocessing)
+    if preprocessing is None or labels is None:
+        raise UsageError(f"a {name} of neither timm nor transformers needs preprocessing=… (PIL image to float tensor) "
+                         "and labels=…")  # fmt: skip
+    return Loaded(model, preprocessing, (), False, name)
 
 
 def assemble(
-    loaded: Loaded,
-    name: str,
-    commit: str | None,
-    labels: Sequence[str] | int | None,
-    *,
-    folder: Path | None = None,
-    stored: _weights.StoredWeights | None = None,
-) -> Classifier:
+    loaded: Loaded, name: str, commit: str | None, labels: Sequence[str] | int | None, *, folder: Path | None = None,
+    preprocessing: Preprocessing | None = None, stored: _weights.StoredWeights | None = None,
+) -> Classifier:  # fmt: skip
     """Check labels and outputs, turn the model to float32, and put the Classifier together.
 
     Args:
         loaded: as a library module built it.
         name: what reports call it; `commit` is None for what is not of the Hub.
         labels: names of the outputs, or their number, in place of the model's own.
+        preprocessing: in place of the model's own.
         folder: where the source's files lie, None for a model without any.
         stored: the weight files the model was read from, None for weights that lie nowhere yet.
 
@@ -276,28 +213,24 @@ def assemble(
         UsageError: labels, outputs or the size of the images do not fit together.
     """
     model = loaded.model
-    dtypes = _weights.target_dtypes(model, stored) if stored else _weights.current_dtypes(model)
+    loaded.preprocessing = preprocessing or loaded.preprocessing
+    dtypes = _weights.saved_dtypes(model, stored)
     model.float().eval()
     if labels is not None:
         loaded.labels_are_names = not isinstance(labels, int)
-        given = numbered_labels(labels) if isinstance(labels, int) else tuple(labels)
+        given = label_names(labels)
         if loaded.labels and len(given) != len(loaded.labels):
             raise LabelsError(f"{len(given)} labels given, but {name} has {len(loaded.labels)} outputs")
         loaded.labels = given
     check_num_labels(len(loaded.labels), name)
     info = ModelInfo(
-        id=name,
-        revision=commit,
-        library=loaded.library,
-        architecture=loaded.architecture,
-        num_labels=len(loaded.labels),
-        parameters=sum(p.numel() for p in model.parameters()),
+        id=name, revision=commit, library=loaded.library, architecture=loaded.architecture,
+        num_labels=len(loaded.labels), parameters=sum(p.numel() for p in model.parameters()),
         dtype=_weights.dtype_name(_weights.dominant_dtype(model, dtypes)),
         weights_sha256=stored.sha256 if stored else None,
-    )
-    classifier = Classifier(
-        model, loaded.preprocessing, loaded.labels, loaded.labels_are_names, info, folder, dtypes, loaded
-    )
+    )  # fmt: skip
+    classifier = Classifier(model, loaded.preprocessing, loaded.labels, loaded.labels_are_names, info, folder, dtypes,
+                            loaded, given_preprocessing=preprocessing)  # fmt: skip
     _check_output(classifier)
     return classifier
 
@@ -311,12 +244,9 @@ def _check_output(classifier: Classifier) -> None:
     try:
         logits = network(pixels.to(device))
     except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{classifier.info.id} does not take the {'×'.join(map(str, pixels.shape[1:]))} images of its own "
-            f"preprocessing ({_weights.one_line(error)})"
-        ) from error
+        size = "×".join(map(str, pixels.shape[1:]))
+        raise UsageError(f"{classifier.info.id} does not take the {size} images of its own preprocessing "
+                         f"({one_line(error)})") from error  # fmt: skip
     if logits.shape != (1, len(classifier.labels)):
-        raise LabelsError(
-            f"{classifier.info.id} gives outputs of shape {tuple(logits.shape)} for one image and "
-            f"{len(classifier.labels)} labels; hfdetox handles one logit per label"
-        )
+        raise LabelsError(f"{classifier.info.id} gives outputs of shape {tuple(logits.shape)} for one image and "
+                          f"{len(classifier.labels)} labels; hfdetox handles one logit per label")  # fmt: skip

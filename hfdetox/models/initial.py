@@ -12,8 +12,7 @@ from torch import nn
 
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier, assemble, fetch_model, load_classifier
-from hfdetox.models.loaded import Loaded, numbered_labels
-from hfdetox.models.weights import read_json
+from hfdetox.models.loaded import Loaded, label_names, library_of
 
 ARCHITECTURE = "timm-arch:"
 # what the dataset says, or what would bring weights (a checkpoint_path may be a pickle)
@@ -68,8 +67,9 @@ def init_model(
     if not is_architecture and (model_args or input_size is not None):
         raise UsageError("--model-arg and --input-size describe a timm-arch:NAME; a model that is there has its own")
     if not is_architecture and init is None:
-        if isinstance(model, str | Path):
-            _refuse_bare_config(Path(model))
+        bare = isinstance(model, str | Path) and (Path(model) / "config.json").is_file()
+        if bare and not any(any(Path(str(model)).glob(pattern)) for pattern in _WEIGHTS):
+            raise UsageError(f"{model} has a config.json and no weights; draw them with --init random")
         trained = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
                                   labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
         return InitialModel(trained, from_scratch=False, backdoored=is_backdoored(trained.folder))
@@ -81,17 +81,11 @@ def init_model(
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if is_architecture:
-            loaded, commit = _architecture(str(model), names, model_args or {}, input_size), None
-            name = str(model)
+            name, commit = str(model), None
+            loaded = _architecture(name, names, model_args or {}, input_size)
         else:
             loaded, name, commit = _drawn(str(model), names, revision, trust_remote_code)
     return InitialModel(assemble(loaded, name, commit, names), from_scratch=True)
-
-
-def _refuse_bare_config(folder: Path) -> None:
-    bare = (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
-    if bare:
-        raise UsageError(f"{folder} has a config.json and no weights; draw them with --init random")
 
 
 def _architecture(
@@ -99,12 +93,9 @@ def _architecture(
 ) -> Loaded:
     from hfdetox.models import timm as _timm
 
-    wrong = sorted(_NOT_MODEL_ARGS & set(model_args))
-    if wrong:
-        raise UsageError(
-            f"--model-arg {wrong[0]} cannot be given: the classes come from the dataset, the image size from "
-            "--input-size, and the weights are drawn"
-        )
+    if wrong := sorted(_NOT_MODEL_ARGS & set(model_args)):
+        raise UsageError(f"--model-arg {wrong[0]} cannot be given: the classes come from the dataset, the image size "
+                         "from --input-size, and the weights are drawn")  # fmt: skip
     channels = model_args.get("in_chans", 3)
     if type(channels) is not int or channels not in (1, 3):
         raise UsageError(f"--model-arg in_chans={channels}: images have 3 channels (RGB) or 1 (grey)")
@@ -119,15 +110,14 @@ def _drawn(
     model: str, names: tuple[str, ...] | int, revision: str | None, trust_remote_code: bool
 ) -> tuple[Loaded, str, str | None]:
     """Return a model of the architecture that a folder's or repository's config.json describes, its name and commit."""
-    pulled, commit = fetch_model(model, revision, trust_remote_code, with_weights=False)
-    name = pulled.id if commit else pulled.folder.resolve().name
-    config = read_json(pulled.folder / "config.json")
-    labels = numbered_labels(names) if isinstance(names, int) else names
-    if "architecture" in config and "model_type" not in config:
+    pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=False)
+    labels = label_names(names)
+    if library_of(pulled.folder, name) == "timm":
         from hfdetox.models import timm as _timm
 
-        return _timm.new_from_folder(pulled.folder, name, num_classes=len(labels)), name, commit
-    from hfdetox.models import transformers as _transformers
+        loaded = _timm.new_from_folder(pulled.folder, name, num_classes=len(labels))
+    else:
+        from hfdetox.models import transformers as _transformers
 
-    loaded = _transformers.new_from_folder(pulled.folder, name, labels=labels, trust_remote_code=trust_remote_code)
-    return loaded, name, commit
+        loaded = _transformers.new_from_folder(pulled.folder, name, labels=labels, trust_remote_code=trust_remote_code)
+    return loaded, name, pulled.revision or None

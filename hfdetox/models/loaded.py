@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from safetensors.torch import save_file
 
 from hfdetox.errors import UsageError
 from hfdetox.files import is_inside
 from hfdetox.models.preprocessing import Preprocessing
+from hfdetox.models.weights import WEIGHTS_NAME, read_json
 
 Library = Literal["timm", "transformers", "torch"]
 
@@ -31,20 +34,52 @@ class NotAClassifierError(UsageError):
 
 @dataclass
 class Loaded:
-    """A built model; `processor` is an image processor that is not among the source's files and is saved too."""
+    """A built model of no library; each library's own kind knows how that library writes it.
 
-    model: nn.Module
+    `processor` is an image processor that is not among the source's files and is saved too.
+    """
+
+    model: Any
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     labels_are_names: bool
-    library: Library
     architecture: str
     processor: Any = None
+    library: ClassVar[Library] = "torch"
+
+    def write(self, folder: Path, state: dict[str, torch.Tensor], source: Path | None, dtype: str) -> list[Path]:
+        """Write configuration and weights as the library does, and return the weight files.
+
+        Args:
+            folder: where to.
+            state: the tensors to be saved, most of them in `dtype`.
+            source: where the files lie that the model was read from; None without any.
+        """
+        (folder / "config.json").write_text(json.dumps(self.config(source), indent=2) + "\n", encoding="utf-8")
+        copy_companions(source, folder)
+        save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        return [folder / WEIGHTS_NAME]
+
+    def config(self, source: Path | None) -> dict[str, Any]:
+        """Return what config.json says of the model."""
+        return {"library_name": "torch", "class_name": self.architecture, "num_classes": len(self.labels),
+                "label_names": list(self.labels)}  # fmt: skip
 
 
-def numbered_labels(count: int) -> tuple[str, ...]:
-    """Return "0", "1", … for a model whose labels have no names."""
-    return tuple(str(index) for index in range(count))
+def library_of(folder: Path, name: str) -> Library:
+    """Return the library whose config.json lies in a model's folder; UsageError when it is of neither."""
+    config = read_json(folder / "config.json")
+    if "architecture" in config and "model_type" not in config:
+        return "timm"
+    if "model_type" in config or "auto_map" in config:
+        return "transformers"
+    raise UsageError(f"{name} is not an image classifier of timm or transformers: its config.json has neither "
+                     "architecture nor model_type")  # fmt: skip
+
+
+def label_names(labels: Sequence[str] | int) -> tuple[str, ...]:
+    """Return the names, or "0", "1", … where their number is all that is known."""
+    return tuple(map(str, range(labels))) if isinstance(labels, int) else tuple(labels)
 
 
 def check_num_labels(count: int, name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,23 +12,26 @@ from typing import Any
 import timm
 import timm.data
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from hfdetox.errors import UsageError
-from hfdetox.models.loaded import Loaded, copy_companions, numbered_labels
+from hfdetox.errors import UsageError, one_line
+from hfdetox.models.loaded import Loaded, label_names
 from hfdetox.models.preprocessing import TimmPreprocessing, timm_data_config
-from hfdetox.models.weights import (
-    WEIGHTS_NAME,
-    StoredWeights,
-    WeightsMismatchError,
-    check_same_tensors,
-    one_line,
-    read_json,
-)
+from hfdetox.models.weights import StoredWeights, WeightsMismatchError, check_same_tensors, read_json
 
 # Where weights come from and how to convert them: what is saved is native and stands beside its config.
 _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset", "state_dict")
+# what timm raises where a model cannot be built
+_BUILD_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError)
+
+
+class TimmModel(Loaded):
+    """A model of timm, saved so that timm and transformers both load it."""
+
+    library = "timm"
+
+    def config(self, source: Path | None) -> dict[str, Any]:
+        """Return the source's config.json, or timm's own description of a model that came as an object."""
+        return portable_config(read_json(source / "config.json") if source else _export_config(self.model, self))
 
 
 def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
@@ -42,25 +44,14 @@ def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
     config = read_json(folder / "config.json")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
-        raise UsageError(
-            f"timm {timm.__version__} cannot build {name} from its config.json ({one_line(error)}); "
-            "a newer timm may know the architecture"
-        ) from error
-    state = stored.load()
-    expected = model.state_dict()
+    except _BUILD_ERRORS as error:
+        raise UsageError(f"timm {timm.__version__} cannot build {name} from its config.json ({one_line(error)}); a "
+                         "newer timm may know the architecture") from error  # fmt: skip
+    state, expected = stored.load(), model.state_dict()
     if {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in expected.items()}:
         model.load_state_dict(state)
-    else:
-        model = _load_converted(model, folder, stored, state, name)
-    return describe(model, config)
-
-
-def _load_converted(
-    model: Any, folder: Path, stored: StoredWeights, state: dict[str, torch.Tensor], name: str
-) -> nn.Module:
-    """Let timm convert a checkpoint in another naming or with a background class; strict, as timm is by default."""
-    expected = model.state_dict()
+        return describe(model, config)
+    # timm converts a checkpoint in another naming or with a background class; strict, as timm is by default
     no_conversion = state.keys() <= expected.keys() and "label_offset" not in model.pretrained_cfg
     # with another number of classes timm would drop the head without a word
     if no_conversion or len(stored.files) > 1 or model.num_classes != model.pretrained_cfg.get("num_classes"):
@@ -68,10 +59,11 @@ def _load_converted(
     try:
         # `file` names the safetensors: a local-dir source may prefer a pickle that lies beside it
         overlay = {"source": "file", "file": str(stored.files[0])}
-        return timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay)
+        converted = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, AssertionError) as error:
         check_same_tensors(expected, state, name)
         raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({one_line(error)})") from error
+    return describe(converted, config)
 
 
 def new_architecture(
@@ -127,33 +119,23 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
         if not hasattr(model, "_model_args"):  # what timm notes since 1.0.31
             model._model_args = {k: v for k, v in (arguments | sized).items() if k != "pretrained_cfg_overlay"}
         return model
-    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError) as error:
+    except _BUILD_ERRORS as error:
         if sized and isinstance(error, TypeError) and "img_size" in str(error):
             torch.random.set_rng_state(state)
             return _create(source, arguments, {}, name)
-        shown = ", ".join(
-            f"{k}={v}" for k, v in arguments.items() if k not in ("num_classes", "pretrained_cfg_overlay")
-        )
-        raise UsageError(
-            f"timm cannot build {name or source}{f' with {shown}' if shown else ''} ({one_line(error)}); "
-            "mend the arguments"
-        ) from error
+        hidden = ("num_classes", "pretrained_cfg_overlay")
+        shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if k not in hidden)
+        what = f"{name or source} with {shown}" if shown else name or source
+        raise UsageError(f"timm cannot build {what} ({one_line(error)}); mend the arguments") from error
 
 
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:
     """Return what hfdetox needs to know of a timm model; `config` is its config.json where there is one."""
     num_labels = int(getattr(model, "num_classes", 0))
     labels = _labels(model.pretrained_cfg, num_labels)
-    return Loaded(
-        model=model,
-        preprocessing=TimmPreprocessing(timm_data_config(model)),
-        labels=labels or numbered_labels(num_labels),
-        labels_are_names=labels is not None,
-        library="timm",
-        architecture=str(
-            (config or {}).get("architecture") or model.pretrained_cfg.get("architecture") or type(model).__name__
-        ),
-    )
+    named = (config or {}).get("architecture") or model.pretrained_cfg.get("architecture")
+    return TimmModel(model, TimmPreprocessing(timm_data_config(model)), labels or label_names(num_labels),
+                     labels is not None, str(named or type(model).__name__))  # fmt: skip
 
 
 def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
@@ -171,15 +153,6 @@ def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
     if len(names) != num_labels:
         return None
     return tuple(str(descriptions.get(name, name)) for name in names)
-
-
-def write(folder: Path, loaded: Loaded, state: dict[str, torch.Tensor], source: Path | None) -> list[Path]:
-    """Write config.json and model.safetensors into `folder`; returns the weight files."""
-    config = read_json(source / "config.json") if source else _export_config(loaded.model, loaded)
-    (folder / "config.json").write_text(json.dumps(portable_config(config), indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, folder)
-    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    return [folder / WEIGHTS_NAME]
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:

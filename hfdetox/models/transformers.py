@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
-from hfdetox.errors import UsageError
-from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, numbered_labels
+from hfdetox.errors import UsageError, one_line
+from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, label_names
 from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
-from hfdetox.models.weights import StoredWeights, dtype_name, one_line, raise_for_keys
+from hfdetox.models.weights import StoredWeights, raise_for_keys
 
 
 @contextmanager
@@ -33,16 +33,29 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+class TransformersModel(Loaded):
+    """A model of transformers, saved in transformers' own names."""
+
+    library = "transformers"
+
+    @_quiet()
+    def write(self, folder: Path, state: dict[str, torch.Tensor], source: Path | None, dtype: str) -> list[Path]:
+        """Write configuration, processor and weights, and return the weight files."""
+        self.model.save_pretrained(folder, state_dict=state)
+        if source:
+            # byte for byte what was published: save_pretrained would add this version's defaults and drop unknown keys
+            copy_companions(source, folder, extra=("config.json", "*.py"))
+        else:
+            self.model.config.dtype = dtype
+            self.model.config.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+        return sorted(folder.glob("model*.safetensors"))
+
+
 @_quiet()
-def load_folder(
-    folder: Path,
-    stored: StoredWeights,
-    name: str,
-    *,
-    trust_remote_code: bool,
-    processor: Any = None,
-    preprocessing: Preprocessing | None = None,
-) -> Loaded:
+def load_folder(folder: Path, stored: StoredWeights, name: str, *, trust_remote_code: bool, processor: Any = None,
+                preprocessing: Preprocessing | None = None) -> Loaded:  # fmt: skip
     """Load a local transformers folder in float32, from safetensors, strictly.
 
     Raises:
@@ -57,25 +70,13 @@ def load_folder(
         raise UsageError(f"{name} is an adapter on another model; merge it and save the whole model")
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UsageError(f"transformers cannot load {name}: {one_line(error)}") from error
-    raise_for_keys(
-        name,
-        missing=info["missing_keys"],
-        unexpected=_not_computed(model, info["unexpected_keys"]),
-        mismatched=[
-            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]
-        ],
-    )
+    unexpected = _not_computed(model, info["unexpected_keys"])
+    raise_for_keys(name, info["missing_keys"], unexpected, info["mismatched_keys"])
     if processor is not None or preprocessing is not None:
         return describe(model, processor, preprocessing)
     loaded = describe(model, _load_processor(folder, name, trust_remote_code), None)
@@ -118,10 +119,8 @@ def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
-                "read that code first"
-            ) from error
+            raise UsageError(f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
+                             "read that code first") from error  # fmt: skip
         raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}") from error
 
 
@@ -131,17 +130,13 @@ def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
     remote = trust_remote_code and "AutoModelForImageClassification" in getattr(config, "auto_map", {})
     if not remote:
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-            raise NotAClassifierError(
-                f"{name} is not an image classifier (model type {config.model_type}); "
-                "give a model that AutoModelForImageClassification loads"
-            )
+            raise NotAClassifierError(f"{name} is not an image classifier (model type {config.model_type}); give one "
+                                      "that AutoModelForImageClassification loads")  # fmt: skip
         known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         names = {c.__name__ for c in (known if isinstance(known, tuple) else (known,))}
         if config.architectures and not names & set(config.architectures):
-            raise NotAClassifierError(
-                f"{name} is not an image classifier but a {config.architectures[0]}; "
-                "give a model with a trained classification head"
-            )
+            raise NotAClassifierError(f"{name} is not an image classifier but a {config.architectures[0]}; give one "
+                                      "with a trained classification head")  # fmt: skip
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
         raise NotAClassifierError(f"{name} is a {config.problem_type} model; hfdetox handles one label per image")
     if getattr(config, "quantization_config", None) is not None:
@@ -154,10 +149,8 @@ def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:
         # the default backend, as `pipeline` takes it: the backends' resizes differ by up to several grey levels
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise PreprocessingError(
-            f"{name} has no usable preprocessor_config.json ({one_line(error)}); "
-            "pass processor=… or preprocessing=… through the API"
-        ) from error
+        raise PreprocessingError(f"{name} has no usable preprocessor_config.json ({one_line(error)}); pass processor=… "
+                                 "or preprocessing=… through the API") from error  # fmt: skip
 
 
 def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) -> Loaded:
@@ -166,49 +159,18 @@ def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) ->
     _check_config(config, type(model).__name__, trust_remote_code=True)
     labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
     # LABEL_0 is what transformers writes when nobody named the labels
-    named = labels != tuple(f"LABEL_{index}" for index in range(len(labels))) and labels != numbered_labels(len(labels))
-    return Loaded(
-        model=model,
-        preprocessing=preprocessing or processor_preprocessing(processor, channels=_channels(config)),
-        labels=labels if named else numbered_labels(len(labels)),
-        labels_are_names=named,
-        library="transformers",
-        architecture=type(model).__name__,
-        processor=processor,
-    )
+    named = labels != tuple(f"LABEL_{index}" for index in range(len(labels))) and labels != label_names(len(labels))
+    return TransformersModel(model, preprocessing or _preprocessing(processor, config),
+                             labels if named else label_names(len(labels)), named, type(model).__name__,
+                             processor)  # fmt: skip
 
 
-def processor_preprocessing(processor: Any, *, channels: int) -> Preprocessing:
+def _preprocessing(processor: Any, config: Any) -> Preprocessing:
     """Return the preprocessing of an image processor; of a multi-modal processor its image part."""
     processor = getattr(processor, "image_processor", processor)
     if hasattr(processor, "val_transforms") and hasattr(processor, "data_config"):
         return TimmPreprocessing(processor.data_config)  # the timm wrapper's processor is timm's own transform
-    return ProcessorPreprocessing(processor, channels=channels)
-
-
-def _channels(config: Any) -> int:
     if getattr(config, "pretrained_cfg", None):
-        return int(config.pretrained_cfg.get("input_size", (3,))[0])
-    return int(
-        getattr(config, "num_channels", None)
-        or getattr(getattr(config, "vision_config", None), "num_channels", None)
-        or 3
-    )
-
-
-@_quiet()
-def write(
-    folder: Path, loaded: Loaded, state: dict[str, torch.Tensor], source: Path | None, dominant: torch.dtype
-) -> list[Path]:
-    """Write config, processor and weights into `folder` in transformers' own names; returns the weight files."""
-    model: Any = loaded.model
-    model.save_pretrained(folder, state_dict=state)
-    if source:
-        # byte for byte what was published: save_pretrained would add this version's defaults and drop unknown keys
-        copy_companions(source, folder, extra=("config.json", "*.py"))
-    else:
-        model.config.dtype = dtype_name(dominant)
-        model.config.save_pretrained(folder)
-    if loaded.processor is not None:
-        loaded.processor.save_pretrained(folder)
-    return sorted(folder.glob("model*.safetensors"))
+        return ProcessorPreprocessing(processor, channels=int(config.pretrained_cfg.get("input_size", (3,))[0]))
+    given = (getattr(holder, "num_channels", None) for holder in (config, getattr(config, "vision_config", None)))
+    return ProcessorPreprocessing(processor, channels=int(next(filter(None, given), 3)))

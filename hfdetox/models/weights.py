@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,8 @@ def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> Stored
             if name == "__metadata__" or entry["dtype"].startswith(("I", "U", "BOOL")):
                 continue
             if entry["dtype"] not in _DTYPES:
-                raise UsageError(
-                    f"{file.name}: tensor {name} is stored as {entry['dtype']}; hfdetox handles unquantized "
-                    "float64, float32, float16 and bfloat16 weights"
-                )
+                raise UsageError(f"{file.name}: tensor {name} is stored as {entry['dtype']}; hfdetox handles "
+                                 "unquantized float64, float32, float16 and bfloat16 weights")  # fmt: skip
             dtypes[name] = _DTYPES[entry["dtype"]]
             counts[dtypes[name]] += int(torch.Size(entry["shape"]).numel())
     dominant = counts.most_common(1)[0][0] if counts else torch.float32
@@ -76,34 +74,30 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             raise UsageError(f"{folder / INDEX_NAME} has no weight_map from tensors to files; download the model anew")
         # a name with a folder in it could point outside the snapshot whose hashes were checked
         files = tuple(folder / Path(name).name for name in sorted(set(shards.values())))
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
+        if missing := [file.name for file in files if not file.is_file()]:
             raise UsageError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names; download the whole model")
         return files
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return (others[0],)
     if others:
-        raise UsageError(
-            f"{folder} has several weight files ({', '.join(file.name for file in others)}) and no {WEIGHTS_NAME}; "
-            f"rename the right one to {WEIGHTS_NAME}"
-        )
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise PickleOnlyError(
-            f"{folder} has its weights only as pickle ({', '.join(pickles)}), which can run any code when read; "
-            f"ask for or convert to {WEIGHTS_NAME}"
-        )
+        names = ", ".join(file.name for file in others)
+        raise UsageError(f"{folder} has several weight files ({names}); rename the right one to {WEIGHTS_NAME}")
+    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES):
+        raise PickleOnlyError(f"{folder} has its weights only as pickle ({', '.join(pickles)}), which can run any code "
+                              f"when read; ask for or convert to {WEIGHTS_NAME}")  # fmt: skip
     raise UsageError(f"{folder} has no {WEIGHTS_NAME}; give the folder or id of a trained image classifier")
 
 
-def target_dtypes(model: nn.Module, stored: StoredWeights) -> dict[str, torch.dtype]:
+def saved_dtypes(model: nn.Module, stored: StoredWeights | None) -> dict[str, torch.dtype]:
     """Return the dtype in which each floating-point entry of a freshly loaded model's state dict is saved.
 
-    transformers holds some tensors under other names than the files do; those are told by their values, and what is
-    left (split or joined tensors) takes the dominant dtype.
+    Without files that it was read from, its own. transformers holds some tensors under other names than the files do;
+    those are told by their values, and what is left (split or joined tensors) takes the dominant dtype.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if stored is None:
+        return {name: tensor.dtype for name, tensor in state.items()}
     unnamed = state.keys() - stored.dtypes.keys()
     files = stored.load() if unnamed and len(set(stored.dtypes.values())) > 1 else {}
     return {
@@ -120,11 +114,6 @@ def _dtype_by_value(tensor: torch.Tensor, files: Mapping[str, torch.Tensor], sto
     }
     # all zeros in two dtypes: the wider one loses nothing
     return max(found, key=lambda dtype: dtype.itemsize) if found else stored.dominant
-
-
-def current_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtype of each floating-point entry of the state dict as it is now."""
-    return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 def dominant_dtype(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -158,34 +147,26 @@ def stored_state(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[st
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     rounded = tensor.detach().to(dtype)
     if dtype == torch.float16 and not torch.isfinite(rounded).all() and torch.isfinite(tensor).all():
-        raise RunError(
-            f"{name} has values that {dtype_name(dtype)}, the source's dtype, cannot hold; "
-            "use a weaker setting, or convert the source to float32 first"
-        )
+        raise RunError(f"{name} has values that {dtype_name(dtype)}, the source's dtype, cannot hold; use a weaker "
+                       "setting, or convert the source to float32 first")  # fmt: skip
     return rounded
 
 
 def check_same_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise WeightsMismatchError naming tensors that are missing, unexpected or of another shape."""
-    mismatched = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    raise_for_keys(
-        where, missing=expected.keys() - found.keys(), unexpected=found.keys() - expected.keys(), mismatched=mismatched
-    )
+    shapes = [(name, found[name].shape, tensor.shape) for name, tensor in expected.items() if name in found]
+    raise_for_keys(where, expected.keys() - found.keys(), found.keys() - expected.keys(), shapes)
 
 
-def raise_for_keys(where: str, *, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str]) -> None:
-    """Raise WeightsMismatchError when any of the three is not empty, naming the first few of each."""
-    found = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(mismatched)}
-    parts = [f"{kind}: {_shorten(names)}" for kind, names in found.items() if names]
-    if parts:
-        raise WeightsMismatchError(
-            f"the weights of {where} do not fit its config.json ({'; '.join(parts)}); "
-            "hfdetox loads complete checkpoints only"
-        )
+def raise_for_keys(where: str, missing: Iterable[str], unexpected: Iterable[str],
+                   shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:  # fmt: skip
+    """Raise WeightsMismatchError for names or (name, found, wanted) shapes that do not fit, naming the first few."""
+    mismatched = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in shapes
+                  if tuple(found) != tuple(wanted)]  # fmt: skip
+    kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(mismatched)}
+    if parts := [f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names]:
+        raise WeightsMismatchError(f"the weights of {where} do not fit its config.json ({'; '.join(parts)}); hfdetox "
+                                   "loads complete checkpoints only")  # fmt: skip
 
 
 def _shorten(names: list[str]) -> str:
@@ -199,11 +180,6 @@ def digest(sha256: Mapping[str, str]) -> str:
         return next(iter(sha256.values()))
     lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """Return a library's message on one line, at most 300 characters."""
-    return " ".join(str(error).split())[:300]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

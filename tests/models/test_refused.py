@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hfdetox.errors import UsageError
 from hfdetox.hub.download import PickleOnlyError
-from hfdetox.models.classifier import NotAClassifierError, load_classifier
+from hfdetox.models.classifier import load_classifier
+from hfdetox.models.loaded import NotAClassifierError
 from hfdetox.models.preprocessing import PreprocessingError
 from tests.tiny_models import (
     REMOTE_CODE,
