@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, one_line
 
 # Two odd shapes, wide and tall: a transform that keeps each image's own shape gives itself away.
 _PROBE_SIZES = ((97, 61), (53, 89))
@@ -23,6 +23,7 @@ _PROBE_TOLERANCE = 1e-4
 
 
 AffineMap = tuple[tuple[float, ...], tuple[float, ...], float]  # mean, std, scale
+_RAW_SCALE = 1 / 255
 
 
 class PreprocessingError(UsageError):
@@ -42,8 +43,8 @@ class Preprocessing(ABC):
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    scale: float
-    dtype: torch.dtype
+    scale: float = _RAW_SCALE
+    dtype: torch.dtype = torch.uint8
 
     @abstractmethod
     def prepare(self, image: Image.Image) -> torch.Tensor:
@@ -53,7 +54,8 @@ class Preprocessing(ABC):
         """Map N×C×H×W images, uint8 or float32 in 0 to 255, to the model's float32; same shape and device."""
         if self.dtype != torch.uint8:
             return images
-        return normalize(images, _channel_column(self.mean), _channel_column(self.std), self.scale)
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32)[..., None, None]
+        return normalize(images, mean, std, self.scale)
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, scale: float) -> torch.Tensor:
@@ -70,11 +72,7 @@ class TimmPreprocessing(Preprocessing):
 
         self.data_config = dict(data_config)
         self.input_size = tuple(data_config["input_size"])
-        channels = self.input_size[0]
-        self.mean = _per_channel(data_config["mean"], channels)
-        self.std = _per_channel(data_config["std"], channels)
-        self.scale = 1 / 255
-        self.dtype = torch.uint8
+        self.mean, self.std = (_per_channel(data_config[name], self.input_size[0]) for name in ("mean", "std"))
         self._transform = create_transform(**data_config, is_training=False, normalize=False)
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
@@ -112,7 +110,6 @@ class ProcessorPreprocessing(Preprocessing):
             PreprocessingError: it keeps each image's own shape, or does more than an affine map after resize and crop.
         """
         self.processor = processor
-        self.dtype = torch.uint8
         self._channels = channels
         # efficientnet normalises a second time whatever do_normalize says, unless include_top is off
         self._raw = {"do_rescale": False, "do_normalize": False}
@@ -122,106 +119,83 @@ class ProcessorPreprocessing(Preprocessing):
             raw = [self.prepare(probe) for probe in probes]
             full = [self._call(probe).to(torch.float32) for probe in probes]
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise PreprocessingError(
-                f"{self._name} cannot process a plain image ({_first_line(error)}); "
-                "pass preprocessing=… through the API"
-            ) from error
+            raise self._refused(f"cannot process a plain image ({one_line(error)})") from error
         if raw[0].shape != raw[1].shape:
-            raise PreprocessingError(
-                f"{self._name} leaves images in their own shapes; give it a fixed size or crop in "
-                "preprocessor_config.json, or pass preprocessing=… through the API"
-            )
+            raise self._refused("leaves images in their own shapes, having no fixed size or crop")
         self.input_size = _shape3(raw[0])
-        self._find_affine_map(raw, full)
+        # the processor's own numbers or, where they do not fit, those of the images
+        self.mean, self.std, self.scale = self._declared_map()
+        if not self._agrees(raw, full):
+            self.mean, self.std, self.scale = _fitted_map(raw, full)
+            if not self._agrees(raw, full):
+                raise self._refused("does more than (x · scale − mean) / std after resize and crop")
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Return the resized and cropped image, uint8 C×H×W."""
         pixels = self._call(_with_channels(image, self._channels), **self._raw)
         if pixels.dtype != torch.uint8:
-            raise PreprocessingError(
-                f"{self._name} resizes float images, which cannot be cached as uint8; "
-                "pass preprocessing=… through the API"
-            )
+            raise self._refused("resizes float images, which cannot be cached as uint8")
         return pixels
 
-    @property
-    def _name(self) -> str:
-        return f"the image processor {type(self.processor).__name__}"
+    def _refused(self, why: str) -> PreprocessingError:
+        name = type(self.processor).__name__
+        return PreprocessingError(f"the image processor {name} {why}; pass preprocessing=… through the API")
 
     def _call(self, image: Image.Image, **options: Any) -> torch.Tensor:
         pixels = self.processor(images=image, return_tensors="pt", **options)["pixel_values"]
         if pixels.ndim != 4 or pixels.shape[0] != 1:
-            raise PreprocessingError(f"{self._name} gives a tensor of shape {tuple(pixels.shape)} instead of one image")
+            raise self._refused(f"gives a tensor of shape {tuple(pixels.shape)} instead of one image")
         return pixels[0]
 
-    def _find_affine_map(self, raw: list[torch.Tensor], full: list[torch.Tensor]) -> None:
-        """Take mean, std and scale from the processor's attributes; where they do not fit, from the images."""
-        candidates: tuple[Callable[..., AffineMap], ...] = (self._declared_map, _fitted_map)
-        for candidate in candidates:
-            self.mean, self.std, self.scale = candidate(raw, full)
-            if all(self._agrees(x, y) for x, y in zip(raw, full, strict=True)):
-                return
-        raise PreprocessingError(
-            f"{self._name} does more than (x · scale − mean) / std after resize and crop; "
-            "pass preprocessing=… through the API"
-        )
+    def _agrees(self, raw: list[torch.Tensor], full: list[torch.Tensor]) -> bool:
+        errors = [(self.normalize(x[None])[0] - y).abs().max() for x, y in zip(raw, full, strict=True)]
+        limits = [_PROBE_TOLERANCE * y.abs().max().clamp(min=1) for y in full]
+        return all(bool(error <= limit) for error, limit in zip(errors, limits, strict=True))
 
-    def _agrees(self, raw: torch.Tensor, full: torch.Tensor) -> bool:
-        error = (self.normalize(raw[None])[0] - full).abs().max()
-        return bool(error <= _PROBE_TOLERANCE * full.abs().max().clamp(min=1))
-
-    def _declared_map(self, *_: list[torch.Tensor]) -> AffineMap:
-        processor = self.processor
+    def _declared_map(self) -> AffineMap:
+        processor, channels = self.processor, self._channels
+        normalizes = getattr(processor, "do_normalize", False)
+        mean, std = (processor.image_mean, processor.image_std) if normalizes else (0.0, 1.0)
         scale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
-        if not getattr(processor, "do_normalize", False):
-            return (0.0,) * self._channels, (1.0,) * self._channels, scale
-        return (
-            _per_channel(processor.image_mean, self._channels),
-            _per_channel(processor.image_std, self._channels),
-            scale,
-        )
+        return _per_channel(mean, channels), _per_channel(std, channels), scale
 
 
 class CallablePreprocessing(Preprocessing):
     """A user's function from a PIL image to the model's float tensor; only `mode=native` triggers fit it."""
 
+    scale = 1.0
+    dtype = torch.float32
+
     def __init__(self, function: Callable[[Image.Image], Any], *, channels: int = 3) -> None:
         """Wrap `function`; raises PreprocessingError when it does not give one C×H×W tensor of a fixed shape."""
         self._function = function
         self._channels = channels
-        self.dtype = torch.float32
-        self.scale = 1.0
         prepared = [self.prepare(_probe_image(size, channels)) for size in _PROBE_SIZES]
         if prepared[0].shape != prepared[1].shape:
-            raise PreprocessingError(
-                "preprocessing gives images of differing shapes; resize and crop to one size in it"
-            )
+            raise PreprocessingError("preprocessing gives images of differing shapes; let it resize and crop to one")
         self.input_size = _shape3(prepared[0])
-        self.mean = (0.0,) * self.input_size[0]
-        self.std = (1.0,) * self.input_size[0]
+        self.mean, self.std = (0.0,) * self.input_size[0], (1.0,) * self.input_size[0]
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Return the function's own result, float32 C×H×W."""
         result = self._function(_with_channels(image, self._channels))
-        if not isinstance(result, torch.Tensor) or result.ndim != 3 or not result.is_floating_point():
-            found = (
-                f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
-            )
-            raise PreprocessingError(f"preprocessing must return a float tensor C×H×W, got {found}")
-        return result.to(torch.float32)
+        if isinstance(result, torch.Tensor) and result.ndim == 3 and result.is_floating_point():
+            return result.to(torch.float32)
+        tensor = isinstance(result, torch.Tensor)
+        found = f"{result.dtype} {tuple(result.shape)}" if tensor else type(result).__name__
+        raise PreprocessingError(f"preprocessing must return a float tensor C×H×W, got {found}")
 
 
 def _fitted_map(raw: list[torch.Tensor], full: list[torch.Tensor]) -> AffineMap:
     """Fit y = a·x + b per channel by least squares in float64, as mean and std of x / 255."""
     mean, std = [], []
-    for channel in range(raw[0].shape[0]):
-        x = np.concatenate([image[channel].flatten().numpy() for image in raw]).astype(np.float64)
-        y = np.concatenate([image[channel].flatten().numpy() for image in full]).astype(np.float64)
+    by_channel = (torch.stack(images, 1).flatten(1).double().numpy() for images in (raw, full))
+    for x, y in zip(*by_channel, strict=True):
         slope, intercept = np.polyfit(x, y, 1)
         # a constant channel has no std; 1 keeps the numbers finite and the caller's comparison decides
         std.append(float(1 / (255 * slope)) if slope else 1.0)
         mean.append(float(-intercept) * std[-1])
-    return tuple(mean), tuple(std), 1 / 255
+    return tuple(mean), tuple(std), _RAW_SCALE
 
 
 def _per_channel(value: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:
@@ -229,10 +203,6 @@ def _per_channel(value: float | Sequence[float] | None, channels: int) -> tuple[
         return (float(value or 0.0),) * channels
     values = tuple(float(v) for v in value)
     return values * channels if len(values) == 1 else values
-
-
-def _channel_column(values: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -248,7 +218,3 @@ def _probe_image(size: tuple[int, int], channels: int) -> Image.Image:
 def _shape3(image: torch.Tensor) -> tuple[int, int, int]:
     channels, height, width = image.shape
     return channels, height, width
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
