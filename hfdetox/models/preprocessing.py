@@ -23,7 +23,7 @@ _PROBE_TOLERANCE = 1e-4
 
 
 AffineMap = tuple[tuple[float, ...], tuple[float, ...], float]  # mean, std, scale
-_RAW_SCALE = 1 / 255
+_BYTE_SCALE = 1 / 255
 
 
 class PreprocessingError(UsageError):
@@ -43,7 +43,7 @@ class Preprocessing(ABC):
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    scale: float = _RAW_SCALE
+    scale: float = _BYTE_SCALE
     dtype: torch.dtype = torch.uint8
 
     @abstractmethod
@@ -195,7 +195,7 @@ def _fitted_map(raw: list[torch.Tensor], full: list[torch.Tensor]) -> AffineMap:
         # a constant channel has no std; 1 keeps the numbers finite and the caller's comparison decides
         std.append(float(1 / (255 * slope)) if slope else 1.0)
         mean.append(float(-intercept) * std[-1])
-    return tuple(mean), tuple(std), _RAW_SCALE
+    return tuple(mean), tuple(std), _BYTE_SCALE
 
 
 def _per_channel(value: float | Sequence[float] | None, channels: int) -> tuple[float, ...]:

@@ -51,10 +51,6 @@ class Subset:
         return self.positions[here.cpu()], self.images[here], self.labels[here]
 
 
-def _unnumbered() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.int64)
-
-
 @dataclass(frozen=True)
 class Batch:
     """This process's part of a step: augmented images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N, float32).
@@ -70,7 +66,7 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
-    positions: torch.Tensor = field(default_factory=_unnumbered)
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     rows: range | None = None
     _drawn: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -119,13 +115,9 @@ class StepPlan:
         """Return how many images a step sees over all parts."""
         return self.bounds[step][1] - self.bounds[step][0]
 
-    def rows(self, step: int, part: int) -> range:
-        """Return the numbers, in the whole step, of the images that this process takes of it for one part."""
-        return range(self.size(step))[part * self.processes + self.rank :: self.parts]
-
-    def mine(self, rows: torch.Tensor, part: int) -> torch.Tensor:
-        """Return this process's rows of a whole step's `rows` for one accumulated part."""
-        return rows[part * self.processes + self.rank :: self.parts]
+    def share(self, part: int) -> slice:
+        """Return which of a whole step's images this process takes for one accumulated part."""
+        return slice(part * self.processes + self.rank, None, self.parts)
 
     def __len__(self) -> int:
         return self.steps * self.accumulated
@@ -135,7 +127,7 @@ class StepPlan:
         order = torch.randperm(self.total, generator=generator)
         for begin, end in self.bounds:
             for part in range(self.accumulated):
-                yield self.mine(order[begin:end], part).tolist()
+                yield order[begin:end][self.share(part)].tolist()
 
 
 def source_loader(source: ImageSource, batches: StepPlan | Sequence[list[int]] | int,
@@ -146,7 +138,7 @@ def source_loader(source: ImageSource, batches: StepPlan | Sequence[list[int]] |
     """
     cached = source.images is not None
     workers = 0 if cached else min(MAX_WORKERS, os.cpu_count() or 1)
-    order: dict[str, Any] = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}
+    order: dict[str, Any] = {"batch_size" if isinstance(batches, int) else "batch_sampler": batches}
     return DataLoader(source, collate_fn=_as_it_is, num_workers=workers, persistent_workers=workers > 0,  # type: ignore[arg-type]
                       pin_memory=not cached and device.type == "cuda", **order)  # fmt: skip
 

@@ -23,7 +23,7 @@ from hfdetox.training.batches import Batch, ImageSource, StepPlan, Subset, sourc
 from hfdetox.training.batchnorm import equalise_buffers, synchronised
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.training.phases import Part, Pass, Phase
-from hfdetox.training.sharpness import SharpnessAware, frozen_statistics
+from hfdetox.training.sharpness import frozen_statistics
 
 REFRESH_SECONDS = 1.0
 # share of the images on which methods choose thresholds, and which they do not fit on
@@ -83,10 +83,8 @@ class Engine:
             UsageError: fewer images than the processes and accumulated parts need.
         """
         checkpoint = self.checkpoints.load() if self.checkpoints is not None else None
-        record, first = TrainingRecord(), 0
-        if checkpoint is not None:
-            record = TrainingRecord(**checkpoint.record["training"])
-            first = int(checkpoint.record["phase"])
+        record = TrainingRecord(**checkpoint.record["training"]) if checkpoint is not None else TrainingRecord()
+        first = int(checkpoint.record["phase"]) if checkpoint is not None else 0
         network.to(self.accelerator.device)
         if getattr(network, "convolutional", False):
             network.to(memory_format=torch.channels_last)
@@ -95,13 +93,10 @@ class Engine:
         devices = [self.accelerator.device.index or 0] if self.accelerator.device.type == "cuda" else []
         networks = [network, *(phase.network for phase in phases if isinstance(phase, Phase) and phase.network)]
         try:
-            with (
-                torch.random.fork_rng(devices),
-                _observed_dtype(networks, record),
-                synchronised(networks, self.accelerator),
-            ):
-                for index in range(first, len(phases)):
-                    phase, resumed = phases[index], checkpoint if index == first else None
+            with (torch.random.fork_rng(devices), _observed_dtype(networks, record),
+                  synchronised(networks, self.accelerator)):  # fmt: skip
+                for index, phase in enumerate(phases[first:], first):
+                    resumed = checkpoint if index == first else None
                     if isinstance(phase, Pass):
                         self._run_pass(network, index, phase, record, resumed)
                     else:
@@ -130,18 +125,20 @@ class Engine:
             if first >= phase.epochs:
                 return
             prepared = accelerator.prepare_model(trained)
-            plan = StepPlan(
-                len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator, self._key(index, 0),
-                phase.steps,
-            )  # fmt: skip
-            loader = source_loader(source, plan, self.accelerator.device)
+            plan = StepPlan(len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator,
+                            self._key(index, 0), phase.steps)  # fmt: skip
+            training = _Training(accelerator, phase, index, self.seed, prepared, optimizer, plan)
+            loader = source_loader(source, plan, accelerator.device)
             bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", shown=self.progress,
                                done=first * plan.steps, keep=True)  # fmt: skip
             try:
                 for epoch in range(first, phase.epochs):
                     torch.manual_seed(self._key(index, epoch + 1) + accelerator.process_index)
                     plan.epoch = epoch
-                    entry = self._run_epoch(prepared, optimizer, phase, plan, loader, bar, record, index)
+                    entry = training.epoch(loader, bar)
+                    record.steps += plan.steps
+                    record.images += plan.count
+                    record.seconds += entry["seconds"]
                     equalise_buffers(trained, accelerator)
                     with _clock(record):
                         entry |= self._run_probes(network, phase)
@@ -161,9 +158,7 @@ class Engine:
                   checkpoint: Checkpoint | None) -> None:  # fmt: skip
         """Run a pass, unless the checkpoint is of its end."""
         if checkpoint is not None:
-            network.load_state_dict(checkpoint.part("network"))
-            if phase.state is not None:
-                phase.state.load_state_dict(checkpoint.part("phase"))
+            _restore(checkpoint, network, None, phase, self.accelerator)
             return
         earlier = record.seconds
         with _clock(record):
@@ -209,99 +204,6 @@ class Engine:
         held = max(1, round(HELD_OUT * len(order)))
         return Subset(self.source, (order[:held] if part == "held-out" else order[held:]).sort().values)
 
-    def _run_epoch(
-        self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, plan: StepPlan, loader: DataLoader[Any],
-        bar: tqdm[Any], record: TrainingRecord, index: int,
-    ) -> dict[str, Any]:  # fmt: skip
-        accelerator, parts = self.accelerator, phase.gradient_accumulation_steps
-        rate = 0.5 * (1 + math.cos(math.pi * plan.epoch / phase.epochs)) if phase.schedule == "cosine" else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-        cache = self.source.images
-        height = cache.shape[-2] if cache is not None else None
-        augmenter = None
-        model.train()
-        begin = refreshed = time.perf_counter()
-        terms: list[dict[str, torch.Tensor]] = []
-        held: list[Batch] = []
-        for number, (positions, images, labels) in enumerate(loader):
-            step, part = divmod(number, parts)
-            if augmenter is None:
-                name = resolve_augmentation(phase.augmentation, height or images.shape[-2])
-                augmenter = Augmenter(name, self.seed)
-            batch = self._batch(positions, images, labels, phase, augmenter, plan, index, step, part)
-            last = part == parts - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                values = phase.loss(model, batch)
-                accelerator.backward(values["loss"] / parts)
-            terms.append({name: value.detach() for name, value in values.items()})
-            if phase.sharpness is not None:
-                held.append(batch)
-            if not last:
-                continue
-            self._step(model, optimizer, phase, held)
-            held = []
-            bar.update()
-            now = time.perf_counter()
-            if not bar.disable and now - refreshed > REFRESH_SECONDS:
-                speed = (step + 1) * plan.count / plan.steps / (now - begin)
-                # reading a value makes the device finish; once a second costs nothing
-                shown = {k: f"{v.item():.3f}" for k, v in terms[-1].items() if k in ("clean_loss", "loss", "distance")}
-                bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
-                refreshed = now
-        means = self._means(terms, phase, plan.epoch, parts)
-        seconds = time.perf_counter() - begin
-        record.steps += plan.steps
-        record.images += plan.count
-        record.seconds += seconds
-        return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": seconds}  # fmt: skip
-
-    def _step(self, model: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase, batches: Sequence[Batch]) -> None:
-        """Take a step with the gradients there are; `batches` are its parts, where it is sharpness-aware."""
-        if phase.sharpness is not None:
-            self._sharpen(model, phase, phase.sharpness, batches)
-        if phase.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
-        optimizer.step()
-        if phase.after_step is not None and not optimizer.step_was_skipped:
-            phase.after_step()
-        optimizer.zero_grad()
-
-    def _sharpen(self, model: nn.Module, phase: Phase, sharpness: SharpnessAware, batches: Sequence[Batch]) -> None:
-        """Put the gradients of a step at the perturbed weights in place of those at the weights themselves."""
-        with sharpness.perturbed(phase.parameters), frozen_statistics(model):
-            for batch in batches[:-1]:
-                with self.accelerator.no_sync(model):
-                    self.accelerator.backward(phase.loss(model, batch)["loss"] / len(batches))
-            self.accelerator.backward(phase.loss(model, batches[-1])["loss"] / len(batches))
-
-    def _batch(self, positions: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, phase: Phase,
-               augmenter: Augmenter, plan: StepPlan, index: int, step: int, part: int) -> Batch:  # fmt: skip
-        device = self.accelerator.device
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        rows = plan.rows(step, part)
-        if phase.poison is not None:
-            images, labels = phase.poison(images, labels, rows)
-        if augmenter.name != "none":
-            numbers = augmenter.draw(index, plan.epoch, step, plan.size(step))
-            images = augmenter(images, plan.mine(numbers, part))
-        weight = plan.parts / plan.size(step)
-        full = torch.full((len(labels),), weight, device=device)
-        return Batch(images, labels, full, positions, rows)
-
-    def _means(self, terms: list[dict[str, torch.Tensor]], phase: Phase, epoch: int, parts: int) -> dict[str, float]:
-        names = list(terms[0])
-        table = torch.stack([torch.stack([entry[name].float() for name in names]) for entry in terms])
-        table = self.accelerator.reduce(table, reduction="mean").view(-1, parts, len(names)).mean(1).cpu()
-        bad = (~torch.isfinite(table[:, names.index("loss")])).nonzero()
-        if len(bad):
-            raise RunError(
-                f"the loss is not finite at phase {phase.name}, epoch {epoch + 1}, step {int(bad[0]) + 1}; "
-                "try a lower learning rate (--lr), a gradient limit (--set max_grad_norm=1) or --precision no"
-            )
-        return dict(zip(names, table.double().mean(0).tolist(), strict=True))
-
     def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer | None, phase: Phase | Pass, index: int,
               epoch: int, record: TrainingRecord) -> None:  # fmt: skip
         if self.checkpoints is None or not self.accelerator.is_main_process:
@@ -318,11 +220,105 @@ class Engine:
         return (self.seed * 1_000_003 + phase * 10_007 + epoch * 101) % (2**62)
 
 
-def _restore(checkpoint: Checkpoint, network: nn.Module, optimizer: AcceleratedOptimizer, phase: Phase,
-             accelerator: Accelerator) -> int:  # fmt: skip
+@dataclass
+class _Training:
+    """A phase while it runs: what its epochs and steps share; `model` is prepared by the accelerator."""
+
+    accelerator: Accelerator
+    phase: Phase
+    index: int
+    seed: int
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    plan: StepPlan
+
+    def epoch(self, loader: DataLoader[Any], bar: tqdm[Any]) -> dict[str, Any]:
+        """Take the steps of the plan's epoch; returns its entry of the history."""
+        phase, plan, parts = self.phase, self.plan, self.plan.accumulated
+        rate = 0.5 * (1 + math.cos(math.pi * plan.epoch / phase.epochs)) if phase.schedule == "cosine" else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        self.model.train()
+        begin = refreshed = time.perf_counter()
+        terms: list[dict[str, torch.Tensor]] = []
+        held: list[Batch] = []
+        for number, (positions, images, labels) in enumerate(loader):
+            step, part = divmod(number, parts)
+            last = part == parts - 1
+            batch = self._batch(positions, images, labels, step, part)
+            terms.append(self._backward(batch, last=last))
+            if phase.sharpness is not None:
+                held.append(batch)
+            if not last:
+                continue
+            self._step(held)
+            held = []
+            bar.update()
+            now = time.perf_counter()
+            if not bar.disable and now - refreshed > REFRESH_SECONDS:
+                speed = (step + 1) * plan.count / plan.steps / (now - begin)
+                # reading a value makes the device finish; once a second costs nothing
+                shown = {k: f"{v.item():.3f}" for k, v in terms[-1].items() if k in ("clean_loss", "loss", "distance")}
+                bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+                refreshed = now
+        means, rate = self._means(terms), self.optimizer.param_groups[0]["lr"]
+        return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": rate,
+                "seconds": time.perf_counter() - begin}  # fmt: skip
+
+    def _backward(self, batch: Batch, *, last: bool) -> dict[str, torch.Tensor]:
+        """Add the gradients of a part of a step, the last of which the processes share; returns the loss's terms."""
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            values = self.phase.loss(self.model, batch)
+            self.accelerator.backward(values["loss"] / self.plan.accumulated)
+        return {name: value.detach() for name, value in values.items()}
+
+    def _step(self, parts: Sequence[Batch]) -> None:
+        """Take a step with the gradients there are; `parts` are its batches, where it is sharpness-aware."""
+        phase = self.phase
+        if phase.sharpness is not None:
+            # the gradients at the perturbed weights take the place of those at the weights themselves
+            with phase.sharpness.perturbed(phase.parameters), frozen_statistics(self.model):
+                for batch in parts:
+                    self._backward(batch, last=batch is parts[-1])
+        if phase.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(phase.parameters, phase.max_grad_norm)
+        self.optimizer.step()
+        if phase.after_step is not None and not self.optimizer.step_was_skipped:
+            phase.after_step()
+        self.optimizer.zero_grad()
+
+    def _batch(self, positions: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, step: int,
+               part: int) -> Batch:  # fmt: skip
+        phase, plan, device = self.phase, self.plan, self.accelerator.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        augmenter = Augmenter(resolve_augmentation(phase.augmentation, images.shape[-2]), self.seed)
+        size, mine = plan.size(step), plan.share(part)
+        if phase.poison is not None:
+            images, labels = phase.poison(images, labels, range(size)[mine])
+        if augmenter.name != "none":
+            images = augmenter(images, augmenter.draw(self.index, plan.epoch, step, size)[mine])
+        return Batch(images, labels, torch.full((len(labels),), plan.parts / size, device=device), positions,
+                     range(size)[mine])  # fmt: skip
+
+    def _means(self, terms: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        names = list(terms[0])
+        table = torch.stack([torch.stack([entry[name].float() for name in names]) for entry in terms])
+        table = self.accelerator.reduce(table, reduction="mean").view(-1, self.plan.accumulated, len(names))
+        table = table.mean(1).cpu()
+        bad = (~torch.isfinite(table[:, names.index("loss")])).nonzero()
+        if len(bad):
+            raise RunError(f"the loss is not finite at phase {self.phase.name}, epoch {self.plan.epoch + 1}, step "
+                           f"{int(bad[0]) + 1}; try a lower learning rate (--lr), a gradient limit (--set "
+                           "max_grad_norm=1) or --precision no")  # fmt: skip
+        return dict(zip(names, table.double().mean(0).tolist(), strict=True))
+
+
+def _restore(checkpoint: Checkpoint, network: nn.Module, optimizer: AcceleratedOptimizer | None,
+             phase: Phase | Pass, accelerator: Accelerator) -> int:  # fmt: skip
     try:
         network.load_state_dict(checkpoint.part("network"))
-        load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
+        if optimizer is not None:
+            load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise RunError("the checkpoint is of another model than this one; start again without --resume") from error
     if phase.state is not None:
@@ -374,5 +370,5 @@ def _observed_dtype(networks: Sequence[nn.Module], record: TrainingRecord) -> It
         for network in networks:
             layer = next((m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
             if layer is not None:
-                stack.callback(layer.register_forward_hook(note).remove)
+                stack.enter_context(layer.register_forward_hook(note))
         yield
