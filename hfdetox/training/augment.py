@@ -17,9 +17,8 @@ RATIO = (3 / 4, 4 / 3)
 
 def resolve_augmentation(name: Augmentation, height: int) -> Augmentation:
     """Return what `auto` stands for: pad-crop and flip up to 96 pixels of height, resized crop and flip above."""
-    if name != "auto":
-        return name
-    return "crop-flip" if height <= SMALL_SIDE else "resized-crop-flip"
+    own: Augmentation = "crop-flip" if height <= SMALL_SIDE else "resized-crop-flip"
+    return own if name == "auto" else name
 
 
 class Augmenter:
@@ -78,8 +77,6 @@ def _resized_crop_flip(images: torch.Tensor, numbers: torch.Tensor) -> torch.Ten
     centre_y = (2 * numbers[:, 3] - 1) * (1 - height)
     sign = torch.where(numbers[:, 4] < 0.5, -1.0, 1.0)
     zeros = torch.zeros_like(width)
-    matrix = torch.stack(
-        [torch.stack([sign * width, zeros, centre_x], 1), torch.stack([zeros, height, centre_y], 1)], 1
-    )
-    grid = affine_grid(matrix, list(images.shape), align_corners=False)
+    matrix = torch.stack([sign * width, zeros, centre_x, zeros, height, centre_y], 1)
+    grid = affine_grid(matrix.view(-1, 2, 3), list(images.shape), align_corners=False)
     return grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,8 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             advice = shlex.join(["hfdetox", "--resume", str(self.folder.parent)])
-            raise RunError(
-                f"cannot write the checkpoint in {self.folder.parent}: {error}; free some space, then: {advice}"
-            ) from error
+            raise RunError(f"cannot write the checkpoint in {self.folder.parent}: {error}; free some space, then: "
+                           f"{advice}") from error  # fmt: skip
 
     def load(self) -> Checkpoint | None:
         """Return the last whole checkpoint, or None; raises RunError when it is damaged or of another format."""
@@ -74,9 +74,8 @@ class CheckpointStore:
             with safe_open(str(folder / "tensors.safetensors"), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, ValueError) as error:
-            raise RunError(
-                f"the checkpoint in {folder} cannot be read ({error}); start again without --resume"
-            ) from error
+            raise RunError(f"the checkpoint in {folder} cannot be read ({error}); start again without "
+                           "--resume") from error  # fmt: skip
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise RunError(f"the checkpoint in {folder} is of another hfdetox version; start again without --resume")
         return Checkpoint(tensors, record)
@@ -84,21 +83,17 @@ class CheckpointStore:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Split an optimiser's state into tensors (by `index.name`) and plain values."""
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, Any] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            target = tensors if isinstance(value, torch.Tensor) else plain
-            target[f"{index}.{name}"] = value
-    return tensors, plain
+    states = optimizer.state_dict()["state"].items()
+    flat = {f"{index}.{name}": value for index, values in states for name, value in values.items()}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
+    return tensors, {key: value for key, value in flat.items() if key not in tensors}
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor],
+                   plain: Mapping[str, Any]) -> None:  # fmt: skip
     """Put back what `optimizer_tensors` took; the parameter groups keep their own settings."""
-    state: dict[int, dict[str, Any]] = {}
+    state: defaultdict[int, dict[str, Any]] = defaultdict(dict)
     for key, value in {**tensors, **plain}.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state[int(index)][name] = value
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})

@@ -55,9 +55,8 @@ class MaskedLayer:
 
     def spread(self, mask: torch.Tensor, dimensions: int) -> torch.Tensor:
         """Return the layer's masks (`units`) in the shape that multiplies its weight of so many dimensions."""
-        if dimensions == 1:
-            return mask
-        return mask.repeat_interleave(self.width).reshape(1, -1, *[1] * (dimensions - 2))
+        columns = (1, -1, *[1] * (dimensions - 2))
+        return mask if dimensions == 1 else mask.repeat_interleave(self.width).reshape(columns)
 
 
 class ChannelMasks:
@@ -76,10 +75,9 @@ class ChannelMasks:
     def __init__(self, network: nn.Module, method: str) -> None:
         self.layers = norm_layers(network) or unit_layers(network)
         if not self.layers:
-            raise UsageError(
-                f"{method}: prunes channels of BatchNorm, hidden units of MLPs or attention heads, and "
-                f"{type(getattr(network, 'model', network)).__name__} has none that can be found; use another defense"
-            )
+            name = type(getattr(network, "model", network)).__name__
+            raise UsageError(f"{method}: prunes channels of BatchNorm, hidden units of MLPs or attention heads, and "
+                             f"{name} has none that can be found; use another defense")  # fmt: skip
         self.sizes = [layer.units for layer in self.layers]
         self.count = sum(self.sizes)
 
@@ -88,11 +86,11 @@ class ChannelMasks:
     ) -> dict[str, torch.Tensor]:
         """Return the multiplied parameters by name; `shift` (flat, like `mask`) multiplies the βs that there are."""
         found: dict[str, torch.Tensor] = {}
-        shifts = shift.split(self.sizes) if shift is not None else [None] * len(self.layers)
-        for layer, scale, factor in zip(self.layers, mask.split(self.sizes), shifts, strict=True):
+        for layer, scale in zip(self.layers, mask.split(self.sizes), strict=True):
             weight = network.get_parameter(layer.weight)
             found[layer.weight] = weight * layer.spread(scale, weight.ndim)
-            if factor is not None and layer.shift is not None:
+        for layer, factor in zip(self.layers, shift.split(self.sizes), strict=True) if shift is not None else ():
+            if layer.shift is not None:
                 found[layer.shift] = network.get_parameter(layer.shift) * factor
         return found
 
@@ -124,13 +122,8 @@ class MaskedNetwork(nn.Module):
     def forward(self, images: torch.Tensor, *noises: Noise | None) -> tuple[torch.Tensor, ...]:
         """Return logits (N×K) for each noise: None for the masks alone, (δ, ξ) for scales m + δ and shifts 1 + ξ."""
         with frozen_statistics(self.network):
-            return tuple(self._logits(images, noise) for noise in noises)
-
-    def _logits(self, images: torch.Tensor, noise: Noise | None) -> torch.Tensor:
-        if noise is None:
-            return self.masks.logits(self.network, images, self.mask)
-        delta, xi = noise
-        return self.masks.logits(self.network, images, self.mask + delta, 1 + xi)
+            factors = [(self.mask, None) if noise is None else (self.mask + noise[0], 1 + noise[1]) for noise in noises]
+            return tuple(self.masks.logits(self.network, images, mask, shift) for mask, shift in factors)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -168,9 +161,8 @@ class ThresholdSearch:
 
     def as_pass(self, name: str, state: Stateful) -> Pass:
         """Return the pass over the held-out part that finds τ and prunes."""
-        return Pass(
-            name=name, start=self.start, on_batch=self.on_batch, finish=self.finish, part="held-out", state=state
-        )
+        return Pass(name=name, start=self.start, on_batch=self.on_batch, finish=self.finish, part="held-out",
+                    state=state)  # fmt: skip
 
     def start(self) -> None:
         """List the candidates that differ: of thresholds that prune the same units only the highest is measured."""
@@ -231,37 +223,32 @@ def norm_layers(network: nn.Module) -> list[MaskedLayer]:
 
 def unit_layers(network: nn.Module) -> list[MaskedLayer]:
     """Return the projections that read hidden units of MLPs and attention heads, in the network's order."""
-    readers = {second: 1 for _, second in mlp_layers(network)}
-    for name, module in network.named_modules():
+    modules = dict(network.named_modules())
+    widths = {second: 1 for _, second in mlp_layers(network)}
+    for name, module in modules.items():
         heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
         if not isinstance(heads, int):
             continue
-        for child in _ATTENTION_OUTPUT:
-            layer = getattr(module, child, None)
-            if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
-                readers[f"{name}.{child}" if name else child] = layer.in_features // heads
         # the first transformers 5 have the projection in a module of its own, beside the one with the heads
-        beside = f"{name.rpartition('.')[0]}.output.dense"
-        layer = _child(network, beside)
-        if isinstance(layer, nn.Linear) and layer.in_features % heads == 0 and beside not in readers:
-            readers[beside] = layer.in_features // heads
-    order = [name for name, _ in network.named_modules() if name in readers]
-    return [
-        MaskedLayer(f"{name}.weight", None, network.get_parameter(f"{name}.weight").shape[1] // readers[name],
-                    readers[name])
-        for name in order
-    ]  # fmt: skip
+        outputs = [*(f"{name}.{child}" for child in _ATTENTION_OUTPUT), f"{name.rpartition('.')[0]}.output.dense"]
+        for output in (path.removeprefix(".") for path in outputs):
+            layer = modules.get(output)
+            if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
+                widths.setdefault(output, layer.in_features // heads)
+    weights = {name: f"{name}.weight" for name in modules if name in widths}
+    return [MaskedLayer(weight, None, network.get_parameter(weight).shape[1] // widths[name], widths[name])
+            for name, weight in weights.items()]  # fmt: skip
 
 
 def mlp_layers(network: nn.Module) -> list[tuple[str, str]]:
     """Return the names of each MLP's two layers (Linear or 1×1 convolutions): by name, or next to each other in a
     Sequential with nothing that has parameters between them."""
+    modules = dict(network.named_modules())
     pairs: dict[tuple[str, str], None] = {}
-    for name, module in network.named_modules():
+    for name, module in modules.items():
         prefix = f"{name}." if name else ""
         for first, second in [*_MLP, *_neighbours(module)]:
-            layers = _child(module, first), _child(module, second)
-            if _fit(*layers):
+            if _fit(modules.get(prefix + first), modules.get(prefix + second)):
                 pairs[prefix + first, prefix + second] = None
     return list(pairs)
 
@@ -275,13 +262,6 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
             before = name
         elif next(child.parameters(), None) is not None:
             before = None
-
-
-def _child(module: nn.Module, path: str) -> nn.Module | None:
-    found: nn.Module | None = module
-    for part in path.split("."):
-        found = getattr(found, part, None) if found is not None else None
-    return found
 
 
 def pointwise(layer: nn.Module | None) -> bool:

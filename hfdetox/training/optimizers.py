@@ -17,11 +17,10 @@ class JointOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        super().__init__(
-            [parameter for part in parts for group in part.param_groups for parameter in group["params"]], {}
-        )
+        groups = [group for part in parts for group in part.param_groups]
+        super().__init__([parameter for group in groups for parameter in group["params"]], {})
         self.parts = parts
-        self._share(defaultdict(dict), [group for part in parts for group in part.param_groups])
+        self._share(defaultdict(dict), groups)
 
     def _share(self, state: defaultdict[torch.Tensor, Any], groups: list[dict[str, Any]]) -> None:
         # one state and the very same groups: schedules and checkpoints of the whole reach the parts

@@ -18,8 +18,10 @@ The weight of image i is w_i = q_{y_i} · v_i.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,11 +94,9 @@ class Reweighting:
             # in the first look the labels alone are wanted of the images trained on, unless answers are compared later
             held, trained = _Seen(asked=True), _Seen(asked=by_image)
             on_held = Pass(name="accuracy of the classes", part="held-out", on_batch=held.on_batch,
-                           finish=lambda accelerator: self._see_classes(held, accelerator, first=first))  # fmt: skip
-            see: Callable[[_Seen, Accelerator], Mapping[str, float] | None]
-            see = self._see_first if first else self._see_images
+                           finish=partial(self._see_classes, held, first=first))  # fmt: skip
             on_trained = Pass(name="weights of the images", part=part, on_batch=trained.on_batch,
-                              finish=lambda accelerator: see(trained, accelerator))  # fmt: skip
+                              finish=partial(self._see_first if first else self._see_images, trained))  # fmt: skip
             return [on_held, on_trained] if first or by_image else [on_held]
 
         return passes
@@ -155,8 +155,7 @@ class Reweighting:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return everything the weights are made of."""
-        names = ("accuracy", "classes", "weights", "labels", "right")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("accuracy", "classes", "weights", "labels", "right")}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on with the weights of a stopped run."""
@@ -234,7 +233,7 @@ class _Seen:
     def __init__(self, *, asked: bool) -> None:
         """Look at positions and labels; with `asked` also at the network's answers and features."""
         self.asked, self.outputs = asked, 0
-        self.lists: dict[str, list[torch.Tensor]] = {"positions": [], "labels": [], "right": [], "features": []}
+        self.lists: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Note a batch."""
@@ -243,15 +242,9 @@ class _Seen:
         if not self.asked:
             return
         features: list[torch.Tensor] = []
-
-        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            features.append(inputs[0])
-
-        handle = network.get_submodule(head_layers(network)[-1]).register_forward_pre_hook(note)
-        try:
+        head = network.get_submodule(head_layers(network)[-1])
+        with head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0])):
             logits = network(batch.images)
-        finally:
-            handle.remove()
         self.outputs = logits.shape[1]
         self.lists["right"].append((logits.argmax(1) == batch.labels).cpu())
         flat = features[-1].float()
@@ -274,10 +267,9 @@ class _Joined:
         return own | (self.method.state_dict() if self.method is not None else {})
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        own = {name: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
-        self.weights.load_state_dict({name[len(_PREFIX) :]: tensor for name, tensor in own.items()})
+        self.weights.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)})
         if self.method is not None:
-            self.method.load_state_dict({name: tensor for name, tensor in state.items() if name not in own})
+            self.method.load_state_dict({k: v for k, v in state.items() if not k.startswith(_PREFIX)})
 
 
 def _largest(number: int, accelerator: Accelerator) -> int:

@@ -46,25 +46,20 @@ class SharpnessAware:
         """
         trained = [parameter for parameter in parameters if parameter.grad is not None]
         kept = [parameter.detach().clone() for parameter in trained]
-        self._ascend(trained)
-        for parameter in trained:
-            parameter.grad = None
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        scaled = [g * w.abs() for g, w in zip(gradients, kept, strict=True)] if self.adaptive else gradients
+        # scale-free, so a loss scaled for fp16 needs no unscaling; the small number keeps a zero gradient at zero
+        norm = torch.stack([tensor.float().norm() for tensor in scaled]).norm() + 1e-12
+        with torch.no_grad():
+            for parameter, weight, direction in zip(trained, kept, scaled, strict=True):
+                parameter.add_((direction * weight.abs() if self.adaptive else direction) * (self.rho / norm))
+                parameter.grad = None
         try:
             yield
         finally:
             with torch.no_grad():
                 for parameter, weight in zip(trained, kept, strict=True):
                     parameter.copy_(weight)
-
-    @torch.no_grad()
-    def _ascend(self, trained: Sequence[nn.Parameter]) -> None:
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        scaled = [g * w.abs() for g, w in zip(gradients, trained, strict=True)] if self.adaptive else gradients
-        # scale-free, so a loss scaled for fp16 needs no unscaling; the small number keeps a zero gradient at zero
-        norm = torch.stack([tensor.float().norm() for tensor in scaled]).norm() + 1e-12
-        for weight, direction in zip(trained, scaled, strict=True):
-            step = direction * weight.abs() if self.adaptive else direction
-            weight.add_(step * (self.rho / norm))
 
 
 def parse_adaptive(text: str | None) -> SharpnessAware | None:
@@ -80,9 +75,7 @@ def parse_adaptive(text: str | None) -> SharpnessAware | None:
         raise UsageError(f"--adaptive {text!r}: the adaptive attack is sam, as in sam:rho=2.0,adaptive=true")
     where, hints = f"--adaptive {text!r}", typing.get_type_hints(SharpnessAware)
     texts = read_pairs(where, filter(None, rest.split(",")), hints, "rho=…, adaptive=true|false")
-    return SharpnessAware(
-        **{key: read(f"{where}: {key}", hints[key], value, text=True) for key, value in texts.items()}
-    )
+    return SharpnessAware(**{k: read(f"{where}: {k}", hints[k], v, text=True) for k, v in texts.items()})
 
 
 @contextmanager
