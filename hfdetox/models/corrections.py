@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,8 +71,8 @@ class Correction:
         """Write the maps to `correction.safetensors` in `folder`."""
         tensors = {f"{name}.{part}": getattr(each, part).cpu().contiguous()
                    for name, each in self.maps.items() for part in _PARTS}  # fmt: skip
-        header = json.dumps({"version": 1, "target": self.target})
-        save_file(tensors, folder / FILE_NAME, metadata={"correction": header})
+        header = {"version": 1, "target": self.target}
+        save_file(tensors, folder / FILE_NAME, metadata={"correction": json.dumps(header)})
 
 
 def load_correction(folder: Path, model: nn.Module, labels: int) -> Correction | None:
@@ -115,8 +114,8 @@ def channels_of(module: nn.Module) -> int:
     weight, kind = getattr(module, "weight", None), type(module).__name__.lower()
     # by name and shape: timm and transformers have their own LayerNorm2d, RMSNorm and BatchNormAct; ConvNeXt V2's
     # global response normalisation rescales by what the whole image has, and is none of them
-    normal = isinstance(weight, nn.Parameter) and weight.ndim == 1 and "norm" in kind and "response" not in kind
-    return weight.numel() if normal and isinstance(weight, nn.Parameter) else 0
+    known = "norm" in kind and "response" not in kind
+    return weight.numel() if known and isinstance(weight, nn.Parameter) and weight.ndim == 1 else 0
 
 
 @contextmanager
@@ -126,17 +125,14 @@ def on_output(norm: nn.Module, change: Callable[[torch.Tensor, int], torch.Tenso
     Of timm's norms with an activation inside it is what enters the activation.
     """
 
-    def after(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def changed(output: torch.Tensor) -> torch.Tensor | None:
         return change(output, channel_axis(norm, output))
-
-    def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-        return change(inputs[0], channel_axis(norm, inputs[0]))
 
     inner = getattr(norm, "drop", None)
     if isinstance(inner, nn.Module) and isinstance(getattr(norm, "act", None), nn.Module):
-        hook = inner.register_forward_pre_hook(before)
+        hook = inner.register_forward_pre_hook(lambda module, inputs: changed(inputs[0]))
     else:
-        hook = norm.register_forward_hook(after)
+        hook = norm.register_forward_hook(lambda module, inputs, output: changed(output))
     with hook:
         yield
 

@@ -41,8 +41,7 @@ class InitialModel:
 
 def init_model(
     model: str | Path | nn.Module, *, class_names: ClassNames, is_backdoored: Callable[[Path | None], bool],
-    init: str | None = None,
-    model_args: Mapping[str, Any] | None = None, input_size: int | None = None, seed: int = 0,
+    init: str | None = None, model_args: Mapping[str, Any] | None = None, input_size: int | None = None, seed: int = 0,
     revision: str | None = None, trust_remote_code: bool = False, processor: Any = None, preprocessing: Any = None,
     labels: Sequence[str] | int | None = None,
 ) -> InitialModel:  # fmt: skip
@@ -101,9 +100,8 @@ def _architecture(
         raise UsageError(f"--model-arg in_chans={channels}: images have 3 channels (RGB) or 1 (grey)")
     if input_size is not None and input_size < 1:
         raise UsageError(f"--input-size {input_size}: give the images' height and width, such as 32")
-    count = names if isinstance(names, int) else len(names)
-    architecture = name.removeprefix(ARCHITECTURE)
-    return _timm.new_architecture(architecture, num_classes=count, model_args=model_args, input_size=input_size)
+    return _timm.new_architecture(name.removeprefix(ARCHITECTURE), num_classes=len(label_names(names)),
+                                  model_args=model_args, input_size=input_size)  # fmt: skip
 
 
 def _drawn(

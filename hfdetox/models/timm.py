@@ -66,9 +66,8 @@ def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
     return describe(converted, config)
 
 
-def new_architecture(
-    architecture: str, *, num_classes: int, model_args: Mapping[str, Any], input_size: int | None
-) -> Loaded:
+def new_architecture(architecture: str, *, num_classes: int, model_args: Mapping[str, Any],
+                     input_size: int | None) -> Loaded:  # fmt: skip
     """Build a registered architecture with freshly drawn weights, and its own mean and std.
 
     Args:

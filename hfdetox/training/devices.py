@@ -122,9 +122,8 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
     kind = resolve_device(device)
     # Accelerate would go on without the tracker
     if log_with is not None and log_with not in {str(tracker.value) for tracker in get_available_trackers()}:
-        raise UsageError(
-            f"the tracker {log_with} is not installed here; pip install {log_with}, or leave --log-with out"
-        )
+        raise UsageError(f"the tracker {log_with} is not installed here; pip install {log_with}, or leave --log-with "
+                         "out")  # fmt: skip
     mixed = resolve_precision(precision, kind)
     for shared in (PartialState, AcceleratorState, GradientState):
         shared._shared_state = SharedDict()
