@@ -132,7 +132,7 @@ def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
     }
     if not convs or not norms:
         return []
-    sources = direct_sources(model, convs, norms) or {}
+    sources = direct_sources(model, convs, norms)
     return [(sources[norm], norm) for norm in norms if norm in sources]
 
 
@@ -144,7 +144,7 @@ def norms_of_mlps(model: nn.Module, mlps: list[tuple[str, str]]) -> dict[str, st
         if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
     }
     firsts = {first: model.get_submodule(first) for first, _ in mlps}
-    sources = direct_sources(model, norms, firsts) or {}
+    sources = direct_sources(model, norms, firsts)
     widths = {first: layer.get_parameter("weight").shape[1] for first, layer in firsts.items()}
     return {
         first: norm

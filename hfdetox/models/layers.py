@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -82,11 +82,6 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def norm_before_head(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str | None:
-    """Return the first of `norms_before_head`, or None: most models have one or none."""
-    return next(iter(norms_before_head(model, input_size)), None)
-
-
 def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[str]:
     """Return the names of the affine norms that feed the head directly (of ResNets none: ReLU and pooling lie between).
 
@@ -106,43 +101,36 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
 
 def direct_sources(
     model: nn.Module, producers: Mapping[str, nn.Module], consumers: Mapping[str, nn.Module]
-) -> dict[str, str] | None:
+) -> dict[str, str]:
     """Return, by consumer's name, the producer whose output is the consumer's input; consumers without are left out.
 
     The tensors are followed, not the order in which modules were made: the input must be the output's own memory, all
-    of it, with nothing written to it in between (a residual sum or an activation in place is another tensor). None
-    when the model takes none of the usual image sizes. Modes and parameters stay as they are.
+    of it, with nothing written to it in between (a residual sum or an activation in place is another tensor). Nothing
+    is known of a model that takes none of the usual image sizes. Modes and parameters stay as they are.
     """
-    with probing(model) as images:
-        return None if images is None else _observed(model, producers, consumers, images)
-
-
-def _observed(model: nn.Module, producers: Mapping[str, nn.Module], consumers: Mapping[str, nn.Module],
-              images: torch.Tensor) -> dict[str, str]:  # fmt: skip
     names = {module: name for name, module in producers.items()}
     readers = {module: name for name, module in consumers.items()}
     # the tensors are kept, or their memory would be given to others
     made: dict[int, tuple[torch.Tensor, int, str]] = {}
-    seen: dict[str, set[str | None]] = {}
+    seen: defaultdict[str, set[str | None]] = defaultdict(set)
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             made[output.untyped_storage().data_ptr()] = (output, output._version, names[module])
 
     def look(module: nn.Module, inputs: Any) -> None:
-        found = None
-        if inputs and isinstance(inputs[0], torch.Tensor):
-            entry = made.get(inputs[0].untyped_storage().data_ptr())
-            if entry is not None and (inputs[0]._version, inputs[0].numel()) == (entry[1], entry[0].numel()):
-                found = entry[2]
-        seen.setdefault(readers[module], set()).add(found)
+        given = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else torch.empty(0)
+        output, version, name = made.get(given.untyped_storage().data_ptr(), (None, 0, ""))
+        same = output is not None and (given._version, given.numel()) == (version, output.numel())
+        seen[readers[module]].add(name if same else None)
 
-    with ExitStack() as hooks:
+    with probing(model) as images, ExitStack() as hooks:
         for module in names:
             hooks.enter_context(module.register_forward_hook(note))
         for module in readers:
             hooks.enter_context(module.register_forward_pre_hook(look))
-        library_logits(model, images)
+        if images is not None:
+            library_logits(model, images)
     # a layer that runs several times must get the same producer's output each time
     single = {name: next(iter(found)) for name, found in seen.items() if len(found) == 1}
     return {name: producer for name, producer in single.items() if producer is not None}
@@ -221,13 +209,13 @@ def _last_norms(model: nn.Module, heads: Sequence[nn.Module], images: torch.Tens
         for module in (*names, *heads):
             hooks.enter_context(module.register_forward_pre_hook(lambda module, _: order.append(module)))
         library_logits(model, images)
-    groups: dict[str, list[nn.Module]] = {}
+    groups: defaultdict[str, list[nn.Module]] = defaultdict(list)
     last = None
     for module in order:
         if module in names:
             last = names[module]
         elif last is not None:
-            groups.setdefault(last, []).append(module)
+            groups[last].append(module)
     return groups
 
 
