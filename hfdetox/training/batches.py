@@ -32,25 +32,6 @@ class ImageSource(Protocol):
     def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
-class Subset:
-    """Some images of a source, at `places` (int64, in 0 to N - 1), as a source of their own."""
-
-    def __init__(self, source: ImageSource, places: torch.Tensor) -> None:
-        self.source, self.places = source, places
-        self.images = None if source.images is None else source.images[places.to(source.images.device)]
-        self.labels = source.labels[places.to(source.labels.device)]
-        self.positions = source.positions[places]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.images is None:
-            return self.source.__getitems__(self.places[torch.as_tensor(items)].tolist())
-        here = torch.as_tensor(items, device=self.images.device)
-        return self.positions[here.cpu()], self.images[here], self.labels[here]
-
-
 @dataclass(frozen=True)
 class Batch:
     """This process's part of a step: augmented images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N, float32).
@@ -89,14 +70,15 @@ def step_bounds(count: int, batch_size: int, parts: int) -> list[tuple[int, int]
 
 
 class StepPlan:
-    """The order of an epoch and its split: yields, part by part, the positions this process takes of every step.
+    """The order of an epoch and its split: yields, part by part, the places this process takes of every step.
 
     A step of `batch_size` images is dealt in turn to its parts (processes × accumulated parts), so that they differ by
-    one image at most. With `steps`, an epoch ends after so many, and the images of each epoch are drawn anew.
+    one image at most. With `steps`, an epoch ends after so many, and the images of each epoch are drawn anew. `places`
+    (int64, in a source) are the images of a part of it; without, `count` are all.
     """
 
     def __init__(self, count: int, batch_size: int, accumulated: int, accelerator: Accelerator, seed: int,
-                 steps: int | None = None) -> None:  # fmt: skip
+                 steps: int | None = None, places: torch.Tensor | None = None) -> None:  # fmt: skip
         self.accumulated = accumulated
         self.processes, self.rank = accelerator.num_processes, accelerator.process_index
         self.parts = self.accumulated * self.processes
@@ -104,7 +86,8 @@ class StepPlan:
             raise UsageError(f"{count} images in batches of {batch_size} are too few for {self.parts} parts (processes "
                              "times accumulation steps) of two images; use fewer parts or more --samples")  # fmt: skip
         self.bounds = step_bounds(count, batch_size, self.parts)[:steps]
-        self.total, self.count, self.seed, self.epoch = count, self.bounds[-1][1], seed, 0
+        self.count, self.seed, self.epoch = self.bounds[-1][1], seed, 0
+        self.places = torch.arange(count) if places is None else places
 
     @property
     def steps(self) -> int:
@@ -124,7 +107,7 @@ class StepPlan:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + 7919 * (self.epoch + 1))
-        order = torch.randperm(self.total, generator=generator)
+        order = self.places[torch.randperm(len(self.places), generator=generator)]
         for begin, end in self.bounds:
             for part in range(self.accumulated):
                 yield order[begin:end][self.share(part)].tolist()

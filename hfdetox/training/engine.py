@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hfdetox.errors import RunError
 from hfdetox.progress import progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
-from hfdetox.training.batches import Batch, ImageSource, StepPlan, Subset, source_loader
+from hfdetox.training.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.training.batchnorm import equalise_buffers, synchronised
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.training.phases import Part, Pass, Phase
@@ -109,7 +109,7 @@ class Engine:
                    checkpoint: Checkpoint | None) -> None:  # fmt: skip
         accelerator, trained = self.accelerator, phase.network or network
         trained.to(accelerator.device)
-        source = self._source(phase.part)
+        places = self._places(phase.part)
         with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
             if checkpoint is None:
                 with _clock(record):
@@ -125,10 +125,10 @@ class Engine:
             if first >= phase.epochs:
                 return
             prepared = accelerator.prepare_model(trained)
-            plan = StepPlan(len(source), phase.batch_size, phase.gradient_accumulation_steps, accelerator,
-                            self._key(index, 0), phase.steps)  # fmt: skip
+            plan = StepPlan(len(places), phase.batch_size, phase.gradient_accumulation_steps, accelerator,
+                            self._key(index, 0), phase.steps, places)  # fmt: skip
             training = _Training(accelerator, phase, index, self.seed, prepared, optimizer, plan)
-            loader = source_loader(source, plan, accelerator.device)
+            loader = source_loader(self.source, plan, accelerator.device)
             bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", shown=self.progress,
                                done=first * plan.steps, keep=True)  # fmt: skip
             try:
@@ -180,29 +180,27 @@ class Engine:
 
     def _look(self, network: nn.Module, phase: Pass, *, shown: bool) -> dict[str, float]:
         """Show the images of a pass to its `on_batch`, and return what `finish` says."""
-        accelerator, source = self.accelerator, self._source(phase.part)
-        size, rank, processes = phase.batch_size, accelerator.process_index, accelerator.num_processes
-        rows = [list(range(len(source))[at : at + size][rank::processes]) for at in range(0, len(source), size)]
+        accelerator, places = self.accelerator, self._places(phase.part)
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        rows = [part[rank::processes].tolist() for part in places.split(phase.batch_size)]
         network.train(phase.train_mode)
-        loader = source_loader(source, [part for part in rows if part], accelerator.device)
+        loader = source_loader(self.source, [part for part in rows if part], accelerator.device)
         bar = progress_bar(phase.name, len(rows), "batch", shown=shown, keep=True)
         with bar, torch.set_grad_enabled(phase.gradients):
             for positions, images, labels in loader:
                 images = images.to(accelerator.device, non_blocking=True)
                 labels = labels.to(accelerator.device, non_blocking=True)
-                weights = torch.full((len(labels),), processes / len(source), device=accelerator.device)
+                weights = torch.full((len(labels),), processes / len(places), device=accelerator.device)
                 phase.on_batch(network, Batch(images, labels, weights, positions))
                 bar.update()
         network.eval()
         return dict((phase.finish(accelerator) if phase.finish is not None else None) or {})
 
-    def _source(self, part: Part) -> ImageSource:
-        """Return the images of a part; the held-out fifth is drawn by the run's seed."""
-        if part == "all":
-            return self.source
+    def _places(self, part: Part) -> torch.Tensor:
+        """Return which images a part has, in their order; the held-out fifth is drawn by the run's seed."""
         order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(self.seed))
         held = max(1, round(HELD_OUT * len(order)))
-        return Subset(self.source, (order[:held] if part == "held-out" else order[held:]).sort().values)
+        return {"all": order, "held-out": order[:held], "fit": order[held:]}[part].sort().values
 
     def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer | None, phase: Phase | Pass, index: int,
               epoch: int, record: TrainingRecord) -> None:  # fmt: skip
