@@ -148,9 +148,8 @@ def load_classifier(
     return classifier
 
 
-def fetch_model(
-    model: str, revision: str | None, trust_remote_code: bool, *, with_weights: bool = True
-) -> tuple[PulledRepo, str]:
+def fetch_model(model: str, revision: str | None, trust_remote_code: bool, *,
+                with_weights: bool = True) -> tuple[PulledRepo, str]:  # fmt: skip
     """Return the files of a model, a local folder looking like a pulled one (of revision ""), and what to call it.
 
     Raises:
@@ -173,9 +172,8 @@ def fetch_model(
     return pulled, pulled.id
 
 
-def _describe(
-    model: nn.Module, processor: Any, preprocessing: Preprocessing | None, labels: Sequence[str] | int | None
-) -> Loaded:
+def _describe(model: nn.Module, processor: Any, preprocessing: Preprocessing | None,
+              labels: Sequence[str] | int | None) -> Loaded:  # fmt: skip
     name = type(model).__name__
     # told apart by their attributes, so that a timm model does not pay for importing transformers
     if hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier"):

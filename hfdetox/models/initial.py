@@ -87,9 +87,8 @@ def init_model(
     return InitialModel(assemble(loaded, name, commit, names), from_scratch=True)
 
 
-def _architecture(
-    name: str, names: tuple[str, ...] | int, model_args: Mapping[str, Any], input_size: int | None
-) -> Loaded:
+def _architecture(name: str, names: tuple[str, ...] | int, model_args: Mapping[str, Any],
+                  input_size: int | None) -> Loaded:  # fmt: skip
     from hfdetox.models import timm as _timm
 
     if wrong := sorted(_NOT_MODEL_ARGS & set(model_args)):
@@ -104,9 +103,8 @@ def _architecture(
                                   model_args=model_args, input_size=input_size)  # fmt: skip
 
 
-def _drawn(
-    model: str, names: tuple[str, ...] | int, revision: str | None, trust_remote_code: bool
-) -> tuple[Loaded, str, str | None]:
+def _drawn(model: str, names: tuple[str, ...] | int, revision: str | None,
+           trust_remote_code: bool) -> tuple[Loaded, str, str | None]:  # fmt: skip
     """Return a model of the architecture that a folder's or repository's config.json describes, its name and commit."""
     pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=False)
     labels = label_names(names)

@@ -99,9 +99,8 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
         return [prefix + name for name, group in groups.items() if _flips_cancel(inner, group, name, images)]
 
 
-def direct_sources(
-    model: nn.Module, producers: Mapping[str, nn.Module], consumers: Mapping[str, nn.Module]
-) -> dict[str, str]:
+def direct_sources(model: nn.Module, producers: Mapping[str, nn.Module],
+                   consumers: Mapping[str, nn.Module]) -> dict[str, str]:  # fmt: skip
     """Return, by consumer's name, the producer whose output is the consumer's input; consumers without are left out.
 
     The tensors are followed, not the order in which modules were made: the input must be the output's own memory, all

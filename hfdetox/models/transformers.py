@@ -99,9 +99,8 @@ def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_rem
     config.architectures = None
     _check_config(config, name, trust_remote_code)
     try:
-        model = AutoModelForImageClassification.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32,
+                                                            trust_remote_code=trust_remote_code)  # fmt: skip
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, ZeroDivisionError) as error:
         raise UsageError(f"transformers cannot build {name} from its config.json: {one_line(error)}") from error
     return describe(model, _load_processor(folder, name, trust_remote_code), None)

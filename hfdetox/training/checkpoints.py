@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from hfdetox.errors import RunError
 from hfdetox.files import replace_folder
@@ -51,7 +51,7 @@ class CheckpointStore:
             fresh.mkdir(parents=True)
             # safetensors refuses views that share memory
             flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(flat, str(fresh / "tensors.safetensors"))
+            save_file(flat, fresh / "tensors.safetensors")
             (fresh / "record.json").write_text(json.dumps({"format": FORMAT, **record}), encoding="utf-8")
             # while there is no new one in its place, a kill must leave the old one
             if self.folder.exists():
@@ -71,8 +71,7 @@ class CheckpointStore:
             return None
         try:
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            with safe_open(str(folder / "tensors.safetensors"), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = load_file(folder / "tensors.safetensors")
         except (OSError, SafetensorError, ValueError) as error:
             raise RunError(f"the checkpoint in {folder} cannot be read ({error}); start again without "
                            "--resume") from error  # fmt: skip

@@ -81,9 +81,8 @@ class ChannelMasks:
         self.sizes = [layer.units for layer in self.layers]
         self.count = sum(self.sizes)
 
-    def tensors(
-        self, network: nn.Module, mask: torch.Tensor, shift: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def tensors(self, network: nn.Module, mask: torch.Tensor,
+                shift: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the multiplied parameters by name; `shift` (flat, like `mask`) multiplies the βs that there are."""
         found: dict[str, torch.Tensor] = {}
         for layer, scale in zip(self.layers, mask.split(self.sizes), strict=True):
@@ -94,9 +93,8 @@ class ChannelMasks:
                 found[layer.shift] = network.get_parameter(layer.shift) * factor
         return found
 
-    def logits(
-        self, network: nn.Module, images: torch.Tensor, mask: torch.Tensor, shift: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, network: nn.Module, images: torch.Tensor, mask: torch.Tensor,
+               shift: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
         """Return the network's logits (N×K) under masks, differentiable in them; the network stays as it is."""
         return functional_call(network, self.tensors(network, mask, shift), (images,))
 
