@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import tempfile
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ class TimmModel(Loaded):
 
     def config(self, source: Path | None) -> dict[str, Any]:
         """Return the source's config.json, or timm's own description of a model that came as an object."""
-        return portable_config(read_json(source / "config.json") if source else _export_config(self.model, self))
+        return _portable(read_json(source / "config.json") if source else _export_config(self.model, self))
 
 
 def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
@@ -154,9 +153,8 @@ def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
     return tuple(str(descriptions.get(name, name)) for name in names)
 
 
-def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a timm config.json for native weights beside it, without what stops transformers from loading it."""
-    config = copy.deepcopy(config)
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Take out, in place, what does not fit native weights beside a config.json or stops transformers from loading."""
     for holder in (config, config.get("pretrained_cfg", {})):
         for key in _SOURCE_KEYS:
             holder.pop(key, None)
