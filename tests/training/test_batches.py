@@ -80,7 +80,7 @@ def test_rows_of_a_step_are_dealt_as_its_images_are() -> None:
     (order,) = plans(29, 29, 1, 1)[0]
     for plan in made:
         for part, items in enumerate(plan):
-            assert plan.mine(torch.tensor(order), part).tolist() == items
+            assert torch.tensor(order)[plan.share(part)].tolist() == items
             assert [order[row] for row in plan.rows(0, part)] == items
             assert plan.rows(0, part).stop == 29
 
