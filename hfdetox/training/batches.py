@@ -102,6 +102,10 @@ class StepPlan:
         """Return which of a whole step's images this process takes for one accumulated part."""
         return slice(part * self.processes + self.rank, None, self.parts)
 
+    def rows(self, step: int, part: int) -> range:
+        """Return the numbers, in the whole step, of the images that this process takes of it for one part."""
+        return range(self.size(step))[self.share(part)]
+
     def __len__(self) -> int:
         return self.steps * self.accumulated
 

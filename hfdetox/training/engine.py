@@ -290,13 +290,13 @@ class _Training:
         phase, plan, device = self.phase, self.plan, self.accelerator.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         augmenter = Augmenter(resolve_augmentation(phase.augmentation, images.shape[-2]), self.seed)
-        size, mine = plan.size(step), plan.share(part)
+        size, rows = plan.size(step), plan.rows(step, part)
         if phase.poison is not None:
-            images, labels = phase.poison(images, labels, range(size)[mine])
+            images, labels = phase.poison(images, labels, rows)
         if augmenter.name != "none":
-            images = augmenter(images, augmenter.draw(self.index, plan.epoch, step, size)[mine])
-        return Batch(images, labels, torch.full((len(labels),), plan.parts / size, device=device), positions,
-                     range(size)[mine])  # fmt: skip
+            images = augmenter(images, augmenter.draw(self.index, plan.epoch, step, size)[plan.share(part)])
+        weights = torch.full((len(labels),), plan.parts / size, device=device)
+        return Batch(images, labels, weights, positions, rows)
 
     def _means(self, terms: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         names = list(terms[0])
