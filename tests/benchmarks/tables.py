@@ -349,6 +349,7 @@ def speed() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "demo": demo,
     "zoo": zoo,
     "seven": seven,
     "line_up_two": lambda: line_up("resnet", SEVEN[:2]),
