@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import UsageError
 
-_CHUNK = 1 << 20
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -27,11 +26,9 @@ def sha256_file(path: Path) -> str:
 
 def git_sha1_file(path: Path) -> str:
     """Return the id git gives a file's bytes, 40 hex digits; this is how the Hub names a regular file."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    head = b"blob %d\0" % path.stat().st_size
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(head, usedforsecurity=False)).hexdigest()
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

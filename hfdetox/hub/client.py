@@ -20,27 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import constants, get_session, get_token
-from huggingface_hub.errors import (
-    BadRequestError,
-    DisabledRepoError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, get_session, get_token
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
 
 # The Hub client's HTTP library: httpx for 1.x, httpx2 for 2.x, with the same names in it. The client's errors are made
 # from its own; 1.x exports neither the library nor its time-outs.
-http = importlib.import_module(HfHubHTTPError.__bases__[0].__module__)
+http = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__)
 
 BASE_DELAY = 1.0
 # a commit of many files may take the Hub most of a minute before the first byte of its answer
@@ -108,9 +95,9 @@ DEFAULT_RETRY = Retry()
 
 def is_transient(error: BaseException) -> bool:
     """Return whether repeating the request may help: 408, 429, 5xx, a lost connection, a file cut short."""
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         return False  # the client has already tried these for as long as it does
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in _TRANSIENT_STATUS
     if isinstance(error, json.JSONDecodeError):
         return True  # a gateway's HTML page where the client reads JSON before it looks at the status
@@ -122,7 +109,7 @@ def is_transient(error: BaseException) -> bool:
 
 def asked_delay(error: BaseException) -> float | None:
     """Return how many seconds the Hub asks to wait (Retry-After in either form, RateLimit), or None."""
-    if not isinstance(error, HfHubHTTPError):
+    if not isinstance(error, errors.HfHubHTTPError):
         return None
     headers = error.response.headers
     value = headers.get("Retry-After", "").strip()
@@ -143,18 +130,19 @@ def ask(
     call: Callable[[], Answer],
     what: str,
     *,
-    retry: Retry = DEFAULT_RETRY,
+    retry: Retry | None = None,
     recover: Callable[[BaseException], Answer | None] | None = None,
 ) -> Answer:
-    """Return `call()`, repeated as `retry` says; `what` names the thing asked for in messages ("model org/m").
+    """Return `call()`, repeated as `retry`, else DEFAULT_RETRY, says.
 
-    `recover` sees each failure, after the pause and before the repetition; what it returns, unless None, is the answer:
-    a commit whose answer was lost has happened all the same.
+    `what` names the thing asked for in messages ("model org/m"). `recover` sees each failure, after the pause and
+    before the repetition; what it returns, unless None, is the answer: a commit whose answer was lost has happened all
+    the same.
     Raises the subclass of HubError that fits, RunError for what this machine refuses (a full disk, no permission),
     UsageError for an id that cannot be one. Errors of hfdetox pass through, and so do those that neither the client
     libraries nor the system raised: they are mistakes in the code, not answers of the Hub.
     """
-    failures = 0
+    retry, failures = retry or DEFAULT_RETRY, 0
     while True:
         set_timeout()
         try:
@@ -183,15 +171,15 @@ def set_timeout() -> None:
 
 def translate(error: BaseException, what: str) -> HfdetoxError:
     """Return the error a person should see for an error of the client libraries; it never holds a token."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         return translate(error.__cause__, what)
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         return OfflineError(not_cached(what))
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, errors.LocalTokenNotFoundError):
         return AccessError(f"no token for {what}; log in with `hf auth login` or set HF_TOKEN")
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return UsageError(f"{what}: neither a folder nor a Hub id (NAMESPACE/NAME): {_line(str(error))}")
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return _translate_status(error, what)
     if "Invalid metadata in README.md" in str(error):
         return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
@@ -237,24 +225,24 @@ def _translate_local(error: OSError, what: str) -> RunError:
     return RunError(f"{what}: {_line(str(error))}; this is not the Hub's answer but this machine's")
 
 
-def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
+def _translate_status(error: errors.HfHubHTTPError, what: str) -> HfdetoxError:
     status = error.response.status_code
     said = f": {_line(error.server_message)}" if error.server_message else ""
     logged_in = bool(_token())
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         if logged_in:
             return AccessError(f"{what} is gated and this account has no access; ask for it on the repository's page")
         return AccessError(f"{what} is gated and there is no token; log in with `hf auth login` or set HF_TOKEN")
     if _BAD_TOKEN in str(error) or "Invalid user token" in str(error):
         return AccessError(f"the Hub refuses the token for {what}; log in again with `hf auth login` or set HF_TOKEN")
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         step = "that this account may read it" if logged_in else "if it is private `hf auth login` or set HF_TOKEN"
         return UnknownRepoError(f"{what} is not on the Hub at {constants.ENDPOINT}; check the spelling, and {step}")
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return UnknownRepoError(f"{what}: no such branch, tag or commit; leave the revision out to use the main branch")
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError):
         return UnknownRepoError(f"{what}: a file is missing on the Hub ({error.response.url.path})")
-    if isinstance(error, DisabledRepoError):
+    if isinstance(error, errors.DisabledRepoError):
         return AccessError(f"{what} was disabled on the Hub; choose another")
     if status in (401, 403):
         return AccessError(f"the Hub refuses {what} ({status}{said}); use a token that may do this")
@@ -264,7 +252,7 @@ def _translate_status(error: HfHubHTTPError, what: str) -> HfdetoxError:
         return UnreachableError(f"the Hub limits requests (asked for {what}); try again {until}, or log in")
     if status == 412:
         return HubError(f"{what} was changed by somebody else meanwhile; run it again")
-    if isinstance(error, BadRequestError) or status < 500:
+    if isinstance(error, errors.BadRequestError) or status < 500:
         return HubError(f"the Hub rejects the request for {what} ({status}{said})")
     return UnreachableError(
         f"the Hub fails with status {status} for {what}; try again later (https://status.huggingface.co)"

@@ -23,23 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import write_atomically
 from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
-from hfdetox.hub.client import (
-    DEFAULT_RETRY,
-    AccessError,
-    IntegrityError,
-    OfflineError,
-    Retry,
-    UnknownRepoError,
-    UnreachableError,
-    ask,
-    not_cached,
-)
-
-__all__ = [
-    "AccessError", "FileState", "IntegrityError", "OfflineError", "PickleOnlyError", "PulledRepo", "RepoState",
-    "Retry", "UnknownRepoError", "UnreachableError", "check_safetensors", "pull_model", "read_text_file",
-    "resolve", "sha256_file", "weight_files",
-]  # fmt: skip
+from hfdetox.hub.client import IntegrityError, OfflineError, UnknownRepoError, UnreachableError, ask, not_cached
 
 RepoType = Literal["model", "dataset"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -95,9 +79,7 @@ class PulledRepo:
     warnings: tuple[str, ...] = ()
 
 
-def resolve(
-    repo_id: str, *, repo_type: RepoType = "model", revision: str | None = None, retry: Retry = DEFAULT_RETRY
-) -> RepoState:
+def resolve(repo_id: str, *, repo_type: RepoType = "model", revision: str | None = None) -> RepoState:
     """Ask the Hub which commit `revision` (a branch, tag or commit; default the main branch) stands for now.
 
     With HF_HUB_OFFLINE=1 the cached commit is taken, with a warning that nobody checked whether it is current.
@@ -107,15 +89,15 @@ def resolve(
     ask(lambda: validate_repo_id(repo_id), what)
     if constants.is_offline_mode():
         return _resolve_offline(repo_id, repo_type, revision, what)
-    info = ask_info(repo_id, what, repo_type=repo_type, revision=revision, retry=retry)
+    info = ask_info(repo_id, what, repo_type=repo_type, revision=revision)
     name, sha = str(info.id), str(info.sha)
     ask(lambda: validate_repo_id(name), what)
     if not COMMIT_ID.fullmatch(sha):
         raise UnreachableError(f"{constants.ENDPOINT} names no commit for {what}; check HF_ENDPOINT")
     if info.gated:
         # the facts about a gated repository are public, so that they say nothing about access to its cached files
-        ask(lambda: HfApi().auth_check(name, repo_type=repo_type), what, retry=retry)
-    files = list_files(name, sha, repo_type=repo_type, retry=retry)
+        ask(lambda: HfApi().auth_check(name, repo_type=repo_type), what)
+    files = list_files(name, sha, repo_type=repo_type)
     _remember(name, repo_type, revision, sha)
     moved = () if name == repo_id else (f"{what} is called {name} on the Hub now; using that name",)
     return RepoState(name, sha, files, repo_type, private=bool(info.private), warnings=moved)
@@ -123,7 +105,6 @@ def resolve(
 
 def pull_model(
     repo_id: str, *, revision: str | None = None, trust_remote_code: bool = False, with_weights: bool = True,
-    retry: Retry = DEFAULT_RETRY,
 ) -> PulledRepo:  # fmt: skip
     """Fetch a model's weights, configuration and card at one commit, each file checked against the Hub's hash.
 
@@ -132,40 +113,38 @@ def pull_model(
     that is not what the Hub says it is (the cached copy is removed, so that the next try is fresh), and whatever
     `resolve` raises.
     """
-    state = resolve(repo_id, revision=revision, retry=retry)
-    weights = weight_files(state, retry=retry) if with_weights else []
+    state = resolve(repo_id, revision=revision)
+    weights = weight_files(state) if with_weights else []
     wanted = [n for n in state.files if any(fnmatch.fnmatchcase(n, pattern) for pattern in _SIDE_FILES)]
     if trust_remote_code:
         wanted += [n for n in state.files if n.endswith(".py")]
     for name in wanted:
-        fetch(state, name, retry=retry)
+        fetch(state, name)
     hashes: dict[str, str] = {}
     for name in weights:
-        path = fetch(state, name, retry=retry)
+        path = fetch(state, name)
         check_safetensors(path)
         hashes[name] = state.files[name].sha256 or sha256_file(path)
     return PulledRepo(state.id, state.sha, _snapshot(state.id, state.repo_type, state.sha), hashes, state.warnings)
 
 
 def ask_info(
-    repo_id: str, what: str, *, repo_type: RepoType = "model", revision: str | None, retry: Retry
+    repo_id: str, what: str, *, repo_type: RepoType = "model", revision: str | None
 ) -> ModelInfo | DatasetInfo:
     """Return `id`, `sha`, `private` and `gated` of a repository as they are now; raises HubError."""
     # only what is needed: the client fails on a malformed card or result file among the rest
     fields: list[Any] = ["sha", "private", "gated"]
     api, patience = HfApi(), constants.HF_HUB_DOWNLOAD_TIMEOUT
     ask_one = api.model_info if repo_type == "model" else api.dataset_info
-    return ask(lambda: ask_one(repo_id, revision=revision, timeout=patience, expand=fields), what, retry=retry)
+    return ask(lambda: ask_one(repo_id, revision=revision, timeout=patience, expand=fields), what)
 
 
-def list_files(
-    repo_id: str, revision: str, *, repo_type: RepoType = "model", retry: Retry = DEFAULT_RETRY
-) -> dict[str, FileState]:
+def list_files(repo_id: str, revision: str, *, repo_type: RepoType = "model") -> dict[str, FileState]:
     """Return every file at a commit or branch, folders included, by its path; raises HubError."""
     what = f"{repo_type} {repo_id}"
     rows = ask(
         lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)),
-        what, retry=retry,
+        what,
     )  # fmt: skip
     return {
         _safe_name(row.path, what): FileState(row.size, row.lfs.sha256 if row.lfs else None, row.blob_id)
@@ -173,7 +152,7 @@ def list_files(
     }  # fmt: skip
 
 
-def fetch(state: RepoState, filename: str, *, retry: Retry = DEFAULT_RETRY) -> Path:
+def fetch(state: RepoState, filename: str) -> Path:
     """Return the path of one file of a resolved repository, downloaded if need be, its hash checked in any case.
 
     Raises UnknownRepoError when the listing has no such file, IntegrityError when the content is not the Hub's.
@@ -183,7 +162,7 @@ def fetch(state: RepoState, filename: str, *, retry: Retry = DEFAULT_RETRY) -> P
     if expected is None:
         raise UnknownRepoError(f"{what} has no file {filename} at {state.sha[:12]}")
     path = Path(ask(
-        lambda: hf_hub_download(state.id, filename, repo_type=state.repo_type, revision=state.sha), what, retry=retry
+        lambda: hf_hub_download(state.id, filename, repo_type=state.repo_type, revision=state.sha), what
     ))  # fmt: skip
     found, named = (sha256_file(path), expected.sha256) if expected.sha256 else (git_sha1_file(path), expected.git_sha1)
     if named and found != named:
@@ -195,16 +174,14 @@ def fetch(state: RepoState, filename: str, *, retry: Retry = DEFAULT_RETRY) -> P
     return path
 
 
-def read_text_file(
-    repo_id: str, filename: str, revision: str, repo_type: RepoType = "model", *, retry: Retry = DEFAULT_RETRY
-) -> str | None:
+def read_text_file(repo_id: str, filename: str, revision: str, repo_type: RepoType = "model") -> str | None:
     """Return a small text file (a card, an eval.yaml) at `revision`, or None when the repository has none there.
 
     A revision that is not a commit id is asked of the Hub first. Offline, a file that is not cached reads as None.
     Raises what `resolve` raises.
     """
     if not COMMIT_ID.fullmatch(revision):
-        revision = resolve(repo_id, repo_type=repo_type, revision=revision, retry=retry).sha
+        revision = resolve(repo_id, repo_type=repo_type, revision=revision).sha
 
     def read() -> str | None:
         try:
@@ -217,10 +194,10 @@ def read_text_file(
             return None
         return Path(path).read_text(encoding="utf-8", errors="replace")
 
-    return ask(read, f"{filename} of {repo_type} {repo_id}", retry=retry)
+    return ask(read, f"{filename} of {repo_type} {repo_id}")
 
 
-def weight_files(state: RepoState, *, retry: Retry = DEFAULT_RETRY) -> list[str]:
+def weight_files(state: RepoState) -> list[str]:
     """Return the names of the safetensors files that make up the model, the shards' index resolved.
 
     Raises PickleOnlyError (UsageError) when there are weights only as pickles, UsageError when there are none.
@@ -228,7 +205,7 @@ def weight_files(state: RepoState, *, retry: Retry = DEFAULT_RETRY) -> list[str]
     if _WEIGHTS in state.files:
         return [_WEIGHTS]
     if _INDEX in state.files:
-        index = fetch(state, _INDEX, retry=retry)
+        index = fetch(state, _INDEX)
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -248,16 +225,13 @@ def weight_files(state: RepoState, *, retry: Retry = DEFAULT_RETRY) -> list[str]
 
 
 def _resolve_offline(repo_id: str, repo_type: RepoType, revision: str | None, what: str) -> RepoState:
-    missing = OfflineError(not_cached(what))
-    sha = revision if revision and COMMIT_ID.fullmatch(revision) else None
-    if sha is None:
+    sha = revision or ""
+    if not COMMIT_ID.fullmatch(sha):
         reference = _reference(repo_id, repo_type, revision)
-        if reference is None or not reference.is_file():
-            raise missing
-        sha = reference.read_text(encoding="utf-8").strip()
+        sha = reference.read_text(encoding="utf-8").strip() if reference is not None and reference.is_file() else ""
     snapshot = _snapshot(repo_id, repo_type, sha)
     if not COMMIT_ID.fullmatch(sha) or not snapshot.is_dir():
-        raise missing
+        raise OfflineError(not_cached(what))
     files = {p.relative_to(snapshot).as_posix(): _cached_state(p) for p in sorted(snapshot.rglob("*")) if p.is_file()}
     notes = [f"offline: {what} is the cached commit {sha[:12]}; nobody checked that it is current or still allowed"]
     if not all(state.sha256 or state.git_sha1 for state in files.values()):

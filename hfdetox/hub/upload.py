@@ -16,16 +16,7 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from hfdetox.errors import UsageError
 from hfdetox.files import MANIFEST, REPORT_NAMES
 from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
-from hfdetox.hub.client import (
-    DEFAULT_RETRY,
-    AccessError,
-    IntegrityError,
-    OfflineError,
-    Retry,
-    UnknownRepoError,
-    ask,
-    is_transient,
-)
+from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
@@ -81,17 +72,16 @@ class _Plan:
 
 def check_repo(
     repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False, hidden: bool = False,
-    retry: Retry = DEFAULT_RETRY,
 ) -> str:  # fmt: skip
     """Find out before any work whether `push_folder` with these options could succeed; nothing is changed.
 
     Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry).repo_id
+    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden).repo_id
 
 
-def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
+def check_card(text: str) -> None:
     """Ask the Hub whether it would take a model card (README.md); raises UsageError with its objection, or HubError."""
 
     def ask_hub() -> None:
@@ -103,13 +93,12 @@ def check_card(text: str, *, retry: Retry = DEFAULT_RETRY) -> None:
             reason = " ".join(str(error.server_message or error).split())
             raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card") from error
 
-    ask(ask_hub, "the model card", retry=retry)
+    ask(ask_hub, "the model card")
 
 
 def push_folder(
     folder: Path, repo_id: str, *, message: str, private: bool = False, create_pr: bool = False,
     overwrite: bool = False, hidden: bool = False, retarget: Callable[[str], Iterable[str]] | None = None,
-    retry: Retry = DEFAULT_RETRY,
 ) -> PushResult:  # fmt: skip
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
 
@@ -132,31 +121,31 @@ def push_folder(
     """
     files = _local_files(folder)
     private = private or hidden
-    target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden, retry=retry)
+    target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)
     if retarget is not None:
         files.update({name: _local_file(folder / name) for name in retarget(target.repo_id)})
-    state = target.state or _create(target.repo_id, private, overwrite, retry)
-    stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state, retry))))
+    state = target.state or _create(target.repo_id, private, overwrite)
+    stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state))))
     plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
     if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
         return _result(plan, state.sha, None)
-    return _commit(plan, retry)
+    return _commit(plan)
 
 
-def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool, retry: Retry) -> _Target:
+def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool) -> _Target:
     """Look at the repository; one that is `hidden` is not to be seen by others, whatever exists."""
     what = f"model {repo_id}"
     ask(lambda: validate_repo_id(repo_id), what)
     if constants.is_offline_mode():
         raise OfflineError(f"pushing to {what} needs the Hub and HF_HUB_OFFLINE is set; unset it")
     api = HfApi()
-    account = ask(lambda: api.whoami(), f"a push to {what}", retry=retry)
+    account = ask(lambda: api.whoami(), f"a push to {what}")
     user = str(account.get("name"))
     name = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise AccessError(f"the token of {user} may only read; use one with the role write to push to {what}")
     try:
-        state = resolve(name, retry=retry)
+        state = resolve(name)
     except UnknownRepoError:
         _check_new(name, user, account, create_pr)
         return _Target(name, user, None)
@@ -165,8 +154,8 @@ def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidd
     if private and not state.private:
         raise UsageError(f"{what} exists and is public, --private is for new repositories; change it in its settings")
     if not create_pr:
-        ask(lambda: api.auth_check(state.id, write=True), f"a push to {what}", retry=retry)
-        _check_ours(state, overwrite, retry)
+        ask(lambda: api.auth_check(state.id, write=True), f"a push to {what}")
+        _check_ours(state, overwrite)
     return _Target(state.id, user, state)
 
 
@@ -179,31 +168,31 @@ def _check_new(name: str, user: str, account: dict[str, Any], create_pr: bool) -
         raise AccessError(f"{user} may not create model {name}; push to one of: {', '.join(sorted(allowed))}")
 
 
-def _create(name: str, private: bool, overwrite: bool, retry: Retry) -> RepoState:
+def _create(name: str, private: bool, overwrite: bool) -> RepoState:
     """Create the repository; one that appeared meanwhile is looked at like any other before it is used."""
     # without --private the organisation's own default decides
     visible = True if private else None
-    ask(lambda: HfApi().create_repo(name, private=visible, exist_ok=True), f"the new model {name}", retry=retry)
-    state = resolve(name, retry=retry)
+    ask(lambda: HfApi().create_repo(name, private=visible, exist_ok=True), f"the new model {name}")
+    state = resolve(name)
     if private and not state.private:
         raise IntegrityError(f"model {name} was asked for as private and is public; nothing was uploaded")
-    _check_ours(state, overwrite, retry)
+    _check_ours(state, overwrite)
     return state
 
 
-def _check_ours(state: RepoState, overwrite: bool, retry: Retry) -> None:
-    if not overwrite and not _is_ours(state, retry):
+def _check_ours(state: RepoState, overwrite: bool) -> None:
+    if not overwrite and not _is_ours(state):
         raise RepoExistsError(
             f"model {state.id} exists and was not made by hfdetox; propose the change with --create-pr, "
             "replace it with --overwrite, or push to another name"
         )
 
 
-def _is_ours(state: RepoState, retry: Retry) -> bool:
+def _is_ours(state: RepoState) -> bool:
     """Return whether a repository holds hfdetox's work or nothing at all, so that nobody else's work is lost."""
     if not set(state.files) - {".gitattributes"}:
         return True
-    return any(name in state.files and _is_report(fetch(state, name, retry=retry)) for name in REPORT_NAMES)
+    return any(name in state.files and _is_report(fetch(state, name)) for name in REPORT_NAMES)
 
 
 def _is_report(path: Path) -> bool:
@@ -247,15 +236,17 @@ def _is_stale(name: str, ours: bool) -> bool:
     return ours and (name.startswith(_OWN_FOLDERS) or name in REPORT_NAMES)
 
 
-def _commit(plan: _Plan, retry: Retry) -> PushResult:
+def _commit(plan: _Plan) -> PushResult:
     """Send the commit, or find the one whose answer was lost; then compare what the Hub has with what was meant."""
     find = _find_pull_request if plan.create_pr else _find_commit
+    stale = ", ".join(plan.stale)
+    description = f"Deletes files that still hold or describe the old weights: {stale}" if stale else ""
     plain_http = False
 
     def send() -> PushResult:
         with _operations(plan, plain_http) as operations:
             info = HfApi().create_commit(
-                plan.repo_id, operations, commit_message=plan.message, commit_description=_description(plan),
+                plan.repo_id, operations, commit_message=plan.message, commit_description=description,
                 parent_commit=plan.parent, create_pr=plan.create_pr,
             )  # fmt: skip
         return _result(plan, str(info.oid), info.pr_url)
@@ -265,12 +256,12 @@ def _commit(plan: _Plan, retry: Retry) -> PushResult:
         # a builtin ConnectionError is Xet's; a Hub without Xet takes the same files by plain HTTP
         plain_http = plain_http or isinstance(error, ConnectionError)
         stale_parent = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
-        return find(plan, retry) if stale_parent or is_transient(error) else None
+        return find(plan) if stale_parent or is_transient(error) else None
 
     what = f"{'a pull request on' if plan.create_pr else 'the push to'} model {plan.repo_id}"
     # a pull request opened by an earlier, interrupted push would otherwise be opened twice; main is safe by its parent
-    result = (find(plan, retry) if plan.create_pr else None) or ask(send, what, retry=retry, recover=recover)
-    _verify(plan, result, retry)
+    result = (find(plan) if plan.create_pr else None) or ask(send, what, recover=recover)
+    _verify(plan, result)
     return result
 
 
@@ -287,50 +278,44 @@ def _operations(plan: _Plan, plain_http: bool) -> Iterator[list[CommitOperationA
         yield operations
 
 
-def _description(plan: _Plan) -> str:
-    if not plan.stale:
-        return ""
-    return "Deletes files that still hold or describe the old weights: " + ", ".join(plan.stale)
-
-
 def _result(plan: _Plan, commit: str, pull_request: str | None) -> PushResult:
     return PushResult(plan.repo_id, commit, pull_request or f"{constants.ENDPOINT}/{plan.repo_id}", pull_request)
 
 
-def _find_commit(plan: _Plan, retry: Retry) -> PushResult | None:
+def _find_commit(plan: _Plan) -> PushResult | None:
     """Return the head of the main branch when it has moved and holds exactly what was meant."""
-    head = _head(plan.repo_id, None, retry)
-    if head == plan.parent or _differences(plan, head, retry):
+    head = _head(plan.repo_id, None)
+    if head == plan.parent or _differences(plan, head):
         return None
     return _result(plan, head, None)
 
 
-def _find_pull_request(plan: _Plan, retry: Retry) -> PushResult | None:
+def _find_pull_request(plan: _Plan) -> PushResult | None:
     """Return this account's open pull request with this title that holds exactly what was meant."""
     api = HfApi()
     found = ask(
         lambda: list(api.get_repo_discussions(
             plan.repo_id, author=plan.account, discussion_type="pull_request", discussion_status="open"
         )),
-        f"the pull requests of model {plan.repo_id}", retry=retry,
+        f"the pull requests of model {plan.repo_id}",
     )  # fmt: skip
     for discussion in found:
         reference = f"refs/pr/{discussion.num}"
         # the filters above are the Hub's to apply; a server that ignores them must not change what is found
         mine = discussion.is_pull_request and discussion.status == "open" and discussion.author == plan.account
-        if mine and discussion.title == plan.message and not _differences(plan, reference, retry):
+        if mine and discussion.title == plan.message and not _differences(plan, reference):
             page = f"{constants.ENDPOINT}/{plan.repo_id}/discussions/{discussion.num}"
-            return _result(plan, _head(plan.repo_id, reference, retry), page)
+            return _result(plan, _head(plan.repo_id, reference), page)
     return None
 
 
-def _head(repo_id: str, revision: str | None, retry: Retry) -> str:
-    return str(ask_info(repo_id, f"model {repo_id}", revision=revision, retry=retry).sha)
+def _head(repo_id: str, revision: str | None) -> str:
+    return str(ask_info(repo_id, f"model {repo_id}", revision=revision).sha)
 
 
-def _differences(plan: _Plan, revision: str, retry: Retry) -> list[str]:
+def _differences(plan: _Plan, revision: str) -> list[str]:
     """Return the paths in which a revision differs from what was meant: other content, missing, or not deleted."""
-    remote = list_files(plan.repo_id, revision, retry=retry)
+    remote = list_files(plan.repo_id, revision)
     wrong = [name for name, local in plan.files.items() if not _same(local, remote.get(name))]
     return wrong + [name for name in plan.stale if name in remote]
 
@@ -341,15 +326,15 @@ def _same(local: FileState, remote: FileState | None) -> bool:
     return local.sha256 == remote.sha256 if remote.sha256 else local.git_sha1 == remote.git_sha1
 
 
-def _verify(plan: _Plan, result: PushResult, retry: Retry) -> None:
+def _verify(plan: _Plan, result: PushResult) -> None:
     """Raise IntegrityError unless the commit is the branch's head and each of its files is the one that was meant."""
     what = f"model {plan.repo_id}"
     if not COMMIT_ID.fullmatch(result.commit):
         raise IntegrityError(f"the Hub names no commit for the push to {what}")
-    wrong = _differences(plan, result.commit, retry)
+    wrong = _differences(plan, result.commit)
     if wrong:
         raise IntegrityError(f"{wrong[0]} of {what} is not what was pushed (commit {result.commit[:12]})")
     reference = f"refs/pr/{result.pull_request.rsplit('/', 1)[-1]}" if result.pull_request else None
-    head = _head(plan.repo_id, reference, retry)
+    head = _head(plan.repo_id, reference)
     if head != result.commit:
         raise IntegrityError(f"{what} has moved on to commit {head[:12]} since the push ({result.commit[:12]})")

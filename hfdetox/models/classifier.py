@@ -14,7 +14,8 @@ from torch import nn
 
 from hfdetox.errors import RunError, UsageError, one_line
 from hfdetox.files import is_inside
-from hfdetox.hub.download import PulledRepo, pull_model, sha256_file
+from hfdetox.hub.checksums import sha256_file
+from hfdetox.hub.download import PulledRepo, pull_model
 from hfdetox.models import weights as _weights
 from hfdetox.models.corrections import load_correction
 from hfdetox.models.info import ModelInfo

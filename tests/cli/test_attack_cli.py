@@ -18,7 +18,7 @@ from hfdetox.cli import app as cli
 from hfdetox.cli.options import CommandLine, attack_options, suite_arguments
 from hfdetox.config import AttackConsole, AttackOptions
 from hfdetox.errors import UsageError
-from hfdetox.hub.download import AccessError
+from hfdetox.hub.client import AccessError
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.runs.folder import check_output

@@ -15,11 +15,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from hfdetox.errors import RunError
-from hfdetox.hub.client import ask, asked_delay, http
-from hfdetox.hub.download import OfflineError, Retry, UnreachableError, pull_model, resolve
+from hfdetox.hub import client
+from hfdetox.hub.client import OfflineError, Retry, UnreachableError, ask, asked_delay, http
+from hfdetox.hub.download import pull_model, resolve
 from tests.hub_server.made import OTHER_WEIGHTS, WEIGHTS, make_model
-
-QUICK = Retry(base_delay=0.01)
 
 
 def facts(name):
@@ -33,17 +32,18 @@ def test_requests_that_the_client_raises_at_once_are_repeated(hub, repo_name):
     known = hub.faults.answer("GET", facts(name), 503, times=2)
     dropped = hub.faults.drop_answer("GET", facts(name), times=1, skip=0)
     files = hub.faults.answer("GET", name, 502, times=2, origin="storage")
-    pulled = pull_model(name, retry=QUICK)
+    pulled = pull_model(name)
     assert (known.hits, dropped.hits, files.hits) == (2, 1, 2)
     assert (pulled.folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_a_lasting_failure_ends_after_the_last_attempt(hub, repo_name):
+def test_a_lasting_failure_ends_after_the_last_attempt(hub, repo_name, monkeypatch):
+    monkeypatch.setattr(client, "DEFAULT_RETRY", Retry(attempts=3, base_delay=0.01))
     name = repo_name()
     make_model(hub, name)
     rule = hub.faults.answer("GET", facts(name), 500, times=None)
     with pytest.raises(UnreachableError, match="fails with status 500"):
-        resolve(name, retry=Retry(attempts=3, base_delay=0.01))
+        resolve(name)
     assert rule.hits == 3
 
 
@@ -52,11 +52,11 @@ def test_retry_after_is_kept_and_bounded(hub, repo_name):
     make_model(hub, name)
     hub.faults.answer("GET", facts(name), 429, headers={"Retry-After": "1"})
     start = time.monotonic()
-    resolve(name, retry=QUICK)
+    resolve(name)
     assert time.monotonic() - start >= 1
     rule = hub.faults.answer("GET", facts(name), 429, headers={"RateLimit": '"api";r=0;t=900'}, times=None)
     with pytest.raises(UnreachableError, match=r"limits requests.*try again in 900 s"):
-        resolve(name, retry=QUICK)
+        resolve(name)
     assert rule.hits == 1
 
 
@@ -79,11 +79,12 @@ def test_pauses_double_up_to_their_limit_and_stop_with_the_attempts():
 
 def test_a_hub_that_does_not_answer_runs_into_the_time_out(hub, repo_name, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(client, "DEFAULT_RETRY", Retry(attempts=1))
     name = repo_name()
     make_model(hub, name)
     hub.faults.delay("GET", facts(name), 1.5, times=None)
     with pytest.raises(UnreachableError, match="cannot be reached"):
-        resolve(name, retry=Retry(attempts=1))
+        resolve(name)
 
 
 def test_every_call_has_a_time_out(hub):
@@ -103,7 +104,7 @@ def test_an_answer_that_is_no_hubs_is_one_line(hub, repo_name):
     make_model(hub, name)
     hub.faults.answer("GET", facts(name), 200, times=None, message="a portal")
     with pytest.raises(UnreachableError, match="does not answer as a Hub does"):
-        resolve(name, retry=QUICK)
+        resolve(name)
 
 
 def run_python(code: str, environment: dict[str, str], **more: str) -> str:
@@ -114,9 +115,11 @@ def run_python(code: str, environment: dict[str, str], **more: str) -> str:
 
 PULL = """
 from hfdetox.errors import HfdetoxError
-from hfdetox.hub.download import Retry, pull_model, read_text_file
+from hfdetox.hub import client
+from hfdetox.hub.download import pull_model, read_text_file
+client.DEFAULT_RETRY = client.Retry(base_delay=0.01)
 try:
-    pulled = pull_model({name!r}, retry=Retry(base_delay=0.01))
+    pulled = pull_model({name!r})
     print("pulled", pulled.revision, *pulled.warnings, sep="|")
     print(*(read_text_file({name!r}, file, pulled.revision) for file in ("README.md", "eval.yaml")))
 except HfdetoxError as error:
@@ -179,7 +182,7 @@ def raising(error):
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("sha"), TypeError("x"), RuntimeError("x"), OSError("x")])
 def test_a_mistake_in_the_code_is_not_called_the_hubs(error):
     with pytest.raises(type(error)) as caught:
-        ask(raising(error), "model org/m", retry=QUICK)
+        ask(raising(error), "model org/m")
     assert caught.value is error
 
 
@@ -194,7 +197,7 @@ def test_a_mistake_in_the_code_is_not_called_the_hubs(error):
 )  # fmt: skip
 def test_what_this_machine_refuses_is_said_as_it_is(error, said):
     with pytest.raises(RunError, match=said) as caught:
-        ask(raising(error), "dataset org/d", retry=QUICK)
+        ask(raising(error), "dataset org/d")
     assert "Hub at" not in str(caught.value)
 
 
@@ -204,4 +207,4 @@ def test_what_this_machine_refuses_is_said_as_it_is(error, said):
 )  # fmt: skip
 def test_what_the_network_refuses_is_the_networks(error):
     with pytest.raises(UnreachableError, match="cannot be reached for model org/m"):
-        ask(raising(error), "model org/m", retry=QUICK)
+        ask(raising(error), "model org/m")

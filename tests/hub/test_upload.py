@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hfdetox.errors import HubError, UsageError
-from hfdetox.hub import upload
-from hfdetox.hub.download import AccessError, IntegrityError, Retry, UnreachableError
+from hfdetox.hub import client, upload
+from hfdetox.hub.client import AccessError, IntegrityError, UnreachableError
 from hfdetox.hub.upload import PushResult, RepoExistsError, check_repo
 from tests.hub_server.answers import Answer
 from tests.hub_server.faults import Rule
@@ -21,7 +21,6 @@ from tests.output_folder import OLD_WEIGHTS, contents, folder, foreign, pushed
 
 __all__ = ["folder"]
 
-QUICK = Retry(base_delay=0.01)
 COMMIT = r"/commit/"
 MESSAGE = "Upload a model"
 
@@ -111,7 +110,7 @@ def test_a_commit_whose_answer_was_lost_is_recognised(hub, repo_name, hub_token,
     name = repo_name()
     hub.create_repo(name)
     rule = hub.faults.drop_answer("POST", COMMIT)
-    result = push_folder(folder, name, create_pr=create_pr, retry=QUICK)
+    result = push_folder(folder, name, create_pr=create_pr)
     assert rule.hits == len(hub.requests("POST", COMMIT)) == 1
     revision = "refs/pr/1" if create_pr else "main"
     assert hub.head(name, revision) == result.commit
@@ -130,11 +129,11 @@ def test_what_the_client_raises_at_once_is_repeated(hub, repo_name, hub_token, f
         hub.faults.answer("POST", COMMIT, 500, times=2),
         hub.faults.answer("GET", "/auth-check/write", 503),
     ]
-    push_folder(folder, name, retry=QUICK)
+    push_folder(folder, name)
     assert pushed(hub, name) == contents(folder)
     assert len(hub.history(name)) == 2
     assert [rule.hits for rule in rules[:5]] == [1, 1, 1, 1, 2]
-    check_repo(name, retry=QUICK)
+    check_repo(name)
     assert rules[5].hits == 1
 
 
@@ -143,7 +142,7 @@ def test_a_gateways_page_in_place_of_an_answer_is_repeated(hub, repo_name, hub_t
     page = Answer(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
     rule = Rule("POST", re.compile("/api/validate-yaml"), skip=0, left=2, origin="hub", answer=page)
     hub.faults.rules.append(rule)
-    push_folder(folder, name, retry=QUICK)
+    push_folder(folder, name)
     assert rule.hits == 2
     assert pushed(hub, name) == contents(folder)
 
@@ -153,7 +152,7 @@ def test_somebody_elses_commit_in_between_is_not_overwritten(hub, repo_name, hub
     hub.create_repo(name)
     hub.faults.before("POST", COMMIT, lambda: hub.commit(name, {"theirs.txt": "mine now"}))
     with pytest.raises(HubError, match="was changed by somebody else meanwhile"):
-        push_folder(folder, name, retry=QUICK)
+        push_folder(folder, name)
     assert pushed(hub, name) == {"theirs.txt": b"mine now"}
 
 
@@ -162,8 +161,8 @@ def test_a_failed_push_leaves_the_folder_whole(hub, repo_name, hub_token, folder
     before = contents(folder)
     rule = hub.faults.answer("POST", COMMIT, 503, times=None)
     with pytest.raises(UnreachableError, match="fails with status 503") as caught:
-        push_folder(folder, name, private=True, overwrite=True, retry=QUICK)
-    assert rule.hits == QUICK.attempts
+        push_folder(folder, name, private=True, overwrite=True)
+    assert rule.hits == client.DEFAULT_RETRY.attempts
     assert hub.token not in str(caught.value)
     assert contents(folder) == before
     hub.faults.clear()
@@ -232,7 +231,7 @@ def test_what_went_up_is_compared_with_what_was_meant(hub, repo_name, hub_token,
 def test_a_card_that_the_hub_refuses_is_a_usage_error(hub, repo_name, hub_token, folder):
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(UsageError, match="the Hub refuses the card"):
-        push_folder(folder, repo_name(), retry=QUICK)
+        push_folder(folder, repo_name())
 
 
 def test_only_output_folders_of_hfdetox_are_pushed(folder, tmp_path):
@@ -259,8 +258,8 @@ def test_only_output_folders_of_hfdetox_are_pushed(folder, tmp_path):
 def test_a_hub_without_xet_takes_the_files_by_http(hub, repo_name, folder, fresh_env):
     name = repo_name()
     code = (
-        "from pathlib import Path\nfrom hfdetox.hub.client import Retry\nfrom hfdetox.hub.upload import push_folder\n"
-        f"print(push_folder(Path({str(folder)!r}), {name!r}, message='m', retry=Retry(base_delay=0.01)).commit)"
+        "from pathlib import Path\nfrom hfdetox.hub.upload import push_folder\n"
+        f"print(push_folder(Path({str(folder)!r}), {name!r}, message='m').commit)"
     )
     environment = {**fresh_env, "HF_HUB_DISABLE_XET": "0", "HF_TOKEN": hub.token}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
