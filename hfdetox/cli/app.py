@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from hfdetox.cli import console as console
-from hfdetox.cli.advice import attack_advice, output_of, resume_advice, written
+from hfdetox.cli.console import attack_advice, output_of, resume_advice, written
 from hfdetox.cli.options import (
     CommandLine,
     attack_options,
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
+# what an interrupted suite or bench says
+ONLY_THE_REST = "what is finished stays: give the same command again to go on"
 FIRST_WORDS = (*COMMANDS, "--help", "--version")
 
 app = typer.Typer(
@@ -80,12 +82,7 @@ def detox(line: CommandLine) -> None:
     shown, options = line.options(DetoxConsole), detox_options(line)
     # an earlier result in the output folder is none of this run's
     earlier = written(output_of(run_folder(options)))
-    with (
-        interruptible(lambda: resume_advice(run_folder(options), earlier=earlier)),
-        standard_output(shown) as out,
-    ):
-        prepare_console(shown)
-        check_torchvision()
+    with running(shown, lambda: resume_advice(run_folder(options), earlier=earlier)) as out:
         from hfdetox.detox import detoxify, plan
 
         if shown.dry_run:
@@ -104,9 +101,7 @@ def evaluate(line: CommandLine) -> None:
     """Measure MODEL as it is: accuracy, and what each known trigger does."""
     shown, options = line.options(ConsoleOptions), line.options(EvaluateOptions)
     options.check()
-    with interruptible(lambda: "nothing was written"), standard_output(shown) as out:
-        prepare_console(shown)
-        check_torchvision()
+    with running(shown, lambda: "nothing was written") as out:
         from hfdetox.detox import evaluate as measure
 
         measured = measure(**replace(options, progress=shows_progress(shown)).changed())
@@ -128,9 +123,7 @@ def attack(line: CommandLine) -> None:
     options = attack_options(line)
     output = Path(options.output or "")
     earlier = written(output)
-    with interruptible(lambda: attack_advice(output, earlier)), standard_output(shown) as out:
-        prepare_console(shown)
-        check_torchvision()
+    with running(shown, lambda: attack_advice(output, earlier)) as out:
         from hfdetox.implanting import implant
 
         result = implant(**replace(options, progress=shows_progress(shown)).changed())
@@ -152,12 +145,7 @@ def ends(result: DetoxResult | AttackResult, parts: str) -> list[str]:
 
 def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) -> None:
     """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
-    with (
-        interruptible(lambda: "what is finished stays: give the same command again to go on"),
-        standard_output(options) as out,
-    ):
-        prepare_console(options)
-        check_torchvision()
+    with running(options, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.zoo import run_suite
 
         outcome = run_suite(file, **arguments, progress=shows_progress(options))
@@ -169,14 +157,9 @@ def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) 
 @takes_line(BenchOptions, ConsoleOptions)
 def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
-    shown = line.options(ConsoleOptions)
-    with (
-        interruptible(lambda: "what is finished stays: give the same command again to go on"),
-        standard_output(shown) as out,
-    ):
-        prepare_console(shown)
-        arguments = bench_arguments(line)
-        check_torchvision()
+    # what is wrong with these is said before the libraries are loaded
+    shown, arguments = line.options(ConsoleOptions), bench_arguments(line)
+    with running(shown, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.bench import run_bench
 
         outcome = run_bench(**arguments, progress=shows_progress(shown))
@@ -210,14 +193,13 @@ def demo(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Backdoor a small classifier of handwritten digits and clean it, without any network, in a few minutes."""
-    with interruptible(lambda: f"run hfdetox demo again; {output} may hold the parts that were done"):
-        prepare_console(ConsoleOptions())
+    shown = ConsoleOptions()
+    with running(shown, lambda: f"run hfdetox demo again; {output} may hold the parts that were done"):
         # it reads this when it is imported; a bar for 1,800 digits says nothing
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        check_torchvision()
         from hfdetox.demo import run as run_demo
 
-        reports = run_demo(seed, output, say=say, compare=compare, progress=shows_progress(ConsoleOptions()))
+        reports = run_demo(seed, output, say=say, compare=compare, progress=shows_progress(shown))
         for method, report in reports.items():
             say(*([f"with --defense {method}:"] if compare else []), console.report_table(report))
         say(f"model, card (README.md), report and plots: {output / 'cleaned'}{os.sep}")
@@ -229,9 +211,7 @@ def list_entries(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """List the attacks, the defenses (with presets and settings) or the trigger families."""
-    with interruptible(lambda: "nothing was written"):
-        check_torchvision()
-        prepare_console(ConsoleOptions())
+    with running(ConsoleOptions(), lambda: "nothing was written"):
         if what == "triggers":
             from hfdetox.triggers import TRIGGERS
 
@@ -294,6 +274,15 @@ def interruptible(advice: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         complain(f"interrupted; {advice()}")
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def running(options: ConsoleOptions, advice: Callable[[], str]) -> Iterator[Output]:
+    """Run a command that needs the libraries: what it says, and what is said when it is interrupted."""
+    with interruptible(advice), standard_output(options) as out:
+        prepare_console(options)
+        check_torchvision()
+        yield out
 
 
 class OneLineHandler(logging.Handler):

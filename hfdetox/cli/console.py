@@ -1,8 +1,11 @@
-"""What a run looks like on the terminal: tables of rates, and the lines around them."""
+"""What is said on the terminal: tables of rates with the lines around them, and what was written when interrupted."""
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -12,6 +15,7 @@ from rich.text import Text
 from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate, Rating, Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent, trigger_verdicts
+from hfdetox.files import REPORT_NAMES
 from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.attack_report import SCRATCH, AttackReport, missed_goals
 from hfdetox.reporting.report import Report, describe_target
@@ -176,3 +180,38 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value))
     return str(value)
+
+
+def written(output: Path | None) -> tuple[int, int] | None:
+    """Return what tells the result in `output` from one written later, None where there is none."""
+    for path in [output / name for name in REPORT_NAMES] if output is not None else []:
+        with contextlib.suppress(OSError):
+            return path.stat().st_ino, path.stat().st_mtime_ns
+    return None
+
+
+def output_of(run_folder: Path | None) -> Path | None:
+    """Return the output folder that a run folder belongs to."""
+    return run_folder and run_folder.with_name(run_folder.name.removesuffix(".run"))
+
+
+def attack_advice(output: Path | None, earlier: tuple[int, int] | None) -> str:
+    """Return whether anything of an interrupted attack was written; `earlier` is what `written` gave before it."""
+    return _whole(output, earlier) or "nothing was written: give the same command again to start anew"
+
+
+def resume_advice(run_folder: Path | None, *, earlier: tuple[int, int] | None = None) -> str:
+    """Return how to go on with the run in `run_folder`, that only the push was left, or that it had not begun.
+
+    Args:
+        earlier: what `written` gave before the run.
+    """
+    if run_folder is not None and run_folder.is_dir():
+        return f"resume with: {shlex.join(['hfdetox', '--resume', str(run_folder)])}"
+    return _whole(output_of(run_folder), earlier) or "the run had not begun, and nothing was written"
+
+
+def _whole(output: Path | None, earlier: tuple[int, int] | None) -> str:
+    if output is None or written(output) in (None, earlier):
+        return ""
+    return f"the result in {output} is whole; publish it with: {shlex.join(['hfdetox', 'push', str(output)])} REPO"

@@ -155,13 +155,12 @@ def _model_arguments(texts: Sequence[str]) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {}
     for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier():
+        key, value = read_pair("--model-arg", text)
+        if not key.isidentifier():
             raise UsageError(f"--model-arg {text!r} is not KEY=VALUE")
         if key in arguments:
             raise UsageError(f"--model-arg {key} is given twice")
-        arguments[key] = read_untyped(f"--model-arg {text!r}", value.strip())
+        arguments[key] = read_untyped(f"--model-arg {text!r}", value)
     return arguments
 
 
