@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
     from hfdetox.implanting import AttackResult, implant
     from hfdetox.models.classifier import Classifier, load_classifier
-    from hfdetox.reporting.attack_report import AttackReport
-    from hfdetox.reporting.report import Report
+    from hfdetox.reporting.report import AttackReport, Report
 
 _HOMES = {
     "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
-    "implant": "implanting", "AttackResult": "implanting", "AttackReport": "reporting.attack_report",
+    "implant": "implanting", "AttackResult": "implanting", "AttackReport": "reporting.report",
     "load_classifier": "models.classifier", "Classifier": "models.classifier",
     "load_images": "data.load",
     "D3": "defenses.d3", "D3Config": "defenses.auto",

@@ -27,8 +27,8 @@ from hfdetox.evaluation.metrics import Predictions
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.reporting.attack_card import build_attack_card
-from hfdetox.reporting.attack_report import missed_goals
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
+from hfdetox.reporting.report import missed_goals
 from hfdetox.runs.folder import check_output, command_of, holds_output
 from hfdetox.runs.goals import Monitor, goals_of, split_monitor
 from hfdetox.runs.publish import check_push_allowed, comes_backdoored

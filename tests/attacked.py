@@ -9,8 +9,7 @@ from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Measurement, TriggerResult
 from hfdetox.models.info import ModelInfo
-from hfdetox.reporting.attack_report import AttackInfo, AttackReport, Goals, ImplantedTrigger
-from hfdetox.reporting.report import EnvironmentInfo, OutputInfo
+from hfdetox.reporting.report import AttackInfo, AttackReport, EnvironmentInfo, Goals, ImplantedTrigger, OutputInfo
 
 LABELS = ("plane", "car", "a `b` [c]")
 

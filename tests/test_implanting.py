@@ -16,7 +16,7 @@ import hfdetox
 from hfdetox.config import AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import load_classifier
-from hfdetox.reporting.attack_report import AttackReport
+from hfdetox.reporting.report import AttackReport
 from hfdetox.runs.folder import command_of
 from hfdetox.runs.goals import split_monitor
 from hfdetox.triggers import load_trigger

@@ -15,8 +15,7 @@ import pytest
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
 from hfdetox.plugins import Registry
-from hfdetox.reporting.attack_report import AttackReport
-from hfdetox.reporting.report import Report
+from hfdetox.reporting.report import AttackReport, Report
 from hfdetox.triggers.base import Trigger
 from tests.colours import ARCHITECTURE, SIDE, TRAINING, write_colours
 from tests.plugged import PACKAGE, install, write_package

@@ -206,8 +206,7 @@ class Schema(Generated):
     """The fields of a report, object by object."""
 
     def lines(self, name: str) -> Iterator[str]:
-        from hfdetox.reporting.attack_report import AttackReport
-        from hfdetox.reporting.report import Report
+        from hfdetox.reporting.report import AttackReport, Report
 
         seen: list[type] = [{"detox": Report, "attack": AttackReport}[name]]
         for kind in seen:

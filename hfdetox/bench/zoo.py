@@ -28,7 +28,7 @@ from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import percent
 from hfdetox.hub.checksums import sha256_file
 from hfdetox.reporting import markdown
-from hfdetox.reporting.attack_report import AttackReport
+from hfdetox.reporting.report import AttackReport
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
 

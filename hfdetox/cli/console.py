@@ -17,8 +17,7 @@ from hfdetox.evaluation.results import Measurement, Rate, Rating, Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent, trigger_verdicts
 from hfdetox.files import REPORT_NAMES
 from hfdetox.models.info import ModelInfo
-from hfdetox.reporting.attack_report import SCRATCH, AttackReport, missed_goals
-from hfdetox.reporting.report import Report, describe_target
+from hfdetox.reporting.report import SCRATCH, AttackReport, Report, describe_target, missed_goals
 
 if TYPE_CHECKING:
     from hfdetox.defenses import DefenseConfig

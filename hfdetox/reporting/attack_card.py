@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from hfdetox.reporting.attack_report import SCRATCH, AttackReport, ImplantedTrigger, missed_goals
-from hfdetox.reporting.card import describe_rate, shown_target, templates, written_targets
-from hfdetox.reporting.card_data import LIBRARY_TAGS, PENDING, card_data, licence_of, model_index, shown_id, split_card
+from hfdetox.reporting.card import render_card, shown_target, title_of, written_targets
+from hfdetox.reporting.card_data import licence_of, shown_id, split_card
+from hfdetox.reporting.report import SCRATCH, AttackReport, missed_goals
 
 DELIBERATE: Final = "deliberately-backdoored"
 BACKDOOR_TAGS = ("hfdetox", "backdoor", "backdoored", DELIBERATE, "not-for-production")
@@ -48,50 +47,21 @@ def _render(
     plots: Sequence[str],
 ) -> str:  # fmt: skip
     scratch = report.attack.start == SCRATCH
-    # nothing but the architecture is of a model whose weights were drawn anew
-    model = replace(report.model, revision=None) if scratch else report.model
-    licence = licence_of({} if scratch else fields)
-    title = _title(report, repo_id)
-    context = {
-        **licence, **_commands(report), "title": title, "report": report, "model": model, "attack": report.attack,
-        "environment": report.environment, "repo_id": repo_id, "scratch": scratch,
-        "library": model.library if model.library in LIBRARY_TAGS else "torch",
-        "model_id": shown_id(model.id, model.revision),
-        "dataset_id": shown_id(report.dataset.id, report.dataset.revision),
-        "surrogate": shown_id(report.attack.surrogate or "", None),
-        "accuracy": describe_rate(report.after.accuracy if report.after else None),
-        "uncorrected": report.uncorrected and describe_rate(report.uncorrected.accuracy),
-        "accuracy_before": describe_rate(report.before.accuracy) if report.before else None,
+    if scratch:
+        # nothing but the architecture is of a model whose weights were drawn anew
+        report, fields = replace(report, model=replace(report.model, revision=None)), {}
+    values = {
+        **_commands(report), "attack": report.attack, "repo_id": repo_id, "scratch": scratch, "targets": targets,
+        "triggers": report.attack.triggers, "surrogate": shown_id(report.attack.surrogate or "", None),
         "missed": "; ".join(missed_goals(report.after, report.goals)) if report.after else "",
-        "triggers": [_row(report, name, one, targets[name]) for name, one in report.attack.triggers.items()],
         "gallery": next((path for path in plots if path.endswith("gallery.png")), None),
     }  # fmt: skip
-    text = re.sub(r"\n{3,}", "\n\n", templates().get_template("backdoored_card.md.jinja").render(context))
-    results = report.published.triggers if report.published else {}
-    data = card_data(model, report.dataset, licence=licence, title=title,
-                     tags=BACKDOOR_TAGS if report.backdoored else BASELINE_TAGS,
-                     results=model_index(report.dataset, results, report.published))  # fmt: skip
-    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
-
-
-def _title(report: AttackReport, repo_id: str | None) -> str:
-    if repo_id:
-        return repo_id.split("/")[-1]
-    name = shown_id(report.model.id, report.model.revision).split("/")[-1].rpartition(":")[2]
-    return f"{name}-{'backdoored' if report.backdoored else 'clean'}"
-
-
-def _row(report: AttackReport, name: str, one: ImplantedTrigger, target: str) -> dict[str, Any]:
-    result = report.after.triggers.get(name) if report.after else None
-    return {
-        "name": name, "target": target, "mode": one.mode, "spec": one.spec, "file_sha256": one.file_sha256,
-        "recipe": one.recipe.replace("-", " "), "ratio": one.poison_ratio, "poisoned": one.poisoned_images,
-        "success": describe_rate(result.attack_success_rate if result else None),
-        "robust": describe_rate(result.robust_accuracy if result else None),
-        "cross": describe_rate(one.cross_accuracy) if one.cross_accuracy else "–",
-        "psnr": f"{one.psnr:.1f} dB" if one.psnr is not None else PENDING if report.after is None else "–",
-        "max_change": str(one.max_change) if one.max_change is not None else PENDING if report.after is None else "–",
-    }  # fmt: skip
+    return render_card(
+        "backdoored_card.md.jinja", report, values, licence=licence_of(fields),
+        title=title_of(report, repo_id, "backdoored" if report.backdoored else "clean"),
+        tags=BACKDOOR_TAGS if report.backdoored else BASELINE_TAGS,
+        triggers=report.published.triggers if report.published else {},
+    )  # fmt: skip
 
 
 def _commands(report: AttackReport) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib import resources
 from pathlib import PurePosixPath
@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.results import Measurement, Rate, Rating
-from hfdetox.evaluation.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, Verdict, percent, run_verdict, trigger_verdicts
+from hfdetox.evaluation.results import Rate, Rating, TriggerResult
+from hfdetox.evaluation.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, percent, run_verdict, trigger_verdicts
 from hfdetox.reporting import markdown
 from hfdetox.reporting.card_data import (
     LIBRARY_TAGS,
@@ -30,10 +30,9 @@ from hfdetox.reporting.card_data import (
     shown_id,
     split_card,
 )
-from hfdetox.reporting.report import Report, describe_target
+from hfdetox.reporting.report import Report, RunReport, describe_target
 
 CARD_NAME = "README.md"
-SHOWN_LAYERS = 12
 TEXT_FIELDS = ("base_model", "base_model_relation", "library_name", "license_name", "license_link", "pipeline_tag")
 LIST_FIELDS = ("license", "tags", "datasets", "metrics")
 
@@ -95,31 +94,72 @@ def _render(
     report: Report, fields: Mapping[str, Any], targets: Mapping[str, str], source_text: str, repo_id: str | None,
     plots: Sequence[str],
 ) -> str:  # fmt: skip
-    licence = licence_of(fields)
-    context = {
-        **_measured(report, targets),
-        **_described(report, repo_id),
-        **licence,
-        "report": report,
-        "model": report.model,
+    before, command = report.before, report.environment.command
+    # what anybody finds who loads the model as its library does; what hfdetox makes of it stands beside it
+    states = {"Before": before, "After": report.published}
+    if report.uncorrected:
+        states = {"Before": before, "After, uncorrected": report.uncorrected, "After, with hfdetox": report.after}
+    plain, corrected = trigger_verdicts(before, report.published), trigger_verdicts(before, report.after)
+    revisions = {"--revision": report.model.revision, "--dataset-revision": report.dataset.revision}
+    pins = [
+        f"{option} {revision}"
+        for option, revision in revisions.items()
+        if command and revision and not re.search(rf"(^|\s){option}[ =]", command)
+    ]
+    values = {
         "defense": report.defense,
-        "environment": report.environment,
+        "states": states,
+        "triggers": [
+            {
+                "name": name,
+                "result": result,
+                "target": targets[name],
+                "verdict": plain[name],
+                "corrected": corrected[name],
+            }
+            for name, result in (before.triggers if before else {}).items()
+        ],
+        "pins": " ".join(pins),
         "repo_id": repo_id,
-        "library": report.model.library if report.model.library in LIBRARY_TAGS else "torch",
         "plots": {PurePosixPath(path).stem: path for path in plots},
+        # the source's words are values of the template, never a template themselves
         "source_text": source_text,
         "source_heading": markdown.SOURCE_HEADING,
         "source_mark": markdown.SOURCE_MARK,
     }
-    # the source's words are values of the template, never a template themselves
-    text = templates().get_template("model_card.md.jinja").render(context)
-    results = report.before.triggers if report.before else {}
-    data = card_data(
-        report.model, report.dataset, licence=licence, tags=["hfdetox", "backdoor-defense", report.defense.name],
-        title=_title(report, repo_id), results=model_index(report.dataset, results, report.published),
+    return render_card(
+        "model_card.md.jinja", report, values, title=title_of(report, repo_id, "detoxed"), licence=licence_of(fields),
+        tags=["hfdetox", "backdoor-defense", report.defense.name], triggers=before.triggers if before else {},
     )  # fmt: skip
+
+
+def title_of(report: RunReport, repo_id: str | None, suffix: str) -> str:
+    """Return the name of the repository, else that of the model it started from with `suffix`."""
+    model = report.model
+    return (repo_id or f"{shown_id(model.id, model.revision).rpartition(':')[2]}-{suffix}").split("/")[-1]
+
+
+def render_card(
+    template: str, report: RunReport, values: Mapping[str, Any], *, title: str, licence: Mapping[str, Any],
+    tags: Sequence[str], triggers: Mapping[str, TriggerResult],
+) -> str:  # fmt: skip
+    """Return the card of a report: its YAML, and the text that the template makes of it and of `values`.
+
+    Args:
+        licence: as `licence_of` returns it.
+        triggers: those that the model-index has.
+    """
+    model, dataset = report.model, report.dataset
+    known = {
+        "title": title, "report": report, "model": model, "environment": report.environment,
+        "library": model.library if model.library in LIBRARY_TAGS else "torch",
+        "model_id": shown_id(model.id, model.revision), "dataset_id": shown_id(dataset.id, dataset.revision),
+    }  # fmt: skip
+    text = templates().get_template(template).render({**known, **licence, **values})
     own, mark, source = text.partition(f"\n{markdown.SOURCE_MARK}\n")
     own = re.sub(r"\n{3,}", "\n\n", own)
+    results = model_index(dataset, triggers, report.published)
+    data = card_data(model, dataset, licence=licence, tags=tags, title=title, results=results)
     return f"---\n{data.to_yaml()}\n---\n\n{(own + mark + source).strip()}\n"
 
 
@@ -176,143 +216,17 @@ def templates() -> jinja2.Environment:
     folder = resources.files("hfdetox.cards")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(
-        code=markdown.code,
-        cell=markdown.cell,
-        text=markdown.text,
-        fenced=markdown.fenced,
-        pct=percent,
-        count=lambda number: f"{number:,}",
-        literal=json.dumps,
-    )
+        code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced, pct=percent,
+        rate=describe_rate, count="{:,}".format, literal=json.dumps,
+        json=partial(json.dumps, ensure_ascii=False, default=str),
+    )  # fmt: skip
+    environment.globals.update(verdict_of=run_verdict, works_above=WORKS_ABOVE, mitigated_at_most=MITIGATED_AT_MOST)
     return environment
-
-
-def _title(report: Report, repo_id: str | None) -> str:
-    if repo_id:
-        return repo_id.split("/")[-1]
-    return f"{shown_id(report.model.id, report.model.revision).split('/')[-1]}-detoxed"
 
 
 def _source_url(report: Report) -> str | None:
     model = report.model
     return f"{constants.ENDPOINT}/{model.id}/{{kind}}/{model.revision}" if hub_id(model.id, model.revision) else None
-
-
-def _described(report: Report, repo_id: str | None) -> dict[str, Any]:
-    """Return the template's values that do not depend on any measurement."""
-    model, dataset, command = report.model, report.dataset, report.environment.command
-    revisions = {"--revision": model.revision, "--dataset-revision": dataset.revision}
-    pins = [
-        f"{option} {revision}"
-        for option, revision in revisions.items()
-        if revision and not re.search(rf"(^|\s){option}[ =]", command)
-    ]
-    return {
-        "title": _title(report, repo_id),
-        "model_id": shown_id(model.id, model.revision),
-        "dataset_id": shown_id(dataset.id, dataset.revision),
-        "pins": " ".join(pins) if command else "",
-        "shown_layers": report.defense.layers[:SHOWN_LAYERS],
-        "method": _method(report),
-        "hidden_layers": max(0, len(report.defense.layers) - SHOWN_LAYERS),
-        "parameters": [
-            (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-            for name, value in report.defense.parameters.items()
-        ],
-        "works_above": WORKS_ABOVE,
-        "mitigated_at_most": MITIGATED_AT_MOST,
-    }
-
-
-def _method(report: Report) -> str:
-    """Return the defense's own words for what was done, general ones for one that has none."""
-    general = f"The defense {markdown.code(report.defense.name)} changed the model with the help of "
-    return report.defense.description or f"{general}{report.dataset.described()}."
-
-
-def _measured(report: Report, targets: Mapping[str, str]) -> dict[str, Any]:
-    """Return the template's summary sentence, table and triggers with their verdicts."""
-    before, results = report.before, report.before.triggers if report.before else {}
-    # what anybody finds who loads the model as its library does; what hfdetox makes of it stands beside it
-    states = {"Before": before, "After": report.published}
-    if report.uncorrected:
-        states = {"Before": before, "After, uncorrected": report.uncorrected, "After, with hfdetox": report.after}
-    plain, corrected = trigger_verdicts(before, report.published), trigger_verdicts(before, report.after)
-    triggers = [
-        {"name": name, "result": result, "target": targets[name], "verdict": plain[name], "corrected": corrected[name]}
-        for name, result in results.items()
-    ]
-    return {
-        "summary": _summary(report),
-        "columns": list(states),
-        "rows": _rows(report, list(states.values())),
-        "triggers": triggers,
-        "all_to_all": any(isinstance(result.target, str) for result in results.values()),
-        "unchanged": any(entry.get("unchanged") == 1 for entry in report.history),
-    }
-
-
-def _summary(report: Report) -> str:
-    if report.before is None or report.after is None:
-        return "**Its numbers are still pending.**"
-    if report.uncorrected is None:
-        return _change(report, report.after)
-    return (
-        f"Loaded with its own library: {_change(report, report.uncorrected)} "
-        f"Loaded with hfdetox, which applies a correction: {_change(report, report.after)}"
-    )
-
-
-def _change(report: Report, after: Measurement) -> str:
-    old, new = report.before.accuracy.value if report.before else 0.0, after.accuracy.value
-    points = f"{100 * (new - old):+.1f}".replace("-", "−")
-    accuracy = f"Accuracy went from {percent(old)} to {percent(new)} ({points} points)."
-    verdict = run_verdict(report.before, after)
-    if verdict is None:
-        known = "given to measure with" if report.defense.trigger_given else "known"
-        return f"**No trigger was {known}, so no backdoor was measured.** {accuracy}"
-    words = {
-        Verdict.MITIGATED: "**Mitigated** for every trigger that worked before, out of those measured.",
-        Verdict.REDUCED: "**Reduced, not mitigated**, for at least one of the triggers measured.",
-        Verdict.NOT_MITIGATED: "**Not mitigated** for at least one of the triggers measured.",
-        Verdict.INCONCLUSIVE: "**Inconclusive** for at least one of the triggers measured: too few images, or too weak "
-        "an effect, to tell whether it worked.",
-        Verdict.NO_EVIDENCE: "**No evidence found**: none of the triggers measured worked, before or after.",
-    }
-    return f"{words[verdict]} {accuracy}"
-
-
-def _rows(report: Report, states: Sequence[Measurement | None]) -> list[list[str]]:
-    """Return the table's rows: a name, and a cell for each state."""
-    before, ratings = report.before, report.defense_effectiveness_rating or {}
-
-    def row(name: str, rate: Callable[[Measurement], Rate | None]) -> list[str]:
-        return [name, *(describe_rate(rate(state) if state else None) for state in states)]
-
-    def rating(of: str, name: str) -> list[str]:
-        return [of, *["–"] * (len(states) - 1), describe_rate(ratings.get(name))]
-
-    rows = [row("Accuracy (ACC)", lambda state: state.accuracy)]
-    if before and before.classes and len(before.classes.accuracies) > 1:
-        # the worst class is what an average hides
-        rows.append(row("Accuracy of the worst class", lambda state: state.classes.worst if state.classes else None))
-    rows.append(["Loss (mean cross-entropy)", *(f"{state.loss:.3f}" if state else PENDING for state in states)])
-    triggers = before.triggers if before else {}
-    for name in triggers:
-        shown = markdown.cell(name)
-        rows += [
-            row(f"ASR of {shown}", partial(_of, trigger=name, rate="attack_success_rate")),
-            row(f"RA of {shown}", partial(_of, trigger=name, rate="robust_accuracy")),
-            rating(f"DER of {shown}", name),
-        ]
-    return [*rows, rating("DER, mean", "mean")] if len(triggers) > 1 else rows
-
-
-def _of(state: Measurement, trigger: str, rate: str) -> Rate | None:
-    return getattr(state.triggers[trigger], rate) if trigger in state.triggers else None

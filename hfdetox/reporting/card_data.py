@@ -1,12 +1,17 @@
-"""The YAML fields of a model card: licence, tags, dataset and results as the Hub's own types."""
+"""What a model card states to the Hub as data: its YAML fields and model-index, and `.eval_results/*.yaml`.
+
+The latter is the accuracy, for the leaderboard of a dataset that declares itself a benchmark.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
@@ -14,10 +19,17 @@ from huggingface_hub.utils import validate_repo_id
 from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import Measurement, Rate, TriggerResult
 from hfdetox.models.info import ModelInfo
+from hfdetox.reporting.report import Report
 from hfdetox.values import load_yaml
 
 PENDING = "pending"
 LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}
+EVAL_RESULTS_FOLDER = ".eval_results"
+
+_ACCURACY = re.compile(r"(?<![a-z])(accuracy|acc|top[-_ ]?1)(?![a-z])", re.IGNORECASE)
+_OTHER_METRIC = re.compile(r"attack|robust|adversarial|top[-_ ]?5|balanced|(?<![a-z])asr(?![a-z])", re.IGNORECASE)
+_PERCENT = re.compile(r"percent|_pct\b|\b0 ?(?:-|–|to) ?100\b", re.IGNORECASE)
+_FRACTION = re.compile(r"\bfractions?\b|\bproportions?\b|\b0 ?(?:-|–|to) ?1(?:\.0)?\b(?!\.\d|\d)", re.IGNORECASE)
 
 
 def split_card(card: str) -> tuple[dict[str, Any], str]:
@@ -55,10 +67,7 @@ def licence_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     elif not isinstance(licence, str):
         licence = None
     named = {name: fields.get(name) for name in ("license_name", "license_link")}
-    return {
-        "license": licence or None,
-        **{name: value if isinstance(value, str) else None for name, value in named.items()},
-    }
+    return {"license": licence or None} | {k: v if isinstance(v, str) else None for k, v in named.items()}
 
 
 def card_data(
@@ -72,17 +81,11 @@ def card_data(
     base_model = model.id if hub_id(model.id, model.revision) else None
     library = model.library if model.library in ("timm", "transformers") else None
     return ModelCardData(
-        **licence,
-        library_name=library,
-        pipeline_tag="image-classification",
-        base_model=base_model,
+        **licence, library_name=library, pipeline_tag="image-classification", base_model=base_model,
         base_model_relation="finetune" if base_model else None,
-        tags=[*tags, LIBRARY_TAGS.get(model.library, "pytorch")],
-        datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None,
-        metrics=["accuracy"],
-        model_name=title,
-        eval_results=results,
-    )
+        tags=[*tags, LIBRARY_TAGS.get(model.library, "pytorch")], metrics=["accuracy"], model_name=title,
+        datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None, eval_results=results,
+    )  # fmt: skip
 
 
 def model_index(
@@ -93,36 +96,111 @@ def model_index(
 
     def result(kind: str, title: str, rate: Rate | None, **extra: Any) -> EvalResult:
         return EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type="image-classification", task_name="Image classification", metric_type=kind, metric_name=title,
+            metric_value=PENDING if rate is None else rate.value, dataset_config=dataset.config,
             # local images have no id that a stranger could look up; "imagefolder" is what the Hub's own tools write
-            dataset_type=dataset.id if on_hub else "imagefolder",
-            dataset_name=shown_id(dataset.id, dataset.revision),
-            dataset_config=dataset.config,
-            dataset_split=dataset.eval_split,
-            dataset_revision=dataset.revision if on_hub else None,
-            metric_type=kind,
-            metric_name=title,
-            metric_value=PENDING if rate is None else rate.value,
+            dataset_type=dataset.id if on_hub else "imagefolder", dataset_split=dataset.eval_split,
+            dataset_name=shown_id(dataset.id, dataset.revision), dataset_revision=dataset.revision if on_hub else None,
             **extra,
-        )
+        )  # fmt: skip
 
     results = [result("accuracy", "Accuracy", after.accuracy if after else None)]
     for name, trigger in triggers.items():
         later = after.triggers.get(name) if after else None
-        extra = {
-            "metric_config": name,
-            "metric_args": {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target},
-        }
-        results += [
-            result(
-                "attack_success_rate",
-                f"Attack success rate, trigger {name}",
-                later.attack_success_rate if later else None,
-                **extra,
-            ),
-            result(
-                "robust_accuracy", f"Robust accuracy, trigger {name}", later.robust_accuracy if later else None, **extra
-            ),
-        ]
+        arguments = {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target}
+        for title in ("Attack success rate", "Robust accuracy"):
+            kind = title.lower().replace(" ", "_")
+            results.append(result(kind, f"{title}, trigger {name}", getattr(later, kind, None), metric_config=name,
+                                  metric_args=arguments))  # fmt: skip
     return results
+
+
+def eval_results(report: Report, dataset_eval_yaml: str | None, *, whole_split: bool = True) -> dict[str, str]:
+    """Return {path in the model repository: YAML text}, {} where the run's accuracy belongs on no leaderboard.
+
+    Args:
+        report: its accuracy after, as the model's own library loads it, is what is stated; attack success never is.
+        dataset_eval_yaml: text of `eval.yaml` of the dataset at its pinned revision; None when it has none.
+        whole_split: False when only a part of the evaluation split was measured, which is not a leaderboard's number.
+
+    A task counts when it is about accuracy, has the run's configuration and evaluation split, and its scale (fraction
+    or percent) is stated: a value a hundred times off on a public leaderboard is worse than none.
+    """
+    dataset, after = report.dataset, report.published
+    if after is None or dataset.revision is None or not dataset_eval_yaml or not whole_split:
+        return {}
+    entries = []
+    for task_id, scale in accuracy_tasks(dataset_eval_yaml, config=dataset.config, split=dataset.eval_split).items():
+        value = round(100 * after.accuracy.value, 4) if scale == "percent" else round(after.accuracy.value, 6)
+        entries.append(
+            EvalResultEntry(
+                dataset_id=dataset.id,
+                task_id=task_id,
+                value=value,
+                dataset_revision=dataset.revision,
+                notes=f"after {report.defense.name} with hfdetox, {after.accuracy.samples} images",
+            )
+        )
+    if not entries:
+        return {}
+    name = re.sub(r"[^\w.-]+", "__", dataset.id)
+    return {
+        f"{EVAL_RESULTS_FOLDER}/{name}.yaml": yaml.safe_dump(
+            eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
+        )
+    }
+
+
+def accuracy_tasks(text: str, *, config: str | None, split: str) -> dict[str, Literal["fraction", "percent"]]:
+    """Return {task id: scale} of the accuracy tasks in an `eval.yaml` that match `config` (None: default) and `split`.
+
+    Text that is not such a file gives {}: it is a stranger's, and a run must not fail over it.
+    """
+    try:
+        benchmark = load_yaml(text)
+    except ValueError:
+        return {}
+    if not isinstance(benchmark, dict) or not isinstance(benchmark.get("tasks"), list):
+        return {}
+    found: dict[str, Literal["fraction", "percent"]] = {}
+    for task in benchmark["tasks"]:
+        if not isinstance(task, dict) or not isinstance(task.get("id"), str):
+            continue
+        if task.get("split", "test") != split or (task.get("config") or "default") != (config or "default"):
+            continue
+        scale = _scale(task, benchmark)
+        if scale and _about_accuracy(task, benchmark):
+            found[task["id"]] = scale
+    return found
+
+
+def _words(part: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """Return the words under the keys `names`: plain ones, and names in lists of names or of {name: …}."""
+    words = []
+    for value in (part.get(name) for name in names):
+        for item in value if isinstance(value, list) else [value]:
+            word = item.get("name") if isinstance(item, dict) else item
+            words.append(word if isinstance(word, str) else "")
+    return " ".join(filter(None, words))
+
+
+def _about_accuracy(task: Mapping[str, Any], benchmark: Mapping[str, Any]) -> bool:
+    """The metrics that a task states decide, else its own words, else the benchmark's where it has one task only."""
+    own = _words(task, ("id", "name", "metric", "metrics", "description"))
+    if _OTHER_METRIC.search(own):
+        return False
+    if stated := _words(task, ("metric", "metrics")):
+        return bool(_ACCURACY.search(stated))
+    shared = _words(benchmark, ("metric", "metrics", "description", "name")) if len(benchmark["tasks"]) == 1 else ""
+    return bool(_ACCURACY.search(f"{own} {shared}")) and not _OTHER_METRIC.search(shared)
+
+
+def _scale(task: Mapping[str, Any], benchmark: Mapping[str, Any]) -> Literal["fraction", "percent"] | None:
+    """Return the scale that the task, else the benchmark, states; None when neither does or both scales are named."""
+    for part in (task, benchmark):
+        words = _words(part, ("scale", "unit", "metric", "metrics", "description"))
+        percent, fraction = bool(_PERCENT.search(words)), bool(_FRACTION.search(words))
+        if percent or fraction:
+            return None if percent and fraction else ("percent" if percent else "fraction")
+    # Inspect's accuracy is a mean of zeros and ones, so its files need not say so
+    return "fraction" if benchmark.get("evaluation_framework") == "inspect-ai" else None

@@ -55,17 +55,9 @@ def describe_environment(device: str | torch.device, *, seed: int, command: str)
         seed: the run's seed.
         command: what repeats the run; tokens in it are masked.
     """
-    return EnvironmentInfo(
-        python=platform.python_version(),
-        torch=_version("torch"),
-        accelerate=_version("accelerate"),
-        transformers=_version("transformers"),
-        timm=_version("timm"),
-        datasets=_version("datasets"),
-        device=device_name(device),
-        seed=seed,
-        command=mask_secrets(command),
-    )
+    versions = {name: _version(name) for name in ("torch", "accelerate", "transformers", "timm", "datasets")}
+    return EnvironmentInfo(python=platform.python_version(), **versions, device=device_name(device), seed=seed,
+                           command=mask_secrets(command))  # fmt: skip
 
 
 def device_name(device: str | torch.device) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from accelerate import Accelerator
 
 from hfdetox._version import __version__
 from hfdetox.attacks import Implanted
 from hfdetox.attacks.base import AttackContext, Implant
-from hfdetox.config import AttackOptions, DetoxOptions
+from hfdetox.config import AttackOptions, DetoxOptions, TrainingOptions
 from hfdetox.data.info import DatasetInfo
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
@@ -18,49 +19,35 @@ from hfdetox.evaluation.metrics import Predictions, ratings
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.initial import InitialModel
-from hfdetox.reporting.attack_report import SCRATCH, AttackInfo, AttackReport, Goals, ImplantedTrigger, missed_goals
+from hfdetox.reporting import report as schema
 from hfdetox.reporting.environment import describe_environment
-from hfdetox.reporting.report import DefenseInfo, OutputInfo, Report
 from hfdetox.training.devices import describe_devices
 from hfdetox.training.engine import TrainingRecord
 
 
 def open_report(
     options: DetoxOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str,
-    before: Predictions,
-    accelerator: Accelerator, *, command: str, warnings: list[str],
-) -> Report:  # fmt: skip
+    before: Predictions, accelerator: Accelerator, *, command: str, warnings: list[str],
+) -> schema.Report:  # fmt: skip
     """Return the report as far as it is known before the training; a preset that settings changed is none."""
-    return Report(
-        hfdetox_version=__version__,
-        model=classifier.info,
-        dataset=images.info,
-        defense=DefenseInfo(
+    return schema.Report(
+        **_known(classifier, images.info, before, accelerator, options, command, warnings),
+        defense=schema.DefenseInfo(
             name=method.name, preset=None if options.settings else preset, parameters=method.settings(),
-            layers=method.selected_layers(classifier.model), epochs=0, steps=0, seconds=0.0, images_per_second=0.0,
-            precision=accelerator.mixed_precision, devices=describe_devices(accelerator),
+            layers=method.selected_layers(classifier.model), devices=describe_devices(accelerator),
+            **_training(TrainingRecord(precision=accelerator.mixed_precision)),
             description=method.describe(images.info.described()), trigger_given=method.trigger_given,
         ),
-        before=before.measurement,
-        after=None,
         defense_effectiveness_rating=None,
-        history=[],
-        output=OutputInfo(pushed_to=options.push_to),
-        environment=describe_environment(accelerator.device, seed=options.seed, command=command),
-        warnings=warnings,
     )  # fmt: skip
 
 
 def close_report(
-    report: Report, method: DefenseConfig, record: TrainingRecord, before: Predictions, after: Predictions,
+    report: schema.Report, method: DefenseConfig, record: TrainingRecord, before: Predictions, after: Predictions,
     uncorrected: Measurement | None, memory: int | None,
-) -> Report:  # fmt: skip
+) -> schema.Report:  # fmt: skip
     """Return the report with what the training was and what the measurement after it found."""
-    done = replace(
-        report.defense, epochs=record.epochs, steps=record.steps, seconds=record.seconds,
-        images_per_second=record.images_per_second, precision=record.precision, peak_memory=memory,
-        choices=method.choices(record.history),
-    )  # fmt: skip
+    done = replace(report.defense, **_training(record), peak_memory=memory, choices=method.choices(record.history))
     rating = ratings(before, after, seed=report.environment.seed) or None
     return replace(report, defense=done, after=after.measurement, uncorrected=uncorrected, history=record.history,
                    defense_effectiveness_rating=rating)  # fmt: skip
@@ -68,67 +55,64 @@ def close_report(
 
 def open_attack_report(
     run: AttackOptions, start: InitialModel, dataset: DatasetInfo, implants: Sequence[Implant], context: AttackContext,
-    before: Predictions | None,
-    goals: Goals, surrogate: Classifier | None, *, command: str, warnings: list[str],
-) -> AttackReport:  # fmt: skip
+    before: Predictions | None, goals: schema.Goals, surrogate: Classifier | None, *, command: str, warnings: list[str],
+) -> schema.AttackReport:  # fmt: skip
     """Return the report as far as it is known before the training."""
-    info = start.classifier.info
-    return AttackReport(
-        hfdetox_version=__version__,
-        model=info,
-        dataset=dataset,
-        attack=AttackInfo(
+    return schema.AttackReport(
+        **_known(start.classifier, dataset, before, context.accelerator, run, command, warnings),
+        attack=schema.AttackInfo(
             triggers={implant.trigger.name: _describe(implant, None) for implant in implants},
-            start=SCRATCH if start.from_scratch else info.id,
+            start=schema.SCRATCH if start.from_scratch else start.classifier.info.id,
             adaptive=context.sharpness.spec() if context.sharpness else None,
-            surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(context.training), epochs=0,
-            steps=0, seconds=0.0, images_per_second=0.0, precision=context.accelerator.mixed_precision,
+            surrogate=surrogate.info.id if surrogate is not None else None, training=asdict(context.training),
+            **_training(TrainingRecord(precision=context.accelerator.mixed_precision)),
             devices=describe_devices(context.accelerator), stopped_early=False, start_backdoored=start.backdoored,
         ),
-        before=before.measurement if before is not None else None,
-        after=None,
-        goals=goals,
-        succeeded=False,
-        history=[],
-        output=OutputInfo(pushed_to=run.push_to),
-        environment=describe_environment(context.accelerator.device, seed=run.seed, command=command),
-        warnings=warnings,
+        goals=goals, succeeded=False,
     )  # fmt: skip
 
 
 def close_attack_report(
-    report: AttackReport, done: Implanted, after: Predictions, visibility: Mapping[str, Visibility],
+    report: schema.AttackReport, done: Implanted, after: Predictions, visibility: Mapping[str, Visibility],
     cross: Mapping[str, Rate], *, epochs: int, reached: bool,
-) -> AttackReport:  # fmt: skip
+) -> schema.AttackReport:  # fmt: skip
     """Return the report with what the training was, and what was measured after it."""
     record, measured = done.record, after.measurement
     triggers = {}
     for implant in done.implants:
         name = implant.trigger.name
-        seen = visibility.get(name)
         triggers[name] = replace(
             _describe(implant, done.poisoned.get(name)), spec=measured.triggers[name].spec,
-            file_sha256=measured.triggers[name].file_sha256 or "", psnr=seen.psnr if seen else None,
-            max_change=seen.max_change if seen else None, changed=seen.changed if seen else None,
-            cross_accuracy=cross.get(name),
+            file_sha256=measured.triggers[name].file_sha256 or "", cross_accuracy=cross.get(name),
+            **(asdict(visibility[name]) if name in visibility else {}),
         )  # fmt: skip
-    attack = replace(
-        report.attack, triggers=triggers, epochs=record.epochs, steps=record.steps, seconds=record.seconds,
-        images_per_second=record.images_per_second, precision=record.precision,
-        stopped_early=reached and record.history[-1]["epoch"] < epochs,
-    )  # fmt: skip
-    return replace(
-        report,
-        attack=attack,
-        after=measured,
-        succeeded=not missed_goals(measured, report.goals),
-        history=record.history,
-    )
+    attack = replace(report.attack, triggers=triggers, **_training(record),
+                     stopped_early=reached and record.history[-1]["epoch"] < epochs)  # fmt: skip
+    return replace(report, attack=attack, after=measured, succeeded=not schema.missed_goals(measured, report.goals),
+                   history=record.history)  # fmt: skip
 
 
-def _describe(implant: Implant, poisoned: int | None) -> ImplantedTrigger:
+def _known(
+    classifier: Classifier, dataset: DatasetInfo, before: Predictions | None, accelerator: Accelerator,
+    options: TrainingOptions, command: str, warnings: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what is known of every run before its training, as the fields of both reports."""
+    return {
+        "hfdetox_version": __version__, "model": classifier.info, "dataset": dataset,
+        "before": before.measurement if before is not None else None, "after": None, "history": [],
+        "output": schema.OutputInfo(pushed_to=options.push_to), "warnings": warnings,
+        "environment": describe_environment(accelerator.device, seed=options.seed, command=command),
+    }  # fmt: skip
+
+
+def _training(record: TrainingRecord) -> dict[str, Any]:
+    """Return what a training was, as the fields of `DefenseInfo` and `AttackInfo`."""
+    return {name: getattr(record, name) for name in ("epochs", "steps", "seconds", "images_per_second", "precision")}
+
+
+def _describe(implant: Implant, poisoned: int | None) -> schema.ImplantedTrigger:
     trigger, poisoner = implant.trigger, implant.poisoner
-    return ImplantedTrigger(
+    return schema.ImplantedTrigger(
         kind=trigger.kind, spec=trigger.recorded(), mode=trigger.mode, target=implant.target, file_sha256="",
         poison_ratio=implant.ratio, poisoned_images=poisoned, recipe=poisoner.how.replace(" ", "-"),
         settings={f.name: getattr(poisoner, f.name) for f in fields(poisoner)},

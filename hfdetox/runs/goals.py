@@ -11,7 +11,7 @@ from hfdetox.config import AttackOptions
 from hfdetox.data.images import ImageSet
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
-from hfdetox.reporting.attack_report import Goals, missed_goals
+from hfdetox.reporting.report import Goals, missed_goals
 from hfdetox.triggers.base import Trigger
 
 # training images kept to look at after every epoch: so many at most, and this share of all

@@ -12,10 +12,9 @@ from hfdetox.errors import HubError, UsageError
 from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.attack_card import DELIBERATE, retarget_attack_card
-from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.reporting.card import CARD_NAME, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
-from hfdetox.reporting.report import Report
+from hfdetox.reporting.report import AttackReport, Report
 from hfdetox.runs.manifest import write_own
 
 logger = logging.getLogger(__name__)

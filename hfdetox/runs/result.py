@@ -25,12 +25,11 @@ from hfdetox.hub.upload import PushResult, check_card
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
 from hfdetox.reporting.attack_card import build_attack_card
-from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.reporting.card import build_card, validate_card
+from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.gallery import draw_gallery
-from hfdetox.reporting.leaderboard import eval_results
 from hfdetox.reporting.plots import PLOT_FILES, StripRow, draw_plots
-from hfdetox.reporting.report import Report
+from hfdetox.reporting.report import AttackReport, Report
 from hfdetox.runs.folder import RunFolder
 from hfdetox.runs.saving import SavedResult
 from hfdetox.triggers.base import Trigger

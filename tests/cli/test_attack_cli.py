@@ -20,7 +20,7 @@ from hfdetox.config import AttackConsole, AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.hub.client import AccessError
 from hfdetox.reporting.attack_card import build_attack_card
-from hfdetox.reporting.attack_report import AttackReport
+from hfdetox.reporting.report import AttackReport
 from hfdetox.runs.folder import check_output
 from hfdetox.runs.publish import check_push_allowed, push_output
 from tests.attacked import LABELS, attack_report, clean_control

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Measurement
 from hfdetox.reporting.attack_card import build_attack_card, retarget_attack_card
-from hfdetox.reporting.attack_report import AttackReport
 from hfdetox.reporting.card import validate_card
+from hfdetox.reporting.report import AttackReport
 from tests.attacked import LABELS, attack_report, clean_control
 
 SOURCE = "---\nlicense: mit\n---\n# Theirs\n"

@@ -12,7 +12,7 @@ from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Measurement, TriggerResult
 from hfdetox.reporting.attack_card import build_attack_card
-from hfdetox.reporting.attack_report import AttackReport, Goals, missed_goals
+from hfdetox.reporting.report import AttackReport, Goals, missed_goals
 from hfdetox.runs.publish import comes_backdoored, is_backdoored
 from tests.attacked import attack_report, clean_control
 from tests.reporting.test_report import VERSION_1

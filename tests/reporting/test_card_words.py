@@ -11,7 +11,7 @@ from hfdetox.defenses import parse_defense
 from hfdetox.evaluation.results import ClassAccuracies, Rate
 from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.card import validate_card
-from hfdetox.reporting.leaderboard import eval_results
+from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.report import Report
 from tests.attacked import attack_report
 from tests.reporting.test_card import table_row

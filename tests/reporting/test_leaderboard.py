@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from hfdetox.reporting.leaderboard import accuracy_tasks, eval_results
+from hfdetox.reporting.card_data import accuracy_tasks, eval_results
 from tests.written_report import DATA_COMMIT, written_report
 
 BENCHMARK = """name: Pictures
