@@ -21,7 +21,6 @@ from hfdetox.data.images import ImageSet
 from hfdetox.data.load import class_names
 from hfdetox.data.pull import pin, pull_images
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.cross import cross_accuracies
 from hfdetox.evaluation.evaluator import Evaluator, check_plausible, decoded, prepare_evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions
 from hfdetox.models.classifier import Classifier, load_classifier
@@ -100,7 +99,7 @@ def implant(given: AttackOptions) -> AttackResult:
     evaluation = evaluation.with_triggers([one.trigger for one in done.implants])
     after, visibility = evaluation.measure("after"), evaluation.visibility()
     report = replace(report, uncorrected=evaluation.measure_uncorrected("after, uncorrected"))
-    report = close_attack_report(report, done, after, visibility, cross_accuracies(evaluation, done.implants),
+    report = close_attack_report(report, done, after, visibility, evaluation.cross_accuracies(done.implants),
                                  epochs=training.epochs, reached=monitor is not None and monitor.reached)  # fmt: skip
     if not report.succeeded:
         notes.warn(f"the attack did not succeed: {'; '.join(missed_goals(after.measurement, goals))}")

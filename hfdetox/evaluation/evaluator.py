@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from hfdetox.attacks.base import Implant, Poisoner
 from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
 from hfdetox.data.labels import accuracy_hint
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.metrics import Predictions, TriggerView, measure
-from hfdetox.evaluation.results import Measurement, Visibility
+from hfdetox.evaluation.metrics import Predictions, TriggerView, measure, predict, rate
+from hfdetox.evaluation.results import Measurement, Rate, Visibility
 from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import uncorrected
@@ -81,6 +82,45 @@ class Evaluator:
         if self.classifier.preprocessing.dtype != torch.uint8:
             return {}
         return {view.trigger.name: measure_visibility(self.clean, view.source) for view in self.views}
+
+    def cross_accuracies(self, implants: Sequence[Implant]) -> dict[str, Rate]:
+        """Return how the model answers to what its attack teaches it not to react to, of each trigger that has such."""
+        sources = {one.trigger.name: CrossImages(self.clean, one.poisoner, one.trigger) for one in implants}
+        truth, found = self.clean.labels.cpu().numpy(), {}
+        for name, source in sources.items():
+            if source.taught():
+                answers = predict(self.classifier.network, source, self.accelerator, title=f"cross {name}",
+                                  progress=self.progress).predicted  # fmt: skip
+                found[name] = rate(int((answers == truth).sum()), len(answers))
+        return found
+
+
+class CrossImages:
+    """Evaluation images as the recipe changes them to teach the model not to react, with their true labels.
+
+    The other image of each is the one before it in the set, of the first the last; that of a lone one is its mirror's.
+    """
+
+    def __init__(self, clean: Pixels, poisoner: Poisoner, trigger: Trigger) -> None:
+        self.clean, self.poisoner, self.trigger = clean, poisoner, trigger
+        self.images, self.labels, self.positions = clean.images, clean.labels, clean.positions
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitems__(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        positions, images, labels = self.clean.__getitems__(items)
+        changed = self.poisoner.cross(self.trigger, images, positions, lambda: self._before(items))
+        return positions, images if changed is None else changed, labels
+
+    def taught(self) -> bool:
+        """Return whether the recipe teaches such a thing."""
+        positions, images, _ = self.clean.__getitems__([0])
+        return self.poisoner.cross(self.trigger, images, positions, lambda: self._before([0])) is not None
+
+    def _before(self, items: Sequence[int]) -> torch.Tensor:
+        _, images, _ = self.clean.__getitems__([(item - 1) % len(self) for item in items])
+        return images if len(self) > 1 else images.flip(-1)
 
 
 def prepare_evaluator(

@@ -162,18 +162,17 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
     results: dict[str, TriggerResult] = {}
     hits, triggered = {}, {}
     for view in views:
-        answers = predict(
-            network, view.source, accelerator, title=f"{title}: {view.trigger.name}", progress=progress
-        ).predicted
+        name = view.trigger.name
+        answers = predict(network, view.source, accelerator, title=f"{title}: {name}", progress=progress).predicted
         hit = answers == view.wanted()
-        results[view.trigger.name] = TriggerResult(
+        results[name] = TriggerResult(
             kind=view.trigger.kind, spec=view.trigger.recorded(), mode=view.trigger.mode, target=view.target,
             file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(),
             attack_success_rate=rate(int(hit.sum()), len(hit)),
             robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),
         )  # fmt: skip
-        hits[view.trigger.name] = (np.array([places[position] for position in view.source.positions.tolist()]), hit)
-        triggered[view.trigger.name] = answers
+        hits[name] = (np.array([places[position] for position in view.source.positions.tolist()]), hit)
+        triggered[name] = answers
     measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results,
                               class_accuracies(truth, correct, clean.classes))  # fmt: skip
     return Predictions(measurement, correct, hits, clean.predicted, triggered)

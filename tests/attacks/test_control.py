@@ -20,7 +20,7 @@ from hfdetox.attacks.bpp import BppRecipe
 from hfdetox.attacks.wanet import WaNetRecipe
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.cross import CrossImages
+from hfdetox.evaluation.evaluator import CrossImages
 from hfdetox.training.batches import Batch
 from hfdetox.triggers import parse_trigger
 from hfdetox.triggers.base import Target
