@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -212,34 +213,14 @@ def list_entries(
 ) -> None:
     """List the attacks, the defenses (with presets and settings) or the trigger families."""
     with running(ConsoleOptions(), lambda: "nothing was written"):
-        if what == "triggers":
-            from hfdetox.triggers import TRIGGERS
-
-            for name, trigger in TRIGGERS.entries().items():
-                say(console.entry_line(name, trigger, trigger.member.paper), console.trigger_table(trigger))
-            return
+        room = importlib.import_module(f"hfdetox.{what}")
+        if what == "defenses":
+            say(f"without --defense: {DEFAULT_DEFENSE}; a name without a preset is its first")
+        for name, entry in getattr(room, what.upper()).entries().items():
+            say(*console.entry_lines(name, entry))
         if what == "attacks":
-            list_attacks()
-            return
-        from hfdetox.defenses import DEFENSES
-
-        say(f"without --defense: {DEFAULT_DEFENSE}; a name without a preset is its first")
-        for name, entry in DEFENSES.entries().items():
-            config = entry.member
-            presets = "; ".join(console.preset_line(name, *preset) for preset in config.presets.items())
-            needs = f"needs {config.data}; cost, relative to plain fine-tuning: {config.cost}"
-            say(console.entry_line(name, entry, config.paper), needs, presets, console.defense_table(entry))
-
-
-def list_attacks() -> None:
-    """Print the attacks with their own settings, and the settings that all of them share."""
-    from hfdetox.attacks import ATTACKS, TrainingSettings
-
-    for name, entry in ATTACKS.entries().items():
-        say(console.entry_line(name, entry, entry.member.how))
-        if entry.parameters:
-            say(console.settings_table(entry.parameters))
-    say("all of them: how the model is trained", console.settings_table(dataclasses.asdict(TrainingSettings())))
+            say("all of them: how the model is trained")
+            say(console.settings_table(dataclasses.asdict(room.TrainingSettings())))
 
 
 class Output:

@@ -20,9 +20,7 @@ from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.report import SCRATCH, AttackReport, Report, describe_target, missed_goals
 
 if TYPE_CHECKING:
-    from hfdetox.defenses import DefenseConfig
     from hfdetox.plugins import Entry
-    from hfdetox.triggers import Trigger
 
 
 def estimate(number: Rate | Rating) -> str:
@@ -135,37 +133,38 @@ def settings_table(parameters: Mapping[str, Any]) -> Table:
     return table
 
 
-def trigger_table(trigger: Entry[Trigger]) -> Table:
-    """Return the settings of a trigger family with their defaults, and what its trigger files hold besides."""
+def entry_lines(name: str, entry: Entry[Any]) -> list[str | Table]:
+    """Return what `hfdetox list` says of a member: what it is, where it is from, its presets and its settings."""
+    member = entry.member
+    source = member.how if hasattr(member, "how") else member.paper
+    lines: list[str | Table] = [f"{name}: {member.summary} ({source})"]
+    if entry.package:
+        lines = [f"{lines[0]}, from {entry.package}"]
+    if hasattr(member, "presets"):
+        lines.append(f"needs {member.data}; cost, relative to plain fine-tuning: {member.cost}")
+        lines.append("; ".join(preset_line(name, *preset) for preset in member.presets.items()))
+    return [*lines, entry_table(entry)] if entry.parameters else lines
+
+
+def entry_table(entry: Entry[Any]) -> Table:
+    """Return a member's settings with their defaults and the other words that one may be, and what its files hold."""
+    tensors = entry.member.tensor_fields() if hasattr(entry.member, "tensor_fields") else {}
     held = {
         name: f"none; {name}=FILE.png gives one" if kind == "picture" else "kept in the trigger file"
-        for name, kind in trigger.member.tensor_fields().items()
+        for name, kind in tensors.items()
     }
-    truths = {name: str(value).lower() for name, value in trigger.parameters.items() if isinstance(value, bool)}
-    return settings_table(trigger.parameters | _choices(trigger) | truths | held)
-
-
-def defense_table(defense: Entry[DefenseConfig]) -> Table:
-    """Return the settings of a defense with their defaults, and the other words that one may be."""
-    return settings_table(defense.parameters | _choices(defense))
-
-
-def _choices(entry: Entry[Any]) -> dict[str, str]:
-    return {
+    truths = {name: str(value).lower() for name, value in entry.parameters.items() if isinstance(value, bool)}
+    choices = {
         name: f"{entry.parameters[name]} (or {', '.join(word for word in words if word != entry.parameters[name])})"
         for name, words in entry.words.items()
     }
+    return settings_table(entry.parameters | choices | truths | held)
 
 
 def preset_line(name: str, preset: str, values: Mapping[str, Any]) -> str:
     """Return what `--defense NAME:PRESET` changes, such as `d3:code sets lambda=0.5`."""
     known = {key.rstrip("_"): value for key, value in values.items()}
     return f"{name}:{preset} " + (f"sets {_plain(known)}" if known else "is these defaults")
-
-
-def entry_line(name: str, entry: Entry[Any], source: str) -> str:
-    """Return the line above an entry's table: what it is, where it was published, and the package that adds it."""
-    return f"{name}: {entry.member.summary} ({source})" + (f", from {entry.package}" if entry.package else "")
 
 
 def _images(dataset: DatasetInfo) -> str:

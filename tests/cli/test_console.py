@@ -88,14 +88,14 @@ def test_revision_is_shortened(revision: str | None, text: str) -> None:
 
 
 def test_a_trigger_family_is_shown_with_what_can_be_typed_and_what_files_hold() -> None:
-    rows = rendered(console.trigger_table(TRIGGERS.entries()["badnets"]))
+    rows = rendered(console.entry_table(TRIGGERS.entries()["badnets"]))
     assert ["mode", "native (or input)"] in rows
     assert ["pattern", "square (or grid)"] in rows
     assert ["target", "-"] in rows
     assert ["size", "3"] in rows
     assert ["image", "none; image=FILE.png gives one"] in rows
-    assert ["dither", "false"] in rendered(console.trigger_table(TRIGGERS.entries()["bpp"]))
-    assert ["encoder", "kept in the trigger file"] in rendered(console.trigger_table(TRIGGERS.entries()["ssba"]))
+    assert ["dither", "false"] in rendered(console.entry_table(TRIGGERS.entries()["bpp"]))
+    assert ["encoder", "kept in the trigger file"] in rendered(console.entry_table(TRIGGERS.entries()["ssba"]))
 
 
 def test_the_list_of_triggers_has_every_family_its_paper_and_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
