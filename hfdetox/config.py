@@ -178,12 +178,9 @@ class TrainingOptions(PublishOptions, ImageOptions):
     """What makes a model has these too: how it is trained, where it goes."""
 
     settings: Mapping[str, Any] | None = option(
-        None,
-        RUN,
-        "A setting of the defense or the attack, see `hfdetox list`; repeatable.",
-        flag="set",
+        None, RUN, "A setting of the defense or the attack, see `hfdetox list`; repeatable.", flag="set",
         metavar="KEY=VALUE",
-    )
+    )  # fmt: skip
     precision: Precision = option("auto", RUN, "Mixed precision of the training.",
                                   more="`auto` is what Accelerate's configuration names, else the best of the "
                                   "hardware. Measuring is always float32.")  # fmt: skip
@@ -193,10 +190,8 @@ class TrainingOptions(PublishOptions, ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        texts = {
-            key: value if isinstance(value, str) else to_text(value) for key, value in (self.settings or {}).items()
-        }
-        object.__setattr__(self, "settings", texts)
+        given = (self.settings or {}).items()
+        object.__setattr__(self, "settings", {k: v if isinstance(v, str) else to_text(v) for k, v in given})
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""
@@ -241,12 +236,10 @@ class DetoxOptions(TrainingOptions):
         """Raise UsageError for options that do not go together."""
         if self.resume is not None:
             return
-        if self.model is None:
-            raise UsageError("MODEL is missing: name a Hub id or a local folder (see hfdetox --help)")
+        super().check()
         if self.settings and not isinstance(self.defense, str):
             raise UsageError("settings= goes with the name of a defense: an object such as D3Config(…) has its own, "
                              "set them there")  # fmt: skip
-        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
 from hfdetox.data.pull import pin, pull_images
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense
-from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator
+from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import build_card
@@ -75,8 +75,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         run.check_fingerprint(inputs)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress)  # fmt: skip
-    before = evaluation.measure("before")
-    check_plausible(before, evaluation.clean.labels, classifier.labels, notes.warn)
+    before = evaluation.measure_plausible("before", notes.warn)
 
     # a run must not fail at its end for a reason known at its start
     options = replace(pin(options, classifier, images), push_to=push_to)
@@ -131,8 +130,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
         images = pull_images(options, given.dataset, classifier, notes.warn, progress=given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress)  # fmt: skip
-    outcome = evaluation.measure("measure")
-    check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn)
+    outcome = evaluation.measure_plausible("measure", notes.warn)
     measured = outcome.measurement
     visibility = evaluation.visibility()
     if options.gallery is not None and accelerator.is_main_process:

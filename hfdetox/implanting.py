@@ -21,8 +21,7 @@ from hfdetox.data.images import ImageSet
 from hfdetox.data.load import class_names
 from hfdetox.data.pull import pin, pull_images
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.evaluator import Evaluator, check_plausible, decoded, prepare_evaluator, with_targets
-from hfdetox.evaluation.metrics import Predictions
+from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, with_targets
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.reporting.attack_card import build_attack_card
@@ -76,7 +75,7 @@ def implant(given: AttackOptions) -> AttackResult:
     evaluator = functools.partial(prepare_evaluator, classifier, accelerator=accelerator, target=run.target,
                                   warn=notes.warn, progress=progress)  # fmt: skip
     evaluation = evaluator(images.evaluation, [one.trigger for one in implants if one.trigger.fitted])
-    before = None if start.from_scratch else _measure_before(evaluation, notes.warn)
+    before = None if start.from_scratch else evaluation.measure_plausible("before", notes.warn)
 
     goals = goals_of(run, before)
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
@@ -115,12 +114,6 @@ def _start(given: AttackOptions, run: AttackOptions) -> InitialModel:
                       init=run.init, model_args=run.model_args, input_size=run.input_size, seed=run.seed,
                       revision=run.revision, trust_remote_code=run.trust_remote_code, processor=given.processor,
                       preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
-
-
-def _measure_before(evaluation: Evaluator, warn: Callable[[str], None]) -> Predictions:
-    before = evaluation.measure("before")
-    check_plausible(before, evaluation.clean.labels, evaluation.classifier.labels, warn)
-    return before
 
 
 def build_implants(

@@ -45,6 +45,12 @@ class Evaluator:
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
 
+    def measure_plausible(self, title: str, warn: Callable[[str], None]) -> Predictions:
+        """Measure a model as it came, and check the result as `check_plausible` does."""
+        outcome = self.measure(title)
+        check_plausible(outcome, self.clean.labels, self.classifier.labels, warn)
+        return outcome
+
     def measure_uncorrected(self, title: str) -> Measurement | None:
         """Measure the classifier as timm or transformers loads it; None where it has no correction, and is the same."""
         if self.classifier.network.correction is None:
