@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -11,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from hfdetox.config import DetoxOptions, PublishOptions
@@ -20,18 +25,20 @@ from hfdetox.errors import RunError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
 from hfdetox.evaluation.results import Visibility
+from hfdetox.files import locked
 from hfdetox.hub.download import read_text_file
 from hfdetox.hub.upload import PushResult, check_card
 from hfdetox.logging import is_main_process
-from hfdetox.models.classifier import Classifier
+from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.attack_card import build_attack_card
-from hfdetox.reporting.card import build_card, validate_card
+from hfdetox.reporting.card import CARD_NAME, build_card, validate_card
 from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.gallery import draw_gallery
 from hfdetox.reporting.plots import PLOT_FILES, StripRow, draw_plots
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.folder import RunFolder
-from hfdetox.runs.saving import SavedResult
+from hfdetox.runs.folder import RunFolder, check_output, publish_folder
+from hfdetox.runs.manifest import write_manifest
+from hfdetox.runs.publish import push_output
 from hfdetox.triggers.base import Trigger
 
 Result = TypeVar("Result", bound="DetoxResult | AttackResult")
@@ -53,6 +60,96 @@ class Artifacts:
     dataset_eval_yaml: str | None = None
     whole_split: bool = True
     probe: torch.Tensor | None = None
+
+
+class SavedResult(ABC):
+    """What a run gives: a report and a model, and the folder they were written to (None before `save`)."""
+
+    report: Any
+    classifier: Classifier
+    output: Path | None
+
+    @abstractmethod
+    def _write(self, folder: Path) -> None:
+        """Write everything into an empty folder."""
+
+    def _write_model(self, folder: Path, probe: torch.Tensor | None, triggers: Sequence[Trigger]) -> None:
+        """Write the model, checked on `probe` as `check_loads` does, and the trigger files."""
+        weights = self.classifier.save(folder)
+        check_loads(self.classifier, folder, probe)
+        self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
+        for trigger in triggers:
+            (folder / "triggers").mkdir(exist_ok=True)
+            trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+
+    def _write_card(self, folder: Path, build: Callable[..., str], source_card: str | None, plots: list[str]) -> None:
+        """Write the card that `build` makes of the report, if it is valid, and the report."""
+        card = build(
+            self.report, source_card=source_card, repo_id=self.report.output.pushed_to, plots=plots,
+            labels=self.classifier.labels,
+        )  # fmt: skip
+        validate_card(card)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        self.report.save(folder)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write model, card, report, pictures and triggers to `folder`, which appears complete or not at all.
+
+        Of several processes only the main one writes; the others return at once, with the same path.
+
+        Args:
+            overwrite: replace an earlier result of hfdetox; anything else is never replaced.
+
+        Raises:
+            UsageError: the folder holds something else.
+            RunError: it cannot be written (disk full), or what was written does not give the same logits again.
+        """
+        folder = Path(folder)
+        if not is_main_process():
+            self.output = folder
+            return folder
+        with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
+            check_output(folder, overwrite=overwrite)
+            self._place(folder)
+        self.output = folder
+        return folder
+
+    def _place(self, folder: Path) -> None:
+        try:
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            fresh = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+            # not mkdtemp, whose folders only their owner can read, whatever the umask
+            fresh.mkdir()
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write beside {folder}: {reason}; choose another --output") from error
+        try:
+            self._write(fresh)
+            write_manifest(fresh)
+            publish_folder(fresh, folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"cannot write {folder}: {reason}; free some space") from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    def _push(self, repo_id: str, **push_options: Any) -> PushResult:
+        """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
+
+        Of several processes only the main one pushes; the others return at once, with an empty commit.
+        """
+        if not is_main_process():
+            return PushResult(repo_id, "", f"{constants.ENDPOINT}/{repo_id}", None)
+        saved = self.output
+        # what is pushed from memory stays on the disk until it has arrived: the message of a failed push names it
+        folder = saved or self.save(Path(tempfile.mkdtemp(prefix="hfdetox-")) / repo_id.rpartition("/")[2])
+        pushed = push_output(folder, repo_id, **push_options)
+        output = replace(self.report.output, pushed_to=pushed.repo_id, commit=pushed.commit)
+        self.report = replace(self.report, output=output)
+        if saved is None:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            self.output = None
+        return pushed
 
 
 @dataclass
@@ -85,28 +182,57 @@ class DetoxResult(SavedResult):
 
     def _write(self, folder: Path) -> None:
         self._write_model(folder, self.artifacts.probe, self.artifacts.triggers)
-        draw_plots(
-            self.report, folder / "plots", weight_changes=self.artifacts.weight_changes, strip=self.artifacts.strip
-        )
-        for name, text in eval_results(self.report, self.artifacts.dataset_eval_yaml,
-                                       whole_split=self.artifacts.whole_split).items():  # fmt: skip
+        shown = self.artifacts
+        draw_plots(self.report, folder / "plots", weight_changes=shown.weight_changes, strip=shown.strip)
+        stated = eval_results(self.report, shown.dataset_eval_yaml, whole_split=shown.whole_split)
+        for name, text in stated.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
         self._write_card(folder, build_card, self.artifacts.source_card, plots)
 
 
+@torch.inference_mode()
+def check_loads(classifier: Classifier, folder: Path, probe: torch.Tensor | None) -> None:
+    """Raise RunError unless the model saved in `folder` gives the logits of the one in memory on `probe` (uint8).
+
+    The numbers in a card are those of the model in memory; they must be those of the file as well. Nothing is
+    compared without a probe, or for a module of neither library, which only its author can build.
+    """
+    if probe is None or classifier.info.library == "torch":
+        return
+    again = load_classifier(
+        folder, preprocessing=classifier.given_preprocessing, labels=classifier.labels,
+        trust_remote_code=classifier.trusts_remote_code,
+    )  # fmt: skip
+    # the model in memory is its caller's: it stays on its device, and every part of it in its mode
+    network = classifier.network
+    device = next(iter(network.model.parameters()), probe).device
+    modes = {part: part.training for part in network.modules()}
+    try:
+        here = network.eval().to(device)(probe.to(device))
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not torch.allclose(again.network.to(device)(probe.to(device)), here, rtol=1e-4, atol=1e-4):
+        raise RunError("the saved model does not give the logits of the one in memory; nothing was written. "
+                       "Report this with the model's id")  # fmt: skip
+
+
 def gather_artifacts(classifier: Classifier, images: Images, evaluation: Evaluator) -> Artifacts:
     """Return what the output folder shows besides the report, as far as it is known before the training."""
-    info, clean = images.info, evaluation.clean
+    info = images.info
     benchmark = read_text_file(info.id, "eval.yaml", info.revision, "dataset") if info.revision is not None else None
     return Artifacts(
-        triggers=[view.trigger for view in evaluation.views],
-        source_card=classifier.card_source(),
-        dataset_eval_yaml=benchmark,
-        whole_split=images.whole_split,
-        probe=clean.__getitems__(range(min(CHECKED_IMAGES, len(clean))))[1].cpu(),
-    )
+        triggers=[view.trigger for view in evaluation.views], source_card=classifier.card_source(),
+        dataset_eval_yaml=benchmark, whole_split=images.whole_split, probe=_probe(evaluation),
+    )  # fmt: skip
+
+
+def _probe(evaluation: Evaluator) -> torch.Tensor:
+    """Return the first images, as the model sees them, which the saved model is checked on."""
+    clean = evaluation.clean
+    return clean.__getitems__(range(min(CHECKED_IMAGES, len(clean))))[1].cpu()
 
 
 def selected_weights(classifier: Classifier, method: DefenseConfig) -> dict[str, NDArray[np.float32]]:
@@ -157,31 +283,21 @@ def draw_strip(evaluation: Evaluator, before: Predictions, after: Predictions) -
     clean, labels = evaluation.clean, evaluation.classifier.labels
     if evaluation.classifier.preprocessing.dtype != torch.uint8:
         return []
-    shared = set(clean.positions.tolist())
-    for view in evaluation.views:
-        shared &= set(view.source.positions.tolist())
+    shared = set(clean.positions.tolist()).intersection(*(view.source.positions.tolist() for view in evaluation.views))
     chosen = sorted(shared or clean.positions.tolist())
     chosen = chosen[:: max(1, len(chosen) // STRIP_COLUMNS)][:STRIP_COLUMNS]
     rows = [_row("Clean images", clean, chosen, labels, before.predicted, after.predicted)]
-    for view in evaluation.views[: STRIP_ROWS - 1]:
-        name = view.trigger.name
-        if shared:
-            rows.append(
-                _row(f"Trigger {name}", view.source, chosen, labels, before.triggered[name], after.triggered[name])
-            )
+    for view in evaluation.views[: STRIP_ROWS - 1] if shared else []:
+        old, new = (state.triggered[view.trigger.name] for state in (before, after))
+        rows.append(_row(f"Trigger {view.trigger.name}", view.source, chosen, labels, old, new))
     return rows
 
 
 def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], before: NDArray[np.int64],
          after: NDArray[np.int64]) -> StripRow:  # fmt: skip
     items, pictures, truth = pixels.pictures(chosen)
-    return StripRow(
-        title,
-        pictures,
-        [labels[i] for i in truth],
-        [labels[i] for i in before[items]],
-        [labels[i] for i in after[items]],
-    )
+    names = ([labels[i] for i in found] for found in (truth, before[items], after[items]))
+    return StripRow(title, pictures, *names)
 
 
 @dataclass
@@ -237,8 +353,7 @@ class AttackResult(SavedResult):
 
     def _write(self, folder: Path) -> None:
         evaluation = self.artifacts.evaluation
-        probe = evaluation.clean.__getitems__(range(min(CHECKED_IMAGES, len(evaluation.clean))))[1].cpu()
-        self._write_model(folder, probe, self.triggers)
+        self._write_model(folder, _probe(evaluation), self.triggers)
         plots = []
         if self.triggers and evaluation.classifier.preprocessing.dtype == torch.uint8:
             (folder / GALLERY).parent.mkdir()
