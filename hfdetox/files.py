@@ -88,7 +88,8 @@ def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[Non
         yield
     finally:
         if outermost:
-            for name in LOCK_FILES:
+            # the lock last: whoever takes the next one writes its own name
+            for name in (HOLDER, LOCK):
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
         lock.release()

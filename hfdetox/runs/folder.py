@@ -279,10 +279,18 @@ def holds_output(run: Callable[[Given], Result]) -> Callable[[Given], Result]:
 
 
 def fingerprint(classifier: Classifier, images: Images) -> dict[str, str | None]:
-    """Return what a resumed run must find as it was: the version, the weights, which images, and what is on them."""
-    pixels = hashlib.sha256(b"".join(images.clean.fingerprints())).hexdigest()
+    """Return what a resumed run must find as it was: the version, the model, which images, and what is on them.
+
+    Of the preprocessing that is what it makes of the first image; a function of the caller's has no other mark.
+    """
+    clean, prepare = images.clean, classifier.preprocessing
+    pixels = hashlib.sha256(b"".join(clean.fingerprints())).hexdigest()
+    prepared = str((prepare.mean, prepare.std, prepare.scale, prepare.prepare(clean.image(0)).tolist()))
+    labels = json.dumps([list(classifier.labels), [int(label) for label in clean.labels]])
     return {
         "hfdetox version": __version__, "model weights": classifier.info.weights_sha256,
         "rows of the clean images": images.info.indices_sha256, "clean images": pixels,
         "rows of the evaluation images": images.info.eval_indices_sha256,
+        "labels": hashlib.sha256(labels.encode()).hexdigest(),
+        "preprocessing": hashlib.sha256(prepared.encode()).hexdigest(),
     }  # fmt: skip

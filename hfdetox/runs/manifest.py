@@ -41,9 +41,9 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove what hfdetox wrote to a folder, and the folder if nothing else is in it."""
+    """Remove what hfdetox wrote to a folder, and the folder if nothing but empty folders is in it then."""
     own = [*_own_files(folder), MANIFEST]
-    places = {folder, *(parent for name in own for parent in (folder / name).parents if folder in parent.parents)}
+    places = [folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())]
     with contextlib.suppress(OSError):
         for name in own:
             (folder / name).unlink(missing_ok=True)
@@ -61,8 +61,13 @@ def _own_files(folder: Path) -> list[str]:
     recorded = _recorded(folder)
     plain = [name for name in _files(folder) if (folder / name).is_file() and not (folder / name).is_symlink()]
     if recorded is None:
-        return [name for name in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN)]
+        return [name for name in plain if any(_fits(name, pattern) for pattern in _KNOWN)]
     return [name for name in plain if name in recorded and recorded[name] == sha256_file(folder / name)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    # to fnmatch a star is a slash as well
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
 
 
 def _recorded(folder: Path) -> dict[str, str] | None:

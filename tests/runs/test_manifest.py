@@ -19,7 +19,8 @@ __all__ = ["folder"]
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-@pytest.mark.parametrize("name", [".git/config", ".gitattributes", "thesis.txt", "plots/mine.svg", "data/0.png"])
+@pytest.mark.parametrize("name", [".git/config", ".gitattributes", "thesis.txt", "plots/mine.svg", "data/0.png",
+                                  "src/mine.py", "model-zoo/best.safetensors", "LICENSES/mine"])  # fmt: skip
 def test_what_hfdetox_did_not_write_is_refused_and_named(folder: Path, name: str, manifest: bool) -> None:
     if manifest:
         write_manifest(folder)
@@ -53,6 +54,28 @@ def test_a_manifest_that_cannot_be_read_gives_nothing_away(folder: Path, damage:
     (folder / MANIFEST).write_text(damage, encoding="latin-1")
     with pytest.raises(UsageError, match="which is not as hfdetox wrote it"):
         check_output(folder, overwrite=True)
+
+
+def test_empty_folders_of_somebody_are_in_nobodys_way(folder: Path) -> None:
+    (folder / "mine" / "later").mkdir(parents=True)
+    for _ in range(2):
+        write_manifest(folder)
+        fresh = folder.with_name("fresh")
+        shutil.copytree(folder, fresh)
+        publish_folder(fresh, folder)
+        assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_link_is_not_replaced_and_what_it_leads_to_stays(folder: Path) -> None:
+    write_manifest(folder)
+    before = contents(folder)
+    link, broken = folder.with_name("link"), folder.with_name("broken")
+    link.symlink_to(folder)
+    broken.symlink_to(folder.with_name("nothing"))
+    for place in (link, broken):
+        with pytest.raises(UsageError, match="is a link, which the result would replace"):
+            check_output(place, overwrite=True)
+    assert contents(folder) == before
 
 
 def test_an_earlier_result_is_replaced_whole(folder: Path) -> None:
