@@ -227,6 +227,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """
     if output.name in ("", ".."):
         raise UsageError(f"--output {output} has no name of its own; give the folder a name")
+    if output.is_symlink():
+        raise UsageError(f"{output} is a link, which the result would replace; name the folder that it leads to")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     made_here = output.is_dir() and any((output / name).is_file() for name in REPORT_NAMES)

@@ -278,3 +278,17 @@ def test_a_run_is_not_resumed_with_a_model_or_images_that_changed(
     weights_file.write_bytes(content)
     assert cli.run(["--resume", str(run)]) == 2
     assert "model weights (" in error_line(capsys.readouterr().err)
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    # the same weights and images, and yet another training
+    config, processor = model / "config.json", model / "preprocessor_config.json"
+    for file, key, value, name in (
+        (config, "id2label", lambda old: {**old, "0": old["1"], "1": old["0"]}, "labels"),
+        (processor, "image_mean", lambda old: [0.9] * len(old), "preprocessing"),
+    ):
+        text = file.read_text()
+        plain = json.loads(text)
+        file.write_text(json.dumps({**plain, key: value(plain[key])}))
+        assert cli.run(["--resume", str(run)]) == 2
+        assert f"began with other inputs: {name} (" in error_line(capsys.readouterr().err)
+        file.write_text(text)
