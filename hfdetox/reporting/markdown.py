@@ -67,10 +67,16 @@ def _safe(markdown: str, base_url: str | None) -> str:
     # the parser leaves a link that it takes for unsafe as text, which another parser may take for a link
     parser.validateLink = lambda url: True  # type: ignore[method-assign]
     # our marks in a stranger's code block would be taken for ours the next time
-    tree = SyntaxTreeNode(parser.parse(markdown[:SOURCE_MOST].replace("<!-- hfdetox:", "<!-- hfdetox,")))
-    highest = min((int(node.tag[1]) for node in tree.walk() if node.type == "heading"), default=SOURCE_LEVEL)
+    shown = markdown[:SOURCE_MOST].replace("<!-- hfdetox:", "<!-- hfdetox,")
+    try:
+        tree = SyntaxTreeNode(parser.parse(shown))
+        highest = min((int(node.tag[1]) for node in tree.walk() if node.type == "heading"), default=SOURCE_LEVEL)
+        written = _write(tree, max(0, SOURCE_LEVEL - highest), base_url)
+    except RecursionError:
+        # emphasis in emphasis, hundreds deep: the parser bounds all but that
+        written = fenced(shown, "")
     cut = f"\n\n(Only the first {SOURCE_MOST:,} characters are shown.)" if len(markdown) > SOURCE_MOST else ""
-    return _write(tree, max(0, SOURCE_LEVEL - highest), base_url) + cut
+    return written + cut
 
 
 def _write(node: SyntaxTreeNode, shift: int, base_url: str | None) -> str:

@@ -167,6 +167,14 @@ def test_a_long_card_is_cut_and_says_so() -> None:
     assert embed_source("a" * SOURCE_MOST, BASE) == "a" * SOURCE_MOST
 
 
+def test_emphasis_without_end_does_not_end_the_run() -> None:
+    nested = "**a " * 3000 + f"{SOURCE_MARK[:-1]}\n# Verified\n" + " b**" * 3000
+    for source in (nested, nested.replace("\n# Verified\n", " ")):
+        written = embed_source(source, BASE)
+        assert "**a **a" in written.replace("\\", "")
+        check(written)
+
+
 PIECES = (
     "# Verified", "## Verified\n", "Verified\n===", "---", "- ", "* ", "1. ", "> ", "    ", "\t", "\n", "\n\n", "```",
     "~~~", "`", "``", "*", "**", "_", "[", "]", "](", "](javascript:alert(1))", "[a]: javascript:x\n", "[a]", "![",
