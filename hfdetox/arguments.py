@@ -76,8 +76,11 @@ class Options:
     def __post_init__(self) -> None:
         for name, one in options_of(self).items():
             value = getattr(self, name)
-            if value is not None and one.least is not None and value < one.least:
-                raise UsageError(f"--{one.flag} must be at least {one.least}, got {value}")
+            if value is not None and one.least is not None:
+                if not isinstance(value, numbers.Integral):
+                    raise UsageError(f"--{one.flag} must be a whole number, got {value!r}")
+                if value < one.least:
+                    raise UsageError(f"--{one.flag} must be at least {one.least}, got {value}")
             if value is not None and one.check is not None:
                 one.check(f"--{one.flag}", value)
 

@@ -128,8 +128,8 @@ class Registry(Mapping[str, type[Member]]):
             if isinstance(kind, type) and issubclass(kind, self.base) and getattr(kind, self.key, None) == point.name:
                 _describe(kind, None)
                 return kind
-        # a stranger's module may raise anything
-        except Exception as error:
+        # a stranger's module may raise anything, or be a script that ends the process
+        except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"{self._offer(point)}, which cannot be loaded ({reason})") from error
         raise UsageError(f"{self._offer(point)}, which is no {self.base.__name__} with the {self.key} {point.name!r}")

@@ -93,6 +93,8 @@ def test_objects_are_recorded_as_texts_or_not_at_all() -> None:
     [
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"eval_samples": 0}, "--eval-samples must be at least 1, got 0"),
+        ({"eval_samples": 1.5}, "--eval-samples must be a whole number, got 1.5"),
+        ({"seed": "0"}, "--seed must be a whole number, got '0'"),
         ({"clean_samples": 0}, "--samples 0 leaves no images"),
         ({"clean_samples": 1.5}, "--samples 1.5 is not a fraction"),
         ({"clean_samples": "few"}, "--samples 'few' is neither a count"),

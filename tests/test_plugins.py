@@ -148,6 +148,7 @@ def test_nothing_of_a_package_is_imported_before_its_name_is_asked_for(
     [
         ("import nowhere_at_all", "which cannot be loaded (ModuleNotFoundError: No module named 'nowhere_at_all')"),
         ("raise SystemError('two\\nlines')", "which cannot be loaded (SystemError: two lines)"),
+        ("raise SystemExit('usage: bad FILE')", "which cannot be loaded (SystemExit: usage: bad FILE)"),
         ("", "which cannot be loaded (AttributeError: module 'bad' has no attribute 'Config')"),
         ("Config = 3", "which is no DefenseConfig with the name 'tune'"),
         ("class Config: name = 'tune'", "which is no DefenseConfig with the name 'tune'"),
