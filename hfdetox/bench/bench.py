@@ -140,7 +140,7 @@ class Bench(TaskFolder[Run]):
     def finish(self) -> None:
         """Put in order what was finished when the bench was stopped, and draw the pictures of what there is."""
         for name, run in self.tasks.items():
-            if self.rows[name].status == "done":
+            if self.rows[name]["status"] == "done":
                 self.tidy(run, 0)
         draw_bench(self.outcome())
 

@@ -91,7 +91,7 @@ class TaskFolder(ABC, Generic[TaskT]):
 
     title: ClassVar[str]
     report: ClassVar[type[RunReport]]
-    tables: ClassVar[type[Tables[Any]]]
+    tables: ClassVar[type[Tables]]
 
     def __init__(self, suite: SuiteFile, settings: Settings) -> None:
         self.suite, self.settings, self.folder = suite, settings, settings.output
@@ -254,8 +254,8 @@ class TaskFolder(ABC, Generic[TaskT]):
 
     def _newest(self, row: Row) -> Row:
         with contextlib.suppress(UsageError):
-            found = row if row.status not in OPEN else self.row(self.tasks[row.name])
-            return row if found.status == "not run" else found
+            found = row if row["status"] not in OPEN else self.row(self.tasks[row["name"]])
+            return row if found["status"] == "not run" else found
         return row
 
 

@@ -26,9 +26,9 @@ def draw_bench(tables: BenchTables) -> list[str]:
     Raises RunError when a file cannot be written.
     """
     written, folder = [], tables.folder / PLOTS
-    attacked = [row for row in tables.rows if not row.clean]
-    for model in dict.fromkeys(row.model for row in attacked):
-        rows = [row for row in attacked if row.model == model]
+    attacked = [row for row in tables.rows if not row["clean"]]
+    for model in dict.fromkeys(row["model"] for row in attacked):
+        rows = [row for row in attacked if row["model"] == model]
         for kind, draw in (("heatmap", draw_heatmap), ("scatter", draw_scatter)):
             with house_style():
                 figure, picture = draw(results(rows), averages(rows)), io.BytesIO()

@@ -51,11 +51,9 @@ class TaskRunner(Generic[TaskT]):
 
     def __init__(self, folder: TaskFolder[TaskT], jobs: int, *, progress: bool) -> None:
         self.folder, self.jobs = folder, jobs
-        rows = folder.rows
         # what is not run for a reason cannot be
-        self.waiting = {name: task for name, task in folder.tasks.items()
-                        if rows[name].status == "failed" or (rows[name].status == "not run" and not rows[name].reason)
-                        }  # fmt: skip
+        self.waiting = {name: folder.tasks[name] for name, row in folder.rows.items()
+                        if row["status"] == "failed" or (row["status"] == "not run" and not row["reason"])}  # fmt: skip
         self.running: dict[str, Running] = {}
         self.elsewhere: set[str] = set()
         self.progress = progress
@@ -77,7 +75,7 @@ class TaskRunner(Generic[TaskT]):
         needed, rows = self.folder.needs(task), self.folder.rows
         if len(self.running) >= self.jobs or needed in self.waiting or needed in self.running:
             return False
-        if needed is not None and rows[needed].status == "failed":
+        if needed is not None and rows[needed]["status"] == "failed":
             return self._end(self.folder.tables.row(task, "failed", f"its clean model {needed} failed"))
         log = self.folder.claim(task)
         if log is None:
@@ -86,7 +84,7 @@ class TaskRunner(Generic[TaskT]):
                 self._say(f"waiting: {task.name}: another run works on it")
             return False
         row, final = self._row(task)
-        if final or (task.name in self.elsewhere and row.status == "failed" != rows[task.name].status):
+        if final or (task.name in self.elsewhere and row["status"] == "failed" != rows[task.name]["status"]):
             # another run has finished it, or has seen it fail since this one began
             log.close()
             return self._end(row)
@@ -104,7 +102,7 @@ class TaskRunner(Generic[TaskT]):
                 row, final = self._row(task)
                 if not final:
                     row = self.folder.tables.row(task, "failed", self.folder.reason(task, running.process))
-                    self.folder.record(task, row.reason)
+                    self.folder.record(task, row["reason"])
             self._end(row)
         return bool(ended)
 
@@ -114,12 +112,12 @@ class TaskRunner(Generic[TaskT]):
             row = self.folder.row(task)
         except UsageError as error:
             return self.folder.tables.row(task, "failed", str(error)), True
-        return row, row.status not in OPEN
+        return row, row["status"] not in OPEN
 
     def _end(self, row: Row) -> bool:
-        self.waiting.pop(row.name, None)
-        self.folder.rows[row.name] = row
-        self._say(row.line())
+        self.waiting.pop(row["name"], None)
+        self.folder.rows[row["name"]] = row
+        self._say(self.folder.tables.line(row))
         self.bar.update()
         self.folder.write()
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -18,12 +18,13 @@ from rich.text import Text
 from scipy.special import stdtrit
 
 from hfdetox._version import __version__
-from hfdetox.bench.tables import BenchRow, Tables, csv_table, markdown_table, rich_table, shown
+from hfdetox.bench.tables import Row, Tables, at_path, csv_table, markdown_table, redacted, rich_table, shown
 from hfdetox.bench.tasks import BENCH_CSV, BENCH_FILES, BENCH_JSON, BENCH_MARKDOWN, TRIALS_CSV, Run
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import percent
 from hfdetox.reporting import markdown
+from hfdetox.reporting.report import Report
 
 BEFORE = "before"  # the line of a model as it came
 FINE_TUNING = "ft"  # the suite's name of the defense that costs are relative to
@@ -41,6 +42,35 @@ _LEGEND = (
     "Seeds that were not run on all models are left out ('1 of 3'); a line with a failed run has no numbers."
 )
 RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
+# What a run's row says of its report, and where that lies there; rates are fractions in [0, 1].
+MEASURED = {
+    "method": "defense.name",  # the defense's own name, where `defense` is the suite's, with all of its settings
+    "settings": "defense.parameters",
+    "accuracy_before": "before.accuracy.value",
+    "accuracy": "after.accuracy.value",
+    # means over the model's triggers, None for a model without
+    "attack_success_before": "before.triggers.*.attack_success_rate.value",
+    "attack_success": "after.triggers.*.attack_success_rate.value",
+    "robust_accuracy_before": "before.triggers.*.robust_accuracy.value",
+    "robust_accuracy": "after.triggers.*.robust_accuracy.value",
+    # defense effectiveness rating, mean over the triggers, with its 95 % interval over images
+    "der": "defense_effectiveness_rating.mean.value",
+    "der_low": "defense_effectiveness_rating.mean.interval.0",
+    "der_high": "defense_effectiveness_rating.mean.interval.1",
+    # lowest accuracy of a class, and the standard deviation of the accuracies over the classes
+    "worst_class_before": "before.classes.worst.value",
+    "worst_class": "after.classes.worst.value",
+    "spread_before": "before.classes.spread",
+    "spread": "after.classes.spread",
+    # seconds of the method alone, without measuring; bytes of memory, see the report
+    **{
+        key: f"defense.{key}" for key in ("epochs", "steps", "seconds", "images_per_second", "peak_memory", "precision")
+    },
+    "device": "defense.devices",
+    "dataset": "dataset.id",  # of a folder the last part
+    "clean_images": "dataset.clean_samples",
+    "eval_images": "dataset.eval_samples",
+}
 
 
 @dataclass(frozen=True)
@@ -105,13 +135,13 @@ class SummaryRow:
         return plain | {key: vars(score) for key, score in plain.pop("scores").items()} | last
 
 
-def results(rows: Sequence[object]) -> list[SummaryRow]:
+def results(rows: Sequence[Row]) -> list[SummaryRow]:
     """Return the lines of every model: it as it came, then each defense, in the order of the bench's `rows`."""
     return [line for _, of_model in _frame(rows).groupby("subject", sort=False)
             for line in _lines(of_model, of_model["defense"].unique())]  # fmt: skip
 
 
-def averages(rows: Sequence[object]) -> list[SummaryRow]:
+def averages(rows: Sequence[Row]) -> list[SummaryRow]:
     """Return the averages over attacks: of one model, over the attacks that several defenses were asked to meet.
 
     Every set of attacks that some defense was asked for gets a table of the defenses that were asked for all of it, so
@@ -128,8 +158,8 @@ def averages(rows: Sequence[object]) -> list[SummaryRow]:
     return lines
 
 
-def _frame(rows: Sequence[object]) -> pd.DataFrame:
-    frame = pd.DataFrame([vars(row) for row in rows], dtype=object)
+def _frame(rows: Sequence[Row]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, dtype=object)
     numbers = [*RATES, *(f"{rate}_before" for rate in RATES if rate != "der"), "seconds", "peak_memory"]
     frame[numbers] = frame[numbers].astype(float)
     return frame.assign(accuracy_lost=frame["accuracy_before"] - frame["accuracy"])
@@ -188,20 +218,37 @@ def _cost(done: pd.DataFrame, frame: pd.DataFrame) -> float | None:
 
 
 @dataclass(frozen=True)
-class BenchTables(Tables[BenchRow]):
-    """A bench after a run over its suite."""
+class BenchTables(Tables):
+    """A bench after a run over its suite.
+
+    A row's `subject` is the model that a defense was tried on, `model` and `attack` say what that is; `clean` is
+    whether it is a clean baseline, which is in no average over attacks. `defense` is the suite's name of the defense.
+    """
 
     title = "bench"
     files = BENCH_FILES
 
     @staticmethod
-    def row(task: Run, status: str = "not run", reason: str | None = None, report: Any = None) -> BenchRow:
+    def row(task: Run, status: str = "not run", reason: str | None = None, report: Report | None = None) -> Row:
         """Return a run's row; of a finished one with what its report says."""
         method, target = parse_defense(task.entry.defense, task.entry.settings)[0], task.target
-        row = BenchRow(name=task.name, subject=target.name, model=target.model, attack=target.attack,
-                       defense=task.label, samples=task.samples, seed=task.seed, clean=target.clean, status=status,
-                       reason=reason, method=method.name, settings=method.settings())  # fmt: skip
-        return row if report is None else row.measured(report)
+        row = {"name": task.name, "subject": target.name, "model": target.model, "attack": target.attack,
+               "defense": task.label, "samples": task.samples, "seed": task.seed, "clean": target.clean,
+               "status": status, "reason": reason, **dict.fromkeys(MEASURED),
+               "method": method.name, "settings": method.settings()}  # fmt: skip
+        if report is None or report.before is None or report.after is None:
+            return row
+        plain = report.to_dict()
+        found = {column: at_path(plain, path) for column, path in MEASURED.items()}
+        return {**row, **found, "status": "done", "device": ", ".join(found["device"]),
+                "dataset": redacted([str(found["dataset"])])[0]}  # fmt: skip
+
+    @staticmethod
+    def numbers(row: Row) -> list[str]:
+        """Return the rates after the defense, and its seconds."""
+        rates = {"ACC": row["accuracy"], "ASR": row["attack_success"], "DER": row["der"]}
+        found = [f"{name} {percent(rate)}" for name, rate in rates.items() if rate is not None]
+        return found if row["seconds"] is None else [*found, f"{row['seconds']:,.0f} s"]
 
     @cached_property
     def averages(self) -> list[SummaryRow]:
@@ -215,11 +262,11 @@ class BenchTables(Tables[BenchRow]):
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the method and the settings of every defense, by the suite's names."""
-        return {row.defense: {"method": row.method, **row.settings} for row in self.rows if row.settings is not None}
+        return {row["defense"]: {"method": row["method"], **row["settings"]} for row in self.rows}
 
     def document(self) -> dict[str, Any]:
         """Return the content of `bench.json`; the settings are told once for each defense."""
-        trials = [{key: value for key, value in asdict(row).items() if key != "settings"} for row in self.rows]
+        trials = [{key: value for key, value in row.items() if key != "settings"} for row in self.rows]
         return {
             "schema_version": 1, "hfdetox_version": __version__, "suite": self.suite,
             "measured": self.measured(), "defenses": self.settings(),
@@ -243,12 +290,10 @@ class BenchTables(Tables[BenchRow]):
 
     def measured(self) -> dict[str, list[Any]]:
         """Return on what the finished runs were run and measured; several values where they differ."""
-        done = [row for row in self.rows if row.status == "done"]
+        done = [row for row in self.rows if row["status"] == "done"]
         keys = ("dataset", "clean_images", "eval_images", "precision", "device")
         # a method that trains nothing has no precision
-        return {
-            key: [v for v in dict.fromkeys(getattr(row, key) for row in done) if v not in (None, "")] for key in keys
-        }
+        return {key: [v for v in dict.fromkeys(row[key] for row in done) if v not in (None, "")] for key in keys}
 
     def about(self) -> str:
         """Return what `measured` says, on one line."""
@@ -277,7 +322,7 @@ class BenchTables(Tables[BenchRow]):
 
     def texts(self) -> dict[str, str]:
         """Return the contents of `bench.md`, `bench.csv` (a line each of its lines) and `trials.csv` (a line a run)."""
-        trials = [asdict(row) | {"settings": json.dumps(row.settings)} for row in self.rows]
+        trials = [row | {"settings": json.dumps(row["settings"])} for row in self.rows]
         lines = [_csv_row(table, line) for table, group in (("average", self.averages), ("model", self.results))
                  for line in group]  # fmt: skip
         return {BENCH_MARKDOWN: self.markdown(), BENCH_CSV: csv_table(lines), TRIALS_CSV: csv_table(trials)}
@@ -300,8 +345,8 @@ class BenchTables(Tables[BenchRow]):
 
     def _notes(self) -> list[str]:
         """Return a line for each failed run, and one for those that were not run."""
-        notes = [row.line() for row in self.rows if row.status == "failed"]
-        left = Counter(row.reason or "not run yet" for row in self.rows if row.status == "not run")
+        notes = [self.line(row) for row in self.rows if row["status"] == "failed"]
+        left = Counter(row["reason"] or "not run yet" for row in self.rows if row["status"] == "not run")
         return notes + [f"not run: {count} ({reason})" for reason, count in left.items()]
 
 

@@ -1,4 +1,4 @@
-"""What came of a suite's tasks: one row each, as JSON, Markdown and CSV and on a terminal; those of the bench."""
+"""What came of a suite's tasks: one row each, as JSON, Markdown and CSV and on a terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import pandas as pd
 from rich.box import SIMPLE
@@ -18,44 +18,23 @@ from rich.text import Text
 
 from hfdetox.config import redact_paths
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.results import Measurement
-from hfdetox.evaluation.verdict import percent
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting import markdown
-from hfdetox.reporting.report import Report
 
 LOCK_SECONDS = 60.0  # that a run waits for another to write its tables
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class Row:
-    """A task and what came of it.
-
-    Attributes:
-        name: the task's folder.
-        status: `done`, `failed` or `not run`, and of an attack `did not take`: finished, but it missed its goal.
-        reason: why it failed or cannot be run, one line.
-    """
-
-    name: str
-    status: str
-    reason: str | None
-
-    def numbers(self) -> list[str]:
-        """Return what was measured, in words; nothing unless it is finished."""
-        raise NotImplementedError
-
-    def line(self) -> str:
-        """Return what is said when the task ends, such as `done: cell/ft-s0: ACC 91.0 %, ASR 3.0 %, DER 96.1 %, …`."""
-        said = ", ".join(self.numbers()) or self.reason
-        return f"{self.status}: {self.name}" + (f": {said}" if said else "")
-
-
-RowT = TypeVar("RowT", bound=Row)
+# A task and what came of it, as the JSON file holds it:
+#     name: the task's folder.
+#     status: `done`, `failed` or `not run`, and of an attack `did not take`: finished, but it missed its goal.
+#     reason: why it failed or cannot be run, one line; else None.
+# and besides what the suite says of it, and what its report says: None unless it is finished.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Tables(ABC, Generic[RowT]):
+class Tables(ABC):
     """What a run over a suite came to: one row a task, in the order in which they are run.
 
     Attributes:
@@ -68,21 +47,33 @@ class Tables(ABC, Generic[RowT]):
 
     folder: Path
     suite: str
-    rows: Sequence[RowT]
+    rows: Sequence[Row]
 
     @property
     def exit_status(self) -> int:
         """0 when every task is done, 1 when one failed, missed its goal or was not run."""
-        return int(any(row.status != "done" for row in self.rows))
+        return int(any(row["status"] != "done" for row in self.rows))
 
     def summary(self) -> str:
         """Return how many tasks came to what, on one line."""
-        return ", ".join(f"{count} {status}" for status, count in Counter(row.status for row in self.rows).items())
+        counts = Counter(row["status"] for row in self.rows)
+        return ", ".join(f"{count} {status}" for status, count in counts.items())
 
     @staticmethod
     @abstractmethod
-    def row(task: Any, status: str = "not run", reason: str | None = None, report: Any = None) -> Any:
+    def row(task: Any, status: str = "not run", reason: str | None = None, report: Any = None) -> Row:
         """Return a task's row; of a finished one with what its report says."""
+
+    @staticmethod
+    @abstractmethod
+    def numbers(row: Row) -> list[str]:
+        """Return what was measured, in words; nothing unless the task is finished."""
+
+    @classmethod
+    def line(cls, row: Row) -> str:
+        """Return what is said when the task ends, such as `done: cell/ft-s0: ACC 91.0 %, ASR 3.0 %, DER 96.1 %, …`."""
+        said = ", ".join(cls.numbers(row)) or row["reason"]
+        return f"{row['status']}: {row['name']}" + (f": {said}" if said else "")
 
     @abstractmethod
     def document(self) -> dict[str, Any]:
@@ -150,6 +141,16 @@ def shown(value: Any, form: str = "") -> str:
     return "–" if value is None else format(value, form)
 
 
+def at_path(found: Any, path: str) -> Any:
+    """Return what lies in plain JSON types under keys with points between, None where nothing does; `*` is the mean."""
+    first, _, rest = path.partition(".")
+    if first == "*":
+        values = [at_path(value, rest) for value in found.values()]
+        return sum(values) / len(values) if values else None
+    inner = found[int(first)] if isinstance(found, list | tuple) else found.get(first)
+    return at_path(inner, rest) if rest and inner is not None else inner
+
+
 def redacted(argv: Sequence[str]) -> list[str]:
     """Return a command without where on this machine things lie."""
     return [redact_paths(word).removeprefix("./") if os.sep in word else word for word in argv]
@@ -181,91 +182,3 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> li
     """Return the lines of a table in Markdown."""
     texts = (" | ".join(map(markdown.text, cells)) for cells in rows)
     return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(f"| {text} |" for text in texts)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchRow(Row):
-    """One run of a defense and what came of it; the numbers are None unless it is done. Rates are fractions in [0, 1].
-
-    Attributes:
-        subject: the model it was run on; `model` and `attack` say what that is.
-        defense: the suite's name of the defense; `method` is the defense's own, with all of its settings.
-        dataset: of a finished run the id, of a folder the last part; `clean_images` and `eval_images` are counts.
-        clean: whether the model is a clean baseline, which is in no average over attacks.
-        attack_success_before: mean over the model's triggers, None for a model without; so are those after it.
-        der: defense effectiveness rating, mean over the triggers, with its 95 % interval over images.
-        worst_class_before: lowest accuracy of a class.
-        spread_before: standard deviation of the accuracies over the classes.
-        seconds: of the method alone, without measuring.
-        peak_memory: bytes, see the report.
-    """
-
-    name: str
-    subject: str
-    model: str
-    attack: str
-    defense: str
-    samples: int | float
-    seed: int
-    clean: bool = False
-    status: str = "not run"
-    reason: str | None = None
-    method: str | None = None
-    settings: dict[str, Any] | None = None
-    accuracy_before: float | None = None
-    accuracy: float | None = None
-    attack_success_before: float | None = None
-    attack_success: float | None = None
-    robust_accuracy_before: float | None = None
-    robust_accuracy: float | None = None
-    der: float | None = None
-    der_low: float | None = None
-    der_high: float | None = None
-    worst_class_before: float | None = None
-    worst_class: float | None = None
-    spread_before: float | None = None
-    spread: float | None = None
-    epochs: int | None = None
-    steps: int | None = None
-    seconds: float | None = None
-    images_per_second: float | None = None
-    peak_memory: int | None = None
-    precision: str | None = None
-    device: str | None = None
-    dataset: str | None = None
-    clean_images: int | None = None
-    eval_images: int | None = None
-
-    def measured(self, report: Report) -> Self:
-        """Return the row of the finished run with what its report says."""
-        if report.before is None or report.after is None:
-            return self
-        defense, dataset = report.defense, report.dataset
-        rates: dict[str, Any] = {f"{key}_before": value for key, value in _rates(report.before).items()} | _rates(
-            report.after
-        )
-        if report.defense_effectiveness_rating is not None:
-            rating = report.defense_effectiveness_rating["mean"]
-            rates |= {"der": rating.value, "der_low": rating.interval[0], "der_high": rating.interval[1]}
-        run = {key: getattr(defense, key) for key in ("epochs", "steps", "seconds", "images_per_second", "peak_memory",
-                                                      "precision")}  # fmt: skip
-        return replace(self, status="done", method=defense.name, settings=defense.parameters, **rates, **run,
-                       device=", ".join(defense.devices), dataset=redacted([str(dataset.id)])[0],
-                       clean_images=dataset.clean_samples, eval_images=dataset.eval_samples)  # fmt: skip
-
-    def numbers(self) -> list[str]:
-        """Return the rates after the defense, and its seconds."""
-        rates = {"ACC": self.accuracy, "ASR": self.attack_success, "DER": self.der}
-        found = [f"{name} {percent(rate)}" for name, rate in rates.items() if rate is not None]
-        return found if self.seconds is None else [*found, f"{self.seconds:,.0f} s"]
-
-
-def _rates(state: Measurement) -> dict[str, float]:
-    """Return the rates of a measurement, those of triggers as their mean."""
-    found, results = {"accuracy": state.accuracy.value}, list(state.triggers.values())
-    if results:
-        found["attack_success"] = sum(r.attack_success_rate.value for r in results) / len(results)
-        found["robust_accuracy"] = sum(r.robust_accuracy.value for r in results) / len(results)
-    if state.classes is not None:
-        found |= {"worst_class": state.classes.worst.value, "spread": state.classes.spread}
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,11 @@ _HEADINGS = ("cell", "trigger", "target", "ratio", "status", "ACC", "ASR", "RA",
              "seconds", "images/s")  # fmt: skip
 
 
+_ASKED = ("name", "model", "trigger", "ratio", "seed", "target", "adaptive")
+_SPEED = ("epochs", "seconds", "images_per_second")
+_UNMEASURED: Row = {"accuracy": None, "triggers": {}, **dict.fromkeys(_SPEED)}
+
+
 def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int = 1, precision: str = "auto",
               device: str = "auto", progress: bool = False) -> ZooTables:  # fmt: skip
     """Build the zoo of a suite file in `output`, whatever of it is not there; the same call goes on after a stop.
@@ -63,96 +68,61 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
     return zoo.outcome()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZooRow(Row):
-    """One model of a zoo and what came of it.
-
-    Attributes:
-        model: to `adaptive` the suite's words, see `Task`.
-        accuracy: the report's RATE, None unless the model is finished; so are the following.
-        triggers: by name: `kind`, `target`, `attack_success_rate` and `robust_accuracy` (RATEs), `cross_accuracy`
-            (RATE or None), `psnr` in dB or None, `max_change` in grey levels.
-        seconds: training time.
-    """
-
-    name: str
-    model: str
-    trigger: str
-    ratio: float | None
-    seed: int
-    target: str | None
-    adaptive: str | None
-    status: str = "not run"
-    reason: str | None = None
-    accuracy: dict[str, Any] | None = None
-    triggers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    epochs: int | None = None
-    seconds: float | None = None
-    images_per_second: float | None = None
-
-    def measured(self, report: AttackReport) -> Self:
-        """Return the row of the finished model with what its report says."""
-        if report.after is None:
-            return self
-        attack, after = report.attack, asdict(report.after)
-        triggers = {
-            name: {key: asdict(made)[key] for key in ("kind", "target", "cross_accuracy", "psnr", "max_change")}
-            | {key: after["triggers"][name][key] for key in ("attack_success_rate", "robust_accuracy")}
-            for name, made in attack.triggers.items()
-        }
-        speed = {key: getattr(attack, key) for key in ("epochs", "seconds", "images_per_second")}
-        status = "done" if report.succeeded else "did not take"
-        return replace(self, status=status, accuracy=after["accuracy"], triggers=triggers, **speed)
-
-    def numbers(self) -> list[str]:
-        """Return the rates, the seconds and the speed."""
-        if self.accuracy is None:
-            return []
-        found = [f"ACC {_rate(self.accuracy)}"]
-        for name, result in self.triggers.items():
-            several = f"{name}: " if len(self.triggers) > 1 else ""
-            found += [f"{several}ASR {_rate(result['attack_success_rate'])}", f"RA {_rate(result['robust_accuracy'])}"]
-        return [*found, f"{self.seconds:,.0f} s", f"{self.images_per_second:,.0f} images/s"]
-
-    def table_rows(self) -> Iterator[list[str]]:
-        """Yield the model's lines of a table, one a trigger; what is not known is a dash."""
-        for name, result in (self.triggers or {self.trigger: {}}).items():
-            rates = [result.get(key) for key in ("attack_success_rate", "robust_accuracy", "cross_accuracy")]
-            yield [self.name, name, shown(result.get("target", self.target)), shown(self.ratio), self.status,
-                   *map(_rate, [self.accuracy, *rates]), shown(result.get("psnr"), ".1f"),
-                   shown(result.get("max_change")), shown(self.epochs), shown(self.seconds, ",.0f"),
-                   shown(self.images_per_second, ",.0f")]  # fmt: skip
-
-
 def _rate(rate: Mapping[str, Any] | None) -> str:
     return "–" if rate is None else percent(rate["value"])
 
 
 @dataclass(frozen=True)
-class ZooTables(Tables[ZooRow]):
-    """The table of a zoo."""
+class ZooTables(Tables):
+    """The table of a zoo.
+
+    In a row `model` to `adaptive` are the suite's words, see `Task`. Of a finished model it has the RATE of its
+    `accuracy`; `triggers` by name: `kind`, `target`, `attack_success_rate` and `robust_accuracy` (RATEs),
+    `cross_accuracy` (RATE or None), `psnr` in dB or None, `max_change` in grey levels; the `seconds` of the training.
+    """
 
     title = "zoo"
     files = (ZOO_JSON, ZOO_MARKDOWN)
 
     @staticmethod
-    def row(task: Task, status: str = "not run", reason: str | None = None, report: Any = None) -> ZooRow:
+    def row(task: Task, status: str = "not run", reason: str | None = None, report: AttackReport | None = None) -> Row:
         """Return a model's row; of a finished one with what its report says."""
-        asked = {key: getattr(task, key) for key in ("name", "model", "trigger", "ratio", "seed", "target", "adaptive")}
-        row = ZooRow(**asked, status=status, reason=reason)
-        return row if report is None else row.measured(report)
+        row = {key: getattr(task, key) for key in _ASKED} | {"status": status, "reason": reason} | _UNMEASURED
+        if report is None or report.after is None:
+            return row
+        plain = report.to_dict()
+        attack, after = plain["attack"], plain["after"]
+        triggers = {
+            name: {key: made[key] for key in ("kind", "target", "cross_accuracy", "psnr", "max_change")}
+            | {key: after["triggers"][name][key] for key in ("attack_success_rate", "robust_accuracy")}
+            for name, made in attack["triggers"].items()
+        }
+        return row | {"status": "done" if report.succeeded else "did not take", "accuracy": after["accuracy"],
+                      "triggers": triggers, **{key: attack[key] for key in _SPEED}}  # fmt: skip
+
+    @staticmethod
+    def numbers(row: Row) -> list[str]:
+        """Return the rates, the seconds and the speed."""
+        if row["accuracy"] is None:
+            return []
+        found = [f"ACC {_rate(row['accuracy'])}"]
+        for name, result in row["triggers"].items():
+            several = f"{name}: " if len(row["triggers"]) > 1 else ""
+            found += [f"{several}ASR {_rate(result['attack_success_rate'])}", f"RA {_rate(result['robust_accuracy'])}"]
+        return [*found, f"{row['seconds']:,.0f} s", f"{row['images_per_second']:,.0f} images/s"]
 
     def document(self) -> dict[str, Any]:
         """Return the content of the `zoo.json` of these rows alone."""
-        return {"schema_version": 1, "hfdetox_version": __version__, "cells": [asdict(row) for row in self.rows]}
+        return {"schema_version": 1, "hfdetox_version": __version__, "cells": list(self.rows)}
 
-    def read(self, document: Any) -> list[ZooRow]:
-        """Return the rows of a `zoo.json`."""
-        return [ZooRow(**row) for row in document["cells"]]
+    def read(self, document: Any) -> list[Row]:
+        """Return the rows of a `zoo.json`; an earlier version may have measured less."""
+        return [{key: row[key] for key in (*_ASKED, "status", "reason")} | _UNMEASURED | row
+                for row in document["cells"]]  # fmt: skip
 
     def whole(self) -> Self:
         """Return the rows with those that other suites have in the `zoo.json` that is there."""
-        rows = {row.name: row for row in [*(self.earlier() or []), *self.rows]}
+        rows = {row["name"]: row for row in [*(self.earlier() or []), *self.rows]}
         return replace(self, rows=list(rows.values()))
 
     def table(self) -> Table:
@@ -166,10 +136,20 @@ class ZooTables(Tables[ZooRow]):
         return {ZOO_MARKDOWN: "\n".join([*lines, *(["", *notes] if notes else []), ""])}
 
     def _cells(self) -> list[list[str]]:
-        return [cells for row in self.rows for cells in row.table_rows()]
+        return [cells for row in self.rows for cells in table_rows(row)]
 
     def _notes(self) -> list[str]:
-        return [row.line() for row in self.rows if row.reason]
+        return [self.line(row) for row in self.rows if row["reason"]]
+
+
+def table_rows(row: Row) -> Iterator[list[str]]:
+    """Yield a model's lines of a table, one a trigger; what is not known is a dash."""
+    for name, result in (row["triggers"] or {row["trigger"]: {}}).items():
+        rates = [result.get(key) for key in ("attack_success_rate", "robust_accuracy", "cross_accuracy")]
+        yield [row["name"], name, shown(result.get("target", row["target"])), shown(row["ratio"]), row["status"],
+               *map(_rate, [row["accuracy"], *rates]), shown(result.get("psnr"), ".1f"),
+               shown(result.get("max_change")), shown(row["epochs"]), shown(row["seconds"], ",.0f"),
+               shown(row["images_per_second"], ",.0f")]  # fmt: skip
 
 
 class Zoo(TaskFolder[Task]):

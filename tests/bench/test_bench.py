@@ -69,7 +69,7 @@ def write(folder, text):
 
 
 def statuses(outcome):
-    return {row.name: row.status for row in outcome.rows}
+    return {row["name"]: row["status"] for row in outcome.rows}
 
 
 def test_every_trial_has_a_row_that_says_what_its_report_says(ran):
@@ -80,21 +80,21 @@ def test_every_trial_has_a_row_that_says_what_its_report_says(ran):
     }  # fmt: skip
     assert outcome.exit_status == 1
     done, absent, clean, failed = outcome.rows
-    report = Report.load(bench / done.name)
+    report = Report.load(bench / done["name"])
     assert report.after is not None
     assert report.before is not None
     assert report.defense_effectiveness_rating is not None
-    assert (done.accuracy, done.accuracy_before) == (report.after.accuracy.value, report.before.accuracy.value)
-    assert done.attack_success == report.after.triggers["badnets"].attack_success_rate.value
-    assert done.der == report.defense_effectiveness_rating["mean"].value
-    assert (done.worst_class, done.seconds) == (report.after.classes.worst.value, report.defense.seconds)
-    assert done.settings == report.defense.parameters
-    assert done.settings["batch_size"] == 16
+    assert (done["accuracy"], done["accuracy_before"]) == (report.after.accuracy.value, report.before.accuracy.value)
+    assert done["attack_success"] == report.after.triggers["badnets"].attack_success_rate.value
+    assert done["der"] == report.defense_effectiveness_rating["mean"].value
+    assert (done["worst_class"], done["seconds"]) == (report.after.classes.worst.value, report.defense.seconds)
+    assert done["settings"] == report.defense.parameters
+    assert done["settings"]["batch_size"] == 16
     assert report.dataset.clean_samples == 40
-    assert done.peak_memory > 2**20
-    assert absent.reason == f"the zoo has no model {BLENDED}"
-    assert (clean.attack_success, clean.der, clean.attack) == (None, None, "clean")
-    assert "loss is not finite" in failed.reason
+    assert done["peak_memory"] > 2**20
+    assert absent["reason"] == f"the zoo has no model {BLENDED}"
+    assert (clean["attack_success"], clean["der"], clean["attack"]) == (None, None, "clean")
+    assert "loss is not finite" in failed["reason"]
     written = json.loads((bench / "bench.json").read_text())
     assert [row["status"] for row in written["trials"]] == ["done", "not run", "done", "failed"]
     assert written["defenses"]["ft-n40"]["epochs"] == 1
@@ -124,11 +124,11 @@ def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
     again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     assert list(TaskRunner(again, 1, progress=False).waiting) == [BROKEN]
     # until it is done it stays failed in every table, also while it is run again
-    assert (again.rows[BROKEN].status, "loss is not finite" in again.rows[BROKEN].reason) == ("failed", True)
+    assert (again.rows[BROKEN]["status"], "loss is not finite" in again.rows[BROKEN]["reason"]) == ("failed", True)
     broken = again.tasks[BROKEN]
     kept = again.beside(broken, "json").read_text()
     again.record(broken)
-    assert again.row(broken).status == "failed"
+    assert again.row(broken)["status"] == "failed"
     assert again.beside(broken, "json").read_text() == kept
 
 
@@ -218,7 +218,7 @@ def test_a_run_with_other_defaults_is_not_taken_for_this_one_s(ran, zoo, tmp_pat
     """A version of hfdetox may change what the command does not name."""
     bench = shutil.copytree(ran[1], tmp_path / "bench")
     place = Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
-    assert Bench(load_suite(ran[0]), place).rows[f"{BADNETS}/ft-n40-s0"].status == "done"
+    assert Bench(load_suite(ran[0]), place).rows[f"{BADNETS}/ft-n40-s0"]["status"] == "done"
     file = bench / BADNETS / "ft-n40-s0" / "detox_report.json"
     content = json.loads(file.read_text())
     content["defense"]["parameters"]["momentum"] = 0.5
@@ -245,11 +245,11 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
     place = Settings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     stopped = Bench(load_suite(file), place)
     (cell,) = stopped.tasks.values()
-    assert stopped.rows[cell.name].status == "not run"
+    assert stopped.rows[cell.name]["status"] == "not run"
     assert stopped.argv(cell) == ["detox", "--resume", f"{trial}.run"]
     # what was begun on another device is begun anew
     elsewhere = Bench(load_suite(file), replace(place, device="cpu"))
-    assert elsewhere.row(cell).status == "not run"
+    assert elsewhere.row(cell)["status"] == "not run"
     shutil.copytree(f"{trial}.run", tmp_path / "kept")
     assert "--output" in elsewhere.argv(cell)
     shutil.copytree(tmp_path / "kept", f"{trial}.run")
@@ -301,9 +301,9 @@ def test_a_trial_that_another_run_saw_fail_is_not_run_again(ran, zoo, tmp_path):
         assert not runner._advance(cell)
     bench.record(cell, "boom after three hours")
     assert runner._advance(cell)
-    assert (bench.rows[BROKEN].status, bench.rows[BROKEN].reason) == ("failed", "boom after three hours")
+    assert (bench.rows[BROKEN]["status"], bench.rows[BROKEN]["reason"]) == ("failed", "boom after three hours")
     assert runner.running == {}
-    assert bench.rows[BROKEN].name in TaskRunner(bench, 1, progress=False).waiting
+    assert bench.rows[BROKEN]["name"] in TaskRunner(bench, 1, progress=False).waiting
 
 
 def test_a_trial_given_another_trigger_file_is_another(tmp_path):

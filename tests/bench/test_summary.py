@@ -5,20 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import multiprocessing
-from dataclasses import replace
 
 import pytest
 from matplotlib.colors import to_rgb
 from rich.console import Console
 
 from hfdetox.bench.plots import draw_bench, draw_heatmap, draw_scatter
-from hfdetox.bench.summary import BenchTables, averages, results
-from hfdetox.bench.tables import BenchRow
+from hfdetox.bench.summary import MEASURED, BenchTables, averages, results
 from hfdetox.errors import UsageError
 
-DONE = BenchRow(
+DONE = dict(  # noqa: C408
     name="m-a-0.1-s0/ft-s0", subject="m-a-0.1-s0", model="m", attack="a-0.1", defense="ft", samples=0.05, seed=0,
-    status="done", method="ft", settings={"epochs": 2, "layers": ["head"]}, accuracy_before=0.9, accuracy=0.8,
+    clean=False, status="done", reason=None, method="ft", settings={"epochs": 2, "layers": ["head"]}, accuracy_before=0.9, accuracy=0.8,
     attack_success_before=1.0, attack_success=0.5, robust_accuracy_before=0.0, robust_accuracy=0.4, der=0.7,
     der_low=0.6, der_high=0.8, worst_class_before=0.5, worst_class=0.4, spread_before=0.1, spread=0.2, epochs=2,
     steps=20, seconds=10.0, images_per_second=100.0, peak_memory=2**30, precision="bf16", device="cpu",
@@ -30,14 +28,13 @@ def row(attack="a", defense="ft", seed=0, **changes):
     """A row of an attack, a defense and a seed, done unless `changes` say otherwise."""
     subject = f"m-{attack}-0.1-s0"
     named = {"name": f"{subject}/{defense}-s{seed}", "subject": subject, "attack": attack, "method": defense}
-    return replace(DONE, **{**named, "defense": defense, "seed": seed, **changes})
+    return {**DONE, **named, "defense": defense, "seed": seed, **changes}
 
 
 def undone(status="not run", reason=None, **where):
     """A row without numbers."""
-    full = row(**where)
-    kept = ("name", "subject", "model", "attack", "defense", "samples", "seed")
-    return BenchRow(**{key: getattr(full, key) for key in kept}, status=status, reason=reason)
+    measured = set(MEASURED) - {"method", "settings"}
+    return {**row(**where), **dict.fromkeys(measured), "status": status, "reason": reason}
 
 
 def texts(lines):
@@ -330,7 +327,7 @@ def test_another_suite_of_the_same_name_keeps_its_tables(tmp_path):
     outcome = BenchTables(tmp_path, "s.yaml", [row(), undone(seed=1)])
     outcome.write()
     again = BenchTables(tmp_path, "s.yaml", [])
-    again.check_place({outcome.rows[0].name, "other/ft-s0"})
+    again.check_place({outcome.rows[0]["name"], "other/ft-s0"})
     with pytest.raises(UsageError, match=r"is the bench of another s\.yaml; choose another folder"):
         again.check_place({"other/ft-s0"})
     # nothing was finished: there is nothing to lose

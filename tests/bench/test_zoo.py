@@ -16,9 +16,9 @@ import pytest
 
 from hfdetox.bench.folder import Settings
 from hfdetox.bench.runner import TaskRunner
-from hfdetox.bench.suite import SuiteError
-from hfdetox.bench.tasks import load_suite, zoo_tasks
-from hfdetox.bench.zoo import Zoo, ZooRow, ZooTables, run_suite
+from hfdetox.bench.suite import ModelEntry, SuiteError
+from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
+from hfdetox.bench.zoo import Zoo, ZooTables, run_suite, table_rows
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
 from tests import image_data
@@ -64,7 +64,7 @@ def copied(built, tmp_path):
 
 
 def statuses(outcome):
-    return {row.name: row.status for row in outcome.rows}
+    return {row["name"]: row["status"] for row in outcome.rows}
 
 
 def status_of(zoo):
@@ -80,7 +80,7 @@ def times(zoo):
 def test_a_zoo_holds_what_the_suite_asks_for(built):
     _, zoo, outcome = built
     assert statuses(outcome) == {CLEAN: "done", FAILED: "failed", ATTACKED: status_of(zoo)}
-    assert [row.name for row in outcome.rows] == [CLEAN, FAILED, ATTACKED]
+    assert [row["name"] for row in outcome.rows] == [CLEAN, FAILED, ATTACKED]
     assert outcome.exit_status == 1
     for name, epochs in ((CLEAN, 1), (ATTACKED, 2)):
         report = json.loads((zoo / name / "attack_report.json").read_text())
@@ -88,8 +88,8 @@ def test_a_zoo_holds_what_the_suite_asks_for(built):
         assert (zoo / name / "model.safetensors").is_file()
     assert not (zoo / FAILED).exists()
     failed = outcome.rows[1]
-    assert "cow" in failed.reason
-    assert "\n" not in failed.reason
+    assert "cow" in failed["reason"]
+    assert "\n" not in failed["reason"]
     assert "cow" in (zoo / f"{FAILED}.log").read_text()
 
 
@@ -118,7 +118,7 @@ def test_a_cell_that_failed_is_run_again(built, pictures):
     again = Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures)))
     assert list(TaskRunner(again, 1, progress=False).waiting) == [FAILED]
     # until it is done it stays failed in every table, also while it is run again
-    assert (again.rows[FAILED].status, "cow" in again.rows[FAILED].reason) == ("failed", True)
+    assert (again.rows[FAILED]["status"], "cow" in again.rows[FAILED]["reason"]) == ("failed", True)
 
 
 def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_env):
@@ -180,7 +180,7 @@ def test_the_zoo_may_move_with_its_dataset(copied, pictures, tmp_path):
     file, zoo = copied
     shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
     place = Settings(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
-    assert Zoo(load_suite(file), place).rows[CLEAN].status == "done"
+    assert Zoo(load_suite(file), place).rows[CLEAN]["status"] == "done"
 
 
 @pytest.mark.parametrize(("succeeded", "status"), [(True, "done"), (False, "did not take")])
@@ -188,7 +188,7 @@ def test_an_attack_that_did_not_take_is_finished(copied, pictures, succeeded, st
     file, zoo = copied
     path = zoo / ATTACKED / "attack_report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"succeeded": succeeded}))
-    assert Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures))).rows[ATTACKED].status == status
+    assert Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures))).rows[ATTACKED]["status"] == status
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,9 @@ def test_a_second_suite_keeps_the_rows_of_the_first(tmp_path):
 def write_rows(folder, name):
     """Add rows one after the other, as a suite of its own would."""
     for number in range(40):
-        row = ZooRow(
-            name=f"{name}-{number}", model=name, trigger="none", ratio=None, seed=0, target=None, adaptive=None
-        )
-        ZooTables(folder, "suite.yaml", [row]).write()
+        entry = ModelEntry(model="org/model")
+        task = Task(name=f"{name}-{number}", model=name, entry=entry, trigger="none", seed=0, settings={})
+        ZooTables(folder, "suite.yaml", [ZooTables.row(task)]).write()
 
 
 def test_suites_that_build_one_zoo_at_the_same_time_lose_no_row(tmp_path):
@@ -300,13 +299,13 @@ def test_rows_in_words(tmp_path):
         ZooTables.row(cells[1], "failed", reason="no room"),
         ZooTables.row(attacked, report=report),
     ]
-    assert rows[2].line() == f"done: {ATTACKED}: ACC 81.2 %, ASR 100.0 %, RA 0.0 %, 62 s, 1,234 images/s"
-    assert rows[1].line() == f"failed: {FAILED}: no room"
+    assert ZooTables.line(rows[2]) == f"done: {ATTACKED}: ACC 81.2 %, ASR 100.0 %, RA 0.0 %, 62 s, 1,234 images/s"
+    assert ZooTables.line(rows[1]) == f"failed: {FAILED}: no room"
     outcome = ZooTables(Path(), "suite.yaml", rows)
     assert outcome.summary() == "1 not run, 1 failed, 1 done"
-    assert list(rows[2].table_rows()) == [
+    assert list(table_rows(rows[2])) == [
         [ATTACKED, "badnets", "0", "0.2", "done", "81.2 %", "100.0 %", "0.0 %", "–", "28.0", "255", "2", "62", "1,234"]
     ]
-    assert list(rows[0].table_rows()) == [[CLEAN, "none", "–", "–", "not run", *["–"] * 9]]
+    assert list(table_rows(rows[0])) == [[CLEAN, "none", "–", "–", "not run", *["–"] * 9]]
     assert outcome.exit_status == 1
     assert ZooTables(Path(), "suite.yaml", rows[2:]).exit_status == 0
