@@ -183,10 +183,11 @@ def read_untyped(where: str, text: str) -> Any:
     return found
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Return what YAML holds, as plain types; ValueError for what is none, whoever wrote it."""
     try:
-        return yaml.safe_load(text)
+        # a SafeLoader, or one with more checks
+        return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         # PyYAML has no error of its own for a date of month 13, an odd tag or brackets a thousand deep
         raise ValueError(" ".join(str(error).split())) from error

@@ -43,9 +43,8 @@ def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str
     """
     settings = Settings(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
                         threads=share_of_cores(jobs), keep_models=keep_models)  # fmt: skip
-    bench = Bench(load_suite(file), settings)
-    run_tasks(bench, jobs, progress=progress)
-    return bench.outcome()
+    tables: BenchTables = run_tasks(Bench(load_suite(file), settings), jobs, progress=progress)
+    return tables
 
 
 class Bench(TaskFolder[Run]):
@@ -88,7 +87,7 @@ class Bench(TaskFolder[Run]):
 
     def argv(self, run: Run) -> list[str]:
         """Return the words of a run's process: a stopped one of the same command goes on from its checkpoint."""
-        folder = self._run_folder(run)
+        folder = self.beside(run, "run")
         same = self.same(run) and self.made(run).get("device", "auto") == self.settings.device
         # a run that was killed while it began has no record of itself
         if same and (folder / RUN_FILE).is_file():
@@ -132,7 +131,7 @@ class Bench(TaskFolder[Run]):
         What failed otherwise goes on from its checkpoint when the bench is run again, as its message says.
         """
         if returncode == UsageError.exit_status:
-            shutil.rmtree(self._run_folder(run), ignore_errors=True)
+            shutil.rmtree(self.beside(run, "run"), ignore_errors=True)
         if returncode == 0 and not self.made(run).get("kept"):
             for weights in (self.folder / run.name).glob("*.safetensors"):
                 weights.unlink()
@@ -143,9 +142,6 @@ class Bench(TaskFolder[Run]):
             if self.rows[name]["status"] == "done":
                 self.tidy(run, 0)
         draw_bench(self.outcome())
-
-    def _run_folder(self, run: Run) -> Path:
-        return self.folder / f"{run.name}.run"
 
     def _zoo_folder(self, name: str) -> Path:
         return (self.settings.zoo or Path()) / name

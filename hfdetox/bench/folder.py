@@ -19,10 +19,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import IO, Any, ClassVar, Generic, TypeVar
 
 from hfdetox.bench.suite import SuiteFile
 from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
+from hfdetox.bench.tasks import Run, Task
 from hfdetox.errors import UsageError
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.markdown import one_line
@@ -34,14 +35,7 @@ _ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
 OPEN = ("not run", "failed")  # what is still to be done
 
 
-class Named(Protocol):
-    """A task: what it is, under the name of its folder."""
-
-    @property
-    def name(self) -> str: ...
-
-
-TaskT = TypeVar("TaskT", bound=Named)
+TaskT = TypeVar("TaskT", bound=Task | Run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +122,19 @@ class TaskFolder(ABC, Generic[TaskT]):
         Raises:
             UsageError: its folder was made by another command or of something else, or its report cannot be read.
         """
-        folder = self.folder / task.name
-        if not (folder / self.report.NAME).is_file():
-            missing = self.missing(task)
-            failed = None if missing else self.failed_before(task)
-            return self.tables.row(task, "failed" if failed else "not run", missing or failed)
+        folder, again = self.folder / task.name, "remove the folder to make it again"
+        file = folder / self.report.NAME
+        if not file.is_file():
+            if missing := self.missing(task):
+                return self.tables.row(task, reason=missing)
+            failed = self.failed_before(task)
+            return self.tables.row(task, "failed" if failed else "not run", failed)
         try:
             report = self.report.load(folder)
         except UsageError as error:
-            raise UsageError(f"{folder / self.report.NAME} cannot be read ({error}); remove the folder to make it "
-                             "again") from error  # fmt: skip
+            raise UsageError(f"{file} cannot be read ({error}); {again}") from error
         if wrong := self.difference(task, report):
-            raise UsageError(f"{folder} is a finished {wrong}; it is not replaced: choose another --output, or remove "
-                             "the folder to make it again")  # fmt: skip
+            raise UsageError(f"{folder} is a finished {wrong}; it is not replaced: choose another --output, or {again}")
         return self.tables.row(task, report=report)
 
     def outcome(self) -> Any:

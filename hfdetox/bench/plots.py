@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from hfdetox.bench.summary import BEFORE, BenchTables, SummaryRow, averages, results
 from hfdetox.bench.tasks import PLOTS, folder_part
-from hfdetox.errors import RunError
 from hfdetox.files import write_atomically
 from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, fit_text, house_style
 
@@ -23,7 +22,7 @@ _LONGEST = 28  # letters of a name
 def draw_bench(tables: BenchTables) -> list[str]:
     """Draw `plots/heatmap-MODEL.png` and `plots/scatter-MODEL.png` of every model with attacks; returns their paths.
 
-    Raises RunError when a file cannot be written.
+    Raises RunError or OSError when a file cannot be written.
     """
     written, folder = [], tables.folder / PLOTS
     attacked = [row for row in tables.rows if not row["clean"]]
@@ -35,10 +34,7 @@ def draw_bench(tables: BenchTables) -> list[str]:
                 if figure is not None:
                     figure.savefig(picture, dpi=DPI, format="png")
                     written.append(f"{kind}-{folder_part(model)}.png")
-                    try:
-                        folder.mkdir(parents=True, exist_ok=True)
-                    except OSError as error:
-                        raise RunError(f"the plots could not be written to {folder}: {error.strerror}") from error
+                    folder.mkdir(parents=True, exist_ok=True)
                     write_atomically(folder / written[-1], picture.getvalue())
     return [f"{PLOTS}/{name}" for name in written]
 

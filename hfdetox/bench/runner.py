@@ -22,8 +22,8 @@ _POLL = 0.2  # seconds between two looks at the processes
 _PATIENCE = 10.0  # seconds that an interrupted process gets for its last words
 
 
-def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> None:
-    """Run what is not there in a folder of tasks.
+def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> Any:
+    """Run what is not there in a folder of tasks; return its tables.
 
     Raises:
         UsageError: something else is in the folder.
@@ -38,10 +38,11 @@ def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> None:
             TaskRunner(folder, jobs, progress=progress).run()
         except BaseException:
             # what goes wrong with the rest hides nothing
-            with contextlib.suppress(RunError):
+            with contextlib.suppress(RunError, OSError):
                 folder.finish()
             raise
         folder.finish()
+        return folder.outcome()
     except OSError as error:
         raise RunError(f"cannot write the {folder.title} {folder.folder}: {error.strerror or error}") from error
 
@@ -62,7 +63,9 @@ class TaskRunner(Generic[TaskT]):
 
     def run(self) -> None:
         """Run what is not there; on Ctrl-C the processes are stopped."""
-        with self.bar, self._stopping(), interruption() as interrupted:
+        with self.bar, contextlib.ExitStack() as last:
+            last.callback(self._stop)
+            interrupted = last.enter_context(interruption())
             while self.waiting or self.running:
                 if interrupted():
                     raise KeyboardInterrupt
@@ -126,26 +129,22 @@ class TaskRunner(Generic[TaskT]):
         if self.progress:
             tqdm.write(line, file=sys.stderr)
 
-    @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Leave no process behind, however the block ends."""
+    def _stop(self) -> None:
+        """Leave no process behind."""
+        processes = [running.process for running in self.running.values()]
         try:
-            yield
+            for process in processes:
+                process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + _PATIENCE
+            while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+                time.sleep(_POLL)
         finally:
-            processes = [running.process for running in self.running.values()]
-            try:
-                for process in processes:
-                    process.send_signal(signal.SIGINT)
-                deadline = time.monotonic() + _PATIENCE
-                while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-                    time.sleep(_POLL)
-            finally:
-                # who presses Ctrl-C twice does not want to wait
-                for process in processes:
-                    if process.poll() is None:
-                        # its workers as well, which hold the log's lock too
-                        os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+            # who presses Ctrl-C twice does not want to wait
+            for process in processes:
+                if process.poll() is None:
+                    # its workers as well, which hold the log's lock too
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 
 from hfdetox.errors import UsageError
-from hfdetox.values import Shape, read_fields, shown, to_text
+from hfdetox.values import Shape, load_yaml, read_fields, shown, to_text
 
 T = TypeVar("T")
 
@@ -225,10 +225,9 @@ def read_yaml(file: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{file}: the suite cannot be read ({error}); give a YAML file") from error
     try:
-        # a SafeLoader with one more check
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise SuiteError(f"{file}: the suite is not valid YAML: {' '.join(str(error).split())}") from error
+        content = load_yaml(text, _Loader)
+    except ValueError as error:
+        raise SuiteError(f"{file}: the suite is not valid YAML: {error}") from error
     if content is None:
         raise SuiteError(f"{file}: the suite is empty; it needs models and grids, or subjects and a bench")
     return content

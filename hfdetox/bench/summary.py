@@ -306,15 +306,31 @@ class BenchTables(Tables):
             return "nothing is measured yet"
         return f"{data}: {clean} clean images, measured on {held}; trained in {precision} on {device}"
 
-    def tables(self) -> Screen:
-        """Return what the terminal shows: every model, the averages; what failed or was not run, with reasons."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Show a table for each model and average, fewer columns on a narrow terminal, and what failed with reasons."""
+        for headings in (HEADINGS, USUAL, NARROW):
+            tables = list(self._tables(headings))
+            # numbers are never cut, and all tables have the same columns
+            if all(console.measure(table, options=options.update_width(_UNBOUND)).maximum <= options.max_width
+                   for table in tables):  # fmt: skip
+                break
+        yield from tables
+        yield from map(Text, [*self._notes(), self.about()])
         changed = []
         for name, settings in self.settings().items():
             default = parse_defense(settings["method"])[0].settings()
             others = {key: value for key, value in settings.items() if default.get(key, value) != value}
             changed.append(f"{name}: {_listed(others, ' ') or 'none'}")
-        notes = [*self._notes(), self.about(), f"settings other than the papers': {'; '.join(changed)}"]
-        return Screen([*self.results, *self.averages], notes)
+        yield Text(f"settings other than the papers': {'; '.join(changed)}")
+
+    def _tables(self, headings: Sequence[str]) -> Iterator[Table]:
+        for place, lines in groupby([*self.results, *self.averages], key=lambda line: line.place):
+            cells = [dict(zip(HEADINGS, line.cells(), strict=True)) for line in lines]
+            table = rich_table(headings, [[row[key] for key in headings] for row in cells], ["defense"], title=place)
+            for column in table.columns:
+                # what has no room in the narrowest is the name
+                column.no_wrap, column.overflow = column.header != "defense", "fold"
+            yield table
 
     def problems(self) -> str | None:
         """Return on one line what failed or was not run, None where all is done."""
@@ -350,38 +366,9 @@ class BenchTables(Tables):
         return notes + [f"not run: {count} ({reason})" for reason, count in left.items()]
 
 
-@dataclass(frozen=True)
-class Screen:
-    """The tables of a terminal, one for each model and attack or set of attacks; a narrow one has fewer columns."""
-
-    lines: Sequence[SummaryRow]
-    notes: Sequence[str]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for headings in (HEADINGS, USUAL, NARROW):
-            tables = list(self._tables(headings))
-            # numbers are never cut, and all tables have the same columns
-            if all(console.measure(table, options=options.update_width(_UNBOUND)).maximum <= options.max_width
-                   for table in tables):  # fmt: skip
-                break
-        yield from tables
-        yield from map(Text, self.notes)
-
-    def _tables(self, headings: Sequence[str]) -> Iterator[Table]:
-        for place, lines in groupby(self.lines, key=lambda line: line.place):
-            cells = [dict(zip(HEADINGS, line.cells(), strict=True)) for line in lines]
-            rows = [[row[heading] for heading in headings] for row in cells]
-            table = rich_table(headings, rows, ["defense"], title=place)
-            for column in table.columns:
-                # what has no room in the narrowest is the name
-                column.no_wrap, column.overflow = column.header != "defense", "fold"
-            yield table
-
-
 def _csv_row(table: str, line: SummaryRow) -> dict[str, Any]:
     """Return a line of the tables for a CSV file, with rates as fractions."""
-    row = {"table": table, **line.document(), "attacks": "; ".join(line.attacks)}
-    row = {key: value for key, value in row.items() if key not in line.scores}
+    row = {"table": table, **replace(line, scores={}).document(), "attacks": "; ".join(line.attacks)}
     for key in RATES:
         found = line.scores.get(key)
         row |= {key: found and found.mean, f"{key}_half_width": found and found.half_width}

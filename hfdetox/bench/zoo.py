@@ -12,13 +12,7 @@ from rich.table import Table
 
 from hfdetox._version import __version__
 from hfdetox.attacks import parse_attack_settings
-from hfdetox.bench.folder import (
-    Settings,
-    TaskFolder,
-    given_files,
-    weights_of,
-    words,
-)
+from hfdetox.bench.folder import Settings, TaskFolder, given_files, weights_of, words
 from hfdetox.bench.runner import run_tasks, share_of_cores
 from hfdetox.bench.suite import SuiteError, SuiteFile
 from hfdetox.bench.tables import Row, Tables, markdown_table, redacted, rich_table, shown
@@ -63,9 +57,8 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
     """
     settings = Settings(output=output, dataset=dataset, precision=precision, device=device,
                         threads=share_of_cores(jobs))  # fmt: skip
-    zoo = Zoo(load_suite(file), settings)
-    run_tasks(zoo, jobs, progress=progress)
-    return zoo.outcome()
+    tables: ZooTables = run_tasks(Zoo(load_suite(file), settings), jobs, progress=progress)
+    return tables
 
 
 def _rate(rate: Mapping[str, Any] | None) -> str:
@@ -125,7 +118,7 @@ class ZooTables(Tables):
         rows = {row["name"]: row for row in [*(self.earlier() or []), *self.rows]}
         return replace(self, rows=list(rows.values()))
 
-    def table(self) -> Table:
+    def __rich__(self) -> Table:
         """Return the table for the terminal; failed models are named with their reasons below it."""
         return rich_table(_HEADINGS, self._cells(), _HEADINGS[:5], caption="\n".join(self._notes()))
 

@@ -150,7 +150,7 @@ def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) 
         from hfdetox.bench.zoo import run_suite
 
         outcome = run_suite(file, **arguments, progress=shows_progress(options))
-        out.show(outcome.document(), [outcome.table(), outcome.summary()])
+        out.show(outcome.document(), [outcome, outcome.summary()])
         raise typer.Exit(outcome.exit_status)
 
 
@@ -165,7 +165,7 @@ def bench(line: CommandLine) -> None:
 
         outcome = run_bench(**arguments, progress=shows_progress(shown))
         folder = f"{outcome.folder}{os.sep}"
-        out.show(outcome.document(), [outcome.tables(), outcome.summary(), f"tables, settings, pictures: {folder}"])
+        out.show(outcome.document(), [outcome, outcome.summary(), f"tables, settings, pictures: {folder}"])
         if shown.quiet and (problems := outcome.problems()) is not None:
             complain(problems)
         raise typer.Exit(outcome.exit_status)

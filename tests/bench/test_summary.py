@@ -14,14 +14,15 @@ from hfdetox.bench.plots import draw_bench, draw_heatmap, draw_scatter
 from hfdetox.bench.summary import MEASURED, BenchTables, averages, results
 from hfdetox.errors import UsageError
 
-DONE = dict(  # noqa: C408
-    name="m-a-0.1-s0/ft-s0", subject="m-a-0.1-s0", model="m", attack="a-0.1", defense="ft", samples=0.05, seed=0,
-    clean=False, status="done", reason=None, method="ft", settings={"epochs": 2, "layers": ["head"]}, accuracy_before=0.9, accuracy=0.8,
-    attack_success_before=1.0, attack_success=0.5, robust_accuracy_before=0.0, robust_accuracy=0.4, der=0.7,
-    der_low=0.6, der_high=0.8, worst_class_before=0.5, worst_class=0.4, spread_before=0.1, spread=0.2, epochs=2,
-    steps=20, seconds=10.0, images_per_second=100.0, peak_memory=2**30, precision="bf16", device="cpu",
-    dataset="pictures", clean_images=2500, eval_images=10000,
-)  # fmt: skip
+DONE = {
+    "name": "m-a-0.1-s0/ft-s0", "subject": "m-a-0.1-s0", "model": "m", "attack": "a-0.1", "defense": "ft",
+    "samples": 0.05, "seed": 0, "clean": False, "status": "done", "reason": None, "method": "ft",
+    "settings": {"epochs": 2, "layers": ["head"]}, "accuracy_before": 0.9, "accuracy": 0.8,
+    "attack_success_before": 1.0, "attack_success": 0.5, "robust_accuracy_before": 0.0, "robust_accuracy": 0.4,
+    "der": 0.7, "der_low": 0.6, "der_high": 0.8, "worst_class_before": 0.5, "worst_class": 0.4, "spread_before": 0.1,
+    "spread": 0.2, "epochs": 2, "steps": 20, "seconds": 10.0, "images_per_second": 100.0, "peak_memory": 2**30,
+    "precision": "bf16", "device": "cpu", "dataset": "pictures", "clean_images": 2500, "eval_images": 10000,
+}  # fmt: skip
 
 
 def row(attack="a", defense="ft", seed=0, **changes):
@@ -213,7 +214,7 @@ def test_what_is_not_done_is_said_on_one_line(tmp_path):
 
 def printed(outcome, width):
     stream = io.StringIO()
-    Console(width=width, file=stream).print(outcome.tables())
+    Console(width=width, file=stream).print(outcome)
     return stream.getvalue()
 
 
