@@ -110,7 +110,7 @@ class ZooTables(Tables):
 
     def read(self, document: Any) -> list[Row]:
         """Return the rows of a `zoo.json`; an earlier version may have measured less."""
-        return [{key: row[key] for key in (*_ASKED, "status", "reason")} | _UNMEASURED | row
+        return [{key: row[key] for key in _ASKED} | {"status": "not run", "reason": None} | _UNMEASURED | row
                 for row in document["cells"]]  # fmt: skip
 
     def whole(self) -> Self:
