@@ -142,10 +142,8 @@ def ask_info(
 def list_files(repo_id: str, revision: str, *, repo_type: RepoType = "model") -> dict[str, FileState]:
     """Return every file at a commit or branch, folders included, by its path; raises HubError."""
     what = f"{repo_type} {repo_id}"
-    rows = ask(
-        lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)),
-        what,
-    )  # fmt: skip
+    tree = HfApi().list_repo_tree
+    rows = ask(lambda: list(tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)), what)
     return {
         _safe_name(row.path, what): FileState(row.size, row.lfs.sha256 if row.lfs else None, row.blob_id)
         for row in rows if isinstance(row, RepoFile)
@@ -242,11 +240,8 @@ def _resolve_offline(repo_id: str, repo_type: RepoType, revision: str | None, wh
 def _cached_state(pointer: Path) -> FileState:
     """Return what the cache's own names say of a file: blobs are called by SHA-256 (large files) or git's id."""
     blob = Path(os.readlink(pointer)).name if pointer.is_symlink() else ""
-    return FileState(
-        pointer.stat().st_size,
-        blob if _SHA256.fullmatch(blob) else None,
-        blob if COMMIT_ID.fullmatch(blob) else "",
-    )
+    sha256, git_sha1 = (blob if pattern.fullmatch(blob) else "" for pattern in (_SHA256, COMMIT_ID))
+    return FileState(pointer.stat().st_size, sha256 or None, git_sha1)
 
 
 def _snapshot(repo_id: str, repo_type: RepoType, sha: str) -> Path:
