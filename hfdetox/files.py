@@ -21,6 +21,8 @@ REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack
 # which files of an output folder hfdetox wrote; it stays out of repositories
 MANIFEST = ".hfdetox-manifest.json"
 LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
+# how often a folder that vanishes while its lock is taken is made anew
+_TRIES = 20
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -100,17 +102,18 @@ def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[Non
 
 def _acquire(folder: Path, deadline: float) -> tuple[BaseFileLock, bool]:
     """Return the acquired lock, and whether it was not held before."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
-        outermost = not lock.is_locked
+    for more in reversed(range(_TRIES)):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
+            outermost = not lock.is_locked
             lock.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.05)
             return lock, outermost
-        except FileNotFoundError:
-            # the holder removed the folder when it was done
-            if time.monotonic() > deadline:
+        except (FileNotFoundError, FileExistsError):
+            # the holder removed the folder when it was done, maybe in the middle of `mkdir`
+            if not more:
                 raise
+    raise AssertionError
 
 
 def _holder(folder: Path) -> str:

@@ -103,6 +103,23 @@ def test_who_waits_gets_the_folder_when_the_other_is_done(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == []
 
 
+TURNS = """
+import sys
+from pathlib import Path
+from hfdetox.files import locked
+for _ in range(300):
+    with locked(Path(sys.argv[1]), "it", wait=60):
+        pass
+"""
+
+
+def test_a_folder_that_vanishes_while_others_wait_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TURNS, str(tmp_path / "out.run")]
+    several = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate()[1] for process in several] == [""] * 4
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_thread_holds_a_folder_as_often_as_it_likes_and_others_do_not(tmp_path: Path) -> None:
     found: list[object] = []
 
