@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -15,7 +16,8 @@ from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
 from hfdetox.defenses import parse_defense
-from hfdetox.errors import UsageError
+from hfdetox.errors import RunError, UsageError
+from hfdetox.files import locked
 from hfdetox.hub.checksums import sha256_file
 from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
 from hfdetox.runs.folder import RUN_FILE
@@ -92,7 +94,7 @@ class Bench(TaskFolder[Run]):
         # a run that was killed while it began has no record of itself
         if same and (folder / RUN_FILE).is_file():
             return ["detox", "--resume", str(folder)]
-        shutil.rmtree(folder, ignore_errors=True)
+        self._forget(run)
         return [*self.command(run), *self.place(run)]
 
     def recorded(self, run: Run) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Bench(TaskFolder[Run]):
         What failed otherwise goes on from its checkpoint when the bench is run again, as its message says.
         """
         if returncode == UsageError.exit_status:
-            shutil.rmtree(self.beside(run, "run"), ignore_errors=True)
+            self._forget(run)
         if returncode == 0 and not self.made(run).get("kept"):
             for weights in (self.folder / run.name).glob("*.safetensors"):
                 weights.unlink()
@@ -142,6 +144,12 @@ class Bench(TaskFolder[Run]):
             if self.rows[name]["status"] == "done":
                 self.tidy(run, 0)
         draw_bench(self.outcome())
+
+    def _forget(self, run: Run) -> None:
+        """Remove a run's folder, unless a process that somebody else started works in it."""
+        folder = self.beside(run, "run")
+        with contextlib.suppress(UsageError, RunError), locked(folder, run.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _zoo_folder(self, name: str) -> Path:
         return (self.settings.zoo or Path()) / name

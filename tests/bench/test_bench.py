@@ -24,6 +24,7 @@ from hfdetox.errors import UsageError
 from hfdetox.reporting.report import Report
 from hfdetox.triggers import parse_trigger
 from tests.colours import write_colours
+from tests.test_files import holding
 
 SUITE = """
 training: {epochs: 4, batch_size: 16, augmentation: none, learning_rate: 0.05}
@@ -145,6 +146,12 @@ def test_a_run_that_cannot_go_on_is_begun_anew(ran, zoo, tmp_path):
     bench = shutil.copytree(ran[1], tmp_path / "bench")
     again = Bench(load_suite(ran[0]), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     broken = again.tasks[BROKEN]
+    # somebody goes on with it by hand: that it is in use is exit status 2 as well
+    by_hand = holding(bench / f"{BROKEN}.run", 600)
+    again.tidy(broken, 2)
+    by_hand.kill()
+    by_hand.wait()
+    assert (bench / f"{BROKEN}.run" / "run.json").is_file()
     for status, kept in ((1, True), (3, True), (130, True), (-9, True), (2, False)):
         again.tidy(broken, status)
         assert (bench / f"{BROKEN}.run").exists() == kept, status
