@@ -26,7 +26,6 @@ from hfdetox.reporting.report import Report
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 32
 EVALUATION_IMAGES = 500
-TRAINING_IMAGES = 1797 - EVALUATION_IMAGES
 ARCHITECTURE = "test_resnet"
 POISON_RATIO = 0.1
 TRAINING_EPOCHS = 25

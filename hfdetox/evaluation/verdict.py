@@ -1,4 +1,4 @@
-"""What the measured rates allow to be said about a trigger: the words that card, screen and pictures use."""
+"""What the measured rates allow to be said about a trigger: the words that card, console and pictures use."""
 
 from __future__ import annotations
 
