@@ -194,7 +194,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path.parent} has no {path.name}; give the folder or id of an image classifier") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # a stranger's file may hold brackets a hundred thousand deep
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} is not a JSON object")

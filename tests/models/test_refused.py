@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hfdetox.hub.download import PickleOnlyError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.loaded import NotAClassifierError
 from hfdetox.models.preprocessing import PreprocessingError
+from hfdetox.models.weights import read_json
 from tests.tiny_models import (
     REMOTE_CODE,
     assert_same,
@@ -225,3 +227,10 @@ def test_remote_code_runs_only_when_trusted(tmp_path, monkeypatch):
     again = load_classifier(tmp_path / "saved", trust_remote_code=True)
     with torch.no_grad():
         assert_same(again.network(pixels), classifier.network(pixels))
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", "\xff"])
+def test_a_config_that_is_no_json_object_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match=r"is not JSON|is not a JSON object"):
+        read_json(tmp_path / "config.json")
