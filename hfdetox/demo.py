@@ -63,8 +63,8 @@ def run(
         + (", and twice as long again to compare." if compare else "."))  # fmt: skip
     say(f"1. Writing {output / 'digits'}: scikit-learn's handwritten digits, {SIDE}×{SIDE}")
     write_digits(output / "digits", seed)
-    say(f"2. Training timm's {ARCHITECTURE} with a BadNets backdoor; {POISON_RATIO:.0%} of the images get a white "
-        f"square and the label '{TARGET}'")  # fmt: skip
+    say(f"2. Training timm's {ARCHITECTURE} with a BadNets backdoor; {100 * POISON_RATIO:.0f} % of the images get a "
+        f"white square and the label '{TARGET}'")  # fmt: skip
     backdoored(output / "digits", output / "backdoored", seed, progress=progress)
     say("3. The main job, as you would run it from inside that folder:")
     say(f"   hfdetox ./backdoored --dataset ./digits --samples {CLEAN_IMAGES} --trigger {TRIGGER.as_posix()} "

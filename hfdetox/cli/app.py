@@ -339,7 +339,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = command.main(args=with_command(arguments), prog_name="hfdetox", standalone_mode=False)
     except COMMAND_ERROR as error:
-        complain(f"error: {error.format_message()}")
+        complain(f"error: {error.format_message().replace('Value error, ', '')}")
         return error.exit_code
     except HfdetoxError as error:
         if "--debug" in arguments:

@@ -1,6 +1,6 @@
 """BN re-estimation: BatchNorm's statistics are measured anew on clean images; nothing is trained.
 
-A control arm of hfdetox's own. Every method that trains in train mode on the clean images moves the statistics too,
+A baseline of hfdetox's own. Every method that trains in train mode on the clean images moves the statistics too,
 and that alone lowers the success of some attacks; this shows by how much.
 """
 
@@ -33,13 +33,13 @@ class BNConfig(DefenseConfig):
     """
 
     name = "bn"
-    summary = "control: measure BatchNorm's statistics anew on clean images, train nothing"
-    paper = "none: a control arm"
+    summary = "baseline: measure BatchNorm's statistics anew on clean images, train nothing"
+    paper = "none: a baseline"
     data = "clean images"
     cost = "one forward pass in all"
     card_text = (
         "The statistics of the model's BatchNorm layers were measured anew on {images}; no weight was trained. This is "
-        "a control, not a method of a paper."
+        "a baseline, not a method of a paper."
     )
     presets: ClassVar = {"control": {}}
 

@@ -3,7 +3,7 @@
     min over θ of  mean_i ce(f_θ(x_i), y_i)
 
 FT ends near θ⁰, where the backdoor's loss is low too: it fails against backdoors that clean images do not disturb. The
-second arm is a control of hfdetox's own: it starts where D3 starts and lacks D3's push, so that the difference between
+second arm is a baseline of hfdetox's own: it starts where D3 starts and lacks D3's push, so that the difference between
 the two is the push's alone.
 """
 
@@ -49,14 +49,14 @@ class FTConfig(TuningConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomHeadConfig(FTConfig):
-    """Settings of the control arm: the head's weights start as D3's do (uniform, of the old norm; biases stay)."""
+    """Settings of the baseline: the head's weights start as D3's do (uniform, of the old norm; biases stay)."""
 
     name = "ft-random-head"
-    summary = "control: draw the head's weights anew as D3 does, then fine-tune on clean images"
-    paper = "none: a control arm for D3 (arXiv 2411.09585)"
+    summary = "baseline: draw the head's weights anew as D3 does, then fine-tune on clean images"
+    paper = "none: a baseline for D3 (arXiv 2411.09585)"
     card_text = (
         "The weights of the model's classifier head were drawn anew, and fine-tuning trained all weights on {images}. "
-        "This is a control for D3, not a method of a paper."
+        "This is a baseline for D3, not a method of a paper."
     )
     presets: ClassVar = {"control": {}, "d3-settings": {"weight_decay": 0.0}}
 
