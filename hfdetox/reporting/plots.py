@@ -123,7 +123,7 @@ def draw_before_after(report: Report) -> Figure | None:
 
 def draw_training(report: Report) -> Figure | None:
     """Return loss and distance over the epochs of all phases; None when the history has neither."""
-    series = {"clean_loss": "Loss on the clean images", "distance": "Distance of the selected weights"}
+    series = {"clean_loss": "Training loss on the clean images", "distance": "Distance of the selected weights"}
     # a pass that looked is no epoch
     rows = [row for row in report.history if "learning_rate" in row] or report.history
     values = {key: np.array([_number(row.get(key)) for row in rows], dtype=float) for key in series}

@@ -67,6 +67,14 @@ def test_the_commands_measure_and_clean_with_the_trigger_file() -> None:
     assert "sam:rho=2.0,adaptive=true" in text
 
 
+def test_a_local_dataset_is_not_in_the_models_folder() -> None:
+    report = attack_report()
+    words = "From inside this folder, with the path of the images after `--dataset`:"
+    for revision in ("a" * 40, None):
+        shown = card(replace(report, dataset=replace(report.dataset, revision=revision)))
+        assert (words in shown.text) == (revision is None)
+
+
 def test_an_attack_that_did_not_succeed_says_so() -> None:
     low = attack_report()
     assert low.after is not None

@@ -110,6 +110,15 @@ def test_several_processes_are_part_of_how_to_repeat_it() -> None:
     assert "put `accelerate launch --num_processes 2 -m` before it" in card_of(with_defense(devices=["cpu", "cpu"]))
 
 
+def test_a_command_with_shortened_paths_says_so() -> None:
+    words = "Of local paths only the last part is shown"
+    report = written_report()
+    for command, said in (("hfdetox org/model --dataset org/data", False), ("hfdetox ./model --dataset ./data", True)):
+        shown = card_of(replace(report, environment=replace(report.environment, command=command)))
+        assert command in shown
+        assert (words in shown) == said
+
+
 def test_every_class_is_in_the_report_only_where_it_is() -> None:
     report, words = written_report(), "beyond the worst class"
     assert words not in card_of(report)
