@@ -120,7 +120,11 @@ def at_revision(name: str, revision: str | None) -> str:
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """Return a dry run's answers, one line each; what was not asked for is left out."""
-    return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in plan.items() if value not in (None, [], {})]
+    asked = {
+        key: {name: part for name, part in value.items() if part is not None} if isinstance(value, Mapping) else value
+        for key, value in plan.items()
+    }
+    return [f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in asked.items() if value not in (None, [], {})]
 
 
 def settings_table(parameters: Mapping[str, Any]) -> Table:

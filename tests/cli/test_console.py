@@ -76,7 +76,13 @@ def test_an_all_to_all_trigger_says_what_it_wants() -> None:
 
 
 def test_plan_lines_leave_out_what_was_not_asked_for() -> None:
-    plan = {"model": "org/m", "push_to": None, "triggers": [], "layers": ["fc", "head"], "settings": {"epochs": 3}}
+    plan = {
+        "model": "org/m",
+        "push_to": None,
+        "triggers": [],
+        "layers": ["fc", "head"],
+        "settings": {"epochs": 3, "max_grad_norm": None},
+    }
     assert console.plan_lines(plan) == ["model: org/m", "layers: fc, head", "settings: epochs=3"]
 
 
