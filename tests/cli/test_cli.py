@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,7 +118,8 @@ def test_usage_error_is_one_line_and_status_2(
     assert out == ""
     assert err.startswith("hfdetox: error: ")
     assert err.count("\n") == 1
-    assert said in err
+    # click 8.5, under Typer before 0.26: No such option '--bogus'.
+    assert said in re.sub(r"No such option '(\S+)'", r"No such option: \1", err)
     assert list(tmp_path.iterdir()) == []
 
 
