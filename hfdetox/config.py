@@ -111,6 +111,8 @@ class ImageOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.triggers, str) or not isinstance(self.triggers, Sequence):
+            raise UsageError(f"triggers must be a list such as ['badnets'], got {self.triggers!r}")
         if self.target is not None:
             object.__setattr__(self, "target", str(self.target))
 

@@ -155,3 +155,9 @@ def test_old_names_give_what_new_ones_give(tmp_path: Path) -> None:
 def test_options_are_light() -> None:
     code = "import sys, hfdetox.config; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'typer')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("triggers", ["badnets", 5])
+def test_triggers_are_a_list(triggers: Any) -> None:
+    with pytest.raises(UsageError, match="triggers must be a list"):
+        DetoxOptions("org/model", triggers=triggers)

@@ -310,7 +310,7 @@ def shows_progress(options: ConsoleOptions) -> bool:
 def say(*lines: Any) -> None:
     """Print text and rich tables on standard output, from the main process only."""
     if is_main_process():
-        console = Console(file=sys.stdout, highlight=False)
+        console = Console(file=sys.stdout, highlight=False, emoji=False)
         for line in lines:
             console.print(line, markup=False, soft_wrap=isinstance(line, str))
 

@@ -49,7 +49,7 @@ def align_labels(
     """Align the dataset's classes (`dataset_names`, or None when its labels are plain integers) with the model's.
 
     Names are compared without case, spaces, underscores and hyphens, then by the synonyms of comma-separated lists
-    (“tench, Tinca tinca”). `label_map` (a JSON or YAML file, or a dict) says for dataset names which model name or
+    ("tench, Tinca tinca"). `label_map` (a JSON or YAML file, or a dict) says for dataset names which model name or
     index they are, null to leave a class out; it wins over names, and only it may merge several classes into one.
     The dataset may have fewer classes than the model. If no name matches but the counts agree, the order is used
     and the note says so.

@@ -1,5 +1,5 @@
-"""BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022, “Pre-activation Distributions Expose Backdoor
-Neurons”).
+"""BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022, "Pre-activation Distributions Expose Backdoor
+Neurons").
 
 The running statistics (μ_r, v_r) of BatchNorm come from a training that saw triggers, those of clean images (μ_b, v_b)
 do not. Channel c is judged by the divergence of the two normal distributions of its input,

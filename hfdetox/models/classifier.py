@@ -83,7 +83,7 @@ class Classifier:
     def save(self, folder: str | Path) -> str:
         """Write the model as its library does, as safetensors in the source's dtypes; returns the weights' SHA-256.
 
-        The folder is created when missing; several weight files give the SHA-256 of their sorted “name sha” lines.
+        The folder is created when missing; several weight files give the SHA-256 of their sorted "name sha" lines.
 
         Raises:
             RunError: the disk is full or not writable, or a value does not fit the source's dtype.

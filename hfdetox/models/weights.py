@@ -176,7 +176,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def digest(sha256: Mapping[str, str]) -> str:
-    """Return one SHA-256 for weight files by name: a single file's own, or that of the sorted “name sha” lines."""
+    """Return one SHA-256 for weight files by name: a single file's own, or that of the sorted "name sha" lines."""
     if len(sha256) == 1:
         return next(iter(sha256.values()))
     lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))

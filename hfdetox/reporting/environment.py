@@ -33,7 +33,7 @@ def check_torchvision() -> None:
     """Import torchvision ahead of the libraries that need it.
 
     Raises:
-        TorchvisionMismatchError: it does not fit the installed torch (“operator torchvision::nms does not exist”,
+        TorchvisionMismatchError: it does not fit the installed torch ("operator torchvision::nms does not exist",
             another CUDA version, missing symbols), which would otherwise surface as a traceback from inside timm.
     """
     try:

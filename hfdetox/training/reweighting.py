@@ -1,6 +1,6 @@
 """Weights of images in the loss of a fine-tuning, so that no class's accuracy pays for the detoxification.
 
-After “Adversarial Reweighting Guided by Wasserstein Distance for Bias Mitigation” (arXiv 2311.12684, IEEE BigData
+After "Adversarial Reweighting Guided by Wasserstein Distance for Bias Mitigation" (arXiv 2311.12684, IEEE BigData
 2024), a fairness method and no defense. Its abstract fixes the idea: members of the large group count less, and among
 them those near the small group in Wasserstein distance keep their weight. What is below is hfdetox's own reconstruction
 for clean fine-tuning; its two steps run before the first epoch and after each one, on clean images alone:

@@ -76,5 +76,5 @@ def _grid(fields: int, side: int) -> torch.Tensor:
     """Return a checkerboard of `fields`×`fields` grown to `side`×`side`: uint8, 1 and 255, the lower right 255."""
     places = torch.arange(fields - 1, -1, -1)
     black = ((places[:, None] + places) % 2).float()[None, None]
-    # 1 and not 0: in masks of the original code zero means “not part of the patch”
+    # 1 and not 0: in masks of the original code zero means "not part of the patch"
     return torch.where(interpolate(black, size=(side, side), mode="nearest-exact")[0, 0] > 0, 1, 255).to(torch.uint8)

@@ -16,7 +16,7 @@ class TrojanNN(Additive):
     """T(x) = clip(x + 255·q), truncated, q a logo whose pixels an attack tuned on a clean model.
 
     The sum saturates; BackdoorBench adds modulo 256 instead. q is resized to the image bilinearly; grey images take
-    its luma. Liu et al., “Trojaning Attack on Neural Networks”, NDSS 2018.
+    its luma. Liu et al., "Trojaning Attack on Neural Networks", NDSS 2018.
 
     Attributes:
         seed: draws the logo that the attack starts from.
