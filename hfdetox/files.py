@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -66,7 +67,7 @@ def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[Non
     """Hold `folder` (made if missing) against other processes and threads; one thread may hold it several times.
 
     The lock is the system's own: it ends with its process, so that a dead one holds nothing. Its two files lie in the
-    folder and are removed at the end, the folder as well if nothing else is in it.
+    folder and are removed at the end, as is the folder, with the parents made for it, if nothing else is in it.
 
     Args:
         what: what the folder stands for in the message, such as the output.
@@ -76,6 +77,7 @@ def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[Non
         UsageError: another process holds it; the message says which, where and since when.
         RunError: the folder cannot be written.
     """
+    made = [folder, *itertools.takewhile(lambda parent: not parent.exists(), folder.parents)]
     try:
         lock, outermost = _acquire(folder, time.monotonic() + wait)
     except Timeout:
@@ -95,9 +97,9 @@ def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[Non
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
         lock.release()
-        if outermost:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            for path in made if outermost else ():
+                path.rmdir()
 
 
 def _acquire(folder: Path, deadline: float) -> tuple[BaseFileLock, bool]:

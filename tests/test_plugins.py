@@ -107,7 +107,8 @@ def test_its_attack_its_trigger_and_its_defense_go_all_the_way(
     report = Report.load(folder)
     assert report.before is not None
     assert report.before.triggers["glow"].spec == "glow:target=1,strength=80"
-    assert "--defense shrink --set keep=0.9" in report.environment.command
+    assert "--defense shrink" in report.environment.command
+    assert "--set keep=0.9" in report.environment.command
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "Every weight was shrunk, and fine-tuning on 60 trusted images trained them all." in card
     assert "`shrink`" in card
