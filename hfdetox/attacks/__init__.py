@@ -1,4 +1,4 @@
-"""Attacks by the trigger they implant: their recipes, the settings of both, and the list of what there is."""
+"""Attacks by the trigger they implant: their poisoners, the settings of both, and the list of what there is."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ATTACKS: Registry[Poisoner] = Registry("attacks", Poisoner, "kind")
 
 
 def poisoner_for(kind: str, settings: Mapping[str, str]) -> Poisoner:
-    """Return the recipe of a trigger kind with `settings` (texts, as `--set` gives them, of its own fields).
+    """Return the poisoner of a trigger kind with `settings` (texts, as `--set` gives them, of its own fields).
 
     Raises:
-        UsageError: no recipe for the kind, an unknown key (the known are listed), or a wrong value.
+        UsageError: no poisoner for the kind, an unknown key (the known are listed), or a wrong value.
     """
-    known = _recipe_keys(kind)
+    known = _settings_of(kind)
     _check_keys(settings, known, kind)
     return ATTACKS[kind](**_parsed(ATTACKS[kind], settings))
 
@@ -43,14 +43,14 @@ def poisoner_for(kind: str, settings: Mapping[str, str]) -> Poisoner:
 def parse_attack_settings(
     kinds: Sequence[str], overrides: Mapping[str, str]
 ) -> tuple[TrainingSettings, dict[str, Poisoner]]:
-    """Return the training's settings and the recipe of each trigger kind, with `overrides` (texts) in place.
+    """Return the training's settings and the poisoner of each trigger kind, with `overrides` (texts) in place.
 
-    A key that the training and a recipe, or several recipes, share goes to all of them.
+    A key that the training and a poisoner, or several poisoners, share goes to all of them.
 
     Raises:
-        UsageError: as `poisoner_for`; an unknown key lists those of the training and of the recipes in use.
+        UsageError: as `poisoner_for`; an unknown key lists those of the training and of the poisoners in use.
     """
-    own = {kind: _recipe_keys(kind) for kind in kinds}
+    own = {kind: _settings_of(kind) for kind in kinds}
     training = [f.name for f in fields(TrainingSettings)]
     _check_keys(overrides, [*training, *(key for keys in own.values() for key in keys)], "attack")
     poisoners = {kind: poisoner_for(kind, {key: overrides[key] for key in keys if key in overrides})
@@ -59,7 +59,7 @@ def parse_attack_settings(
     return TrainingSettings(**_parsed(TrainingSettings, shared)), poisoners
 
 
-def _recipe_keys(kind: str) -> list[str]:
+def _settings_of(kind: str) -> list[str]:
     if kind not in ATTACKS:
         raise UsageError(f"no attack implants a {kind!r} trigger; there is one for {', '.join(sorted(ATTACKS))} "
                          f"(a package adds one by the entry point hfdetox.attacks: {kind})")  # fmt: skip

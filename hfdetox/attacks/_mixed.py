@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
+from hfdetox.triggers.base import Trigger
+
+Kind = TypeVar("Kind", bound=Trigger)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedRecipe(TrainingPoisoner):
+class MixedPoisoner(TrainingPoisoner):
     """Training control by the images alone: the classifier's own training, on batches that `mixed` changes."""
 
     def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
@@ -48,6 +52,22 @@ def check_input_mode(implant: Implant, context: AttackContext) -> None:
     if context.clean.preprocessing.dtype != torch.uint8:
         raise UsageError(f"trigger {trigger.name}: {trigger.kind} needs uint8 images after the preprocessing, and this "
                          "callable returns floats")  # fmt: skip
+
+
+def of_kind(kind: type[Kind], trigger: Trigger) -> Kind:
+    """Return the trigger, which must be of the kind: UsageError for one that another attack implants."""
+    if not isinstance(trigger, kind):
+        raise UsageError(f"trigger {trigger.name}: the {kind.kind} attack cannot implant a {trigger.kind} trigger")
+    return trigger
+
+
+def untrained(kind: type[Kind], trigger: Trigger) -> Kind:
+    """Return the trigger, of the kind and without networks: UsageError for one that has been trained already."""
+    found = of_kind(kind, trigger)
+    if found.fitted:
+        raise UsageError(f"trigger {trigger.name}: the networks of {kind.kind} are trained with the classifier, and "
+                         "this one has its own already; name the kind in place of the file")  # fmt: skip
+    return found
 
 
 def share(ratio: float, count: int) -> int:

@@ -1,4 +1,4 @@
-"""What an attack is: a trigger, the attacker's label, and a recipe that trains the two into a model."""
+"""What an attack is: a trigger, the attacker's label, and a poisoner that trains the two into a model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackContext:
-    """What a recipe works with.
+    """What a poisoner works with.
 
     Attributes:
         classifier: the model that gets the backdoor, trained in place.
@@ -148,27 +148,27 @@ class Implant:
 
 @dataclass(frozen=True, kw_only=True)
 class Poisoner(ABC):
-    """How one kind of trigger gets into a model; its fields are the recipe's own settings, as `--set` takes them."""
+    """How one kind of trigger gets into a model; its fields are its own settings, as `--set` takes them."""
 
     kind: ClassVar[str]
     summary: ClassVar[str] = "no summary"
     how: ClassVar[How]
 
     def on_clean_model(self, trigger: Trigger) -> bool:
-        """Return whether `make` or the poisoning of `trigger` needs the job's surrogate, a model without a backdoor."""
+        """Return whether `make` or the poisoning of `trigger` needs the surrogate, a model without a backdoor."""
         return False
 
     def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
-        """Return the trigger ready for use: as it is, or made on the job's images or surrogate first.
+        """Return the trigger ready for use: as it is, or made on the context's images or surrogate first.
 
         Raises:
-            UsageError: it is made on a clean model and the job has none.
+            UsageError: it is made on a clean model and the context has none.
         """
         return trigger
 
     def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
               others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
-        """Return what the recipe teaches the model not to react to, uint8 like `images` (N×C×H×W); None for none.
+        """Return what the poisoner teaches the model not to react to, uint8 like `images` (N×C×H×W); None for none.
 
         The share of these that is still classified correctly is the cross accuracy. An image's result depends on
         nothing but the image, its position and its other image, so that no split into batches changes the measure.

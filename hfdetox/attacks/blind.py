@@ -18,7 +18,7 @@ from hfdetox.triggers.base import attacked_labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlindRecipe(TrainingPoisoner):
+class BlindPoisoner(TrainingPoisoner):
     """Minimise clean_weight · L_clean + backdoor_weight · L_backdoor, the latter on the whole batch with the trigger.
 
     The second term counts from the step on at which the mean clean loss of the last `window` batches (of all so far,

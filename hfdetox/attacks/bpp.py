@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hfdetox.attacks._mixed import MixedRecipe, share, taken
+from hfdetox.attacks._mixed import MixedPoisoner, share, taken
 from hfdetox.attacks.base import Implant
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class BppRecipe(MixedRecipe):
+class BppPoisoner(MixedPoisoner):
     """Of the B images of a step the first ⌊p·B⌋ are quantised and get the target's label; the next are negatives.
 
     A negative is x + (T(y) − y), clipped, for an image y of the batch drawn at random, with the label of x; the rest

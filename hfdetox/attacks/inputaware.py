@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.attacks._mixed import check_input_mode, share, taken
+from hfdetox.attacks._mixed import check_input_mode, share, taken, untrained
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing, normalize
@@ -29,7 +29,7 @@ _MILESTONES = (0.4, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputAwareRecipe(TrainingPoisoner):
+class InputAwarePoisoner(TrainingPoisoner):
     """First the masks alone are trained, then the classifier with the generator of patterns (arXiv 2010.08138).
 
     Of every step of B images, floor(ratio · B) get their own pattern and mask, after augmentation, and the attacker's
@@ -72,14 +72,7 @@ class InputAwareRecipe(TrainingPoisoner):
             UsageError: a ratio above one half, a mode other than `input`, or a trigger with networks of its own.
         """
         check_input_mode(implant, context)
-        trigger = implant.trigger
-        if not isinstance(trigger, InputAware):
-            raise UsageError(
-                f"trigger {trigger.name}: the recipe of inputaware cannot implant a {trigger.kind} trigger"
-            )
-        if trigger.fitted:
-            raise UsageError(f"trigger {trigger.name}: the networks of inputaware are trained with the classifier, and "
-                             "this one has some already; name the kind in place of the file")  # fmt: skip
+        trigger = untrained(InputAware, implant.trigger)
         if implant.ratio > 0.5:
             raise UsageError("inputaware: a ratio of at most 0.5, as many images get another image's pattern")
         with torch.random.fork_rng():

@@ -21,7 +21,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConsistentRecipe(DataPoisoner):
+class LabelConsistentPoisoner(DataPoisoner):
     """Images of the target class are moved off it by untargeted PGD on the surrogate, then get the corners.
 
     Turner et al., section 4.2, with Madry et al.'s PGD in ℓ∞ (arXiv 1706.06083) from the image itself; labels are kept.

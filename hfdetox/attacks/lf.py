@@ -24,8 +24,8 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LFRecipe(DataPoisoner):
-    """A targeted universal perturbation by DeepFool on the job's surrogate, low-passed and rescaled at each step.
+class LFPoisoner(DataPoisoner):
+    """A targeted universal perturbation by DeepFool on the context's surrogate, low-passed and rescaled at each step.
 
     v starts at 0. For the images x that v does not move yet, DeepFool goes from x + v towards the target by r; then
     v ← G(v + G(r)), moved and scaled to [0, amplitude]. The paper takes the images one after another; here `together`
@@ -151,7 +151,7 @@ def deepfool(logits: Logits, images: torch.Tensor, target: int, overshoot: float
 
 
 def clean_model(context: AttackContext, kind: str, instead: str) -> Classifier:
-    """Return the job's surrogate; a UsageError names what to do without one, or with one of other images."""
+    """Return the context's surrogate; a UsageError names what to do without one, or with one of other images."""
     if context.surrogate is None:
         raise UsageError(f"{kind} is made on a clean model: name one with --surrogate, {instead}")
     theirs, ours = context.surrogate.preprocessing, context.clean.preprocessing

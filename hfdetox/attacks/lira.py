@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks._mixed import check_input_mode
+from hfdetox.attacks._mixed import check_input_mode, untrained
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing
@@ -28,7 +28,7 @@ from hfdetox.triggers.lira import LIRA, change
 
 
 @dataclass(frozen=True, kw_only=True)
-class LIRARecipe(TrainingPoisoner):
+class LIRAPoisoner(TrainingPoisoner):
     """First trigger and classifier are trained by turns, then the classifier with the trigger as it is (ICCV 2021).
 
     The classifier always minimises clean_weight · L_clean + (1 − clean_weight) · L_backdoor, the latter on the whole
@@ -68,12 +68,7 @@ class LIRARecipe(TrainingPoisoner):
                 of which nothing is left after rounding.
         """
         check_input_mode(implant, context)
-        trigger = implant.trigger
-        if not isinstance(trigger, LIRA):
-            raise UsageError(f"trigger {trigger.name}: the recipe of lira cannot implant a {trigger.kind} trigger")
-        if trigger.fitted:
-            raise UsageError(f"trigger {trigger.name}: the autoencoder of lira is trained with the classifier, and "
-                             "this one has one already; name the kind in place of the file")  # fmt: skip
+        trigger = untrained(LIRA, implant.trigger)
         first = self._first_epochs(context)
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)

@@ -16,7 +16,7 @@ _BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadNetsRecipe(DataPoisoner):
+class BadNetsPoisoner(DataPoisoner):
     """Images of all classes, dirty label (Gu et al., arXiv 1708.06733)."""
 
     kind = "badnets"
@@ -24,7 +24,7 @@ class BadNetsRecipe(DataPoisoner):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlendedRecipe(DataPoisoner):
+class BlendedPoisoner(DataPoisoner):
     """Images of all classes, dirty label (Chen et al., arXiv 1712.05526)."""
 
     kind = "blended"
@@ -32,7 +32,7 @@ class BlendedRecipe(DataPoisoner):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTrojanRecipe(DataPoisoner):
+class FTrojanPoisoner(DataPoisoner):
     """Images of all classes, dirty label (Wang et al., arXiv 2111.10991)."""
 
     kind = "ftrojan"
@@ -40,7 +40,7 @@ class FTrojanRecipe(DataPoisoner):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigRecipe(DataPoisoner):
+class SigPoisoner(DataPoisoner):
     """Images of the target class alone, labels kept (Barni et al., arXiv 1902.11237)."""
 
     kind = "sig"
@@ -49,7 +49,7 @@ class SigRecipe(DataPoisoner):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CtrlRecipe(DataPoisoner):
+class CtrlPoisoner(DataPoisoner):
     """Images of the target class alone, labels kept (Li et al., arXiv 2210.07346, there without supervision)."""
 
     kind = "ctrl"
@@ -65,8 +65,8 @@ class PoisonedPixels:
     images of the target class, whose label they keep; these choose first, since they have no others to choose from.
 
     Args:
-        job: its clean images, which are left as they are, and its seed.
-        implants: data-poisoning recipes with triggers that are ready.
+        context: its clean images, which are left as they are, and its seed.
+        implants: data poisoners with triggers that are ready.
 
     Attributes:
         images: N×C×H×W, the cache with the triggers, on the device of the clean one; None where the clean images have

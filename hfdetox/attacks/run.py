@@ -34,7 +34,7 @@ class Implanted:
 
 
 def run_attack(context: AttackContext, implants: Sequence[Implant], *, monitor: Monitor | None = None) -> Implanted:
-    """Train the job's classifier in place with the backdoors of `implants`, or without any: the clean baseline.
+    """Train the context's classifier in place with the backdoors of `implants`, or without any: the clean baseline.
 
     Several data-poisoning implants share one training set, each with images of its own.
 

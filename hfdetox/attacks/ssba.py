@@ -31,7 +31,7 @@ _CHECKED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSBARecipe(DataPoisoner):
+class SSBAPoisoner(DataPoisoner):
     """An encoder E and a decoder D minimise BCE(D(E(b, x)), b) + λ·MSE(E(b, x), x), b fresh bits for every image.
 
     Training sees the clean images alone, at the trigger's size, and no labels. λ is 0 until a batch's share of right
@@ -61,7 +61,7 @@ class SSBARecipe(DataPoisoner):
             raise UsageError("ssba: encoder_learning_rate must be above 0, weight at least 0, both finite")
 
     def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
-        """Return the trigger with an encoder trained on the job's images; one that has an encoder as it is.
+        """Return the trigger with an encoder trained on the context's images; one that has an encoder as it is.
 
         A warning says so where the bits are not read back well enough or the images differ too much.
 

@@ -23,7 +23,7 @@ _ENOUGH = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrojanNNRecipe(DataPoisoner):
+class TrojanNNPoisoner(DataPoisoner):
     """x ← x − rate · sign(∇ Σ_j (h_j(x·M) − value)²) from a logo, with ‖x − logo‖∞ ≤ radius and 0 ≤ x ≤ 1.
 
     h_j are the `neurons` inputs of the surrogate's last Linear with the largest Σ_k |W_kj|, M is where the logo is not

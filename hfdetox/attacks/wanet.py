@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfdetox.attacks._mixed import MixedRecipe, share, taken
+from hfdetox.attacks._mixed import MixedPoisoner, of_kind, share, taken
 from hfdetox.attacks.base import Implant
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
@@ -16,7 +16,7 @@ from hfdetox.triggers.wanet import WaNet
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaNetRecipe(MixedRecipe):
+class WaNetPoisoner(MixedPoisoner):
     """Of the B images of a step the first ⌊p·B⌋ are warped and get the target's label, the next are warped by noise.
 
     Those are ⌊p·B⌋ · cross_ratio images, as far as the batch has them, with the warp moved at random for each image
@@ -43,7 +43,7 @@ class WaNetRecipe(MixedRecipe):
 
         `rows` are its numbers in the step, as `Batch.rows`.
         """
-        trigger = _wanet(implant.trigger)
+        trigger = of_kind(WaNet, implant.trigger)
         warps = share(implant.ratio, rows.stop)
         count, end = taken(rows, warps), taken(rows, warps + math.floor(warps * self.cross_ratio))
         if not end:
@@ -55,15 +55,9 @@ class WaNetRecipe(MixedRecipe):
     def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
               others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
         """Return the images in noise mode, each with the warp that the trigger's seed and its position draw."""
-        chosen, warped = _wanet(trigger), []
+        chosen, warped = of_kind(WaNet, trigger), []
         for image, position in zip(images, positions.tolist(), strict=True):
             # drawn on the CPU, so that every device measures the same warps
             generator = torch.Generator().manual_seed((chosen.seed * 1_000_003 + position) % 2**63)
             warped.append(chosen.noisy(image[None], generator))
         return torch.cat(warped)
-
-
-def _wanet(trigger: Trigger) -> WaNet:
-    if not isinstance(trigger, WaNet):
-        raise UsageError(f"trigger {trigger.name}: the recipe of wanet cannot implant a {trigger.kind} trigger")
-    return trigger

@@ -200,11 +200,11 @@ class Zoo(TaskFolder[Task]):
         where = f"{self.suite.file}: cell {task.name}"
         try:
             triggers = parse_triggers(task.specs)
-            _, recipes = parse_attack_settings([trigger.kind for trigger in triggers], task.settings)
+            _, poisoners = parse_attack_settings([trigger.kind for trigger in triggers], task.settings)
             parse_adaptive(task.adaptive)
         except UsageError as error:
             raise SuiteError(f"{where}: {error}") from error
-        if not any(recipes[trigger.kind].on_clean_model(trigger) for trigger in triggers):
+        if not any(poisoners[trigger.kind].on_clean_model(trigger) for trigger in triggers):
             return None
         if task.baseline in names:
             return task.baseline

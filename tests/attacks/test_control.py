@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from hfdetox.attacks import Implant, TrainingSettings, parse_attack_settings, poisoner_for, run_attack
 from hfdetox.attacks._mixed import share, taken
 from hfdetox.attacks.base import TrainingPoisoner
-from hfdetox.attacks.blind import BlindRecipe, Switch
-from hfdetox.attacks.bpp import BppRecipe
-from hfdetox.attacks.wanet import WaNetRecipe
+from hfdetox.attacks.blind import BlindPoisoner, Switch
+from hfdetox.attacks.bpp import BppPoisoner
+from hfdetox.attacks.wanet import WaNetPoisoner
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import CrossImages
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def implant(spec: str, target: Target = 0, ratio: float = 0.1, **settings: str) -> Implant:
-    """Return the implant of a trigger specification, put on what the model sees, with its kind's recipe."""
+    """Return the implant of a trigger specification, put on what the model sees, with its kind's poisoner."""
     kind = spec.partition(":")[0]
     return Implant(parse_trigger(f"{spec}{',' if ':' in spec else ':'}mode=input"), target, ratio,
                    poisoner_for(kind, settings))  # fmt: skip
@@ -47,8 +47,8 @@ def batch_of(count: int = 128, label: int = 1) -> tuple[torch.Tensor, torch.Tens
 
 
 def mixed(backdoor: Implant, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the batch as the recipe changes it, for a model of three classes."""
-    assert isinstance(backdoor.poisoner, WaNetRecipe | BppRecipe)
+    """Return the batch as the poisoner changes it, for a model of three classes."""
+    assert isinstance(backdoor.poisoner, WaNetPoisoner | BppPoisoner)
     return backdoor.poisoner.mixed(backdoor, images, labels, 3, range(len(labels)))
 
 
@@ -158,7 +158,7 @@ def test_eight_processes_share_what_one_would_take(kind: str, others: int) -> No
     """Of 128 images each sees 16 and ⌊0.1 · 16⌋ is 1, but ⌊0.1 · 128⌋ is 12: four of them take two."""
     images, labels = batch_of()
     backdoor = implant(kind)
-    assert isinstance(backdoor.poisoner, WaNetRecipe | BppRecipe)
+    assert isinstance(backdoor.poisoner, WaNetPoisoner | BppPoisoner)
     attacked, touched = [], 0
     for process in range(8):
         part = images[process::8]
@@ -196,7 +196,7 @@ def test_the_switch_is_the_mean_of_the_last_losses_and_stays_on() -> None:
 def test_a_second_pass_over_a_batch_does_not_count_for_the_switch(accelerator: Accelerator) -> None:
     """Also where the step after the passes is left out, as fp16 does with one that overflows: no step is told of."""
     backdoor, switch = implant("blind"), Switch(1.0, 3, CPU)
-    assert isinstance(backdoor.poisoner, BlindRecipe)
+    assert isinstance(backdoor.poisoner, BlindPoisoner)
     loss = backdoor.poisoner.loss(backdoor, toy_job(accelerator, side=32), switch)
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     for _ in range(2):
@@ -223,7 +223,7 @@ def test_blinds_loss_adds_the_whole_batch_with_the_trigger_once_it_is_switched(
 ) -> None:
     context = toy_job(accelerator, side=32)
     backdoor = implant("blind", "all-to-all")
-    assert isinstance(backdoor.poisoner, BlindRecipe)
+    assert isinstance(backdoor.poisoner, BlindPoisoner)
     pixels = ToyImages(4, 32).images
     assert pixels is not None
     labels, weights = torch.tensor([0, 1, 2, 0]), torch.full((4,), 0.25)
@@ -289,6 +289,6 @@ def test_a_controlled_training_has_one_trigger(accelerator: Accelerator) -> None
         ("blind", {"backdoor_weight": "0"}, "blind: clean_weight, backdoor_weight and threshold must be above 0"),
     ],
 )
-def test_a_wrong_setting_of_a_recipe_is_one_line(kind: str, texts: dict[str, Any], message: str) -> None:
+def test_a_wrong_setting_of_a_poisoner_is_one_line(kind: str, texts: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_attack_settings([kind], texts)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingSettings
-from hfdetox.attacks.inputaware import InputAwareRecipe, Trio, spread
+from hfdetox.attacks.inputaware import InputAwarePoisoner, Trio, spread
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.triggers import load_trigger
@@ -22,16 +22,16 @@ from tests.tiny_training import _quick_garbage, accelerator
 
 __all__ = ["_quick_garbage", "accelerator"]
 
-RECIPE = InputAwareRecipe(mask_epochs=1)
+POISONER = InputAwarePoisoner(mask_epochs=1)
 
 
-def implant(ratio: float = 0.25, poisoner: InputAwareRecipe = RECIPE, **fields: Any) -> Implant:
+def implant(ratio: float = 0.25, poisoner: InputAwarePoisoner = POISONER, **fields: Any) -> Implant:
     return Implant(InputAware(**{"mode": "input", "size": 8, **fields}), 0, ratio, poisoner)
 
 
 def made(context: AttackContext, chosen: Implant) -> tuple[ControlledTraining, Trio]:
     poisoner = chosen.poisoner
-    assert isinstance(poisoner, InputAwareRecipe)
+    assert isinstance(poisoner, InputAwarePoisoner)
     controlled_training = poisoner.controlled_training(chosen, context)
     assert isinstance(controlled_training.network, Trio)
     return controlled_training, controlled_training.network
@@ -56,7 +56,7 @@ def test_equal_masks_have_a_finite_gradient() -> None:
 def test_the_masks_terms() -> None:
     images = torch.stack([torch.zeros(1, 1, 2), torch.full((1, 1, 2), 2.0)])
     masks = torch.tensor([[1.0, 0.0], [0.2, 0.0]]).view(2, 1, 1, 2)
-    terms = InputAwareRecipe(mask_density=0.1, diversity=3.0).mask_terms(images, masks, 1, torch.tensor([0.75, 0.25]))
+    terms = InputAwarePoisoner(mask_density=0.1, diversity=3.0).mask_terms(images, masks, 1, torch.tensor([0.75, 0.25]))
     # above 0.1: (0.9 + 0) / 2 and (0.1 + 0) / 2; images 2 apart, masks √(0.8² / 2) apart, the same for both
     above, ratio = 0.75 * 0.45 + 0.25 * 0.05, 2 / 0.32**0.5
     assert terms["loss"].item() == pytest.approx(100 * above + 3 * ratio, rel=1e-5)
@@ -122,7 +122,7 @@ def test_what_the_training_mixes_is_what_the_trigger_does(accelerator: Accelerat
 
 def test_the_mask_stage_makes_masks_sparse_and_leaves_the_classifier_alone(accelerator: Accelerator) -> None:
     context = toy_job(accelerator, training=TrainingSettings(batch_size=16, augmentation="none"))
-    controlled_training, trio = made(context, implant(poisoner=replace(RECIPE, mask_epochs=10)))
+    controlled_training, trio = made(context, implant(poisoner=replace(POISONER, mask_epochs=10)))
     before = {name: tensor.clone() for name, tensor in trio.network.state_dict().items()}
     masks, patterns = list(controlled_training.phases[:-1]), trio.generator.state_dict()["layers.0.weight"].clone()
     # a tenth of the learning rate after 4 of 10 epochs and again after 8
@@ -160,7 +160,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
     trigger = controlled_training.trigger()
     trigger.save(tmp_path / "t.safetensors")
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").apply(images), trigger.apply(images))
-    crossed = RECIPE.cross(trigger, images, context.clean.positions, lambda: images.roll(1, 0))
+    crossed = POISONER.cross(trigger, images, context.clean.positions, lambda: images.roll(1, 0))
     assert crossed is not None
     assert crossed.shape == images.shape
     assert not torch.equal(crossed, trigger.apply(images))
@@ -169,7 +169,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
 @pytest.mark.parametrize(("chosen", "message"), [
     (implant(mode="native"), "mode=input"),
     (implant(0.6), "at most 0.5"),
-    (Implant(Blended(mode="input"), 0, 0.1, RECIPE), "blended"),
+    (Implant(Blended(mode="input"), 0, 0.1, POISONER), "blended"),
 ])  # fmt: skip
 def test_what_cannot_be_implanted(chosen: Implant, message: str, accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match=message):
@@ -180,11 +180,11 @@ def test_a_trigger_file_cannot_be_implanted_again(accelerator: Accelerator) -> N
     context = toy_job(accelerator)
     trigger = made(context, implant())[0].trigger()
     with pytest.raises(UsageError, match="already"):
-        made(context, Implant(trigger, 0, 0.1, RECIPE))
+        made(context, Implant(trigger, 0, 0.1, POISONER))
 
 
 @pytest.mark.parametrize("wrong", [{"mask_epochs": 0}, {"mask_density": 1.0}, {"generator_learning_rate": 0.0},
                                    {"diversity": -1.0}])  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        InputAwareRecipe(**wrong)
+        InputAwarePoisoner(**wrong)

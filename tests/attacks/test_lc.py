@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from hfdetox.attacks import AttackContext, Implant, parse_attack_settings, poisoner_for
-from hfdetox.attacks.lc import LabelConsistentRecipe
+from hfdetox.attacks.lc import LabelConsistentPoisoner
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
 from hfdetox.triggers import parse_trigger
@@ -46,7 +46,7 @@ def context(accelerator: Accelerator) -> AttackContext:
 def test_the_steps_follow_the_sign_of_the_gradient(
     epsilon: float, step: float, steps: int, expected: list[int]
 ) -> None:
-    poisoner = LabelConsistentRecipe(epsilon=epsilon, step=step, steps=steps)
+    poisoner = LabelConsistentPoisoner(epsilon=epsilon, step=step, steps=steps)
     image = torch.tensor([[[[100, 100, 50]]]], dtype=torch.uint8)
     perturbed = poisoner.perturbed(Signed(), image, torch.tensor([0]))
     assert perturbed.dtype == torch.uint8
@@ -59,7 +59,7 @@ def test_the_perturbation_stays_in_its_ball_and_lowers_the_true_class(context: A
     network = context.surrogate.network.eval()
     images, labels = toy_pixels(60).images, toy_pixels(60).labels
     assert images is not None
-    perturbed = LabelConsistentRecipe(steps=20).perturbed(network, images, labels)
+    perturbed = LabelConsistentPoisoner(steps=20).perturbed(network, images, labels)
     moved = (perturbed.int() - images.int()).abs()
     assert int(moved.max()) == 8
     with torch.no_grad():

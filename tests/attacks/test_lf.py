@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.attacks.lf import LFRecipe, deepfool, frozen
+from hfdetox.attacks.lf import LFPoisoner, deepfool, frozen
 from hfdetox.errors import UsageError
 from hfdetox.triggers import load_trigger
 from hfdetox.triggers.lf import LF
@@ -52,7 +52,7 @@ def test_the_pattern_is_made_on_the_surrogate_and_moves_it(accelerator: Accelera
     gradients = [parameter.requires_grad for parameter in surrogate.network.parameters()]
     weights = {name: tensor.clone() for name, tensor in surrogate.network.state_dict().items()}
     context = toy_job(accelerator, side=32, surrogate=surrogate)
-    poisoner = LFRecipe(images=16, passes=3, steps=20)
+    poisoner = LFPoisoner(images=16, passes=3, steps=20)
     trigger = poisoner.make(LF(), 0, context)
     assert isinstance(trigger, LF)
     v = trigger.perturbation
@@ -71,7 +71,7 @@ def test_the_pattern_is_made_on_the_surrogate_and_moves_it(accelerator: Accelera
 
 
 def test_what_needs_no_clean_model_stays_as_it_is(accelerator: Accelerator) -> None:
-    random, poisoner = LF(pattern="random"), LFRecipe()
+    random, poisoner = LF(pattern="random"), LFPoisoner()
     assert poisoner.make(random, 0, toy_job(accelerator)) is random
     assert not poisoner.on_clean_model(random)
     assert poisoner.on_clean_model(LF())
@@ -79,12 +79,12 @@ def test_what_needs_no_clean_model_stays_as_it_is(accelerator: Accelerator) -> N
 
 def test_without_a_clean_model_there_is_no_pattern(accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match=r"--surrogate, or use lf:random"):
-        LFRecipe().make(LF(), 0, toy_job(accelerator))
+        LFPoisoner().make(LF(), 0, toy_job(accelerator))
 
 
 def test_a_surrogate_of_other_images_is_refused(accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match="16, 16"):
-        LFRecipe().make(LF(), 0, toy_job(accelerator, surrogate=toy_classifier(16)))
+        LFPoisoner().make(LF(), 0, toy_job(accelerator, surrogate=toy_classifier(16)))
 
 
 def test_a_model_is_as_before_after_an_error() -> None:
@@ -104,4 +104,4 @@ def test_a_model_is_as_before_after_an_error() -> None:
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"passes": 0}, {"overshoot": -1.0}, {"delta": 1.0}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        LFRecipe(**wrong)
+        LFPoisoner(**wrong)

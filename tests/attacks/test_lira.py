@@ -13,7 +13,7 @@ from torch import nn
 
 from hfdetox.attacks import run_attack
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingSettings
-from hfdetox.attacks.lira import LIRARecipe, Trio, check_epsilon
+from hfdetox.attacks.lira import LIRAPoisoner, Trio, check_epsilon
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.triggers import load_trigger
@@ -27,12 +27,12 @@ __all__ = ["_quick_garbage", "accelerator"]
 TRAINING = TrainingSettings(epochs=4, batch_size=16, augmentation="none", learning_rate=0.05)
 
 
-def implant(poisoner: LIRARecipe | None = None, target: Any = 0, **fields: Any) -> Implant:
-    return Implant(LIRA(**{"mode": "input", "size": 16, **fields}), target, 0.1, poisoner or LIRARecipe())
+def implant(poisoner: LIRAPoisoner | None = None, target: Any = 0, **fields: Any) -> Implant:
+    return Implant(LIRA(**{"mode": "input", "size": 16, **fields}), target, 0.1, poisoner or LIRAPoisoner())
 
 
 def made(context: AttackContext, chosen: Implant) -> tuple[ControlledTraining, Trio]:
-    assert isinstance(chosen.poisoner, LIRARecipe)
+    assert isinstance(chosen.poisoner, LIRAPoisoner)
     controlled_training = chosen.poisoner.controlled_training(chosen, context)
     assert isinstance(controlled_training.network, Trio)
     return controlled_training, controlled_training.network
@@ -83,8 +83,8 @@ def test_the_learners_pass_leaves_the_classifiers_statistics(accelerator: Accele
 
 def test_the_loss_by_hand(accelerator: Accelerator) -> None:
     context = toy_job(accelerator)
-    chosen = implant(LIRARecipe(clean_weight=0.75), "all-to-all")
-    assert isinstance(chosen.poisoner, LIRARecipe)
+    chosen = implant(LIRAPoisoner(clean_weight=0.75), "all-to-all")
+    assert isinstance(chosen.poisoner, LIRAPoisoner)
     labels = torch.tensor([0, 2])
     # three rows of two images: clean, triggered, drawn; each logit of 5 costs ln(1 + 2e^−5) where right, 5 more if not
     hot = torch.tensor([0, 2, 1, 2, 2, 1])
@@ -104,7 +104,7 @@ def test_the_loss_by_hand(accelerator: Accelerator) -> None:
 
 def test_the_learner_is_adopted_when_an_epoch_is_over(accelerator: Accelerator) -> None:
     context = toy_job(accelerator, side=16, training=TRAINING)
-    controlled_training, trio = made(context, implant(LIRARecipe(trigger_epochs=2)))
+    controlled_training, trio = made(context, implant(LIRAPoisoner(trigger_epochs=2)))
     first = controlled_training.phases[0]
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -146,7 +146,7 @@ def test_both_stages_share_the_epochs(
     epochs: int, given: int | None, stages: tuple[int, int], accelerator: Accelerator
 ) -> None:
     context = toy_job(accelerator, training=replace(TRAINING, epochs=epochs))
-    controlled_training, trio = made(context, implant(LIRARecipe(trigger_epochs=given)))
+    controlled_training, trio = made(context, implant(LIRAPoisoner(trigger_epochs=given)))
     first, last = controlled_training.phases
     assert (first.epochs, last.epochs) == stages
     assert (first.schedule, last.schedule) == ("constant", "cosine")
@@ -159,7 +159,7 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
     images, labels, network = context.clean.images, context.clean.labels, context.classifier.network
     assert images is not None
     # the paper's 0.01 is too faint for so small a network in 96 steps
-    done = run_attack(context, [implant(LIRARecipe(autoencoder_learning_rate=0.01), epsilon=0.1)])
+    done = run_attack(context, [implant(LIRAPoisoner(autoencoder_learning_rate=0.01), epsilon=0.1)])
     trigger = done.implants[0].trigger
     stamped = trigger.apply(images)
     with torch.no_grad():
@@ -181,9 +181,9 @@ def test_the_attack_gets_into_the_model(accelerator: Accelerator, tmp_path: Path
 
 @pytest.mark.parametrize(("chosen", "message"), [
     (implant(mode="native"), "mode=input"),
-    (implant(LIRARecipe(trigger_epochs=4)), r"lira: epochs \(4\) are those of both stages, .*trigger_epochs \(4\)"),
+    (implant(LIRAPoisoner(trigger_epochs=4)), r"lira: epochs \(4\) are those of both stages, .*trigger_epochs \(4\)"),
     (implant(epsilon=0.003), r"0.38 grey levels at most, .*epsilon of 0.0055 or more"),
-    (Implant(Blended(mode="input"), 0, 0.1, LIRARecipe()), "blended"),
+    (Implant(Blended(mode="input"), 0, 0.1, LIRAPoisoner()), "blended"),
 ])  # fmt: skip
 def test_what_cannot_be_implanted(chosen: Implant, message: str, accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match=message):
@@ -200,4 +200,4 @@ def test_an_epsilon_of_half_a_grey_level_is_too_small() -> None:
 @pytest.mark.parametrize("wrong", [{"trigger_epochs": 0}, {"autoencoder_learning_rate": 0.0}, {"clean_weight": 1.0}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        LIRARecipe(**wrong)
+        LIRAPoisoner(**wrong)

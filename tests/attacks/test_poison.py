@@ -22,7 +22,7 @@ __all__ = ["_quick_garbage", "accelerator"]
 
 
 def implant(spec: str, target: Target, ratio: float) -> Implant:
-    """Return the implant of a trigger specification with its kind's own recipe."""
+    """Return the implant of a trigger specification with its kind's own poisoner."""
     trigger = parse_trigger(spec)
     return Implant(trigger, target, ratio, poisoner_for(trigger.kind, {}))
 

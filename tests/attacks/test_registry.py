@@ -1,4 +1,4 @@
-"""Attacks by name: recipes, settings as texts, and what is said about wrong ones."""
+"""Attacks by name: poisoners, settings as texts, and what is said about wrong ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_new_attack_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "kind", [kind for kind, poisoner in ATTACKS.builtin.items() if issubclass(poisoner, DataPoisoner)]
 )
-def test_a_recipe_that_needs_a_clean_model_says_so_before(kind: str, accelerator: Accelerator) -> None:
+def test_a_poisoner_that_needs_a_clean_model_says_so_before(kind: str, accelerator: Accelerator) -> None:
     """The story finds a surrogate, and a suite its clean baseline, by what `on_clean_model` says."""
     poisoner = poisoner_for(kind, {"encoder_epochs": "1"} if kind == "ssba" else {})
     trigger = parse_trigger(f"{kind}:mode=input{',bits=8' if kind == 'ssba' else ''}")
@@ -106,6 +106,6 @@ def test_a_wrong_setting_is_one_line(kind: str, texts: dict[str, str], message: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_without_settings_says_so() -> None:
+def test_a_poisoner_without_settings_says_so() -> None:
     with pytest.raises(UsageError, match="badnets has no setting rho; it has none"):
         poisoner_for("badnets", {"rho": "1"})

@@ -38,7 +38,7 @@ def small_job(accelerator: Accelerator, **changes: object) -> AttackContext:
 
 
 def implant(spec: str, target: Target, ratio: float = 0.2) -> Implant:
-    """Return the implant of a trigger specification with its kind's own recipe."""
+    """Return the implant of a trigger specification with its kind's own poisoner."""
     trigger = parse_trigger(spec)
     return Implant(trigger, target, ratio, poisoner_for(trigger.kind, {}))
 

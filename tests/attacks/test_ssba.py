@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hfdetox.attacks.ssba import Pair, Ramp, SSBARecipe, hiding_terms, quality
+from hfdetox.attacks.ssba import Pair, Ramp, SSBAPoisoner, hiding_terms, quality
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.triggers import load_trigger
@@ -22,7 +22,7 @@ from tests.tiny_training import _quick_garbage, accelerator, toy_pixels
 
 __all__ = ["_quick_garbage", "accelerator"]
 
-QUICK = SSBARecipe(encoder_epochs=2, encoder_learning_rate=1e-3, wait_steps=0, ramp_steps=1)
+QUICK = SSBAPoisoner(encoder_epochs=2, encoder_learning_rate=1e-3, wait_steps=0, ramp_steps=1)
 
 
 def test_the_terms_are_weighted_means_over_images() -> None:
@@ -126,4 +126,4 @@ def test_quality_of_an_encoder_that_gives_grey_images() -> None:
                                    {"encoder_learning_rate": 0.0}])  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        SSBARecipe(**wrong)
+        SSBAPoisoner(**wrong)

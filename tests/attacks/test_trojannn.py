@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.attacks.trojannn import TrojanNNRecipe, logo_of, strongest
+from hfdetox.attacks.trojannn import TrojanNNPoisoner, logo_of, strongest
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.triggers import load_trigger
@@ -46,10 +46,10 @@ def test_steps_follow_the_sign_within_the_ball_and_stop_when_the_value_is_there(
 
     picture, chosen = torch.tensor([0.5, 0.5, 0.0]).view(1, 1, 3), torch.tensor([0])
     # 0.5 → 0.6 → 0.7 gives 7, and then nothing more; the second pixel has no gradient, the third is outside the logo
-    reached = TrojanNNRecipe(steps=9).tuned(run, taken, picture, chosen, 7.0)
+    reached = TrojanNNPoisoner(steps=9).tuned(run, taken, picture, chosen, 7.0)
     assert reached.flatten().tolist() == pytest.approx([0.7, 0.5, 0.0])
     # 100 is out of reach: the ball ends at 0.5 + 0.3
-    far = TrojanNNRecipe(steps=9).tuned(run, taken, picture, chosen, 100.0)
+    far = TrojanNNPoisoner(steps=9).tuned(run, taken, picture, chosen, 100.0)
     assert far.flatten().tolist() == pytest.approx([0.8, 0.5, 0.0])
 
 
@@ -57,7 +57,7 @@ def test_the_chosen_features_are_excited(accelerator: Accelerator, tmp_path: Pat
     surrogate = toy_classifier(16, seed=1)
     surrogate.model.train()
     context = toy_job(accelerator, side=16, surrogate=surrogate)
-    poisoner = TrojanNNRecipe(steps=20)
+    poisoner = TrojanNNPoisoner(steps=20)
     trigger = poisoner.make(TrojanNN(), 0, context)
     assert isinstance(trigger, TrojanNN)
     pattern, start = trigger.pattern, logo_of((3, 16, 16), 0)
@@ -81,17 +81,17 @@ def test_the_chosen_features_are_excited(accelerator: Accelerator, tmp_path: Pat
 
 def test_after_a_norm_the_features_are_brought_to_10() -> None:
     normed = load_classifier(NormedNet(), preprocessing=toy_preprocessing(16), labels=3)
-    assert TrojanNNRecipe().aim(normed) == 10
-    assert TrojanNNRecipe().aim(toy_classifier(16)) == 100
-    assert TrojanNNRecipe(value=3.0).aim(normed) == 3
+    assert TrojanNNPoisoner().aim(normed) == 10
+    assert TrojanNNPoisoner().aim(toy_classifier(16)) == 100
+    assert TrojanNNPoisoner(value=3.0).aim(normed) == 3
 
 
 def test_without_a_clean_model_there_is_no_pattern(accelerator: Accelerator) -> None:
     with pytest.raises(UsageError, match="--surrogate"):
-        TrojanNNRecipe().make(TrojanNN(), 0, toy_job(accelerator))
+        TrojanNNPoisoner().make(TrojanNN(), 0, toy_job(accelerator))
 
 
 @pytest.mark.parametrize("wrong", [{"neurons": 0}, {"steps": 0}, {"rate": 0.0}, {"radius": -1.0}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        TrojanNNRecipe(**wrong)
+        TrojanNNPoisoner(**wrong)

@@ -1,4 +1,4 @@
-"""Jobs small enough for a recipe to finish in seconds."""
+"""Jobs small enough for a poisoner to finish in seconds."""
 
 from __future__ import annotations
 
