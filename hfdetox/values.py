@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -51,6 +52,55 @@ class Shape:
             return self.make(found)
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from error
+
+
+class Interval:
+    """The numbers between two ends, written as in mathematics, such as `(0, 1]`; it stands beside a field's type.
+
+    A field says `Annotated[float, Interval("(0, 1]")]`, and `check_fields` checks it. An end `inf` in brackets admits
+    infinity, for whole numbers that have no end.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.low, self.high = map(float, text[1:-1].split(","))
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float):
+            return False
+        above = value >= self.low if self.text[0] == "[" else value > self.low
+        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)
+
+    def __str__(self) -> str:
+        """Return in words what it has: `positive and finite`, `at least 1`, `in (0, 1]`."""
+        if self.high < math.inf:
+            return f"in {self.text}"
+        least = f"at least {self.low:g}" if self.text[0] == "[" else f"above {self.low:g}" if self.low else "positive"
+        return least if self.text[-1] == "]" else f"{least} and finite"
+
+
+PositiveInt = Annotated[int, Interval("[1, inf]")]
+NonNegativeInt = Annotated[int, Interval("[0, inf]")]
+PositiveFloat = Annotated[float, Interval("(0, inf)")]
+NonNegativeFloat = Annotated[float, Interval("[0, inf)")]
+
+
+def check_fields(owner: Any, label: str) -> None:
+    """Check the values of a dataclass against the words and the intervals of their types, its bases' included.
+
+    Raises:
+        UsageError: `LABEL: FIELD must be …, got …`.
+    """
+    for kind in type(owner).__mro__:
+        for key, hint in typing.get_type_hints(kind, include_extras=True).items():
+            intervals, none = _intervals(hint), [None] if type(None) in typing.get_args(hint) else []
+            if not intervals and typing.get_origin(hint) is not typing.Literal:
+                continue
+            value, words = getattr(owner, key), words_of(hint)
+            if value in [*words, *none] or any(value in interval for interval in intervals):
+                continue
+            wanted = [*map(str, intervals), *map(to_text, [*words, *none])] if intervals else [expected(hint)]
+            raise UsageError(f"{label}: {key.rstrip('_')} must be {', or '.join(wanted)}, got {shown(value)}")
 
 
 def read(key: str, hint: Any, value: Any, *, text: bool = False) -> Any:
@@ -215,6 +265,13 @@ def _read_union(key: str, hint: Any, value: Any, text: bool) -> Any:
             if not str(error).startswith(f"{key} must"):
                 raise
     raise UsageError(f"{key} must be {expected(hint)}, got {shown(value)}")
+
+
+def _intervals(hint: Any) -> list[Interval]:
+    """Return the intervals that stand beside a type, or beside the types of a union."""
+    if typing.get_origin(hint) in _UNIONS:
+        return [interval for kind in typing.get_args(hint) for interval in _intervals(kind)]
+    return [beside for beside in getattr(hint, "__metadata__", ()) if isinstance(beside, Interval)]
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from hfdetox.errors import UsageError
-from hfdetox.values import read, read_fields, read_pair, read_pairs, read_untyped, to_text, words_of
+from hfdetox.values import (
+    Interval,
+    NonNegativeInt,
+    PositiveFloat,
+    check_fields,
+    read,
+    read_fields,
+    read_pair,
+    read_pairs,
+    read_untyped,
+    to_text,
+    words_of,
+)
 
 Word = Literal["near", "far"]
 
@@ -136,3 +148,51 @@ def test_a_value_without_a_type_is_json_or_yaml() -> None:
 def test_words_are_those_of_a_literal_alone_or_in_a_union() -> None:
     assert words_of(Word) == words_of(float | Word) == ("near", "far")
     assert words_of(float) == words_of(float | None) == ()
+
+
+@dataclass
+class Ranged:
+    """Fields with ranges and words."""
+
+    share: Annotated[float, Interval("(0, 1]")] = 1.0
+    rate_: PositiveFloat | Literal["auto"] = "auto"
+    limit: NonNegativeInt | None = None
+    word: Word = "near"
+
+
+@dataclass
+class Narrowed(Ranged):
+    """Another default and, by the way, a plain type: the range of the base still holds."""
+
+    share: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"share": 0.0}, r"share must be in \(0, 1\], got 0.0"), ({"share": float("nan")}, "share must be in"),
+        ({"rate_": 0}, "rate must be positive and finite, or auto, got 0"), ({"rate_": "much"}, "got 'much'"),
+        ({"rate_": float("inf")}, "rate must be positive"), ({"rate_": None}, "got None"),
+        ({"limit": -1}, "limit must be at least 0, or none, got -1"), ({"word": "by"}, "word must be one of near, far"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [Ranged, Narrowed])
+def test_fields_are_checked_against_the_ranges_and_words_of_their_types(
+    kind: type[Ranged], fields: dict[str, Any], said: str
+) -> None:
+    check_fields(kind(), "it")
+    check_fields(kind(share=1.0, rate_=3, limit=0, word="far"), "it")
+    with pytest.raises(UsageError, match=f"^it: {said}" if said[0] != "g" else said):
+        check_fields(kind(**fields), "it")
+
+
+def test_an_interval_says_what_it_has() -> None:
+    written = {
+        "[2, inf]": "at least 2",
+        "(0, inf]": "positive",
+        "(1, inf)": "above 1 and finite",
+        "[0, 1)": "in [0, 1)",
+    }
+    assert {text: str(Interval(text)) for text in written} == written
+    assert float("inf") in Interval("(0, inf]")
+    assert float("inf") not in Interval("(0, inf)")

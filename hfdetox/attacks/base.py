@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +22,7 @@ from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
 from hfdetox.training.sharpness import SharpnessAware
 from hfdetox.triggers.base import Target, Trigger
+from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 # without BatchNorm a network trained from scratch by SGD hardly moves
 _LEARNING_RATE = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-3, ("adamw", False): 5e-5}
@@ -49,25 +49,18 @@ class TrainingSettings:
         max_grad_norm: clips the gradient's norm over all trained parameters; None does not clip.
     """
 
-    epochs: int = 10
-    batch_size: int = 128
+    epochs: PositiveInt = 10
+    batch_size: Annotated[int, Interval("[2, inf]")] = 128
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    weight_decay: float | None = None
+    learning_rate: PositiveFloat | None = None
+    momentum: Annotated[float, Interval("[0, 1)")] = 0.9
+    weight_decay: NonNegativeFloat | None = None
     augmentation: Augmentation = "crop-flip"
     schedule: Literal["cosine", "constant"] = "cosine"
-    max_grad_norm: float | None = None
+    max_grad_norm: Annotated[float, Interval("(0, inf]")] | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2:
-            raise UsageError("attack: epochs must be at least 1 and batch_size at least 2")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise UsageError("attack: learning_rate must be positive and finite")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise UsageError("attack: max_grad_norm must be above 0")
-        if not 0 <= self.momentum < 1 or (self.weight_decay is not None and not 0 <= self.weight_decay < math.inf):
-            raise UsageError("attack: momentum must be in [0, 1) and weight_decay at least 0")
+        check_fields(self, "attack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +146,9 @@ class Poisoner(ABC):
     kind: ClassVar[str]
     summary: ClassVar[str] = "no summary"
     how: ClassVar[How]
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.kind)
 
     def on_clean_model(self, trigger: Trigger) -> bool:
         """Return whether `make` or the poisoning of `trigger` needs the surrogate, a model without a backdoor."""

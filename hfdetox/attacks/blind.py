@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks._mixed import check_input_mode
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
-from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch
 from hfdetox.triggers.base import attacked_labels
+from hfdetox.values import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +34,10 @@ class BlindPoisoner(TrainingPoisoner):
     kind = "blind"
     summary = "a second loss on the whole batch with the trigger, once the clean loss is low"
 
-    clean_weight: float = 1.0
-    backdoor_weight: float = 0.9
-    threshold: float = 1.0
-    window: int = 1000
-
-    def __post_init__(self) -> None:
-        values = (self.clean_weight, self.backdoor_weight, self.threshold)
-        if not all(0 < value < math.inf for value in values) or self.window < 1:
-            raise UsageError("blind: clean_weight, backdoor_weight and threshold must be above 0 and finite, and "
-                             "window at least 1")  # fmt: skip
+    clean_weight: PositiveFloat = 1.0
+    backdoor_weight: PositiveFloat = 0.9
+    threshold: PositiveFloat = 1.0
+    window: PositiveInt = 1000
 
     def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the training, one phase of the two losses.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from hfdetox.attacks._mixed import MixedPoisoner, share, taken
 from hfdetox.attacks.base import Implant
-from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,7 @@ class BppPoisoner(MixedPoisoner):
     kind = "bpp"
     summary = "a share of every batch is quantised; others get its error on another image, label kept"
 
-    neg_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.neg_ratio <= 1:
-            raise UsageError("bpp: neg_ratio must be in [0, 1]")
+    neg_ratio: Annotated[float, Interval("[0, 1]")] = 0.1
 
     def mixed(
         self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import Trigger, attacked_labels
 from hfdetox.triggers.inputaware import InputAware, draw_mask, draw_pattern
+from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 _DENSITY_WEIGHT = 100.0
 _BETAS = (0.5, 0.9)
@@ -49,16 +51,10 @@ class InputAwarePoisoner(TrainingPoisoner):
     kind = "inputaware"
     summary = "the training step puts each image's own pattern on a tenth of a batch, others' on another"
 
-    mask_epochs: int = 25
-    generator_learning_rate: float = 0.01
-    mask_density: float = 0.032
-    diversity: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.mask_epochs < 1 or not 0 <= self.mask_density < 1:
-            raise UsageError("inputaware: mask_epochs must be at least 1 and mask_density in [0, 1)")
-        if not 0 < self.generator_learning_rate < math.inf or not 0 <= self.diversity < math.inf:
-            raise UsageError("inputaware: generator_learning_rate must be above 0, diversity at least 0, both finite")
+    mask_epochs: PositiveInt = 25
+    generator_learning_rate: PositiveFloat = 0.01
+    mask_density: Annotated[float, Interval("[0, 1)")] = 0.032
+    diversity: NonNegativeFloat = 1.0
 
     def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
               others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip

@@ -13,9 +13,9 @@ from hfdetox.attacks._processes import of_main
 from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.attacks.lf import clean_model
 from hfdetox.data.cache import Pixels
-from hfdetox.errors import UsageError
 from hfdetox.progress import progress_bar
 from hfdetox.triggers.base import Target, Trigger
+from hfdetox.values import PositiveFloat, PositiveInt
 
 _BATCH = 256
 
@@ -36,13 +36,9 @@ class LabelConsistentPoisoner(DataPoisoner):
     summary = "images of the target class are made hard to recognise, then get the corners; label kept"
     how = "clean label"
 
-    epsilon: float = 8.0
-    step: float = 1.5
-    steps: int = 100
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf or not 0 < self.step < math.inf or self.steps < 1:
-            raise UsageError("lc: epsilon and step must be above 0 (grey levels) and steps at least 1")
+    epsilon: PositiveFloat = 8.0
+    step: PositiveFloat = 1.5
+    steps: PositiveInt = 100
 
     def on_clean_model(self, trigger: Trigger) -> bool:
         """Return True: the images are always perturbed against one."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from hfdetox.models.classifier import Classifier
 from hfdetox.triggers._networks import full_precision
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 from hfdetox.triggers.lf import LF, low_pass, rescale
+from hfdetox.values import Interval, NonNegativeFloat, PositiveInt
 
 _TESTED = 10
 _STEADY = (5, 0.01)
@@ -45,18 +46,12 @@ class LFPoisoner(DataPoisoner):
     kind = "lf"
     summary = "a low-frequency universal perturbation of a clean model (lf:random needs none) is added"
 
-    images: int = 100
-    passes: int = 50
-    overshoot: float = 0.02
-    steps: int = 200
-    delta: float = 0.8
-    together: int = 10
-
-    def __post_init__(self) -> None:
-        if min(self.images, self.passes, self.steps, self.together) < 1:
-            raise UsageError("lf: images, passes, steps and together must be at least 1")
-        if not 0 <= self.overshoot < math.inf or not 0 <= self.delta < 1:
-            raise UsageError("lf: overshoot must be at least 0 and finite, delta in [0, 1)")
+    images: PositiveInt = 100
+    passes: PositiveInt = 50
+    overshoot: NonNegativeFloat = 0.02
+    steps: PositiveInt = 200
+    delta: Annotated[float, Interval("[0, 1)")] = 0.8
+    together: PositiveInt = 10
 
     def on_clean_model(self, trigger: Trigger) -> bool:
         return isinstance(trigger, LF) and not trigger.fitted

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import attacked_labels
 from hfdetox.triggers.lira import LIRA, change
+from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,9 @@ class LIRAPoisoner(TrainingPoisoner):
     kind = "lira"
     summary = "an autoencoder learns the trigger together with the classifier, from whole batches"
 
-    trigger_epochs: int | None = None
-    autoencoder_learning_rate: float = 1e-4
-    clean_weight: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.trigger_epochs is not None and self.trigger_epochs < 1:
-            raise UsageError("lira: trigger_epochs must be at least 1")
-        if not 0 < self.autoencoder_learning_rate < math.inf or not 0 < self.clean_weight < 1:
-            raise UsageError("lira: autoencoder_learning_rate must be above 0 and finite, and clean_weight above 0 "
-                             "and below 1")  # fmt: skip
+    trigger_epochs: PositiveInt | None = None
+    autoencoder_learning_rate: PositiveFloat = 1e-4
+    clean_weight: Annotated[float, Interval("(0, 1)")] = 0.5
 
     def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the two stages, phases `trigger` and `train`.

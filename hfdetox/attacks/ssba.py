@@ -18,6 +18,7 @@ from hfdetox.triggers._networks import full_precision, network_state
 from hfdetox.triggers._ssba_networks import Decoder, Encoder
 from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.ssba import SSBA
+from hfdetox.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +49,11 @@ class SSBAPoisoner(DataPoisoner):
     kind = "ssba"
     summary = "an encoder is trained on the clean images first, then hides one secret in the poisoned"
 
-    encoder_epochs: int = 20
-    encoder_learning_rate: float = 1e-4
-    wait_steps: int = 1000
-    ramp_steps: int = 3000
-    weight: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.encoder_epochs < 1 or self.wait_steps < 0 or self.ramp_steps < 1:
-            raise UsageError("ssba: encoder_epochs and ramp_steps must be at least 1 and wait_steps at least 0")
-        if not 0 < self.encoder_learning_rate < math.inf or not 0 <= self.weight < math.inf:
-            raise UsageError("ssba: encoder_learning_rate must be above 0, weight at least 0, both finite")
+    encoder_epochs: PositiveInt = 20
+    encoder_learning_rate: PositiveFloat = 1e-4
+    wait_steps: NonNegativeInt = 1000
+    ramp_steps: PositiveInt = 3000
+    weight: NonNegativeFloat = 10.0
 
     def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger with an encoder trained on the context's images; one that has an encoder as it is.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from hfdetox.models.classifier import Classifier
 from hfdetox.models.layers import head_layers, norms_before_head
 from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.trojannn import TrojanNN, logo
+from hfdetox.values import PositiveFloat, PositiveInt
 
 _ENOUGH = 1e-3
 
@@ -40,17 +40,11 @@ class TrojanNNPoisoner(DataPoisoner):
     kind = "trojannn"
     summary = "a logo that was tuned to excite two features of a clean model is added"
 
-    neurons: int = 2
+    neurons: PositiveInt = 2
     value: float | None = None
-    steps: int = 1000
-    rate: float = 0.1
-    radius: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.neurons < 1 or self.steps < 1:
-            raise UsageError("trojannn: neurons and steps must be at least 1")
-        if not 0 < self.rate < math.inf or not 0 < self.radius < math.inf:
-            raise UsageError("trojannn: rate and radius must be positive and finite")
+    steps: PositiveInt = 1000
+    rate: PositiveFloat = 0.1
+    radius: PositiveFloat = 0.3
 
     def on_clean_model(self, trigger: Trigger) -> bool:
         return not trigger.fitted

@@ -10,9 +10,9 @@ import torch
 
 from hfdetox.attacks._mixed import MixedPoisoner, of_kind, share, taken
 from hfdetox.attacks.base import Implant
-from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, attacked_labels
 from hfdetox.triggers.wanet import WaNet
+from hfdetox.values import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,7 @@ class WaNetPoisoner(MixedPoisoner):
     kind = "wanet"
     summary = "a share of every batch is warped; twice as many get a random warp and keep their label"
 
-    cross_ratio: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.cross_ratio < math.inf:
-            raise UsageError("wanet: cross_ratio must be at least 0 and finite")
+    cross_ratio: NonNegativeFloat = 2.0
 
     def mixed(
         self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
 from hfdetox.defenses.base import TuningConfig
-from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
-from hfdetox.training.masks import ChannelMasks, MaskedNetwork, Noise, ThresholdSearch, check_budget, mean_loss
+from hfdetox.training.masks import ChannelMasks, MaskedNetwork, Noise, ThresholdSearch, mean_loss
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(19))
 
@@ -50,6 +50,7 @@ class ANPConfig(TuningConfig):
         "ANP, adversarial neuron pruning ([arXiv 2110.14430](https://arxiv.org/abs/2110.14430)), trained masks on the "
         "model's channels with {images} and set the channels to zero that are most sensitive to small perturbations."
     )
+    unweighted = "reweight is for a fine-tuning, and ANP trains masks alone"
     presets: ClassVar = {
         "paper": {}, "benchmark": {"learning_rate": 0.01, "batch_size": 256, "epochs": 250},
     }  # fmt: skip
@@ -57,18 +58,10 @@ class ANPConfig(TuningConfig):
     epochs: int = 125
     batch_size: int = 128
     learning_rate: float = 0.2
-    epsilon: float = 0.4
-    alpha: float = 0.2
-    steps: int = 1
-    budget: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reweight != "none":
-            raise UsageError("anp: reweight is for a fine-tuning, and ANP trains masks alone; leave it out")
-        if not 0 < self.epsilon < float("inf") or not 0 <= self.alpha <= 1 or self.steps < 1:
-            raise UsageError("anp: epsilon must be positive and finite, alpha in [0, 1] and steps at least 1")
-        check_budget(self.name, self.budget)
+    epsilon: PositiveFloat = 0.4
+    alpha: Annotated[float, Interval("[0, 1]")] = 0.2
+    steps: PositiveInt = 1
+    budget: Annotated[float, Interval("[0, 1)")] = 0.02
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         anp = ANP(network, self)

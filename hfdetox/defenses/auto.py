@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -51,13 +51,13 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
-from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, match_layers
 from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, step_bounds
 from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 # the share of its accuracy that a model may lose under an augmentation that is used
 TOLERATED = 0.01
@@ -119,28 +119,14 @@ class D3Config(D3Settings, TuningConfig):
                  "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2},
     }  # fmt: skip
 
-    lambda_: float | Auto = 10.0
-    epsilon: float | Auto = 0.1
-    cosine: float = -0.4
+    lambda_: PositiveFloat | Auto = 10.0
+    epsilon: NonNegativeFloat | Auto = 0.1
+    cosine: Annotated[float, Interval("(-1, 0)")] = -0.4
     match_augmentation: bool = False
-    mixup: float = 0.0
-    min_steps: int = 0
+    mixup: NonNegativeFloat = 0.0
+    min_steps: NonNegativeInt = 0
     features: Features = "sgd"
-    features_learning_rate: float = 5e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("lambda", self.lambda_, math.ulp(0), "positive")
-        _check("epsilon", self.epsilon, 0, "at least 0")
-        if not -1 < self.cosine < 0:
-            raise UsageError(f"d3: cosine must be between -1 and 0, got {self.cosine}")
-        if not 0 <= self.mixup < math.inf:
-            raise UsageError(f"d3: mixup must be at least 0 and finite, got {self.mixup}")
-        if self.min_steps < 0:
-            raise UsageError(f"d3: min_steps must be at least 0, got {self.min_steps}")
-        rate = self.features_learning_rate
-        if not 0 < rate < math.inf:
-            raise UsageError(f"d3: features_learning_rate must be positive and finite, got {rate}")
+    features_learning_rate: PositiveFloat = 5e-4
 
     @property
     def automatic(self) -> bool:
@@ -189,11 +175,6 @@ class D3Config(D3Settings, TuningConfig):
             return JointOptimizer(self.sgd(pushed), adamw)
 
         return joint
-
-
-def _check(name: str, value: float | str, least: float, wanted: str) -> None:
-    if value != "auto" and (isinstance(value, str) or not least <= value < math.inf):
-        raise UsageError(f"d3: {name} must be {wanted} and finite, or auto, got {value}")
 
 
 class AutoD3(D3):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +15,7 @@ from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.training.reweighting import Reweight, reweighted
+from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +37,8 @@ class DefenseConfig(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
 
     def __post_init__(self) -> None:
-        """Check the words; raises UsageError that names the setting and what it may be."""
-        for key, hint in typing.get_type_hints(type(self)).items():
-            known = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-            if known and getattr(self, key) not in known:
-                raise UsageError(f"{self.name}: {key} must be one of {', '.join(known)}, got {getattr(self, key)!r}")
+        """Check words and ranges; raises UsageError that names the setting and what it may be."""
+        check_fields(self, self.name)
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         """Return the names of the modules of `model` that the defense treats apart from the rest."""
@@ -98,30 +94,25 @@ class TuningConfig(DefenseConfig):
         reweight: weights of the images in the loss: `none`, by the accuracy their `class` lost on a held-out fifth of
             the images (which are then not trained on), or within classes too, by `wasserstein` distance; see
             `hfdetox.training.reweighting`.
+        unweighted: why a method cannot have `reweight`, where it cannot.
     """
 
-    epochs: int = 100
-    batch_size: int = 256
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float | None = None
+    unweighted: ClassVar[str] = ""
+
+    epochs: PositiveInt = 100
+    batch_size: Annotated[int, Interval("[2, inf]")] = 256
+    learning_rate: PositiveFloat = 0.01
+    momentum: Annotated[float, Interval("[0, 1)")] = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+    gradient_accumulation_steps: PositiveInt = 1
+    max_grad_norm: Annotated[float, Interval("(0, inf]")] | None = None
     augmentation: Augmentation = "auto"
     reweight: Reweight = "none"
 
     def __post_init__(self) -> None:
-        """Check the ranges; raises UsageError that names the setting and what it may be."""
-        for name, lowest in (("epochs", 1), ("batch_size", 2), ("gradient_accumulation_steps", 1)):
-            if getattr(self, name) < lowest:
-                raise UsageError(f"{self.name}: {name} must be at least {lowest}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.momentum < 1:
-            raise UsageError(f"{self.name}: learning_rate must be positive and finite, and momentum in [0, 1)")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"{self.name}: weight_decay must be at least 0 and finite")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise UsageError(f"{self.name}: max_grad_norm must be positive, or left out for no clipping")
         super().__post_init__()
+        if self.reweight != "none" and self.unweighted:
+            raise UsageError(f"{self.name}: {self.unweighted}; leave reweight out")
 
     def describe(self, images: str) -> str:
         held = f" A fifth of them was held out, and weighted the others (`reweight: {self.reweight}`)."

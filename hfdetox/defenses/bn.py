@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,7 @@ class BNConfig(DefenseConfig):
     )
     presets: ClassVar = {"control": {}}
 
-    batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 2:
-            raise UsageError(f"bn: batch_size must be at least 2, got {self.batch_size}")
+    batch_size: Annotated[int, Interval("[2, inf]")] = 256
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         if not _layers(network):

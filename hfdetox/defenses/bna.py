@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +49,7 @@ from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.triggers import Trigger, parse_trigger
+from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
 _MOST_BINS = 2000
 # a channel that hardly varies on triggered images is shifted and not stretched
@@ -94,23 +95,19 @@ class BNAConfig(DefenseConfig):
     }
 
     trigger: str = ""
-    target: int | None = None
+    target: NonNegativeInt | None = None
     result: Literal["route", "fold"] = "route"
     moments: bool = True
     bounds: bool = True
     divergence: Literal["total-variation", "js", "kl"] = "total-variation"
-    bin_width: float = 0.1
-    batch_size: int = 256
+    bin_width: PositiveFloat = 0.1
+    batch_size: Annotated[int, Interval("[2, inf]")] = 256
     classes: tuple[str, ...] = ()
-    inversion_epochs: int = 80
+    inversion_epochs: PositiveInt = 80
 
     def __post_init__(self) -> None:
         """Check the ranges; raises UsageError that names the setting and what it may be."""
         super().__post_init__()
-        if not 0 < self.bin_width < math.inf:
-            raise UsageError(f"bna: bin_width must be positive and finite, got {self.bin_width}")
-        if self.batch_size < 2 or (self.target is not None and self.target < 0):
-            raise UsageError("bna: batch_size must be at least 2, and target a label index")
         if self.target is not None and not self.trigger:
             raise UsageError("bna: target says where a trigger leads; give the trigger too, or leave both to Neural "
                              "Cleanse")  # fmt: skip

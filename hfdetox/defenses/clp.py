@@ -25,18 +25,14 @@ from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import mlp_layers
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierConfig(DefenseConfig):
     """The setting of the methods that prune what stands out of its layer: `u` standard deviations above the mean."""
 
-    u: float = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.u < float("inf"):
-            raise UsageError(f"{self.name}: u must be at least 0 and finite, got {self.u}")
+    u: NonNegativeFloat = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)

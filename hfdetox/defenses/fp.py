@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import pointwise
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,8 @@ class FPConfig(TuningConfig):
     presets: ClassVar = {"paper": {}, "budget": {"max_drop": 0.02}}
 
     weight_decay: float = 5e-4
-    step: float = 0.01
-    max_drop: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.step < 1 or not 0 < self.max_drop <= 1:
-            found = f"{self.step} and {self.max_drop}"
-            raise UsageError(f"fp: step must be in (0, 1) and max_drop in (0, 1], got {found}")
+    step: Annotated[float, Interval("(0, 1)")] = 0.01
+    max_drop: Annotated[float, Interval("(0, 1]")] = 0.1
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, (HEAD,))

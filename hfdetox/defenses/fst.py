@@ -18,11 +18,11 @@ from torch import nn
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
 from hfdetox.defenses.ft import cross_entropy_of
-from hfdetox.errors import UsageError
 from hfdetox.models.layers import HEAD, match_layers
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,8 @@ class FSTConfig(TuningConfig):
     }  # fmt: skip
 
     epochs: int = 10
-    alpha: float = 0.2
+    alpha: NonNegativeFloat = 0.2
     freeze_norm: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha < math.inf:
-            raise UsageError(f"fst: alpha must be at least 0 and finite, got {self.alpha}")
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, (HEAD,))

@@ -10,20 +10,19 @@ here it is stepped every epoch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import cross_entropy_of
-from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.training.sharpness import SharpnessAware
+from hfdetox.values import Interval, PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +48,8 @@ class FTSAMConfig(TuningConfig):
     }  # fmt: skip
 
     weight_decay: float = 5e-4
-    rho: float = 2.0
-    label_smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.rho < math.inf or not 0 <= self.label_smoothing < 1:
-            found = f"{self.rho} and {self.label_smoothing}"
-            raise UsageError(f"ft-sam: rho must be positive and finite, and label_smoothing in [0, 1), got {found}")
+    rho: PositiveFloat = 2.0
+    label_smoothing: Annotated[float, Interval("[0, 1)")] = 0.1
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         return [self.phase(name="ft-sam", parameters=trained_parameters(network), loss=self._loss,

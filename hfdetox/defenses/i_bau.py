@@ -18,10 +18,9 @@ takes the gradient of its own part of a batch, of which they then take the mean.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
@@ -30,10 +29,10 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses._perturbed import OwnState, adam, module_terms, weighted_error
 from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 __all__ = ["IBAUConfig", "Universal"]
 
@@ -63,23 +62,15 @@ class IBAUConfig(TuningConfig):
         "i-BAU, implicit backdoor adversarial unlearning ([arXiv 2110.03735](https://arxiv.org/abs/2110.03735)), "
         "fine-tuned the model on {images}, some of which carried a perturbation that was searched for to mislead it."
     )
+    unweighted = "reweight works from epoch to epoch of a phase, and each round of i-BAU is a phase of its own"
     presets: ClassVar = {"paper": {}, "backdoorbench": {"learning_rate": 1e-4, "batch_size": 256}}
 
     epochs: int = 5
     batch_size: int = 100
     learning_rate: float = 1e-3
-    perturbation_rate: float = 10.0
-    share: float = 0.01
-    terms: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.perturbation_rate < math.inf or not 0 < self.share <= 1 or self.terms < 1:
-            raise UsageError("i-bau: perturbation_rate must be positive and finite, share in (0, 1], terms at least 1")
-
-        if self.reweight != "none":
-            raise UsageError("i-bau: reweight works from epoch to epoch of a phase, and each round of i-BAU is a phase "
-                             "of its own; leave it out")  # fmt: skip
+    perturbation_rate: PositiveFloat = 10.0
+    share: Annotated[float, Interval("(0, 1]")] = 0.01
+    terms: PositiveInt = 5
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         universal = Universal(network, self)

@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,7 @@ from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import unit_layers
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # a total has to be better by so much for patience to start anew
 _BETTER = 0.98
@@ -97,30 +98,23 @@ class IMSConfig(DefenseConfig):
     units: Literal["auto", "conv", "hidden"] = "auto"
     selection: bool = True
     inverse: bool = True
-    steepness: float = 20.0
-    sparsity: float | None = None
-    initial_rounds: int = 100
-    free_rounds: int = 200
-    sparse_rounds: int = 200
-    patience: int = 25
-    batch_size: int = 256
-    learning_rate: float = 0.02
-    weight_decay: float = 0.01
-    inner_steps: int = 20
-    inner_rate: float = 1e-3
+    steepness: PositiveFloat = 20.0
+    sparsity: NonNegativeFloat | None = None
+    initial_rounds: NonNegativeInt = 100
+    free_rounds: NonNegativeInt = 200
+    sparse_rounds: NonNegativeInt = 200
+    patience: PositiveInt = 25
+    batch_size: Annotated[int, Interval("[2, inf]")] = 256
+    learning_rate: PositiveFloat = 0.02
+    weight_decay: NonNegativeFloat = 0.01
+    inner_steps: PositiveInt = 20
+    inner_rate: PositiveFloat = 1e-3
 
     def __post_init__(self) -> None:
         """Check the ranges; raises UsageError that names the setting and what it may be."""
         super().__post_init__()
-        rounds = (self.initial_rounds, self.free_rounds, self.sparse_rounds)
-        if min(rounds) < 0 or not any(rounds):
-            raise UsageError("ims: the rounds of the three stages must be at least 0, and not all of them 0")
-        if self.batch_size < 2 or min(self.patience, self.inner_steps) < 1:
-            raise UsageError("ims: batch_size must be at least 2, patience and inner_steps at least 1")
-        if not all(0 < value < math.inf for value in (self.steepness, self.learning_rate, self.inner_rate)):
-            raise UsageError("ims: steepness, learning_rate and inner_rate must be positive and finite")
-        if not all(0 <= value < math.inf for value in (self.weight_decay, self.sparsity or 0.0)):
-            raise UsageError("ims: weight_decay and sparsity must be at least 0 and finite")
+        if not any((self.initial_rounds, self.free_rounds, self.sparse_rounds)):
+            raise UsageError("ims: the rounds of the three stages are all 0: nothing would be learnt")
 
     def describe(self, images: str) -> str:
         perturbed = ", against perturbations that stand for a trigger" if self.free_rounds + self.sparse_rounds else ""

@@ -11,7 +11,6 @@ positions. The teacher runs in eval mode and in float32, whatever the student's 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,11 +21,11 @@ from torch.nn.functional import normalize
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms, cross_entropy_of
-from hfdetox.errors import UsageError
 from hfdetox.models.feature_maps import captured, last_stages
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +53,11 @@ class NADConfig(TuningConfig):
 
     epochs: int = 10
     weight_decay: float = 5e-4
-    teacher_epochs: int = 10
-    beta1: float = 500.0
-    beta2: float = 1000.0
-    beta3: float = 1000.0
-    power: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_epochs < 1:
-            raise UsageError(f"nad: teacher_epochs must be at least 1, got {self.teacher_epochs}")
-        if (
-            not all(0 <= beta < math.inf for beta in (self.beta1, self.beta2, self.beta3))
-            or not 0 < self.power < math.inf
-        ):
-            raise UsageError("nad: beta1, beta2 and beta3 must be at least 0, power above 0, all finite")
+    teacher_epochs: PositiveInt = 10
+    beta1: NonNegativeFloat = 500.0
+    beta2: NonNegativeFloat = 1000.0
+    beta3: NonNegativeFloat = 1000.0
+    power: PositiveFloat = 2.0
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         nad = NAD(network, self)

@@ -16,10 +16,9 @@ is the whole image, and κ is scaled by (32/H)², so that it means the same at o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +33,7 @@ from hfdetox.models.layers import classes_of
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 __all__ = ["Inversion", "NCConfig"]
 
@@ -75,22 +75,16 @@ class NCConfig(TuningConfig):
 
     weight_decay: float = 5e-4
     classes: tuple[str, ...] = ()
-    inversion_epochs: int = 80
-    inversion_rate: float = 0.1
-    kappa: float = 1e-3
-    success: float = 0.98
-    patience: int = 25
-    anomaly: float = 2.0
-    share: float = 0.2
+    inversion_epochs: PositiveInt = 80
+    inversion_rate: PositiveFloat = 0.1
+    kappa: PositiveFloat = 1e-3
+    success: Annotated[float, Interval("(0, 1]")] = 0.98
+    patience: PositiveInt = 25
+    anomaly: PositiveFloat = 2.0
+    share: Annotated[float, Interval("(0, 1)")] = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.inversion_epochs, self.patience) < 1:
-            raise UsageError("nc: inversion_epochs and patience must be at least 1")
-        if not all(0 < value < math.inf for value in (self.inversion_rate, self.kappa, self.anomaly)):
-            raise UsageError("nc: inversion_rate, kappa and anomaly must be positive and finite")
-        if not 0 < self.success <= 1 or not 0 < self.share < 1:
-            raise UsageError("nc: success must be in (0, 1] and share in (0, 1)")
         if not all(text.isdecimal() for text in self.classes) or len(set(self.classes)) != len(self.classes):
             raise UsageError(f"nc: classes must be different indices, as in 0,3,7, got {','.join(self.classes)!r}")
 

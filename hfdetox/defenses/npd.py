@@ -24,9 +24,8 @@ Linear within the last block, not on the residual stream before it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,6 +48,7 @@ from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 __all__ = ["NPDConfig", "Polarized"]
 
@@ -96,25 +96,15 @@ class NPDConfig(TuningConfig):
     weight_decay: float = 5e-4
     augmentation: Augmentation = "none"
     layer: str = "auto"
-    warmup: int = 5
-    warmup_rate: float = 1e-4
-    radius: float | None = None
-    step: float = 0.1
-    steps: int = 2
-    stop: float = 0.6
-    consistency: float = 0.4
-    untargeted: float = 0.4
-    targeted: float = 0.4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.warmup < 0 or self.steps < 1 or not 0 < self.stop <= 1:
-            raise UsageError("npd: warmup must be at least 0, steps at least 1 and stop in (0, 1]")
-        radius = 1.0 if self.radius is None else self.radius
-        if not all(0 < value < math.inf for value in (radius, self.step, self.warmup_rate)):
-            raise UsageError("npd: radius, step and warmup_rate must be positive and finite")
-        if not all(0 <= value < math.inf for value in (self.consistency, self.untargeted, self.targeted)):
-            raise UsageError("npd: consistency, untargeted and targeted must be at least 0 and finite")
+    warmup: NonNegativeInt = 5
+    warmup_rate: PositiveFloat = 1e-4
+    radius: PositiveFloat | None = None
+    step: PositiveFloat = 0.1
+    steps: PositiveInt = 2
+    stop: Annotated[float, Interval("(0, 1]")] = 0.6
+    consistency: NonNegativeFloat = 0.4
+    untargeted: NonNegativeFloat = 0.4
+    targeted: NonNegativeFloat = 0.4
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return [polarized_layer(model, self.layer)]

@@ -12,10 +12,9 @@ as it came (γ_c = 0, β_c stays).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,8 +23,9 @@ from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
-from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, check_budget, mean_loss
+from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, mean_loss
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval, PositiveFloat
 
 THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(50))
 _UNLEARNT = "unlearnt."
@@ -61,6 +61,7 @@ class RNPConfig(TuningConfig):
         "model unlearn {images}, trained masks on its channels to recover them, and set the channels of the model to "
         "zero that the recovery did not need."
     )
+    unweighted = "reweight is for a fine-tuning, and RNP trains masks and a copy"
     presets: ClassVar = {"paper": {}, "gentle": {"unlearning_rate": 0.001}}
 
     epochs: int = 20
@@ -69,22 +70,15 @@ class RNPConfig(TuningConfig):
     weight_decay: float = 5e-4
     max_grad_norm: float | None = 20.0
     epoch_images: int = 500
-    unlearning_rate: float = 0.01
-    stop_accuracy: float = 0.2
-    alpha: float = 0.2
-    budget: float = 0.02
+    unlearning_rate: PositiveFloat = 0.01
+    stop_accuracy: Annotated[float, Interval("[0, 1)")] = 0.2
+    alpha: PositiveFloat = 0.2
+    budget: Annotated[float, Interval("[0, 1)")] = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reweight != "none":
-            raise UsageError("rnp: reweight is for a fine-tuning, and RNP trains masks and a copy; leave it out")
-        if not 0 < self.unlearning_rate < math.inf or not 0 < self.alpha < math.inf:
-            raise UsageError("rnp: unlearning_rate and alpha must be positive and finite")
-        if not 0 <= self.stop_accuracy < 1:
-            raise UsageError(f"rnp: stop_accuracy must be at least 0 and below 1, got {self.stop_accuracy}")
         if self.epoch_images < self.batch_size:
             raise UsageError(f"rnp: epoch_images must be at least batch_size, got {self.epoch_images}")
-        check_budget(self.name, self.budget)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         rnp = RNP(network, self)

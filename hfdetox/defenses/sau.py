@@ -40,6 +40,7 @@ from hfdetox.errors import UsageError
 from hfdetox.models.network import Network, evaluating
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
 
 __all__ = ["SAUConfig", "SharedPair"]
 
@@ -90,27 +91,22 @@ class SAUConfig(TuningConfig):
 
     learning_rate: float = 1e-4
     augmentation: Augmentation = "none"
-    lambda_1: float = 1.0
-    lambda_2: float = 1.0
-    lambda_3: float = 0.01
-    lambda_4: float = 1.0
-    lambda_at: float = 0.0
+    lambda_1: NonNegativeFloat = 1.0
+    lambda_2: NonNegativeFloat = 1.0
+    lambda_3: NonNegativeFloat = 0.01
+    lambda_4: NonNegativeFloat = 1.0
+    lambda_at: NonNegativeFloat = 0.0
     norm: Literal["linf", "l2"] = "linf"
-    radius: float = 0.2
-    step: float = 0.2
-    steps: int = 5
+    radius: PositiveFloat = 0.2
+    step: PositiveFloat = 0.2
+    steps: PositiveInt = 5
     start: Literal["max", "min", "zero", "random"] = "max"
     fix_statistics: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = (self.lambda_1, self.lambda_2, self.lambda_3, self.lambda_4, self.lambda_at)
-        if not all(0 <= weight < math.inf for weight in weights):
-            raise UsageError(f"sau: lambda_1 to lambda_4 and lambda_at must be at least 0 and finite, got {weights}")
         if self.lambda_3 + self.lambda_4 == 0 or self.lambda_1 + self.lambda_2 + self.lambda_at == 0:
             raise UsageError("sau: lambda_3 and lambda_4 cannot both be 0, nor lambda_1, lambda_2 and lambda_at all")
-        if not 0 < self.radius < math.inf or not 0 < self.step < math.inf or self.steps < 1:
-            raise UsageError("sau: radius and step must be positive and finite, and steps at least 1")
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

@@ -197,12 +197,6 @@ class ThresholdSearch:
                 "held_out_accuracy_before": whole / images, "held_out_accuracy": kept_right / images}  # fmt: skip
 
 
-def check_budget(method: str, budget: float) -> None:
-    """Raise UsageError unless the accuracy budget is a share."""
-    if not 0 <= budget < 1:
-        raise UsageError(f"{method}: budget is the accuracy that may be lost, at least 0 and below 1, got {budget}")
-
-
 def mean_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return Σ w_i ce_i of a batch, 0-d and in float32."""
     return (batch.weights * cross_entropy(logits.float(), batch.labels, reduction="none")).sum()

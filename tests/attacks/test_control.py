@@ -285,8 +285,8 @@ def test_a_controlled_training_has_one_trigger(accelerator: Accelerator) -> None
         ("wanet", {"cross_ratio": "inf"}, "wanet: cross_ratio must be at least 0 and finite"),
         ("wanet", {"neg_ratio": "0.1"}, "attack has no setting neg_ratio; it has epochs, .*cross_ratio"),
         ("bpp", {"neg_ratio": "1.5"}, r"bpp: neg_ratio must be in \[0, 1\]"),
-        ("blind", {"window": "0"}, "blind: .*window at least 1"),
-        ("blind", {"backdoor_weight": "0"}, "blind: clean_weight, backdoor_weight and threshold must be above 0"),
+        ("blind", {"window": "0"}, "blind: window must be at least 1, got 0"),
+        ("blind", {"backdoor_weight": "0"}, "blind: backdoor_weight must be positive and finite, got 0.0"),
     ],
 )
 def test_a_wrong_setting_of_a_poisoner_is_one_line(kind: str, texts: dict[str, Any], message: str) -> None:

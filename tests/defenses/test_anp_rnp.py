@@ -271,14 +271,14 @@ def test_resume_equals_the_uninterrupted_run(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ANPConfig(epsilon=0.0), "anp: epsilon must be positive"),
-        (lambda: ANPConfig(alpha=1.5), r"alpha in \[0, 1\]"),
-        (lambda: ANPConfig(steps=0), "steps at least 1"),
-        (lambda: ANPConfig(budget=1.0), "anp: budget"),
-        (lambda: RNPConfig(unlearning_rate=0.0), "rnp: unlearning_rate"),
-        (lambda: RNPConfig(stop_accuracy=1.0), "rnp: stop_accuracy"),
+        (lambda: ANPConfig(epsilon=0.0), "anp: epsilon must be positive and finite, got 0.0"),
+        (lambda: ANPConfig(alpha=1.5), r"anp: alpha must be in \[0, 1\], got 1.5"),
+        (lambda: ANPConfig(steps=0), "anp: steps must be at least 1, got 0"),
+        (lambda: ANPConfig(budget=1.0), r"anp: budget must be in \[0, 1\), got 1.0"),
+        (lambda: RNPConfig(unlearning_rate=0.0), "rnp: unlearning_rate must be positive and finite, got 0.0"),
+        (lambda: RNPConfig(stop_accuracy=1.0), r"rnp: stop_accuracy must be in \[0, 1\), got 1.0"),
         (lambda: RNPConfig(epoch_images=64), "rnp: epoch_images"),
-        (lambda: RNPConfig(budget=-0.1), "rnp: budget"),
+        (lambda: RNPConfig(budget=-0.1), r"rnp: budget must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_settings_are_checked(make: Callable[[], TuningConfig], message: str) -> None:

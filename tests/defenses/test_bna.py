@@ -279,8 +279,8 @@ def test_a_response_normalisation_is_no_norm() -> None:
         ({"moments": False, "bounds": False}, "cannot both be off"),
         ({"moments": False, "result": "fold"}, "result=fold folds the moments alone"),
         ({"divergence": "ks"}, "divergence must be one of total-variation, js, kl"),
-        ({"bin_width": 0.0}, "bin_width must be positive"),
-        ({"target": -1}, "target a label index"),
+        ({"bin_width": 0.0}, "bna: bin_width must be positive and finite, got 0.0"),
+        ({"target": -1}, "bna: target must be at least 0, or none, got -1"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

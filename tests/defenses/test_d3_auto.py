@@ -71,7 +71,7 @@ def test_auto_is_read_shown_and_made_again() -> None:
         ({"lambda": "much"}, "lambda must be a number or auto, got 'much'"),
         ({"lambda": "0"}, "lambda must be positive and finite, or auto, got 0"),
         ({"epsilon": "-1"}, "epsilon must be at least 0 and finite, or auto, got -1"),
-        ({"cosine": "0"}, "cosine must be between -1 and 0, got 0"),
+        ({"cosine": "0"}, r"cosine must be in \(-1, 0\), got 0"),
         ({"min_steps": "-1"}, "min_steps must be at least 0, got -1"),
         ({"features": "adam"}, "features must be one of sgd, adamw, auto, got 'adam'"),
         ({"features_learning_rate": "0"}, "features_learning_rate must be positive and finite, got 0"),
@@ -83,7 +83,7 @@ def test_a_wrong_setting_is_one_line(overrides: dict[str, str], said: str) -> No
 
 
 def test_a_word_that_is_not_auto_is_refused_by_the_class_too() -> None:
-    with pytest.raises(UsageError, match="lambda must be positive and finite, or auto, got much"):
+    with pytest.raises(UsageError, match="lambda must be positive and finite, or auto, got 'much'"):
         D3Config(lambda_="much")  # type: ignore[arg-type]
 
 

@@ -152,9 +152,9 @@ def test_seeds_and_state(accelerator: Accelerator, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"share": "0"}, r"share in \(0, 1\]"),
-        ({"terms": "0"}, "terms at least 1"),
-        ({"reweight": "class"}, "leave it out"),
+        ({"share": "0"}, r"i-bau: share must be in \(0, 1\], got 0.0"),
+        ({"terms": "0"}, "i-bau: terms must be at least 1, got 0"),
+        ({"reweight": "class"}, "i-bau: reweight works from epoch .*; leave reweight out"),
     ],
 )
 def test_wrong_settings(settings: dict[str, str], message: str) -> None:

@@ -357,11 +357,11 @@ def test_a_stage_has_one_optimiser_for_all_its_rounds(accelerator: Accelerator) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"initial_rounds": 0, "free_rounds": 0, "sparse_rounds": 0}, "not all of them 0"),
+        ({"initial_rounds": 0, "free_rounds": 0, "sparse_rounds": 0}, "ims: the rounds of the three stages are all 0"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
-        ({"inner_steps": 0}, "inner_steps at least 1"),
-        ({"steepness": 0.0}, "steepness"),
-        ({"sparsity": -1.0}, "sparsity must be at least 0"),
+        ({"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
+        ({"steepness": 0.0}, "steepness must be positive and finite, got 0.0"),
+        ({"sparsity": -1.0}, "sparsity must be at least 0 and finite, or none, got -1.0"),
         ({"units": "tokens"}, "units must be one of auto, conv, hidden"),
     ],
 )

@@ -108,5 +108,5 @@ def test_presets() -> None:
 
 @pytest.mark.parametrize("changes", [{"teacher_epochs": 0}, {"beta2": -1.0}, {"power": 0.0}, {"beta3": float("inf")}])
 def test_ranges(changes: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="nad: "):
+    with pytest.raises(UsageError, match=f"nad: {next(iter(changes))} must be "):
         NADConfig(**changes)  # type: ignore[arg-type]

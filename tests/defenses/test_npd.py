@@ -165,7 +165,11 @@ def test_seeds_and_state(accelerator: Accelerator, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"stop": "0"}, r"stop in \(0, 1\]"), ({"radius": "0"}, "radius, step"), ({"targeted": "-1"}, "at least 0")],
+    [
+        ({"stop": "0"}, r"npd: stop must be in \(0, 1\]"),
+        ({"radius": "0"}, "npd: radius must be positive and finite, or none"),
+        ({"targeted": "-1"}, "npd: targeted must be at least 0 and finite"),
+    ],
 )
 def test_wrong_settings(settings: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -235,10 +235,10 @@ def test_seeds_and_state(accelerator: Accelerator, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lambda_1": "-1"}, "lambda_1 to lambda_4 and lambda_at must be at least 0"),
+        ({"lambda_1": "-1"}, "sau: lambda_1 must be at least 0 and finite, got -1.0"),
         ({"lambda_3": "0", "lambda_4": "0"}, "lambda_3 and lambda_4 cannot both be 0"),
         ({"lambda_1": "0", "lambda_2": "0"}, "nor lambda_1, lambda_2 and lambda_at all"),
-        ({"radius": "0"}, "radius and step must be positive"),
+        ({"radius": "0"}, "sau: radius must be positive and finite, got 0.0"),
         ({"norm": "l1"}, "norm must be one of linf, l2"),
     ],
 )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,7 @@ class ShrinkConfig(TuningConfig):
     card_text = "Every weight was shrunk, and fine-tuning on {images} trained them all."
     presets: ClassVar = {"gentle": {}, "hard": {"keep": 0.2}}
 
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.keep <= 1:
-            raise UsageError(f"shrink: keep must be above 0 and at most 1, got {self.keep}")
+    keep: Annotated[float, Interval("(0, 1]")] = 0.5
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         """Return the one phase: shrink first, then fine-tune."""
