@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import nn
@@ -53,6 +54,18 @@ def adam(config: TuningConfig, parameters: list[nn.Parameter]) -> torch.optim.Op
     return torch.optim.Adam(
         parameters, lr=config.learning_rate, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
     )
+
+
+class FrozenMethod(nn.Module):
+    """A method that is one module: the network, frozen and always in eval mode, and tensors of the method's own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        return super().train(False)
 
 
 class OwnState:

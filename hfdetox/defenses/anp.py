@@ -10,17 +10,18 @@ and the channels with m_c ≤ τ are pruned from the network as it came (γ_c = 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
+from hfdetox.defenses._perturbed import OwnState
 from hfdetox.defenses.base import TuningConfig
+from hfdetox.defenses.ft import cross_entropy_of
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
-from hfdetox.training.masks import ChannelMasks, MaskedNetwork, Noise, ThresholdSearch, mean_loss
+from hfdetox.training.masks import ChannelMasks, MaskedNetwork, Noise, ThresholdSearch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
@@ -65,10 +66,11 @@ class ANPConfig(TuningConfig):
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         anp = ANP(network, self)
+        state = OwnState(anp.masked)
         search = ThresholdSearch(network, anp.masks, lambda: anp.masked.mask, THRESHOLDS, self.budget)
         train = self.phase(name="anp", network=anp.masked, parameters=[anp.masked.mask], loss=anp.loss,
-                           after_step=anp.masked.project, schedule="constant", part="fit", state=anp)  # fmt: skip
-        return [train, search.as_pass("anp-prune", anp)]
+                           after_step=anp.masked.project, schedule="constant", part="fit", state=state)  # fmt: skip
+        return [train, search.as_pass("anp-prune", state)]
 
 
 class ANP:
@@ -90,7 +92,7 @@ class ANP:
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` with its parts `clean_loss` and `perturbed_loss`, 0-d."""
         clean, perturbed = model(batch.images, None, self.perturbation(batch))
-        natural, robust = mean_loss(clean, batch), mean_loss(perturbed, batch)
+        natural, robust = cross_entropy_of(clean, batch), cross_entropy_of(perturbed, batch)
         loss = self.config.alpha * natural + (1 - self.config.alpha) * robust
         return {"loss": loss, "clean_loss": natural, "perturbed_loss": robust}
 
@@ -105,17 +107,9 @@ class ANP:
         for _ in range(self.config.steps):
             delta, xi = (tensor.requires_grad_() for tensor in noise)
             (logits,) = self.masked(batch.images, (delta, xi))
-            slopes = torch.autograd.grad(mean_loss(logits, batch), [delta, xi], materialize_grads=True)
+            slopes = torch.autograd.grad(cross_entropy_of(logits, batch), [delta, xi], materialize_grads=True)
             noise = [ascend(old, slope, epsilon, self.config.steps) for old, slope in zip(noise, slopes, strict=True)]
         return noise[0], noise[1]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the masks."""
-        return {"mask": self.masked.mask.detach()}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over the masks of a stopped run."""
-        self.masked.load_mask(state)
 
 
 def ascend(noise: torch.Tensor, slope: torch.Tensor, epsilon: float, steps: int) -> torch.Tensor:

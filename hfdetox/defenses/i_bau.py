@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import OwnState, adam, module_terms, weighted_error
+from hfdetox.defenses._perturbed import FrozenMethod, OwnState, adam, module_terms, weighted_error
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
@@ -92,23 +92,17 @@ class IBAUConfig(TuningConfig):
         return phases
 
 
-class Universal(nn.Module):
-    """The network, always in eval mode, and the universal perturbation δ (1×C×H×W, normalised input space)."""
-
-    unit: torch.Tensor
+class Universal(FrozenMethod):
+    """The network, in eval mode as in the authors' code, and the perturbation δ (1×C×H×W, normalised input space)."""
 
     def __init__(self, network: Network, config: IBAUConfig) -> None:
-        super().__init__()
-        self.network, self.config = network, config
+        super().__init__(network)
+        self.config = config
         self.perturbation = nn.Parameter(torch.zeros(1, *network.input_size))
         # what 1 in the normalised space is in the images the network takes (C×1×1)
         unit = network.std / network.scale if network.normalizes else torch.ones_like(network.std)
-        self.register_buffer("unit", unit.detach().clone(), persistent=False)
+        self.unit = nn.Buffer(unit.detach().clone(), persistent=False)
         self._first: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def train(self, mode: bool = True) -> Universal:
-        """Stay in eval mode, as the authors' code does."""
-        return super().train(False)
 
     @torch.no_grad()
     def begin_search(self) -> None:

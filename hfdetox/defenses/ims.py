@@ -40,15 +40,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.func import functional_call
 
-from hfdetox.defenses._perturbed import PIXEL, OwnState, require_pixels
+from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, require_pixels
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, head_layers
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
-from hfdetox.training.masks import unit_layers
+from hfdetox.training.masks import ChannelMasks, MaskedLayer, unit_layers
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -136,58 +135,23 @@ class IMSConfig(DefenseConfig):
         return [*(stage for stage in stages if stage.epochs), fold]
 
 
-@dataclass(frozen=True)
-class Masked:
-    """A layer whose units are masked, by the names of its parameters in the network.
-
-    Attributes:
-        weight: its rows are multiplied (`bias` with them), or its columns where `width` is above 0.
-        bias: None for layers without, and where columns are multiplied.
-        units: how many masks there are.
-        width: columns of one unit; 0 says that units are rows.
-    """
-
-    weight: str
-    bias: str | None
-    units: int
-    width: int = 0
-
-    def multiplied(self, network: nn.Module, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the layer's parameters under masks (`units`), by name."""
-        weight = network.get_parameter(self.weight)
-        trailing = [1] * (weight.ndim - 2)
-        if self.width:
-            return {self.weight: weight * values.repeat_interleave(self.width).view(1, -1, *trailing)}
-        found = {self.weight: weight * values.view(-1, 1, *trailing)}
-        return found if self.bias is None else {**found, self.bias: network.get_parameter(self.bias) * values}
-
-
-class IMS(nn.Module):
+class IMS(FrozenMethod):
     """The frozen network, in eval mode, with the masks a and selections s of all units in flat tensors.
 
     Raises:
         UsageError: the network has no units of the kind that is asked for.
     """
 
-    best: torch.Tensor
-    waited: torch.Tensor
-
     def __init__(self, network: nn.Module, config: IMSConfig) -> None:
-        super().__init__()
-        self.network, self.config = network, config
-        self.layers = masked_layers(network, config.units)
-        rows = not any(layer.width for layer in self.layers)
+        super().__init__(network)
+        self.config = config
+        self.channels = ChannelMasks(network, config.name, masked_layers(network, config.units))
+        rows = not any(layer.width for layer in self.channels.layers)
         self.sparsity = config.sparsity if config.sparsity is not None else 10.0 if rows else 0.0
-        self.sizes = [layer.units for layer in self.layers]
-        self.mask = nn.Parameter(torch.ones(sum(self.sizes)))
-        self.selection = nn.Parameter(torch.full((sum(self.sizes),), float(config.selection)))
-        self.register_buffer("best", torch.tensor(math.inf))
-        self.register_buffer("waited", torch.tensor(0))
+        self.mask = nn.Parameter(torch.ones(self.channels.count))
+        self.selection = nn.Parameter(torch.full((self.channels.count,), float(config.selection)))
+        self.best, self.waited = nn.Buffer(torch.tensor(math.inf)), nn.Buffer(torch.tensor(0))
         self._seen = torch.zeros(2)
-
-    def train(self, mode: bool = True) -> IMS:
-        """Stay in eval mode: the network is frozen."""
-        return super().train(False)
 
     def stage(self, name: str, rounds: int, *, perturbed: bool, sparsity: float) -> Phase:
         """Return a stage as a phase whose epochs are rounds of one batch, with an optimiser of its own."""
@@ -253,13 +217,9 @@ class IMS(nn.Module):
     def probabilities(self, images: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         """Return the softmax (N×K, float32) of the network's logits, under masks (flat) if given."""
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.network(images) if values is None else functional_call(
-                self.network, self._multiplied(values), (images,))  # fmt: skip
-            return logits.softmax(1)
-
-    def _multiplied(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = zip(self.layers, values.split(self.sizes), strict=True)
-        return {name: t for layer, part in parts for name, t in layer.multiplied(self.network, part).items()}
+            if values is None:
+                return self.network(images).softmax(1)
+            return self.channels.logits(self.network, images, values, values).softmax(1)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -296,8 +256,7 @@ class IMS(nn.Module):
         """Multiply a' into the weights; return the share of `kept` (a' ≥ ½) and `shared` (s ≥ ½) units, and of images
         whose answer stays (`unchanged_answers`)."""
         kept = self.masks()[0]
-        for name, tensor in self._multiplied(kept).items():
-            self.network.get_parameter(name).copy_(tensor)
+        self.channels.fold(self.network, kept, kept)
         same, images = accelerator.reduce(self._seen.to(accelerator.device), reduction="sum").tolist()
         shared = (self.selection >= 0.5).float().mean()
         return {"units": float(len(kept)), "kept": float((kept >= 0.5).float().mean()), "shared": float(shared),
@@ -320,10 +279,9 @@ def disagree(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return -((p * (1 - q)).sum(1) + _TINY).log()
 
 
-def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) -> list[Masked]:
+def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) -> list[MaskedLayer]:
     """Return the layers whose units are masked; raises UsageError when there are none."""
-    hidden = [Masked(layer.weight, None, layer.units, layer.width) for layer in unit_layers(network)]
-    channels = _convolutions(network)
+    hidden, channels = unit_layers(network), _convolutions(network)
     normed = has_batch_norm(network)
     if units == "auto":
         found = channels if normed or not hidden else hidden
@@ -338,7 +296,7 @@ def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) 
     return found
 
 
-def _convolutions(network: nn.Module) -> list[Masked]:
+def _convolutions(network: nn.Module) -> list[MaskedLayer]:
     """Return the convolutions but the head's that use their weights as they are (a standardised one undoes a mask)."""
     heads = set(head_layers(network))
     found = []
@@ -347,5 +305,5 @@ def _convolutions(network: nn.Module) -> list[Masked]:
         # a parametrised weight is no parameter of its module
         if plain and name not in heads and isinstance(module._parameters.get("weight"), nn.Parameter):
             bias = f"{name}.bias" if module.bias is not None else None
-            found.append(Masked(f"{name}.weight", bias, module.get_parameter("weight").shape[0]))
+            found.append(MaskedLayer(f"{name}.weight", bias, module.get_parameter("weight").shape[0]))
     return found

@@ -11,7 +11,6 @@ positions. The teacher runs in eval mode and in float32, whatever the student's 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,9 +61,9 @@ class NADConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         nad = NAD(network, self)
         teach = self.phase(name="nad-teacher", network=nad.teacher, parameters=trained_parameters(nad.teacher),
-                           loss=clean_terms, epochs=self.teacher_epochs, state=nad)  # fmt: skip
+                           loss=clean_terms, epochs=self.teacher_epochs, state=nad.teacher)  # fmt: skip
         distil = self.phase(name="nad", parameters=trained_parameters(network), loss=nad.terms, schedule="constant",
-                            state=nad)  # fmt: skip
+                            state=nad.teacher)  # fmt: skip
         return [teach, distil]
 
 
@@ -98,14 +97,6 @@ class NAD:
             parts.append(beta * (batch.weights * (maps[0] - maps[1]).square().mean(1)).sum())
         attention = torch.stack(parts).sum()
         return {"loss": clean + attention, "clean_loss": clean.detach(), "attention": attention.detach()}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the teacher's parameters and buffers."""
-        return dict(self.teacher.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Make the teacher that of a stopped run."""
-        self.teacher.load_state_dict(state)
 
 
 def attention_map(features: torch.Tensor, power: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import PIXEL, OwnState, module_terms, require_pixels
+from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, module_terms, require_pixels
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
@@ -125,47 +125,29 @@ class NCConfig(TuningConfig):
         return [search, verdict, tuning]
 
 
-class Inversion(nn.Module):
+class Inversion(FrozenMethod):
     """The frozen network, in eval mode, and a mask and a pattern for each class: rows of K×1×H×W and K×C×H×W.
 
     Buffers, one value a class: `kappa`, `above` and `below` (epochs in a row at and below success), `stale` (epochs
     without a smaller mask), `best_norm`, `best_masks`, `best_patterns` (in [0, 1]), `hits`, `flagged`.
     """
 
-    classes: torch.Tensor
-    kappa: torch.Tensor
-    above: torch.Tensor
-    below: torch.Tensor
-    stale: torch.Tensor
-    best_norm: torch.Tensor
-    best_masks: torch.Tensor
-    best_patterns: torch.Tensor
-    hits: torch.Tensor
-    flagged: torch.Tensor
-
     def __init__(self, network: Network, config: NCConfig) -> None:
-        super().__init__()
-        self.network, self.config = network, config
+        super().__init__(network)
+        self.config = config
         chosen, (channels, height, width) = config.chosen_classes(network.model), network.input_size
         count, self.whole = len(chosen), float(height * width)
         self.masks = nn.Parameter(torch.ones(count, 1, height, width))
         self.patterns = nn.Parameter(torch.ones(count, channels, height, width))
-        zeros = torch.zeros(count, dtype=torch.int64)
-        buffers = {
-            "classes": torch.tensor(chosen), "kappa": torch.full((count,), config.kappa * 32**2 / self.whole),
-            "above": zeros, "below": zeros.clone(), "stale": zeros.clone(), "hits": torch.zeros(count),
-            "best_norm": torch.full((count,), self.whole), "best_masks": torch.ones(count, 1, height, width),
-            "best_patterns": torch.zeros(count, channels, height, width), "flagged": torch.zeros(count).bool(),
-        }  # fmt: skip
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor)
+        self.classes, self.flagged = nn.Buffer(torch.tensor(chosen)), nn.Buffer(torch.zeros(count).bool())
+        self.kappa = nn.Buffer(torch.full((count,), config.kappa * 32**2 / self.whole))
+        self.above, self.below, self.stale = (nn.Buffer(torch.zeros(count, dtype=torch.int64)) for _ in range(3))
+        self.best_norm, self.hits = nn.Buffer(torch.full((count,), self.whole)), nn.Buffer(torch.zeros(count))
+        self.best_masks = nn.Buffer(torch.ones(count, 1, height, width))
+        self.best_patterns = nn.Buffer(torch.zeros(count, channels, height, width))
         # what the host must know of the device's numbers, read when they have changed
         self._active: tuple[torch.Tensor, list[int]] | None = None
         self._flagged: torch.Tensor | None = None
-
-    def train(self, mode: bool = True) -> Inversion:
-        """Stay in eval mode: the network is frozen."""
-        return super().train(False)
 
     def active(self) -> tuple[torch.Tensor, list[int]]:
         """Return rows (int64) and indices of the classes that still go on; read from the device once an epoch."""

@@ -34,6 +34,7 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses._perturbed import (
     PIXEL,
+    FrozenMethod,
     OwnState,
     module_terms,
     neg_log_complement,
@@ -138,22 +139,16 @@ class NPDConfig(TuningConfig):
         return delta * (radius / size.clamp(min=radius))
 
 
-class Polarized(nn.Module):
+class Polarized(FrozenMethod):
     """The frozen network, in eval mode, with the polarizer G (C×C, the identity at first) before one layer."""
 
-    original: torch.Tensor
-
     def __init__(self, network: Network, config: NPDConfig) -> None:
-        super().__init__()
-        self.network, self.config = network, config
+        super().__init__(network)
+        self.config = config
         self.weight = f"model.{polarized_layer(network.model, config.layer)}.weight"
         weight = network.get_parameter(self.weight).detach()
-        self.register_buffer("original", weight.clone())
+        self.original = nn.Buffer(weight.clone())
         self.polarizer = nn.Parameter(torch.eye(weight.shape[1], dtype=weight.dtype))
-
-    def train(self, mode: bool = True) -> Polarized:
-        """Stay in eval mode: the network is frozen, its statistics too."""
-        return super().train(False)
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -20,15 +20,15 @@ import torch
 from torch import nn
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.ft import cross_entropy_of
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
-from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch, mean_loss
+from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat
 
 THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(50))
-_UNLEARNT = "unlearnt."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +86,12 @@ class RNPConfig(TuningConfig):
         steps = round(self.epoch_images / self.batch_size)
         unlearn = ascent.phase(name="rnp-unlearn", network=rnp.unlearnt, parameters=trained_parameters(rnp.unlearnt),
                                loss=rnp.unlearning_loss, stop=rnp.has_unlearnt, schedule="constant", part="fit",
-                               steps=steps, state=rnp)  # fmt: skip
+                               steps=steps, state=rnp.masked)  # fmt: skip
         recover = descent.phase(name="rnp-recover", network=rnp.masked, parameters=[rnp.masked.mask],
                                 loss=rnp.recovery_loss, after_step=rnp.masked.project, max_grad_norm=None,
-                                schedule="constant", part="fit", steps=steps, state=rnp)  # fmt: skip
+                                schedule="constant", part="fit", steps=steps, state=rnp.masked)  # fmt: skip
         search = ThresholdSearch(network, rnp.masks, lambda: rnp.masked.mask, THRESHOLDS, self.budget)
-        return [unlearn, recover, search.as_pass("rnp-prune", rnp)]
+        return [unlearn, recover, search.as_pass("rnp-prune", rnp.masked)]
 
 
 class RNP:
@@ -111,7 +111,7 @@ class RNP:
     def unlearning_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` = −ce, with `clean_loss` = ce and the batch's `accuracy`."""
         logits = model(batch.images)
-        clean = mean_loss(logits, batch)
+        clean = cross_entropy_of(logits, batch)
         right = (batch.weights * (logits.argmax(1) == batch.labels)).sum()
         return {"loss": -clean, "clean_loss": clean, "accuracy": right}
 
@@ -122,16 +122,5 @@ class RNP:
     def recovery_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` = α · ce of the masked copy, with `clean_loss` = ce."""
         (logits,) = model(batch.images, None)
-        clean = mean_loss(logits, batch)
+        clean = cross_entropy_of(logits, batch)
         return {"loss": self.config.alpha * clean, "clean_loss": clean}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the masks and the unlearnt copy's tensors."""
-        copied = {_UNLEARNT + name: tensor for name, tensor in self.unlearnt.state_dict().items()}
-        return {"mask": self.masked.mask.detach(), **copied}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over the masks and the unlearnt copy of a stopped run."""
-        self.masked.load_mask(state)
-        names = [name for name in state if name.startswith(_UNLEARNT)]
-        self.unlearnt.load_state_dict({name.removeprefix(_UNLEARNT): state[name] for name in names})

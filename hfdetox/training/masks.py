@@ -13,14 +13,13 @@ modules (timm's BatchNormAct2d has its activation inside), so a folded network c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
@@ -42,21 +41,22 @@ class MaskedLayer:
     """What the masks of one layer multiply.
 
     Attributes:
-        weight: the parameter's name in the network: a norm's γ, or a projection's weight (its columns).
-        shift: the name of a norm's β; None for projections and norms without.
+        weight: the parameter's name in the network: a norm's γ, a convolution's kernels or a projection's weight.
+        shift: the name of a norm's β or of a convolution's bias; None for projections and layers without.
         units: how many masks the layer has.
-        width: columns of one unit, a head's size or 1.
+        width: columns of one unit of a projection, a head's size or 1; 0 of layers whose units are rows.
     """
 
     weight: str
     shift: str | None
     units: int
-    width: int = 1
+    width: int = 0
 
     def spread(self, mask: torch.Tensor, dimensions: int) -> torch.Tensor:
         """Return the layer's masks (`units`) in the shape that multiplies its weight of so many dimensions."""
-        columns = (1, -1, *[1] * (dimensions - 2))
-        return mask if dimensions == 1 else mask.repeat_interleave(self.width).reshape(columns)
+        if not self.width:
+            return mask.reshape(-1, *[1] * (dimensions - 1))
+        return mask.repeat_interleave(self.width).reshape(1, -1, *[1] * (dimensions - 2))
 
 
 class ChannelMasks:
@@ -65,15 +65,15 @@ class ChannelMasks:
     Layers are kept by name, so that a copy of the network takes the same masks.
 
     Args:
-        network: its norms are masked, or its hidden units and heads when it has none.
+        network: its norms are masked, or its hidden units and heads when it has none; or the `layers` named.
         method: who asks, for the error.
 
     Raises:
         UsageError: the network has neither.
     """
 
-    def __init__(self, network: nn.Module, method: str) -> None:
-        self.layers = norm_layers(network) or unit_layers(network)
+    def __init__(self, network: nn.Module, method: str, layers: list[MaskedLayer] | None = None) -> None:
+        self.layers = layers or norm_layers(network) or unit_layers(network)
         if not self.layers:
             name = type(getattr(network, "model", network)).__name__
             raise UsageError(f"{method}: prunes channels of BatchNorm, hidden units of MLPs or attention heads, and "
@@ -99,9 +99,9 @@ class ChannelMasks:
         return functional_call(network, self.tensors(network, mask, shift), (images,))
 
     @torch.no_grad()
-    def fold(self, network: nn.Module, mask: torch.Tensor) -> None:
+    def fold(self, network: nn.Module, mask: torch.Tensor, shift: torch.Tensor | None = None) -> None:
         """Multiply the masks into the network's own parameters; those of masks equal to 1 keep every bit."""
-        for name, tensor in self.tensors(network, mask).items():
+        for name, tensor in self.tensors(network, mask, shift).items():
             network.get_parameter(name).copy_(tensor)
 
 
@@ -127,14 +127,6 @@ class MaskedNetwork(nn.Module):
     def project(self) -> None:
         """Put every mask back into [0, 1], in place."""
         self.mask.clamp_(0, 1)
-
-    def load_mask(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over `mask` of a stopped run's state; raises UsageError when it is of another network."""
-        saved = state.get("mask")
-        if saved is None or saved.shape != self.mask.shape:
-            raise UsageError(f"the saved masks are not of this network with its {self.masks.count} channels")
-        with torch.no_grad():
-            self.mask.copy_(saved)
 
 
 class ThresholdSearch:
@@ -195,11 +187,6 @@ class ThresholdSearch:
             self.masks.fold(self.network, kept)
         return {"threshold": threshold, "pruned": pruned, "unchanged": float(not pruned), "units": self.masks.count,
                 "held_out_accuracy_before": whole / images, "held_out_accuracy": kept_right / images}  # fmt: skip
-
-
-def mean_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return Σ w_i ce_i of a batch, 0-d and in float32."""
-    return (batch.weights * cross_entropy(logits.float(), batch.labels, reduction="none")).sum()
 
 
 def norm_layers(network: nn.Module) -> list[MaskedLayer]:

@@ -218,7 +218,7 @@ def test_folding_is_exact_and_changes_the_masked_weights_alone(make: Any, accele
         found = ims.fold(accelerator)
     torch.testing.assert_close(network(images).softmax(1), masked, rtol=0, atol=0)
     changed = {name for name, tensor in weights_of(network).items() if not torch.equal(before[name], tensor)}
-    masked_names = {layer.weight for layer in ims.layers} | {layer.bias for layer in ims.layers if layer.bias}
+    masked_names = {name for layer in ims.channels.layers for name in (layer.weight, layer.shift) if name}
     assert changed == masked_names
     kept = ims.masks()[0]
     assert found["kept"] == pytest.approx((kept >= 0.5).float().mean().item())
@@ -241,7 +241,7 @@ def test_a_convolutions_output_is_multiplied_with_its_bias(accelerator: Accelera
 
 
 def test_units_are_convolutions_with_batchnorm_and_hidden_units_and_heads_without() -> None:
-    assert [(layer.weight, layer.bias, layer.units) for layer in masked_layers(conv(), "auto")] == [
+    assert [(layer.weight, layer.shift, layer.units) for layer in masked_layers(conv(), "auto")] == [
         ("model.0.weight", "model.0.bias", 8)
     ]
     # two heads of two columns, six hidden units

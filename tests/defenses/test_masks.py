@@ -11,6 +11,7 @@ import torchvision
 from accelerate import Accelerator
 from torch import nn
 
+from hfdetox.defenses._perturbed import OwnState
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import probing
 from hfdetox.training.batches import Batch
@@ -145,8 +146,8 @@ def test_masks_go_back_into_their_interval() -> None:
 
 def test_masks_of_another_network_are_refused() -> None:
     masked = MaskedNetwork(mlp(), ChannelMasks(mlp(), "anp"))
-    with pytest.raises(UsageError, match="16 channels"):
-        masked.load_mask({"mask": torch.ones(8)})
+    with pytest.raises(UsageError, match="saved state of the defense is of another model"):
+        OwnState(masked).load_state_dict({"mask": torch.ones(8)})
 
 
 @pytest.mark.parametrize(
