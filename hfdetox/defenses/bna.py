@@ -86,13 +86,9 @@ class BNAConfig(DefenseConfig):
         "ones is in the report's history (`bna-detection`)."
     )
     presets: ClassVar = {
-        "paper": {},
-        "fold": {"result": "fold"},
-        "js": {"divergence": "js"},
-        "kl": {"divergence": "kl"},
-        "no-moments": {"moments": False},
-        "no-bounds": {"bounds": False},
-    }
+        "paper": {}, "fold": {"result": "fold"}, "js": {"divergence": "js"}, "kl": {"divergence": "kl"},
+        "no-moments": {"moments": False}, "no-bounds": {"bounds": False},
+    }  # fmt: skip
 
     trigger: str = ""
     target: NonNegativeInt | None = None
@@ -184,14 +180,15 @@ class BNA:
 
     def passes(self) -> list[Pass]:
         """Return the passes in their order."""
-        passes = [self._pass("bna-moments", self._see_moments, self._keep_clean_moments, start=self.begin)]
+        passes = [self._measuring("bna-moments", self._add_moments, self._keep_clean_moments)]
+        passes[0].start = self.begin
         if self.bounds:
-            passes.append(self._pass("bna-histograms", self._see_histograms, self._keep_clean_histograms))
+            passes.append(self._measuring("bna-histograms", self._add_histogram, self._keep_clean_histogram))
         for name in self.norms:
             if self.config.moments:
-                passes.append(self._of(name, "bna-map", self._see_moments, self._keep_map))
+                passes.append(self._measuring("bna-map", self._add_moments, self._keep_map, name))
             if self.bounds:
-                passes.append(self._of(name, "bna-bound", self._see_histograms, self._keep_bound))
+                passes.append(self._measuring("bna-bound", self._add_histogram, self._keep_bound, name))
         return [*passes, self._pass("bna-detection", self._see_detection, self._finish)]
 
     def begin(self) -> None:
@@ -213,75 +210,63 @@ class BNA:
 
     def correction(self) -> Correction:
         """Return the maps found so far."""
-        parts = {
-            name: [self.found.get(f"{name}.{part}") for part in ("scale", "shift", "bound")] for name in self.norms
-        }
-        return Correction(self.target, {name: UnitMap(*(part for part in each if part is not None))
-                                        for name, each in parts.items() if each[0] is not None})  # fmt: skip
+        parts = ("scale", "shift", "bound")
+        return Correction(self.target, {name: UnitMap(*(self.found[f"{name}.{part}"] for part in parts))
+                                        for name in self.norms if f"{name}.scale" in self.found})  # fmt: skip
 
-    def _pass(
-        self, name: str, on_batch: Callable[[nn.Module, Batch], None],
-        finish: Callable[[Accelerator], Mapping[str, float]], start: Callable[[], None] | None = None,
-    ) -> Pass:  # fmt: skip
+    def _pass(self, name: str, on_batch: Callable[[nn.Module, Batch], None],
+              finish: Callable[[Accelerator], Mapping[str, float]]) -> Pass:  # fmt: skip
         """Return a pass that does nothing where there is nothing to correct."""
-
-        def begin() -> None:
-            self._sums = {}
-            if start is not None:
-                start()
 
         def look(network: nn.Module, batch: Batch) -> None:
             if self.target >= 0:
                 on_batch(network, batch)
 
         def end(accelerator: Accelerator) -> Mapping[str, float]:
-            return finish(accelerator) if self.target >= 0 else {"corrected": 0.0}
+            found = finish(accelerator) if self.target >= 0 else {"corrected": 0.0}
+            self._sums.clear()
+            return found
 
-        return Pass(name=name, start=begin, on_batch=look, finish=end, batch_size=self.config.batch_size, state=self)
+        return Pass(name=name, on_batch=look, finish=end, batch_size=self.config.batch_size, state=self)
 
-    def _of(self, name: str, title: str, see: Callable[..., None], keep: Callable[..., None]) -> Pass:
-        """Return a pass over the triggered images that looks at one norm of f̃."""
+    def _measuring(self, title: str, add: Callable[[str, torch.Tensor], None],
+                   keep: Callable[[Accelerator, str], None], norm: str = "") -> Pass:  # fmt: skip
+        """Return a pass over the clean images and all norms of f, or over the triggered ones and one norm of f̃.
+
+        `add` gets the outputs of a norm as C×M float32, batch by batch, and `keep` what was added up in the end.
+        """
+        names = [norm] if norm else self.norms
 
         def on_batch(network: nn.Module, batch: Batch) -> None:
-            with self.correction().applied(self.network.model):
-                # its hook runs after that of the map
-                see(network, Batch(self.triggered(batch.images), batch.labels, batch.weights), [name])
+            with ExitStack() as stack:
+                if norm:
+                    stack.enter_context(self.correction().applied(self.network.model))
+                for name in names:
+
+                    def note(output: torch.Tensor, axis: int, name: str = name) -> None:
+                        add(name, output.detach().float().movedim(axis, 0).flatten(1))
+
+                    # its hook runs after that of the map
+                    stack.enter_context(on_output(self.network.model.get_submodule(name), note))
+                network(self.triggered(batch.images) if norm else batch.images)
 
         def finish(accelerator: Accelerator) -> Mapping[str, float]:
-            keep(accelerator, name)
+            for name in names:
+                keep(accelerator, name)
             return {}
 
-        return self._pass(f"{title} {name}", on_batch, finish)
+        return self._pass(f"{title} {norm}".strip(), on_batch, finish)
 
-    def _look(self, network: nn.Module, images: torch.Tensor, names: list[str],
-              see: Callable[[str, torch.Tensor], None]) -> None:  # fmt: skip
-        """Run the network and show `see` the outputs of norms as C×M float32."""
-        with ExitStack() as stack:
-            for name in names:
+    def _add_moments(self, name: str, values: torch.Tensor) -> None:
+        variance, mean = (part.cpu().double() for part in torch.var_mean(values, dim=1, correction=0))
+        count = torch.full_like(mean, values.shape[1])
+        self._add(f"{name}.sums", torch.stack([count, count * mean, count * (variance + mean.square())]))
+        ends = torch.stack([values.amin(), -values.amax()]).cpu()
+        self._sums[f"{name}.ends"] = self._sums.get(f"{name}.ends", ends).minimum(ends)
 
-                def note(output: torch.Tensor, axis: int, name: str = name) -> None:
-                    see(name, output.detach().float().movedim(axis, 0).flatten(1))
-
-                stack.enter_context(on_output(self.network.model.get_submodule(name), note))
-            network(images)
-
-    def _see_moments(self, network: nn.Module, batch: Batch, names: list[str] | None = None) -> None:
-        def see(name: str, values: torch.Tensor) -> None:
-            variance, mean = (part.cpu().double() for part in torch.var_mean(values, dim=1, correction=0))
-            count = torch.full_like(mean, values.shape[1])
-            self._add(f"{name}.sums", torch.stack([count, count * mean, count * (variance + mean.square())]))
-            ends = torch.stack([values.amin(), -values.amax()]).cpu()
-            old = self._sums.get(f"{name}.ends", ends)
-            self._sums[f"{name}.ends"] = old.minimum(ends)
-
-        self._look(network, batch.images, names or self.norms, see)
-
-    def _see_histograms(self, network: nn.Module, batch: Batch, names: list[str] | None = None) -> None:
-        def see(name: str, values: torch.Tensor) -> None:
-            low, bins = float(self.found[f"{name}.low"]), int(self.found[f"{name}.bins"])
-            self._add(name, histograms(values, low, self.config.bin_width, bins).cpu())
-
-        self._look(network, batch.images, names or self.norms, see)
+    def _add_histogram(self, name: str, values: torch.Tensor) -> None:
+        low, bins = float(self.found[f"{name}.low"]), int(self.found[f"{name}.bins"])
+        self._add(name, histograms(values, low, self.config.bin_width, bins).cpu())
 
     def _add(self, name: str, values: torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
@@ -291,20 +276,16 @@ class BNA:
         mean = total / count
         return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
 
-    def _keep_clean_moments(self, accelerator: Accelerator) -> Mapping[str, float]:
-        width = self.config.bin_width
-        for name in self.norms:
-            mean, deviation = self._moments(accelerator, name)
-            ends = accelerator.gather(self._sums[f"{name}.ends"][None].to(accelerator.device)).amin(0).cpu()
-            low = math.floor(float(ends[0]) / width) * width
-            bins = min(_MOST_BINS, math.floor((-float(ends[1]) - low) / width) + 1)
-            self.found |= {f"{name}.mean": mean, f"{name}.deviation": deviation, f"{name}.low": torch.tensor(low),
-                           f"{name}.bins": torch.tensor(bins)}  # fmt: skip
-        return {}
+    def _keep_clean_moments(self, accelerator: Accelerator, name: str) -> None:
+        width, (mean, deviation) = self.config.bin_width, self._moments(accelerator, name)
+        ends = accelerator.gather(self._sums[f"{name}.ends"][None].to(accelerator.device)).amin(0).cpu()
+        low = math.floor(float(ends[0]) / width) * width
+        bins = min(_MOST_BINS, math.floor((-float(ends[1]) - low) / width) + 1)
+        self.found |= {f"{name}.mean": mean, f"{name}.deviation": deviation, f"{name}.low": torch.tensor(low),
+                       f"{name}.bins": torch.tensor(bins)}  # fmt: skip
 
-    def _keep_clean_histograms(self, accelerator: Accelerator) -> Mapping[str, float]:
-        self.found |= {f"{name}.clean": _total(self._sums[name], accelerator).float() for name in self.norms}
-        return {}
+    def _keep_clean_histogram(self, accelerator: Accelerator, name: str) -> None:
+        self.found[f"{name}.clean"] = _total(self._sums[name], accelerator).float()
 
     def _keep_map(self, accelerator: Accelerator, name: str) -> None:
         scale, shift = matching_map(self.found[f"{name}.mean"], self.found[f"{name}.deviation"],
