@@ -16,8 +16,7 @@ from torch import nn
 from hfdetox import DetoxResult, UsageError, detoxify, evaluate, implant
 from hfdetox.attacks import Implant, run_attack
 from hfdetox.attacks.base import DataPoisoner
-from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.ft import clean_terms
+from hfdetox.defenses.base import TuningConfig, clean_terms, trained_parameters
 from hfdetox.models.network import Network
 from hfdetox.reporting.report import Report
 from hfdetox.training.batches import Batch

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +11,7 @@ from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.attacks.lf import Logits, clean_model, frozen
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
-from hfdetox.models.layers import head_layers, norms_before_head
+from hfdetox.models.layers import head_layers, norms_before_head, on_inputs
 from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.trojannn import TrojanNN, logo
 from hfdetox.values import PositiveFloat, PositiveInt
@@ -62,7 +59,9 @@ class TrojanNNPoisoner(DataPoisoner):
         device = context.accelerator.device
         # asked for before the head is hooked: it runs the model
         value = self.aim(surrogate)
-        with frozen(surrogate.network, device) as logits, _inputs(head) as taken:
+        taken: list[torch.Tensor] = []
+        hook = on_inputs(head, [""], lambda name, features: taken.append(features))
+        with frozen(surrogate.network, device) as logits, hook:
             picture = logo_of(surrogate.preprocessing.input_size, trigger.seed).to(device)
             pattern = self.tuned(logits, taken, picture, strongest(head, self.neurons), value)
         return replace(trigger, pattern=pattern.cpu())
@@ -119,18 +118,3 @@ def _head(surrogate: Classifier) -> nn.Linear:
         if isinstance(layer, nn.Linear):
             return layer
     raise UsageError("trojannn: the head of the surrogate is no Linear layer; name another clean model")
-
-
-@contextmanager
-def _inputs(head: nn.Linear) -> Iterator[list[torch.Tensor]]:
-    """Give a list that gets what `head` is given at each run."""
-    taken: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any) -> None:
-        taken.append(inputs[0])
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield taken
-    finally:
-        handle.remove()

@@ -7,7 +7,6 @@ from typing import Self
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses.base import TuningConfig
 from hfdetox.errors import UsageError
@@ -30,11 +29,6 @@ def require_pixels(network: Network, name: str) -> None:
 def module_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """Return the terms of a method that is one module: the whole step is one call, as several processes need."""
     return model(batch.images, batch.labels, batch.weights)
-
-
-def weighted_error(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return Σ w_i ce_i (0-d, float32) for logits (N×K), labels (N, int64) and weights (N)."""
-    return (weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
 
 
 def neg_log_complement(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from hfdetox.defenses._perturbed import OwnState
-from hfdetox.defenses.base import TuningConfig
-from hfdetox.defenses.ft import cross_entropy_of
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import ChannelMasks, MaskedNetwork, Noise, ThresholdSearch
@@ -92,7 +91,7 @@ class ANP:
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` with its parts `clean_loss` and `perturbed_loss`, 0-d."""
         clean, perturbed = model(batch.images, None, self.perturbation(batch))
-        natural, robust = cross_entropy_of(clean, batch), cross_entropy_of(perturbed, batch)
+        natural, robust = (cross_entropy_of(logits, batch.labels, batch.weights) for logits in (clean, perturbed))
         loss = self.config.alpha * natural + (1 - self.config.alpha) * robust
         return {"loss": loss, "clean_loss": natural, "perturbed_loss": robust}
 
@@ -107,7 +106,8 @@ class ANP:
         for _ in range(self.config.steps):
             delta, xi = (tensor.requires_grad_() for tensor in noise)
             (logits,) = self.masked(batch.images, (delta, xi))
-            slopes = torch.autograd.grad(cross_entropy_of(logits, batch), [delta, xi], materialize_grads=True)
+            loss = cross_entropy_of(logits, batch.labels, batch.weights)
+            slopes = torch.autograd.grad(loss, [delta, xi], materialize_grads=True)
             noise = [ascend(old, slope, epsilon, self.config.steps) for old, slope in zip(noise, slopes, strict=True)]
         return noise[0], noise[1]
 

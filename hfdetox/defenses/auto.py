@@ -150,8 +150,7 @@ class D3Config(D3Settings, TuningConfig):
             images = torch.lerp(batch.images[others].float(), batch.images.float(), share)
             return d3.terms(model(images), batch.labels, batch.weights, batch.labels[others], share)
 
-        frozen = {id(scale) for scale in d3.frozen_scales}
-        trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
+        trained = trained_parameters(network, but=d3.frozen_scales)
         phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
                            state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
         return [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]

@@ -9,10 +9,12 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.functional import log_softmax
 
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation
+from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.training.reweighting import Reweight, reweighted
 from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
@@ -127,16 +129,41 @@ class TuningConfig(DefenseConfig):
     def phase(self, **parts: Any) -> Phase:
         """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own.
 
+        Its loss is the cross-entropy of a batch, unless `parts` has another one.
+
         With `reweight`, the batches that its loss gets carry the weights, and its state holds them too.
         """
         shared: dict[str, Any] = {
             "epochs": self.epochs, "batch_size": self.batch_size, "max_grad_norm": self.max_grad_norm,
             "augmentation": self.augmentation, "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "optimizer": self.sgd,
+            "optimizer": self.sgd, "loss": clean_terms,
         }  # fmt: skip
         return reweighted(Phase(**{**shared, **parts}), self.reweight)
 
 
-def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Return what a fine-tuning trains: the parameters that require gradients as the model came."""
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+def trained_parameters(network: nn.Module, but: Sequence[torch.Tensor] = ()) -> list[nn.Parameter]:
+    """Return what a fine-tuning trains: the parameters that require gradients as the model came, `but` some."""
+    frozen = {id(tensor) for tensor in but}
+    return [parameter for parameter in network.parameters() if parameter.requires_grad and id(parameter) not in frozen]
+
+
+def clean_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the loss of FT, the cross-entropy of a batch, as `loss` and `clean_loss`."""
+    loss = cross_entropy_of(model(batch.images), batch.labels, batch.weights)
+    return {"loss": loss, "clean_loss": loss.detach()}
+
+
+def cross_entropy_of(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
+                     smoothing: float = 0.0) -> torch.Tensor:  # fmt: skip
+    """Return Σ_i w_i ce(z_i, q_i), 0-d float32, for logits N×K, labels y (N, int64) and weights w (N).
+
+    The target q is 1 − s on the label and s / (K − 1) on every other class, with s = `smoothing` in [0, 1). (PyTorch's
+    own smoothing puts s / K on every class, the label too.)
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logs = log_softmax(logits.float(), dim=1)
+        right = logs.gather(1, labels[:, None]).squeeze(1)
+        errors = -right
+        if smoothing:
+            errors = -(1 - smoothing) * right - smoothing / (logits.shape[1] - 1) * (logs.sum(1) - right)
+        return (weights * errors).sum()

@@ -11,18 +11,16 @@ and the channels with KL_c > mean + u Â· std over their layer are set to zero (Î
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.defenses.clp import OutlierConfig, outstanding
+from hfdetox.defenses.clp import OutlierConfig, Outliers, running_norms
 from hfdetox.errors import UsageError
+from hfdetox.models.layers import on_inputs
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
@@ -69,11 +67,7 @@ class BNP:
 
     def __init__(self, network: nn.Module, u: float) -> None:
         self.network, self.u = network, u
-        self.names = [
-            name
-            for name, module in network.named_modules()
-            if isinstance(module, _BatchNorm) and module.affine and module.running_var is not None
-        ]
+        self.names = list(running_norms(network))
         if not self.names:
             raise UsageError(
                 "bnp: compares BatchNorm's running statistics, kept from the training, with those of clean images, and "
@@ -89,22 +83,19 @@ class BNP:
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Add up the statistics of a batch."""
-        with ExitStack() as hooks:
-            for name in self.names:
-                module = network.get_submodule(name)
-                hooks.callback(module.register_forward_pre_hook(partial(self._note, name)).remove)
+        with on_inputs(network, self.names, self._note):
             network(batch.images)
 
-    def _note(self, name: str, module: nn.Module, inputs: Any) -> None:
-        values = inputs[0].float().transpose(0, 1).flatten(1)
-        apart = values - module.get_buffer("running_mean").float().unsqueeze(1)
+    def _note(self, name: str, inputs: torch.Tensor) -> None:
+        values = inputs.float().transpose(0, 1).flatten(1)
+        apart = values - self.network.get_buffer(f"{name}.running_mean").float().unsqueeze(1)
         count = apart.new_full((len(apart),), apart.shape[1])
         self.sums[name] += torch.stack([count, apart.sum(1), apart.square().sum(1)])
 
     @torch.no_grad()
     def prune(self, accelerator: Accelerator) -> dict[str, float]:
         """Set the channels that stand out to zero, in place; return how many of how many, for the history."""
-        pruned = channels = 0
+        outliers = Outliers(self.u)
         for name in self.names:
             count, first, second = accelerator.reduce(self.sums[name], reduction="sum")
             module = self.network.get_submodule(name)
@@ -113,12 +104,8 @@ class BNP:
             variance = (second / count - shift.square()).clamp_min(0)
             epsilon = float(module.eps)  # type: ignore[arg-type]
             divergences = divergence(shift, variance + epsilon, module.get_buffer("running_var").float() + epsilon)
-            chosen = outstanding(divergences, self.u)
-            for parameter in module.parameters(recurse=False):
-                parameter[chosen] = 0
-            pruned += int(chosen.sum())
-            channels += len(chosen)
-        return {"pruned": pruned, "channels": channels, "unchanged": float(not pruned)}
+            outliers.cut(divergences, *module.parameters(recurse=False))
+        return outliers.found()
 
 
 def divergence(shift: torch.Tensor, variance: torch.Tensor, running: torch.Tensor) -> torch.Tensor:

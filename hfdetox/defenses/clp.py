@@ -59,7 +59,7 @@ class CLPConfig(OutlierConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         clp = CLP(network.model, self.u)
         # the engine's passes go over images: this one takes no notice of the few of the smallest part
-        return [Pass(name="clp", start=clp.prune, on_batch=_ignore, finish=clp.found, part="held-out")]
+        return [Pass(name="clp", on_batch=_ignore, finish=clp.prune, part="held-out")]
 
 
 class CLP:
@@ -90,42 +90,50 @@ class CLP:
                 "and it has no MLP whose two layers can be found; use another defense"
             )
         self.feeding = norms_of_mlps(model, self.mlps) if self.mlps else {}
-        self.pruned = self.channels = 0
 
     @torch.no_grad()
-    def prune(self) -> None:
-        """Set the outstanding channels to zero, in place; every other parameter keeps its bits."""
-        self.pruned = self.channels = 0
+    def prune(self, accelerator: Accelerator) -> dict[str, float]:
+        """Set the outstanding channels to zero, in place, and return how many of how many, for the history."""
+        outliers = Outliers(self.u)
         for conv, norm in self.pairs:
-            bounds = conv_bounds(self.model.get_submodule(conv), self.model.get_submodule(norm))
-            chosen = self._chosen(bounds)
-            for parameter in self.model.get_submodule(norm).parameters(recurse=False):
-                parameter[chosen] = 0
+            scaled = self.model.get_submodule(norm)
+            outliers.cut(conv_bounds(self.model.get_submodule(conv), scaled), *scaled.parameters(recurse=False))
         for first, second in self.mlps:
             scale = self.model.get_parameter(f"{self.feeding[first]}.weight") if first in self.feeding else None
-            columns = self.model.get_parameter(f"{second}.weight")
-            chosen = self._chosen(unit_bounds(self.model.get_parameter(f"{first}.weight"), columns, scale))
-            columns[:, chosen] = 0
+            rows, columns = (self.model.get_parameter(f"{name}.weight") for name in (first, second))
+            outliers.cut(unit_bounds(rows, columns, scale), columns.transpose(0, 1))
+        return outliers.found()
 
-    def found(self, accelerator: Accelerator) -> dict[str, float]:
+
+class Outliers:
+    """Cuts the channels off whose bounds exceed mean + u · std of their layer's, and counts."""
+
+    def __init__(self, u: float) -> None:
+        self.u, self.pruned, self.channels = u, 0, 0
+
+    def cut(self, bounds: torch.Tensor, *parameters: torch.Tensor) -> None:
+        """Set the rows of the outstanding channels of a layer to zero, in place; the others keep their bits."""
+        chosen = outstanding(bounds, self.u)
+        for parameter in parameters:
+            parameter[chosen] = 0
+        self.pruned += int(chosen.sum())
+        self.channels += len(chosen)
+
+    def found(self) -> dict[str, float]:
         """Return how many of how many `channels` were `pruned`, for the history."""
         return {"pruned": self.pruned, "channels": self.channels, "unchanged": float(not self.pruned)}
 
-    def _chosen(self, bounds: torch.Tensor) -> torch.Tensor:
-        chosen = outstanding(bounds, self.u)
-        self.pruned += int(chosen.sum())
-        self.channels += len(bounds)
-        return chosen
+
+def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the affine BatchNorms with running statistics by name."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and module.affine and module.running_var is not None}  # fmt: skip
 
 
 def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
     """Return the names (convolution, norm) of each affine BatchNorm with statistics and the Conv2d it follows."""
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.affine and module.running_var is not None
-    }
+    norms = running_norms(model)
     if not convs or not norms:
         return []
     sources = direct_sources(model, convs, norms)

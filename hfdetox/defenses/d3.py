@@ -81,7 +81,7 @@ class D3:
         self.centered = set(head_layers(model)) & set(self.weights) if config.centered else set()
         self.initial = {name: self._centred(name, w.detach().float()).clone() for name, w in self.weights.items()}
         norms = norms_before_head(model) if config.freeze_norm else []
-        self.frozen_scales = [model.get_submodule(norm).weight for norm in norms]
+        self.frozen_scales = [model.get_parameter(f"{norm}.weight") for norm in norms]
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -11,10 +11,9 @@ prunes channels of the last convolution instead, which are the head's input feat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +21,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import HEAD, match_layers
+from hfdetox.models.layers import HEAD, match_layers, on_inputs
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import pointwise
@@ -66,8 +64,7 @@ class FPConfig(TuningConfig):
                  part="fit", state=fp),
             Pass(name="fp-pruning", start=fp.rank, on_batch=fp.count_correct, finish=fp.prune,
                  batch_size=self.batch_size, part="held-out", state=fp),
-            self.phase(name="fp", parameters=trained_parameters(network), loss=clean_terms, after_step=fp.mask,
-                       state=fp),
+            self.phase(name="fp", parameters=trained_parameters(network), after_step=fp.mask, state=fp),
         ]  # fmt: skip
 
 
@@ -107,9 +104,7 @@ class FinePruning:
 
     def add_activations(self, network: nn.Module, batch: Batch) -> None:
         """Add up |h| over a batch."""
-        with _head_inputs(self.model, self.heads) as inputs:
-            network(batch.images)
-        for name, features in inputs.items():
+        for name, features in self._run(network, batch.images)[1].items():
             self.activity[name] = self.activity[name].to(features.device) + features.float().abs().sum(0)
         self.seen += len(batch.labels)
 
@@ -127,8 +122,7 @@ class FinePruning:
 
     def count_correct(self, network: nn.Module, batch: Batch) -> None:
         """Count the correct answers with each share pruned; only the head differs, so one pass serves all."""
-        with _head_inputs(self.model, self.heads) as inputs:
-            logits = network(batch.images)
+        logits, inputs = self._run(network, batch.images)
         whole = [self._logits(name, inputs[name], None) for name in self.heads if name in inputs]
         if len(whole) < len(self.heads) or not torch.allclose(_mean(whole), logits.float(), rtol=1e-3, atol=1e-3):
             raise UsageError(
@@ -175,6 +169,19 @@ class FinePruning:
     def _weight(self, name: str) -> nn.Parameter:
         return self.model.get_submodule(name).get_parameter("weight")
 
+    def _run(self, network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the logits, and what the heads get (N×D each); heads that see tokens or a map get none."""
+        inputs: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, features: torch.Tensor) -> None:
+            if features.ndim == 4 and features.shape[2:] == (1, 1):
+                features = features.flatten(1)
+            if features.ndim == 2:
+                inputs[name] = features
+
+        with on_inputs(self.model, self.heads, keep):
+            return network(images), inputs
+
     def _logits(self, name: str, features: torch.Tensor, place: int | None) -> torch.Tensor:
         """Return a head's output for features N×D with a share's mask, or with none."""
         head = self.model.get_submodule(name)
@@ -200,21 +207,3 @@ def last_within(accuracies: list[float], max_drop: float) -> int:
 
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(tensors).mean(0)
-
-
-@contextmanager
-def _head_inputs(model: nn.Module, heads: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect what the heads get (N×D each) while inside; heads that see tokens or a map get none."""
-    inputs: dict[str, torch.Tensor] = {}
-    with ExitStack() as stack:
-        for name in heads:
-
-            def keep(module: nn.Module, arguments: Any, name: str = name) -> None:
-                features = arguments[0]
-                if features.ndim == 4 and features.shape[2:] == (1, 1):
-                    features = features.flatten(1)
-                if features.ndim == 2:
-                    inputs[name] = features
-
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(keep).remove)
-        yield inputs

@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
-from hfdetox.defenses.ft import cross_entropy_of
 from hfdetox.models.layers import HEAD, match_layers
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
@@ -58,8 +57,7 @@ class FSTConfig(TuningConfig):
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         fst = FST(network.model, self)
-        frozen = {id(scale) for scale in fst.sphere.frozen_scales}
-        trained = [parameter for parameter in trained_parameters(network) if id(parameter) not in frozen]
+        trained = trained_parameters(network, but=fst.sphere.frozen_scales)
         return [self.phase(name="fst", parameters=trained, loss=fst.terms, start=fst.initialize,
                            after_step=fst.sphere.project, state=fst.sphere)]  # fmt: skip
 
@@ -85,7 +83,7 @@ class FST:
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` and its parts `clean_loss` and `inner_product` (Σ over heads of ⟨W, W⁰⟩), and `distance`."""
-        clean = cross_entropy_of(model(batch.images), batch)
+        clean = cross_entropy_of(model(batch.images), batch.labels, batch.weights)
         pairs = [(w.float(), self.sphere.initial[name].to(w.device)) for name, w in self.sphere.weights.items()]
         inner = torch.stack([(now * old).sum() for now, old in pairs]).sum()
         distance = torch.stack([torch.linalg.vector_norm(now.detach() - old) for now, old in pairs]).sum()

@@ -15,13 +15,11 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn.functional import log_softmax
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import start_weight
 from hfdetox.models.layers import HEAD, match_layers
 from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 
 
@@ -39,8 +37,8 @@ class FTConfig(TuningConfig):
     weight_decay: float = 5e-4
 
     def phases(self, network: Network) -> list[Phase | Pass]:
-        return [self.phase(name=self.name, parameters=trained_parameters(network), loss=clean_terms,
-                           start=self._start(network))]  # fmt: skip
+        trained = trained_parameters(network)
+        return [self.phase(name=self.name, parameters=trained, start=self._start(network))]
 
     def _start(self, network: Network) -> Callable[[], None] | None:
         """Return what happens to the network before the first step."""
@@ -73,24 +71,3 @@ class RandomHeadConfig(FTConfig):
                 weight.copy_(start_weight(weight.detach().float().clone(), "random"))
 
         return draw_head
-
-
-def clean_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the loss of FT, the cross-entropy of a batch, as `loss` and `clean_loss`."""
-    loss = cross_entropy_of(model(batch.images), batch)
-    return {"loss": loss, "clean_loss": loss.detach()}
-
-
-def cross_entropy_of(logits: torch.Tensor, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
-    """Return Σ_i w_i ce(z_i, q_i), 0-d float32, for logits N×K and the batch's labels and weights w.
-
-    The target q is 1 − s on the label and s / (K − 1) on every other class, with s = `smoothing` in [0, 1). (PyTorch's
-    own smoothing puts s / K on every class, the label too.)
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        logs = log_softmax(logits.float(), dim=1)
-        right = logs.gather(1, batch.labels[:, None]).squeeze(1)
-        errors = -right
-        if smoothing:
-            errors = -(1 - smoothing) * right - smoothing / (logits.shape[1] - 1) * (logs.sum(1) - right)
-        return (batch.weights * errors).sum()

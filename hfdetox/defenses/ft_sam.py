@@ -16,8 +16,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.ft import cross_entropy_of
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
@@ -57,5 +56,5 @@ class FTSAMConfig(TuningConfig):
 
     def _loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits = model(batch.images)
-        loss = cross_entropy_of(logits, batch, self.label_smoothing)
-        return {"loss": loss, "clean_loss": cross_entropy_of(logits.detach(), batch)}
+        loss = cross_entropy_of(logits, batch.labels, batch.weights, self.label_smoothing)
+        return {"loss": loss, "clean_loss": cross_entropy_of(logits.detach(), batch.labels, batch.weights)}

@@ -27,14 +27,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import FrozenMethod, OwnState, adam, module_terms, weighted_error
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses._perturbed import FrozenMethod, OwnState, adam, module_terms
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
-
-__all__ = ["IBAUConfig", "Universal"]
 
 _INNER_RATE = 0.1
 _DECAY = 1e-3
@@ -75,10 +73,7 @@ class IBAUConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         universal = Universal(network, self)
         trained, state = trained_parameters(network), OwnState(universal)
-
-        def search(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(parameters, lr=self.perturbation_rate)
-
+        search = partial(torch.optim.SGD, lr=self.perturbation_rate)
         phases: list[Phase | Pass] = []
         for _ in range(self.epochs):
             phases += [
@@ -135,7 +130,7 @@ class Universal(FrozenMethod):
     def _search(self, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             predicted = self.network(x).argmax(1)
-        errors = weighted_error(self.network(x + self.unit * self.perturbation), predicted, weights)
+        errors = cross_entropy_of(self.network(x + self.unit * self.perturbation), predicted, weights)
         squared = self.perturbation.square().sum()
         return {"loss": _DECAY * squared - errors, "cross_entropy": errors, "norm": squared.sqrt()}
 
@@ -146,7 +141,7 @@ class Universal(FrozenMethod):
         carrying = torch.zeros(len(x), 1, 1, 1)
         carrying[torch.randperm(len(x))[: max(1, int(self.config.share * len(x)))]] = 1
         stamped = x + carrying.to(x.device) * self.unit * delta
-        outer = weighted_error(self.network(stamped), labels, weights)
+        outer = cross_entropy_of(self.network(stamped), labels, weights)
         errors = cross_entropy(self.network(first + self.unit * delta).float(), first_labels)
         inner = _DECAY * delta.square().sum() - errors
         mapped = delta - _INNER_RATE * torch.autograd.grad(inner, delta, create_graph=True)[0]

@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -156,9 +157,7 @@ class IMS(FrozenMethod):
     def stage(self, name: str, rounds: int, *, perturbed: bool, sparsity: float) -> Phase:
         """Return a stage as a phase whose epochs are rounds of one batch, with an optimiser of its own."""
         config = self.config
-
-        def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        adamw = partial(torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay)
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             # one call of the whole step, as several processes need

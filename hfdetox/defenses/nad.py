@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.ft import clean_terms, cross_entropy_of
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.models.feature_maps import captured, last_stages
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
@@ -61,7 +60,7 @@ class NADConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         nad = NAD(network, self)
         teach = self.phase(name="nad-teacher", network=nad.teacher, parameters=trained_parameters(nad.teacher),
-                           loss=clean_terms, epochs=self.teacher_epochs, state=nad.teacher)  # fmt: skip
+                           epochs=self.teacher_epochs, state=nad.teacher)  # fmt: skip
         distil = self.phase(name="nad", parameters=trained_parameters(network), loss=nad.terms, schedule="constant",
                             state=nad.teacher)  # fmt: skip
         return [teach, distil]
@@ -85,7 +84,7 @@ class NAD:
         """Return `loss` and its parts `clean_loss` and `attention` (the weighted sum over stages)."""
         names = [stage.name for stage in self.stages]
         with captured(self.network.model, names) as ours:
-            clean = cross_entropy_of(model(batch.images), batch)
+            clean = cross_entropy_of(model(batch.images), batch.labels, batch.weights)
         # a resumed run has not trained the teacher here, so nothing has moved it to the device yet
         if next(self.teacher.parameters()).device != batch.images.device:
             self.teacher.to(batch.images.device)

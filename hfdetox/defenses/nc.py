@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -27,15 +28,12 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, module_terms, require_pixels
 from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.ft import clean_terms
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
-
-__all__ = ["Inversion", "NCConfig"]
 
 # stamped images in one forward, for the memory's sake
 _TOGETHER = 1024
@@ -102,10 +100,7 @@ class NCConfig(TuningConfig):
         require_pixels(network, self.name)
         inversion = Inversion(network, self)
         state = OwnState(inversion)
-
-        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(parameters, lr=self.inversion_rate, betas=(0.5, 0.9))
-
+        adam = partial(torch.optim.Adam, lr=self.inversion_rate, betas=(0.5, 0.9))
         search = replace(self, reweight="none").phase(
             name="nc-inversion", network=inversion, parameters=[inversion.masks, inversion.patterns], loss=module_terms,
             epochs=self.inversion_epochs, optimizer=adam, schedule="constant", augmentation="none", max_grad_norm=None,
@@ -113,7 +108,7 @@ class NCConfig(TuningConfig):
         )  # fmt: skip
         verdict = Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
                        finish=inversion.judge, start=inversion.begin_verdict, state=state)  # fmt: skip
-        tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network), loss=clean_terms,
+        tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network),
                             poison=inversion.stamp_some, state=state)  # fmt: skip
 
         def begin_tuning() -> None:

@@ -25,6 +25,7 @@ Linear within the last block, not on the residual stream before it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -40,9 +41,8 @@ from hfdetox.defenses._perturbed import (
     neg_log_complement,
     require_pixels,
     runner_up,
-    weighted_error,
 )
-from hfdetox.defenses.base import TuningConfig
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import head_layers, match_layers
 from hfdetox.models.network import Network
@@ -50,8 +50,6 @@ from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-__all__ = ["NPDConfig", "Polarized"]
 
 # modules with more layers than this are whole networks or stages, not blocks
 _BLOCK = 4
@@ -116,9 +114,6 @@ class NPDConfig(TuningConfig):
         shared: dict[str, Any] = {"parameters": [polarized.polarizer], "schedule": "constant",
                                   "state": OwnState(polarized), "after_step": polarized.fold}  # fmt: skip
 
-        def slow(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(parameters, lr=self.warmup_rate)
-
         def warm_up(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
             return model(batch.images, batch.labels, batch.weights, perturbed=False)
 
@@ -126,10 +121,12 @@ class NPDConfig(TuningConfig):
         main = replace(self.phase(name="npd", loss=module_terms, **shared), network=polarized)
         if not self.warmup:
             return [main]
-        slowly = {**shared, "network": polarized, "optimizer": slow, "epochs": self.warmup}
         # what the classes lose is measured on images that no epoch trains on
-        slowly["part"] = "all" if self.reweight == "none" else "fit"
-        first = replace(self, reweight="none").phase(name="npd-warmup", loss=warm_up, **slowly)
+        part = "all" if self.reweight == "none" else "fit"
+        slowly = partial(torch.optim.SGD, lr=self.warmup_rate)
+        first = replace(self, reweight="none").phase(name="npd-warmup", network=polarized, loss=warm_up,
+                                                     epochs=self.warmup, optimizer=slowly, part=part,
+                                                     **shared)  # fmt: skip
         return [first, main]
 
     def project(self, delta: torch.Tensor) -> torch.Tensor:
@@ -166,7 +163,7 @@ class Polarized(FrozenMethod):
         x = images.float()
         weight = folded(self.original, self.polarizer)
         if not perturbed:
-            loss = weighted_error(self._logits(x, weight), labels, weights)
+            loss = cross_entropy_of(self._logits(x, weight), labels, weights)
             return {"loss": loss, "clean_loss": loss}
         delta, targets = self.perturbation(x, labels, weight.detach())
         clean, moved = self._logits(torch.cat([x, x + PIXEL * delta]), weight).float().chunk(2)
@@ -176,8 +173,8 @@ class Polarized(FrozenMethod):
               weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the loss and its terms (0-d) of logits at x and x+δ (N×K), y and t (N, int64) and weights (N)."""
         config = self.config
-        clean_loss = weighted_error(clean, labels, weights)
-        consistency = weighted_error(moved, clean.detach().argmax(1), weights)
+        clean_loss = cross_entropy_of(clean, labels, weights)
+        consistency = cross_entropy_of(moved, clean.detach().argmax(1), weights)
         untargeted = (weights * neg_log_complement(moved, runner_up(moved, labels))).sum()
         targeted = (weights * neg_log_complement(moved, targets)).sum()
         loss = clean_loss + config.consistency * consistency

@@ -19,8 +19,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import nn
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
-from hfdetox.defenses.ft import cross_entropy_of
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
@@ -111,7 +110,7 @@ class RNP:
     def unlearning_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` = −ce, with `clean_loss` = ce and the batch's `accuracy`."""
         logits = model(batch.images)
-        clean = cross_entropy_of(logits, batch)
+        clean = cross_entropy_of(logits, batch.labels, batch.weights)
         right = (batch.weights * (logits.argmax(1) == batch.labels)).sum()
         return {"loss": -clean, "clean_loss": clean, "accuracy": right}
 
@@ -122,5 +121,5 @@ class RNP:
     def recovery_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Return `loss` = α · ce of the masked copy, with `clean_loss` = ce."""
         (logits,) = model(batch.images, None)
-        clean = cross_entropy_of(logits, batch)
+        clean = cross_entropy_of(logits, batch.labels, batch.weights)
         return {"loss": self.config.alpha * clean, "clean_loss": clean}

@@ -33,16 +33,13 @@ from hfdetox.defenses._perturbed import (
     module_terms,
     neg_log_complement,
     require_pixels,
-    weighted_error,
 )
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network, evaluating
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
-
-__all__ = ["SAUConfig", "SharedPair"]
 
 # classes less likely than this are not unlearnt any further
 _FLOOR = 1e-3
@@ -166,7 +163,7 @@ class SAUConfig(TuningConfig):
         fooled = (wrong != labels) & (wrong != reference_clean.argmax(1))
         surprise = neg_log_complement(perturbed, wrong).clamp(min=-math.log1p(-_FLOOR))
         shared_loss = (weights * fooled * surprise).sum()
-        clean_loss, adversarial_loss = (weighted_error(logits, labels, weights) for logits in (clean, perturbed))
+        clean_loss, adversarial_loss = (cross_entropy_of(logits, labels, weights) for logits in (clean, perturbed))
         loss = self.lambda_1 * clean_loss + self.lambda_2 * shared_loss + self.lambda_at * adversarial_loss
         shared = fooled & (perturbed.argmax(1) == wrong)
         return {"loss": loss, "clean_loss": clean_loss, "shared_loss": shared_loss,

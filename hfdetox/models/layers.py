@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -241,3 +241,16 @@ def _flipped(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         for tensor in tensors:
             tensor.neg_()
+
+
+@contextmanager
+def on_inputs(model: nn.Module, names: Iterable[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input)` with what these modules of `model` are given, at each of their runs while inside."""
+    with ExitStack() as hooks:
+        for name in names:
+
+            def look(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                see(name, inputs[0])
+
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(look))
+        yield

@@ -137,15 +137,15 @@ def test_the_trigger_channel_goes_and_nothing_else_changes(accelerator: Accelera
     assert equal_weights(weights_of(network), before)
 
 
-def test_a_hidden_unit_that_stands_out_loses_its_column() -> None:
+def test_a_hidden_unit_that_stands_out_loses_its_column(accelerator: Accelerator) -> None:
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
     with torch.no_grad():
         model[0].weight.fill_(1)
         model[2].weight.fill_(1)
         model[0].weight[4] = 5
     clp = CLP(model, 3.0)
-    clp.prune()
-    assert (clp.pruned, clp.channels) == (1, 16)
+    found = clp.prune(accelerator)
+    assert (found["pruned"], found["channels"]) == (1, 16)
     assert model[2].weight.sum(0).tolist() == [3.0] * 4 + [0.0] + [3.0] * 11
     assert model[0].weight[4].tolist() == [5.0] * 12
 
