@@ -108,11 +108,9 @@ class D3Config(D3Settings, TuningConfig):
     summary = "keep the clean loss under a threshold while pushing selected weights far from the old ones"
     paper = "arXiv 2411.09585 (ICCV 2025)"
     cost = "1"
-    card_text = (
-        "D3, distance-driven detoxification ([arXiv 2411.09585](https://arxiv.org/abs/2411.09585)), fine-tuned the "
-        "model on {images} while pushing the weights of the selected layers away from where the author left them, on "
-        "the sphere of their initial norm, as far as the loss on those images allows."
-    )
+    card_text = ("D3, distance-driven detoxification (arXiv 2411.09585), fine-tuned the model on {images} while "
+                 "pushing the weights of the selected layers away from where the author left them, on the sphere of "
+                 "their initial norm, as far as the loss on those images allows.")  # fmt: skip
     presets: ClassVar = {
         "paper": {}, "code": {"lambda_": 0.5},
         "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,

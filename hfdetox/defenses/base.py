@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,7 +28,7 @@ class DefenseConfig(ABC):
     A defense is a subclass with a `name`. It may also have a one-line `summary`, its `paper`, its `presets` (the first
     is the default), `data` (what it needs besides the model), `cost` (relative to plain fine-tuning with as many
     epochs), and `card_text`: what a model card says was done, Markdown with `{images}` for the number of clean images
-    ("2,500 trusted images").
+    ("2,500 trusted images"); an arXiv number in it, as in "arXiv 2411.09585", becomes a link.
     """
 
     name: ClassVar[str]
@@ -61,7 +62,8 @@ class DefenseConfig(ABC):
 
     def describe(self, images: str) -> str:
         """Return what a card says was done, Markdown; `images` names the clean images, "2,500 trusted images"."""
-        return self.card_text.replace("{images}", images)
+        linked = re.sub(r"(?<!\[)arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", self.card_text)
+        return linked.replace("{images}", images)
 
     @abstractmethod
     def phases(self, network: Network) -> list[Phase | Pass]:

@@ -38,10 +38,8 @@ class BNConfig(DefenseConfig):
     paper = "none: a baseline"
     data = "clean images"
     cost = "one forward pass in all"
-    card_text = (
-        "The statistics of the model's BatchNorm layers were measured anew on {images}; no weight was trained. This is "
-        "a baseline, not a method of a paper."
-    )
+    card_text = ("The statistics of the model's BatchNorm layers were measured anew on {images}; no weight was "
+                 "trained. This is a baseline, not a method of a paper.")  # fmt: skip
     presets: ClassVar = {"control": {}}
 
     batch_size: Annotated[int, Interval("[2, inf]")] = 256

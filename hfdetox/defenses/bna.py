@@ -80,11 +80,9 @@ class BNAConfig(DefenseConfig):
     paper = "arXiv 2308.09850 (Neurocomputing 614, 2025)"
     data = "clean images with labels, and a trigger file where there is one"
     cost = "two or three forward passes for each norm, after NC's search"
-    card_text = (
-        "BNA ([arXiv 2308.09850](https://arxiv.org/abs/2308.09850)) measured on {images} how {trigger} shifts the "
-        "activations behind each norm, and corrected that shift {where}. How well it tells triggered images from clean "
-        "ones is in the report's history (`bna-detection`)."
-    )
+    card_text = ("BNA (arXiv 2308.09850) measured on {images} how {trigger} shifts the activations behind each norm, "
+                 "and corrected that shift {where}. How well it tells triggered images from clean ones is in the "
+                 "report's history (`bna-detection`).")  # fmt: skip
     presets: ClassVar = {
         "paper": {}, "fold": {"result": "fold"}, "js": {"divergence": "js"}, "kl": {"divergence": "kl"},
         "no-moments": {"moments": False}, "no-bounds": {"bounds": False},
@@ -119,7 +117,7 @@ class BNAConfig(DefenseConfig):
     def describe(self, images: str) -> str:
         trigger = "the known trigger that it was given" if self.trigger else "a trigger that it estimated"
         where = "beside the weights, which it did not change" if self.result == "route" else "in the norms' weights"
-        return self.card_text.format(images=images, trigger=trigger, where=where)
+        return super().describe(images).replace("{trigger}", trigger).replace("{where}", where)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

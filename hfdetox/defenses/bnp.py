@@ -40,10 +40,8 @@ class BNPConfig(OutlierConfig):
     paper = "NeurIPS 2022 (Pre-activation Distributions Expose Backdoor Neurons)"
     data = "clean images, labels unused"
     cost = "one forward pass in all"
-    card_text = (
-        "BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022), set the channels to zero whose stored "
-        "BatchNorm statistics differ most from those of {images}."
-    )
+    card_text = ("BNP, BatchNorm statistics-based pruning (Zheng et al., NeurIPS 2022), set the channels to zero whose "
+                 "stored BatchNorm statistics differ most from those of {images}.")  # fmt: skip
     presets: ClassVar = {"paper": {}, "tiny-imagenet": {"u": 4.0}}
 
     def phases(self, network: Network) -> list[Phase | Pass]:

@@ -49,11 +49,9 @@ class CLPConfig(OutlierConfig):
     paper = "arXiv 2208.03111 (ECCV 2022)"
     data = "none"
     cost = "0"
-    card_text = (
-        "CLP, channel Lipschitzness based pruning ([arXiv 2208.03111](https://arxiv.org/abs/2208.03111)), set the "
-        "channels to zero whose Lipschitz bounds stand out from their layer's. It looks at weights only; {images} were "
-        "given to the run."
-    )
+    card_text = ("CLP, channel Lipschitzness based pruning (arXiv 2208.03111), set the channels to zero whose "
+                 "Lipschitz bounds stand out from their layer's. It looks at weights only; {images} were given to the "
+                 "run.")  # fmt: skip
     presets: ClassVar = {"paper": {}, "tiny-imagenet": {"u": 5.0}}
 
     def phases(self, network: Network) -> list[Phase | Pass]:

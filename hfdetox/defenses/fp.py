@@ -44,10 +44,8 @@ class FPConfig(TuningConfig):
     summary = "cut off the head's least active input features, then fine-tune"
     paper = "arXiv 1805.12185 (RAID 2018)"
     cost = "1, after one forward pass in all"
-    card_text = (
-        "FP, fine-pruning ([arXiv 1805.12185](https://arxiv.org/abs/1805.12185)), set to zero the classifier head's "
-        "weights of the features that are least active on {images}, and fine-tuned the rest on them."
-    )
+    card_text = ("FP, fine-pruning (arXiv 1805.12185), set to zero the classifier head's weights of the features that "
+                 "are least active on {images}, and fine-tuned the rest on them.")  # fmt: skip
     presets: ClassVar = {"paper": {}, "budget": {"max_drop": 0.02}}
 
     weight_decay: float = 5e-4

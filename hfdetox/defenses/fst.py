@@ -40,10 +40,8 @@ class FSTConfig(TuningConfig):
     summary = "draw the head anew and fine-tune while turning its weights away from the old ones"
     paper = "arXiv 2310.01875 (NeurIPS 2023)"
     cost = "1"
-    card_text = (
-        "FST, feature shift tuning ([arXiv 2310.01875](https://arxiv.org/abs/2310.01875)), drew the model's classifier "
-        "head anew and fine-tuned the model on {images} while turning the head's weights away from the old ones."
-    )
+    card_text = ("FST, feature shift tuning (arXiv 2310.01875), drew the model's classifier head anew and fine-tuned "
+                 "the model on {images} while turning the head's weights away from the old ones.")  # fmt: skip
     presets: ClassVar = {
         "paper": {}, "readme": {"alpha": 0.1}, "tiny": {"alpha": 0.001, "learning_rate": 0.001, "epochs": 15},
     }  # fmt: skip

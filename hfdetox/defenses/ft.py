@@ -52,10 +52,8 @@ class RandomHeadConfig(FTConfig):
     name = "ft-random-head"
     summary = "baseline: draw the head's weights anew as D3 does, then fine-tune on clean images"
     paper = "none: a baseline for D3 (arXiv 2411.09585)"
-    card_text = (
-        "The weights of the model's classifier head were drawn anew, and fine-tuning trained all weights on {images}. "
-        "This is a baseline for D3, not a method of a paper."
-    )
+    card_text = ("The weights of the model's classifier head were drawn anew, and fine-tuning trained all weights on "
+                 "{images}. This is a baseline for D3, not a method of a paper.")  # fmt: skip
     presets: ClassVar = {"control": {}, "d3-settings": {"weight_decay": 0.0}}
 
     def selected_layers(self, model: nn.Module) -> list[str]:

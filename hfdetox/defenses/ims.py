@@ -84,10 +84,8 @@ class IMSConfig(DefenseConfig):
     paper = "arXiv 2509.15497 (NeurIPS 2025)"
     data = "clean images (labels are not used)"
     cost = "up to 500 batches in float32, of which 400 at 30 times a batch of fine-tuning"
-    card_text = (
-        "IMS, invertible masking using selection ([arXiv 2509.15497](https://arxiv.org/abs/2509.15497)), learnt on "
-        "{images} which units of the network clean images need{against}, and scaled the weights of the others down."
-    )
+    card_text = ("IMS, invertible masking using selection (arXiv 2509.15497), learnt on {images} which units of the "
+                 "network clean images need{against}, and scaled the weights of the others down.")  # fmt: skip
     presets: ClassVar = {
         "paper": {},
         "no-selection": {"selection": False},
@@ -118,7 +116,7 @@ class IMSConfig(DefenseConfig):
 
     def describe(self, images: str) -> str:
         perturbed = ", against perturbations that stand for a trigger" if self.free_rounds + self.sparse_rounds else ""
-        return self.card_text.format(images=images, against=perturbed)
+        return super().describe(images).replace("{against}", perturbed)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

@@ -43,10 +43,8 @@ class NADConfig(TuningConfig):
     summary = "fine-tune towards the attention maps of a fine-tuned copy"
     paper = "arXiv 2101.05930 (ICLR 2021)"
     cost = "1.3, after a teacher of as many epochs"
-    card_text = (
-        "NAD, neural attention distillation ([arXiv 2101.05930](https://arxiv.org/abs/2101.05930)), fine-tuned a copy "
-        "of the model on {images} and then the model itself, on the same images, towards the copy's attention maps."
-    )
+    card_text = ("NAD, neural attention distillation (arXiv 2101.05930), fine-tuned a copy of the model on {images} "
+                 "and then the model itself, on the same images, towards the copy's attention maps.")  # fmt: skip
     presets: ClassVar = {"paper": {}}
 
     epochs: int = 10

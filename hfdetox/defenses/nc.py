@@ -64,11 +64,9 @@ class NCConfig(TuningConfig):
     summary = "search a small trigger for every class and unlearn those that are oddly small"
     paper = "Neural Cleanse (IEEE S&P 2019)"
     cost = "up to 0.8 for each class, and 1 where a class is flagged"
-    card_text = (
-        "NC, Neural Cleanse (IEEE S&P 2019), searched a small trigger for each class it looked at on {images}. Where "
-        "one class's was far smaller than the others', the model was fine-tuned on those images, some of them with "
-        "that trigger and their true labels; else it is as it was."
-    )
+    card_text = ("NC, Neural Cleanse (IEEE S&P 2019), searched a small trigger for each class it looked at on "
+                 "{images}. Where one class's was far smaller than the others', the model was fine-tuned on those "
+                 "images, some of them with that trigger and their true labels; else it is as it was.")  # fmt: skip
     presets: ClassVar = {"paper": {}}
 
     weight_decay: float = 5e-4

@@ -83,11 +83,9 @@ class NPDConfig(TuningConfig):
     summary = "train one linear map of the channels inside the frozen model, then fold it in"
     paper = "arXiv 2306.16697 (NeurIPS 2023)"
     cost = "2 to 3"
-    card_text = (
-        "NPD, the neural polarizer ([arXiv 2306.16697](https://arxiv.org/abs/2306.16697)), trained a linear map of the "
-        "channels before one layer on {images} and adversarially perturbed copies of them, and folded it into that "
-        "layer; every other weight is the author's."
-    )
+    card_text = ("NPD, the neural polarizer (arXiv 2306.16697), trained a linear map of the channels before one layer "
+                 "on {images} and adversarially perturbed copies of them, and folded it into that layer; every other "
+                 "weight is the author's.")  # fmt: skip
     presets: ClassVar = {"paper": {}}
 
     epochs: int = 50

@@ -55,11 +55,9 @@ class RNPConfig(TuningConfig):
     summary = "unlearn clean images, then prune the channels that recovering them does not need"
     paper = "arXiv 2305.14876 (ICML 2023)"
     cost = "0.1 with 2,500 images: 40 epochs of 500"
-    card_text = (
-        "RNP, reconstructive neuron pruning ([arXiv 2305.14876](https://arxiv.org/abs/2305.14876)), made a copy of the "
-        "model unlearn {images}, trained masks on its channels to recover them, and set the channels of the model to "
-        "zero that the recovery did not need."
-    )
+    card_text = ("RNP, reconstructive neuron pruning (arXiv 2305.14876), made a copy of the model unlearn {images}, "
+                 "trained masks on its channels to recover them, and set the channels of the model to zero that the "
+                 "recovery did not need.")  # fmt: skip
     unweighted = "reweight is for a fine-tuning, and RNP trains masks and a copy"
     presets: ClassVar = {"paper": {}, "gentle": {"unlearning_rate": 0.001}}
 
