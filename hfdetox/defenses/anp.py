@@ -49,9 +49,7 @@ class ANPConfig(TuningConfig):
     card_text = ("ANP, adversarial neuron pruning (arXiv 2110.14430), trained masks on the model's channels with "
                  "{images} and set the channels to zero that are most sensitive to small perturbations.")  # fmt: skip
     unweighted = "reweight is for a fine-tuning, and ANP trains masks alone"
-    presets: ClassVar = {
-        "paper": {}, "benchmark": {"learning_rate": 0.01, "batch_size": 256, "epochs": 250},
-    }  # fmt: skip
+    presets: ClassVar = {"paper": {}, "benchmark": {"learning_rate": 0.01, "batch_size": 256, "epochs": 250}}
 
     epochs: int = 125
     batch_size: int = 128

@@ -135,7 +135,37 @@ class D3Config(D3Settings, TuningConfig):
         return match_layers(model, self.layers)
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        return describe(self, history) if self.automatic else []
+        found = next((entry for entry in history if entry.get("phase") == _LOOK), None)
+        if found is None:
+            return []
+        said = [f"Selected: {', '.join(self.layers)}, started from {self.initialization} weights of the old norm, "
+                + ("measured without the mean of its rows, " if self.centered else "")
+                + ("and with the scale of the norm before it fixed, whose sign could undo the turn."
+                   if found[_FIXED] else "with no norm before it whose sign could undo the turn.")]  # fmt: skip
+        if self.features == "auto":
+            said.append("AdamW trained the features, for the network has no BatchNorm." if found[_ADAMW] else
+                        "SGD trained the features, for the network has BatchNorm.")  # fmt: skip
+        if self.match_augmentation:
+            tried = [name for name in _STRENGTH if _ACCURACY + name in found]
+            rates = ", ".join(f"{name} {100 * found[_ACCURACY + name]:.1f} %" for name in tried)
+            said.append(f"Augmentation {chosen_augmentation(found)}: the strongest that cost the model as it came at "
+                        f"most {100 * TOLERATED:.0f} point of accuracy on the trusted images ({rates}).")  # fmt: skip
+        if self.epsilon == "auto":
+            said.append(f"ε = {found['epsilon']:.3f}: the median of that model's losses on them, but at least "
+                        f"{LEAST_EPSILON}.")  # fmt: skip
+        if self.min_steps:
+            said.append(f"{found['epochs']:.0f} epochs, {found['steps']:.0f} steps: at least {self.epochs} epochs and "
+                        f"{self.min_steps} steps.")  # fmt: skip
+        trained = [entry for entry in history if "lambda" in entry]
+        if self.lambda_ == "auto" and trained:
+            values, ended = [entry["lambda"] for entry in trained], trained[-1]["cosine"]
+            said.append(f"λ between {min(values):.2f} and {max(values):.2f}, moved after every step so that the "
+                        f"selected weights turn to a cosine of {self.cosine:g} with the old ones; they ended at "
+                        f"{ended:.2f}.")  # fmt: skip
+            if ended > self.cosine + SHORT:
+                said.append("That is short of it: the clean images held them back although λ fell to "
+                            f"{values[-1]:.2f}.")  # fmt: skip
+        return said
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         d3 = AutoD3(network.model, self) if self.automatic else D3(network.model, self)
@@ -332,37 +362,3 @@ def chosen_augmentation(found: Mapping[str, float]) -> Augmentation:
     tried = [name for name in _STRENGTH if _ACCURACY + name in found]
     least = found.get(_ACCURACY + "none", 0.0) - TOLERATED
     return next((name for name in tried if found[_ACCURACY + name] >= least), tried[-1])
-
-
-def describe(config: D3Config, history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what was chosen and why, a sentence each, from a run's history; nothing before its look."""
-    found = next((entry for entry in history if entry.get("phase") == _LOOK), None)
-    if found is None:
-        return []
-    said = [f"Selected: {', '.join(config.layers)}, started from {config.initialization} weights of the old norm, "
-            + ("measured without the mean of its rows, " if config.centered else "")
-            + ("and with the scale of the norm before it fixed, whose sign could undo the turn."
-               if found[_FIXED] else "with no norm before it whose sign could undo the turn.")]  # fmt: skip
-    if config.features == "auto":
-        said.append("AdamW trained the features, for the network has no BatchNorm." if found[_ADAMW] else
-                    "SGD trained the features, for the network has BatchNorm.")  # fmt: skip
-    if config.match_augmentation:
-        tried = [name for name in _STRENGTH if _ACCURACY + name in found]
-        rates = ", ".join(f"{name} {100 * found[_ACCURACY + name]:.1f} %" for name in tried)
-        said.append(f"Augmentation {chosen_augmentation(found)}: the strongest that cost the model as it came at most "
-                    f"{100 * TOLERATED:.0f} point of accuracy on the trusted images ({rates}).")  # fmt: skip
-    if config.epsilon == "auto":
-        said.append(f"ε = {found['epsilon']:.3f}: the median of that model's losses on them, but at least "
-                    f"{LEAST_EPSILON}.")  # fmt: skip
-    if config.min_steps:
-        said.append(f"{found['epochs']:.0f} epochs, {found['steps']:.0f} steps: at least {config.epochs} epochs and "
-                    f"{config.min_steps} steps.")  # fmt: skip
-    trained = [entry for entry in history if "lambda" in entry]
-    if config.lambda_ == "auto" and trained:
-        values, ended = [entry["lambda"] for entry in trained], trained[-1]["cosine"]
-        said.append(f"λ between {min(values):.2f} and {max(values):.2f}, moved after every step so that the selected "
-                    f"weights turn to a cosine of {config.cosine:g} with the old ones; they ended at "
-                    f"{ended:.2f}.")  # fmt: skip
-        if ended > config.cosine + SHORT:
-            said.append(f"That is short of it: the clean images held them back although λ fell to {values[-1]:.2f}.")
-    return said

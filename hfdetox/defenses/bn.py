@@ -46,13 +46,10 @@ class BNConfig(DefenseConfig):
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         if not _layers(network):
-            raise UsageError(
-                f"bn: {type(network.model).__name__} has no BatchNorm with running statistics, so there is nothing to "
-                "measure anew; use another defense, such as ft"
-            )
+            raise UsageError(f"bn: {type(network.model).__name__} has no BatchNorm with running statistics, so there "
+                             "is nothing to measure anew; use another defense, such as ft")  # fmt: skip
         statistics = _Statistics(network)
-        return [Pass(name="bn", start=statistics.start, on_batch=statistics.on_batch, finish=statistics.finish,
-                     batch_size=self.batch_size)]  # fmt: skip
+        return [Pass(name="bn", on_batch=statistics.on_batch, finish=statistics.finish, batch_size=self.batch_size)]
 
 
 class _Statistics:
@@ -60,9 +57,6 @@ class _Statistics:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.seen = 0
-
-    def start(self) -> None:
         self.seen = 0
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:

@@ -67,10 +67,9 @@ class BNP:
         self.network, self.u = network, u
         self.names = list(running_norms(network))
         if not self.names:
-            raise UsageError(
-                "bnp: compares BatchNorm's running statistics, kept from the training, with those of clean images, and "
-                f"{type(getattr(network, 'model', network)).__name__} has no such layer; use another defense"
-            )
+            kind = type(getattr(network, "model", network)).__name__
+            raise UsageError(f"bnp: {kind} has no BatchNorm whose running statistics, kept from the training, could be "
+                             "compared with those of clean images; use another defense")  # fmt: skip
         # rows: number of values, Σ d, Σ d² of d = input − running mean, which float32 holds better than Σ x²
         self.sums: dict[str, torch.Tensor] = {}
 

@@ -83,10 +83,9 @@ class CLP:
         self.pairs = conv_norm_pairs(model)
         self.mlps = [] if self.pairs else mlp_layers(model)
         if not self.pairs and not self.mlps:
-            raise UsageError(
-                f"clp: no convolution of {type(model).__name__} that could be run is followed by BatchNorm directly, "
-                "and it has no MLP whose two layers can be found; use another defense"
-            )
+            raise UsageError(f"clp: no convolution of {type(model).__name__} that could be run is followed by "
+                             "BatchNorm directly, and it has no MLP whose two layers can be found; use another "
+                             "defense")  # fmt: skip
         self.feeding = norms_of_mlps(model, self.mlps) if self.mlps else {}
 
     @torch.no_grad()

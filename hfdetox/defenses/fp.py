@@ -83,10 +83,8 @@ class FinePruning:
         for name in self.heads:
             if not pointwise(model.get_submodule(name)):
                 kind = type(model.get_submodule(name)).__name__
-                raise UsageError(
-                    f"fp: the head {name} is a {kind}, and fp prunes columns of a Linear or of a 1×1 convolution; use "
-                    "another defense"
-                )
+                raise UsageError(f"fp: the head {name} is a {kind}, and fp prunes columns of a Linear or of a 1×1 "
+                                 "convolution; use another defense")  # fmt: skip
         sizes = {name: self._weight(name).shape[1] for name in self.heads}
         self.activity = {name: torch.zeros(size) for name, size in sizes.items()}
         self.kept = {name: torch.ones(size) for name, size in sizes.items()}
@@ -123,10 +121,9 @@ class FinePruning:
         logits, inputs = self._run(network, batch.images)
         whole = [self._logits(name, inputs[name], None) for name in self.heads if name in inputs]
         if len(whole) < len(self.heads) or not torch.allclose(_mean(whole), logits.float(), rtol=1e-3, atol=1e-3):
-            raise UsageError(
-                f"fp: the logits of {type(self.model).__name__} are not the output of {', '.join(self.heads)}, so that "
-                "fp cannot measure what pruning its columns costs; use another defense"
-            )
+            raise UsageError(f"fp: the logits of {type(self.model).__name__} are not the output of "
+                             f"{', '.join(self.heads)}, so that fp cannot measure what pruning its columns costs; use "
+                             "another defense")  # fmt: skip
         counts = [
             (_mean([self._logits(name, inputs[name], place) for name in self.heads]).argmax(1) == batch.labels).sum()
             for place in range(len(self.shares))
@@ -155,9 +152,8 @@ class FinePruning:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return activities and masks by head."""
-        return {
-            f"{part}.{name}": tensor for part in ("activity", "kept") for name, tensor in getattr(self, part).items()
-        }
+        return {f"{part}.{name}": tensor for part in ("activity", "kept")
+                for name, tensor in getattr(self, part).items()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over those of a stopped run."""

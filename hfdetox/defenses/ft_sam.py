@@ -40,9 +40,7 @@ class FTSAMConfig(TuningConfig):
     cost = "2"
     card_text = ("FT-SAM (arXiv 2304.11823) fine-tuned the model on {images} with sharpness-aware minimisation, which "
                  "perturbs large weights most.")  # fmt: skip
-    presets: ClassVar = {
-        "cifar": {}, "gtsrb-tiny": {"rho": 8.0, "label_smoothing": 0.0},
-    }  # fmt: skip
+    presets: ClassVar = {"cifar": {}, "gtsrb-tiny": {"rho": 8.0, "label_smoothing": 0.0}}
 
     weight_decay: float = 5e-4
     rho: PositiveFloat = 2.0

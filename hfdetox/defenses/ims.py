@@ -87,11 +87,9 @@ class IMSConfig(DefenseConfig):
     card_text = ("IMS, invertible masking using selection (arXiv 2509.15497), learnt on {images} which units of the "
                  "network clean images need{against}, and scaled the weights of the others down.")  # fmt: skip
     presets: ClassVar = {
-        "paper": {},
-        "no-selection": {"selection": False},
-        "no-inverse": {"inverse": False},
+        "paper": {}, "no-selection": {"selection": False}, "no-inverse": {"inverse": False},
         "no-perturbation": {"free_rounds": 0, "sparse_rounds": 0},
-    }
+    }  # fmt: skip
 
     units: Literal["auto", "conv", "hidden"] = "auto"
     selection: bool = True
@@ -121,16 +119,12 @@ class IMSConfig(DefenseConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
         ims = IMS(network, self)
-        state = OwnState(ims)
-        weight = ims.sparsity
         stages = [
-            ims.stage("ims-initial", self.initial_rounds, perturbed=False, sparsity=weight),
+            ims.stage("ims-initial", self.initial_rounds, perturbed=False, sparsity=ims.sparsity),
             ims.stage("ims-free", self.free_rounds, perturbed=True, sparsity=0.0),
-            ims.stage("ims-sparse", self.sparse_rounds, perturbed=True, sparsity=weight),
+            ims.stage("ims-sparse", self.sparse_rounds, perturbed=True, sparsity=ims.sparsity),
         ]
-        for stage in stages:
-            stage.state = state
-        fold = Pass(name="ims-fold", start=ims.begin_fold, on_batch=ims.compare, finish=ims.fold, state=state)
+        fold = Pass(name="ims-fold", on_batch=ims.compare, finish=ims.fold, state=OwnState(ims))
         return [*(stage for stage in stages if stage.epochs), fold]
 
 
@@ -165,6 +159,7 @@ class IMS(FrozenMethod):
             name=name, network=self, parameters=[self.mask, *([self.selection] if config.selection else [])],
             optimizer=adamw, loss=loss, epochs=rounds, steps=1, batch_size=config.batch_size, augmentation="none",
             schedule="constant", start=self.begin_stage, after_step=self.project, stop=self.stalled,
+            state=OwnState(self),
         )  # fmt: skip
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,10 +232,6 @@ class IMS(FrozenMethod):
         self.waited.fill_(0 if better else int(self.waited) + 1)
         return int(self.waited) >= self.config.patience
 
-    def begin_fold(self) -> None:
-        """Forget what was counted."""
-        self._seen = torch.zeros(2)
-
     def compare(self, network: nn.Module, batch: Batch) -> None:
         """Count the images, and those that f_m and f₀ call alike."""
         self.to(batch.images.device)
@@ -286,10 +277,9 @@ def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) 
         found = channels if units == "conv" else hidden
     if not found:
         kinds = {"conv": "convolutions", "hidden": "MLPs or attention heads", "auto": "convolutions, MLPs or heads"}
-        raise UsageError(
-            f"ims: {type(getattr(network, 'model', network)).__name__} has no {kinds[units]} whose masks could be "
-            "folded into its weights; use another defense, or units=auto"
-        )
+        name = type(getattr(network, "model", network)).__name__
+        raise UsageError(f"ims: {name} has no {kinds[units]} whose masks could be folded into its weights; use another "
+                         "defense, or units=auto")  # fmt: skip
     return found
 
 

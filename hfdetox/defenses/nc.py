@@ -105,7 +105,7 @@ class NCConfig(TuningConfig):
             stop=inversion.end_epoch, state=state,
         )  # fmt: skip
         verdict = Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
-                       finish=inversion.judge, start=inversion.begin_verdict, state=state)  # fmt: skip
+                       finish=inversion.judge, state=state)  # fmt: skip
         tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network),
                             poison=inversion.stamp_some, state=state)  # fmt: skip
 
@@ -206,10 +206,6 @@ class Inversion(FrozenMethod):
         higher, lower = above >= _CHANGE_AFTER, below >= _CHANGE_AFTER
         self.kappa[rows] *= torch.where(higher, _RAISE, torch.where(lower, _LOWER, 1.0))
         self.above[rows], self.below[rows] = torch.where(higher, 0, above), torch.where(lower, 0, below)
-
-    def begin_verdict(self) -> None:
-        """Forget what was counted."""
-        self.hits.zero_()
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Count the images of a batch that the kept triggers lead to their classes."""

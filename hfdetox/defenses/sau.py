@@ -80,9 +80,8 @@ class SAUConfig(TuningConfig):
                  "perturbed copies of them, so that perturbations that led the model and its state before to the same "
                  "wrong class do so no more.")  # fmt: skip
     presets: ClassVar = {
-        "paper": {},
-        "adversarial-training": {"lambda_2": 0.0, "lambda_3": 1.0, "lambda_4": 0.0, "lambda_at": 1.0},
-    }
+        "paper": {}, "adversarial-training": {"lambda_2": 0.0, "lambda_3": 1.0, "lambda_4": 0.0, "lambda_at": 1.0},
+    }  # fmt: skip
 
     learning_rate: float = 1e-4
     augmentation: Augmentation = "none"

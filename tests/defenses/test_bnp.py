@@ -87,7 +87,9 @@ def test_the_channel_whose_statistics_differ_goes_and_nothing_else_changes(accel
 
 
 def test_a_network_without_running_statistics_is_refused_in_one_line() -> None:
-    with pytest.raises(UsageError, match=r"bnp: compares BatchNorm's running statistics.*has no such layer") as caught:
+    with pytest.raises(
+        UsageError, match=r"bnp: Sequential has no BatchNorm whose running statistics.*of clean images"
+    ) as caught:
         BNPConfig().phases(mlp())  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
