@@ -13,17 +13,8 @@ from hfdetox.errors import UsageError
 from hfdetox.plugins import Registry
 from hfdetox.values import read
 
-__all__ = [
-    "ATTACKS",
-    "AttackContext",
-    "Implant",
-    "Implanted",
-    "Poisoner",
-    "TrainingSettings",
-    "parse_attack_settings",
-    "poisoner_for",
-    "run_attack",
-]
+__all__ = ["ATTACKS", "AttackContext", "Implant", "Implanted", "Poisoner", "TrainingSettings", "parse_attack_settings",
+           "poisoner_for", "run_attack"]  # fmt: skip
 
 
 ATTACKS: Registry[Poisoner] = Registry("attacks", Poisoner, "kind")

@@ -45,9 +45,8 @@ def runner_up(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def adam(config: TuningConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return Adam with the settings; `momentum` is its β₁, and weight decay is added to the gradient."""
-    return torch.optim.Adam(
-        parameters, lr=config.learning_rate, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
-    )
+    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=(config.momentum, 0.999),
+                            weight_decay=config.weight_decay)  # fmt: skip
 
 
 class FrozenMethod(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from hfdetox.errors import UsageError
+from hfdetox.models.layers import match_layers
 from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch
@@ -29,6 +30,7 @@ class DefenseConfig(ABC):
     is the default), `data` (what it needs besides the model), `cost` (relative to plain fine-tuning with as many
     epochs), and `card_text`: what a model card says was done, Markdown with `{images}` for the number of clean images
     ("2,500 trusted images"); an arXiv number in it, as in "arXiv 2411.09585", becomes a link.
+    `treats` has the patterns of the layers that it treats apart from the rest.
     """
 
     name: ClassVar[str]
@@ -38,14 +40,15 @@ class DefenseConfig(ABC):
     cost: ClassVar[str] = "unknown"
     card_text: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    treats: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check words and ranges; raises UsageError that names the setting and what it may be."""
         check_fields(self, self.name)
 
     def selected_layers(self, model: nn.Module) -> list[str]:
-        """Return the names of the modules of `model` that the defense treats apart from the rest."""
-        return []
+        """Return the names of the modules of `model` that the defense treats apart from the rest: those of `treats`."""
+        return match_layers(model, self.treats) if self.treats else []
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return what the method chose itself from the model and the images and why, a sentence each.
@@ -124,9 +127,8 @@ class TuningConfig(DefenseConfig):
 
     def sgd(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser the settings name: SGD with momentum."""
-        return torch.optim.SGD(
-            parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum,
+                               weight_decay=self.weight_decay)  # fmt: skip
 
     def phase(self, **parts: Any) -> Phase:
         """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own.

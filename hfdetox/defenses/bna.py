@@ -129,11 +129,8 @@ class BNAConfig(DefenseConfig):
                 raise UsageError(f"bna: this model has the classes 0 to {count - 1}; the trigger's target is {target}")
             return [*BNA(network, self, trigger=trigger, target=target).passes()]
         nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
-        # all but the unlearning, which would train the weights
-        search = nc.phases(network)[:2]
-        inversion = next(phase.network for phase in search if isinstance(phase, Phase))
-        if not isinstance(inversion, Inversion):
-            raise TypeError("Neural Cleanse's first phase must train its Inversion")
+        # without the unlearning, which would train the weights
+        inversion, search = nc.search(network)
         return [*search, *BNA(network, self, inversion=inversion).passes()]
 
     def _target(self, trigger: Trigger) -> int:

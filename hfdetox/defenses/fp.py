@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import HEAD, match_layers, on_inputs
+from hfdetox.models.layers import HEAD, on_inputs
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.masks import pointwise
@@ -46,14 +46,12 @@ class FPConfig(TuningConfig):
     cost = "1, after one forward pass in all"
     card_text = ("FP, fine-pruning (arXiv 1805.12185), set to zero the classifier head's weights of the features that "
                  "are least active on {images}, and fine-tuned the rest on them.")  # fmt: skip
+    treats = (HEAD,)
     presets: ClassVar = {"paper": {}, "budget": {"max_drop": 0.02}}
 
     weight_decay: float = 5e-4
     step: Annotated[float, Interval("(0, 1)")] = 0.01
     max_drop: Annotated[float, Interval("(0, 1]")] = 0.1
-
-    def selected_layers(self, model: nn.Module) -> list[str]:
-        return match_layers(model, (HEAD,))
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         fp = FinePruning(network.model, self)

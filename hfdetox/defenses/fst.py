@@ -17,7 +17,7 @@ from torch import nn
 
 from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
-from hfdetox.models.layers import HEAD, match_layers
+from hfdetox.models.layers import HEAD
 from hfdetox.models.network import Network
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
@@ -42,6 +42,7 @@ class FSTConfig(TuningConfig):
     cost = "1"
     card_text = ("FST, feature shift tuning (arXiv 2310.01875), drew the model's classifier head anew and fine-tuned "
                  "the model on {images} while turning the head's weights away from the old ones.")  # fmt: skip
+    treats = (HEAD,)
     presets: ClassVar = {
         "paper": {}, "readme": {"alpha": 0.1}, "tiny": {"alpha": 0.001, "learning_rate": 0.001, "epochs": 15},
     }  # fmt: skip
@@ -49,9 +50,6 @@ class FSTConfig(TuningConfig):
     epochs: int = 10
     alpha: NonNegativeFloat = 0.2
     freeze_norm: bool = True
-
-    def selected_layers(self, model: nn.Module) -> list[str]:
-        return match_layers(model, (HEAD,))
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         fst = FST(network.model, self)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from hfdetox.defenses.base import TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import start_weight
-from hfdetox.models.layers import HEAD, match_layers
+from hfdetox.models.layers import HEAD
 from hfdetox.models.network import Network
 from hfdetox.training.phases import Pass, Phase
 
@@ -54,10 +53,8 @@ class RandomHeadConfig(FTConfig):
     paper = "none: a baseline for D3 (arXiv 2411.09585)"
     card_text = ("The weights of the model's classifier head were drawn anew, and fine-tuning trained all weights on "
                  "{images}. This is a baseline for D3, not a method of a paper.")  # fmt: skip
+    treats = (HEAD,)
     presets: ClassVar = {"control": {}, "d3-settings": {"weight_decay": 0.0}}
-
-    def selected_layers(self, model: nn.Module) -> list[str]:
-        return match_layers(model, (HEAD,))
 
     def _start(self, network: Network) -> Callable[[], None]:
         names = self.selected_layers(network.model)

@@ -94,20 +94,23 @@ class NCConfig(TuningConfig):
             raise UsageError(f"nc: an outlier among {len(chosen)} classes means nothing; three are the least")
         return chosen
 
-    def phases(self, network: Network) -> list[Phase | Pass]:
+    def search(self, network: Network) -> tuple[Inversion, list[Phase | Pass]]:
+        """Return what has the triggers in the end, and the phases that search them and give the verdict."""
         require_pixels(network, self.name)
         inversion = Inversion(network, self)
-        state = OwnState(inversion)
-        adam = partial(torch.optim.Adam, lr=self.inversion_rate, betas=(0.5, 0.9))
+        state, adam = OwnState(inversion), partial(torch.optim.Adam, lr=self.inversion_rate, betas=(0.5, 0.9))
         search = replace(self, reweight="none").phase(
             name="nc-inversion", network=inversion, parameters=[inversion.masks, inversion.patterns], loss=module_terms,
             epochs=self.inversion_epochs, optimizer=adam, schedule="constant", augmentation="none", max_grad_norm=None,
             stop=inversion.end_epoch, state=state,
         )  # fmt: skip
-        verdict = Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
-                       finish=inversion.judge, state=state)  # fmt: skip
-        tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network),
-                            poison=inversion.stamp_some, state=state)  # fmt: skip
+        return inversion, [search, Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
+                                        finish=inversion.judge, state=state)]  # fmt: skip
+
+    def phases(self, network: Network) -> list[Phase | Pass]:
+        inversion, search = self.search(network)
+        tuning = self.phase(name="nc-unlearning", parameters=trained_parameters(network), poison=inversion.stamp_some,
+                            state=OwnState(inversion))  # fmt: skip
 
         def begin_tuning() -> None:
             # known only now: a phase without epochs does nothing
@@ -115,7 +118,7 @@ class NCConfig(TuningConfig):
                 tuning.epochs = 0
 
         tuning.start = begin_tuning
-        return [search, verdict, tuning]
+        return [*search, tuning]
 
 
 class Inversion(FrozenMethod):
