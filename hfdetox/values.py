@@ -9,6 +9,8 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from operator import le, lt
 from typing import Annotated, Any
 
 import yaml
@@ -65,11 +67,10 @@ class Interval:
         self.text = text
         self.low, self.high = map(float, text[1:-1].split(","))
 
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float):
-            return False
-        above = value >= self.low if self.text[0] == "[" else value > self.low
-        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)
+    def __contains__(self, value: Any) -> bool:
+        # NumPy's numbers too, and no text
+        low, high = (le if self.text[0] == "[" else lt), (le if self.text[-1] == "]" else lt)
+        return isinstance(value, Real) and bool(low(self.low, value) and high(value, self.high))
 
     def __str__(self) -> str:
         """Return in words what it has: `positive and finite`, `at least 1`, `in (0, 1]`."""

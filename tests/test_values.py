@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 
 from hfdetox.errors import UsageError
@@ -196,3 +197,5 @@ def test_an_interval_says_what_it_has() -> None:
     assert {text: str(Interval(text)) for text in written} == written
     assert float("inf") in Interval("(0, inf]")
     assert float("inf") not in Interval("(0, inf)")
+    assert np.int64(2) in Interval("[2, inf]")
+    assert "2" not in Interval("[2, inf]")
