@@ -85,11 +85,13 @@ class ChannelMasks:
                 shift: torch.Tensor | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the multiplied parameters by name; `shift` (flat, like `mask`) multiplies the βs that there are."""
         found: dict[str, torch.Tensor] = {}
-        for layer, scale in zip(self.layers, mask.split(self.sizes), strict=True):
+        scales = mask.split(self.sizes)
+        # the same pieces of the same mask: gradients are summed in one order
+        shifts = scales if shift is mask else [None] * len(scales) if shift is None else shift.split(self.sizes)
+        for layer, scale, factor in zip(self.layers, scales, shifts, strict=True):
             weight = network.get_parameter(layer.weight)
             found[layer.weight] = weight * layer.spread(scale, weight.ndim)
-        for layer, factor in zip(self.layers, shift.split(self.sizes), strict=True) if shift is not None else ():
-            if layer.shift is not None:
+            if factor is not None and layer.shift is not None:
                 found[layer.shift] = network.get_parameter(layer.shift) * factor
         return found
 
