@@ -93,7 +93,7 @@ def test_a_step_of_anp_is_its_equation(accelerator: Accelerator) -> None:
     """One batch, one epoch: m = clamp(1 − lr · ∇[α L(m) + (1 − α) L(m + δ, 1 + ξ)]) with the step's own δ and ξ."""
     network = varied(convnet())
     train, _ = replace(SMALL_ANP, epochs=1, batch_size=64).phases(network)  # type: ignore[arg-type]
-    anp, seen = train.state, []
+    anp, seen = train.loss.__self__, []  # type: ignore[union-attr]
     assert isinstance(anp, ANP)
     perturbation = anp.perturbation
 
@@ -149,7 +149,7 @@ def test_a_step_of_rnps_recovery_is_its_equation(accelerator: Accelerator) -> No
     """One batch, one epoch: m = clamp(1 − lr · α · ∇L(m)) on the copy; weight decay is the unlearning's alone."""
     network = varied(convnet())
     _, recover, _ = replace(SMALL_RNP, epochs=1, batch_size=64).phases(network)  # type: ignore[arg-type]
-    rnp, loss, seen = recover.state, recover.loss, []  # type: ignore[union-attr]
+    rnp, loss, seen = recover.loss.__self__, recover.loss, []  # type: ignore[union-attr]
     assert isinstance(recover, Phase)
     assert isinstance(rnp, RNP)
 
@@ -176,7 +176,7 @@ def test_rnps_unlearning_ends_once_the_accuracy_is_low_and_spares_the_network(ac
     before = weights_of(network)
     # every accuracy is at most 0.99 on a network that was never trained
     unlearn, _, _ = replace(SMALL_RNP, stop_accuracy=0.99).phases(network)  # type: ignore[arg-type]
-    rnp = unlearn.state
+    rnp = unlearn.loss.__self__  # type: ignore[union-attr]
     assert isinstance(rnp, RNP)
     record = Engine(accelerator, ToyImages(40)).run(network, [unlearn])
     assert record.epochs == 1
