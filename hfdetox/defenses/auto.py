@@ -136,7 +136,7 @@ class D3Config(D3Settings, TuningConfig):
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
         found = next((entry for entry in history if entry.get("phase") == _LOOK), None)
-        if found is None:
+        if found is None or not self.automatic:
             return []
         said = [f"Selected: {', '.join(self.layers)}, started from {self.initialization} weights of the old norm, "
                 + ("measured without the mean of its rows, " if self.centered else "")

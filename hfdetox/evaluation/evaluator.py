@@ -102,7 +102,7 @@ class Evaluator:
 
 
 class CrossImages:
-    """Evaluation images as the recipe changes them to teach the model not to react, with their true labels.
+    """Evaluation images as the poisoner changes them to teach the model not to react, with their true labels.
 
     The other image of each is the one before it in the set, of the first the last; that of a lone one is its mirror's.
     """
@@ -120,7 +120,7 @@ class CrossImages:
         return positions, images if changed is None else changed, labels
 
     def taught(self) -> bool:
-        """Return whether the recipe teaches such a thing."""
+        """Return whether the poisoner teaches such a thing."""
         positions, images, _ = self.clean.__getitems__([0])
         return self.poisoner.cross(self.trigger, images, positions, lambda: self._before([0])) is not None
 

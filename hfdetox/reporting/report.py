@@ -204,11 +204,11 @@ class ImplantedTrigger:
         poison_ratio: the share that was asked for.
         poisoned_images: training images that carry it; None where a share of every batch does.
         recipe: `dirty-label`, `clean-label` or `training-control`.
-        settings: the recipe's own.
+        settings: the poisoner's own.
         psnr: mean over the changed evaluation images, in dB; None where nothing changed or images are floats.
         max_change: largest change of any value, in grey levels.
         changed: share of the images in which any value changed.
-        cross_accuracy: share of evaluation images still classified correctly under what the recipe teaches the model
+        cross_accuracy: share of evaluation images still classified correctly under what the poisoner teaches the model
             not to react to; None where it teaches no such thing.
     """
 
