@@ -10,7 +10,7 @@ from torch import nn
 
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
-from hfdetox.data.pull import pin, pull_images
+from hfdetox.data.load import pin, pull_images
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +17,7 @@ from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingPoiso
 from hfdetox.config import AttackOptions
 from hfdetox.data.cache import apply_to_image
 from hfdetox.data.images import ImageSet
-from hfdetox.data.load import class_names
-from hfdetox.data.pull import pin, pull_images
+from hfdetox.data.load import class_names, pin, pull_images
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, with_targets
 from hfdetox.models.classifier import Classifier, load_classifier
@@ -110,7 +108,7 @@ def implant(given: AttackOptions) -> AttackResult:
 
 def _start(given: AttackOptions, run: AttackOptions) -> InitialModel:
     model = given.model if isinstance(given.model, nn.Module) else str(run.model)
-    return init_model(model, class_names=lambda: _class_names(run, given.dataset), is_backdoored=comes_backdoored,
+    return init_model(model, class_names=lambda: class_names(given.dataset, run), is_backdoored=comes_backdoored,
                       init=run.init, model_args=run.model_args, input_size=run.input_size, seed=run.seed,
                       revision=run.revision, trust_remote_code=run.trust_remote_code, processor=given.processor,
                       preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
@@ -191,10 +189,3 @@ def _check_places(run: AttackOptions) -> str | None:
     if run.push_to is None:
         return None
     return check_push_allowed(run.push_to, backdoored=not run.clean, **run.publishing())
-
-
-def _class_names(run: AttackOptions, dataset: Any) -> tuple[str, ...] | int:
-    if dataset is None:
-        raise UsageError("a model of fresh weights has no card that names a dataset: give --dataset ID")
-    return class_names(dataset, dataset_config=run.dataset_config, split=run.split, image_column=run.image_column,
-                       label_column=run.label_column, revision=run.dataset_revision)  # fmt: skip

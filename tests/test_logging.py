@@ -14,7 +14,7 @@ import hfdetox.logging as talk
 from hfdetox import progress
 from hfdetox.config import DetoxOptions
 from hfdetox.data.cache import Pixels
-from hfdetox.data.pull import pull_images
+from hfdetox.data.load import pull_images
 from hfdetox.models.classifier import load_classifier
 from hfdetox.training.devices import make_accelerator
 from tests.conftest import REPOSITORY

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,17 +46,14 @@ def find_columns(features: Features, *, image_column: str | None = None, label_c
     ])  # fmt: skip
     if not isinstance(features[image], Image) and not _is_stored_image(features[image]):
         found = _kind(features[image])
-        raise ColumnError(
-            f"column {image!r} holds {found}, not images; give --image-column (columns: {_all(features)})"
-        )
+        raise ColumnError(f"column {image!r} holds {found}, not images; give --image-column (of {_all(features)})")
     feature = features[label]
     if isinstance(feature, ClassLabel):
         return Columns(image, label, "class", tuple(feature.names))
     if not _is_plain_label(feature):
         found = _kind(feature)
-        raise ColumnError(
-            f"column {label!r} holds {found}, not one label an image; give --label-column (columns: {_all(features)})"
-        )
+        raise ColumnError(f"column {label!r} holds {found}, not one label an image; give --label-column "
+                          f"(of {_all(features)})")  # fmt: skip
     return Columns(image, label, "text" if feature.dtype in _TEXTS else "integer")
 
 
@@ -67,7 +64,7 @@ class LabelReader:
         names: the dataset's class names in index order, or None when its labels are plain integers.
     """
 
-    def __init__(self, columns: Columns, seen: Sequence[str] = ()) -> None:
+    def __init__(self, columns: Columns, seen: Collection[str] = ()) -> None:
         """`seen` are all values of a text column; those of whole numbers count as plain integers."""
         self.names: tuple[str, ...] | None = columns.names
         if columns.kind == "text":
@@ -104,8 +101,7 @@ def _one(what: str, named: str | None, features: Mapping[str, Any], candidates: 
             return found[0]
     raise ColumnError(
         f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
-        f"name one with --{what}-column, or choose another dataset"
-    )
+        f"name one with --{what}-column, or choose another dataset")  # fmt: skip
 
 
 def _is_stored_image(feature: Any) -> bool:

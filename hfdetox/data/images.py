@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
@@ -24,7 +25,7 @@ MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here a
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX")
 # what broken or hostile files make PIL raise, from the observed and the documented
 _DECODE_ERRORS = (
-    OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, OverflowError, EOFError, MemoryError,
+    OSError, ValueError, SyntaxError, TypeError, LookupError, OverflowError, EOFError, MemoryError,
     NotImplementedError, Image.DecompressionBombError,
 )  # fmt: skip
 
@@ -88,16 +89,17 @@ class Spool:
 
 
 class Picked:
-    """Some of another collection's images, in the given order."""
+    """Images that `image` gives by their place, in the order of `places`; a path among these stands for itself."""
 
-    def __init__(self, images: EncodedImages, positions: Sequence[int]) -> None:
-        self._images, self._positions = images, list(positions)
+    def __init__(self, image: Callable[[int], Encoded], places: Sequence[int | str]) -> None:
+        self._image, self._places = image, places
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self._places)
 
     def __getitem__(self, position: int) -> Encoded:
-        return self._images[self._positions[position]]
+        place = self._places[position]
+        return place if isinstance(place, str) else self._image(place)
 
 
 class ImageSet:
@@ -117,7 +119,8 @@ class ImageSet:
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         self.indices = [int(i) for i in indices]
         self.split, self.channels = split, channels
-        self._encoded = encoded
+        self._encoded, self._places = encoded, list(range(len(encoded)))
+        # by place, so that a subset shares what is decoded
         self._decoded: dict[int, Image.Image] = {}
         self._room = KEPT_BYTES
         if not len(encoded) == len(self.labels) == len(self.indices):
@@ -132,11 +135,11 @@ class ImageSet:
         Decoded images are kept, up to KEPT_BYTES in all: the same are hashed, prepared, and prepared again with each
         trigger. Raises BrokenImageError, which names the split and row.
         """
-        kept = self._decoded.get(position)
-        if kept is not None:
-            return kept
+        place = self._places[position]
+        if place in self._decoded:
+            return self._decoded[place]
         try:
-            image = decode_image(self._encoded[position], channels=self.channels)
+            image = decode_image(self._encoded[place], channels=self.channels)
         except HfdetoxError:
             raise
         except _DECODE_ERRORS as error:
@@ -148,16 +151,14 @@ class ImageSet:
         size = image.width * image.height * self.channels
         if size <= self._room:
             self._room -= size
-            self._decoded[position] = image
+            self._decoded[place] = image
         return image
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """Return the images at `positions` as a set of their own; nothing is copied."""
-        chosen = [int(p) for p in positions]
-        part = ImageSet(Picked(self._encoded, chosen), self.labels[chosen].numpy(), [self.indices[p] for p in chosen],
-                        split=self.split, channels=self.channels)  # fmt: skip
-        part._decoded = {place: self._decoded[p] for place, p in enumerate(chosen) if p in self._decoded}
-        part._room = self._room
+        chosen, part = [int(p) for p in positions], copy.copy(self)
+        part.labels, part.indices = self.labels[chosen], [self.indices[p] for p in chosen]
+        part._places = [self._places[p] for p in chosen]
         return part
 
     @property
@@ -204,16 +205,9 @@ def parallel_map(
     short = (time.perf_counter() - begin) / max(1, len(results)) < _THREADS_PAY_SECONDS
     size = 256 if short else 4
     rest = [positions[i : i + size] for i in range(_PROBE, total, size)]
-    if short:
-        for chunk in rest:
-            keep(run(chunk))
-        return results
-    pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="hfdetox-decode")
-    try:
-        for part in pool.map(run, rest):
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hfdetox-decode") as pool:
+        for part in (map if short else pool.map)(run, rest):
             keep(part)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return results
 
 

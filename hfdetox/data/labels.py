@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,15 @@ def align_labels(
     note = None
     if open_names and not found and not fixed and len(dataset_names) == len(model_labels):
         found = {i: i for i in open_names}
-        note = (
-            f"none of the dataset's class names ({list_names(dataset_names, 3)}) is among the model's labels "
-            f"({list_names(model_labels, 3)}); both have {len(model_labels)}, so their order was used"
-        )
+        note = (f"none of the dataset's class names ({list_names(dataset_names, 3)}) is among the model's labels "
+                f"({list_names(model_labels, 3)}); both have {len(model_labels)}, so their order was used")  # fmt: skip
     elif len(found) < len(open_names):
         used = set(found.values()) | set(fixed.values())
         raise _mismatch([dataset_names[i] for i in open_names if i not in found],
                         [label for m, label in enumerate(model_labels) if m not in used], model_labels)  # fmt: skip
     mapping = [found[i] if i in found else fixed[i] for i in range(len(dataset_names))]
-    return Alignment(mapping, note, _name_map(dataset_names, mapping, model_labels))
+    pairs = zip(dataset_names, [_name(m, model_labels) for m in mapping], strict=True)
+    return Alignment(mapping, note, {name: label for name, label in pairs if name != label})
 
 
 def accuracy_hint(confusion: np.ndarray) -> float:
@@ -116,35 +116,27 @@ def _align_integers(model_labels: Sequence[str], chosen: dict[str, Any]) -> Alig
 def _match(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
     """Return dataset index to model index for every name that has one clear partner, whole names first."""
     found: dict[int, int] = {}
-    for keys, repeated in ((_itself, True), (_whole, True), (_synonyms, False)):
+    for pair in (partial(_in_order, key=str), partial(_in_order, key=_plain), _by_synonyms):
         rest_d = {i: name for i, name in dataset.items() if i not in found}
         rest_m = {m: name for m, name in model.items() if m not in found.values()}
-        found |= _pair_by(rest_d, rest_m, keys, repeated=repeated)
+        found |= pair(rest_d, rest_m)
     return found
 
 
-def _pair_by(
-    dataset: Mapping[int, str], model: Mapping[int, str], keys: Callable[[str], set[str]], *, repeated: bool
-) -> dict[int, int]:
-    """Pair indices that share a key. With `repeated`, names that occur equally often on both sides pair in order."""
-    index: dict[str, list[int]] = {}
-    for m, label in model.items():
-        for key in keys(label):
-            index.setdefault(key, []).append(m)
-    if repeated:
-        pairs: dict[int, int] = {}
-        counts = Counter(key for name in dataset.values() for key in keys(name))
-        seen: Counter[str] = Counter()
-        for i, name in dataset.items():
-            (key,) = keys(name)
-            # ImageNet has two cranes and two maillots; the k-th of one list is the k-th of the other
-            if len(index.get(key, ())) == counts[key]:
-                pairs[i] = index[key][seen[key]]
-                seen[key] += 1
-        return pairs
+def _in_order(dataset: Mapping[int, str], model: Mapping[int, str], key: Callable[[str], str]) -> dict[int, int]:
+    """Pair indices whose names have one key, in order, where it occurs equally often on both sides."""
+    # ImageNet has two cranes and two maillots; the k-th of one list is the k-th of the other
+    ours, theirs = (_places(names, lambda name: {key(name)}) for names in (dataset, model))
+    groups = [(places, theirs[name]) for name, places in ours.items() if len(theirs[name]) == len(places)]
+    return {i: m for places, partners in groups for i, m in zip(places, partners, strict=True)}
+
+
+def _by_synonyms(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
+    """Pair indices that share more synonyms with each other than with any other."""
+    index = _places(model, _synonyms)
     partners: dict[int, int] = {}
     for i, name in dataset.items():
-        shared = Counter(m for key in keys(name) for m in index.get(key, ()))
+        shared = Counter(m for key in _synonyms(name) for m in index[key])
         best = [m for m, n in shared.items() if n == max(shared.values())]
         if len(best) == 1:
             partners[i] = best[0]
@@ -152,17 +144,18 @@ def _pair_by(
     return {i: m for i, m in partners.items() if claims[m] == 1}
 
 
+def _places(names: Mapping[int, str], keys: Callable[[str], set[str]]) -> defaultdict[str, list[int]]:
+    """Return the indices of the names that have a key, ascending, by the key."""
+    found = defaultdict[str, list[int]](list)
+    for index, name in names.items():
+        for key in keys(name):
+            found[key].append(index)
+    return found
+
+
 def _plain(name: str) -> str:
     """Return `name` without case, and with runs of spaces, underscores and hyphens as nothing."""
     return re.sub(r"[\s_\-]+", "", name.casefold())
-
-
-def _itself(name: str) -> set[str]:
-    return {name}
-
-
-def _whole(name: str) -> set[str]:
-    return {_plain(name)}
 
 
 def _synonyms(name: str) -> set[str]:
@@ -218,9 +211,7 @@ def _model_index(key: str, value: str | int | None, model_labels: Sequence[str])
         if loose:
             raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(loose)} model labels; give the index")
         if not value.isdecimal():
-            raise LabelMapError(
-                f"label map: {key!r}: the model has no label {value!r}; it has {list_names(model_labels)}"
-            )
+            raise LabelMapError(f"label map: {key!r}: no label of the model is {value!r}: {list_names(model_labels)}")
     index = int(value)
     if not 0 <= index < len(model_labels):
         raise LabelMapError(f"label map: {key!r}: index {index} is outside 0 to {len(model_labels) - 1}")
@@ -231,11 +222,6 @@ def _name(index: int, model_labels: Sequence[str]) -> str:
     return "" if index == DROPPED else model_labels[index]
 
 
-def _name_map(names: Sequence[str], mapping: Sequence[int], model_labels: Sequence[str]) -> dict[str, str]:
-    pairs = ((name, _name(m, model_labels)) for name, m in zip(names, mapping, strict=True))
-    return {name: label for name, label in pairs if name != label}
-
-
 def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str]) -> LabelMismatchError:
     if all(_GENERIC.fullmatch(label) for label in labels):
         why = f"the model's {len(labels)} labels have no names ({list_names(labels, 2)}), the dataset has other classes"
@@ -244,8 +230,7 @@ def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str
     return LabelMismatchError(
         f"{why}; unmatched in the dataset ({len(dataset)}): {list_names(dataset)}; unmatched in the model "
         f"({len(model)}): {list_names(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or "
-        "null to leave it out)"
-    )
+        "null to leave it out)")  # fmt: skip
 
 
 def list_names(names: Sequence[str], shown: int = _SHOWN) -> str:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.arguments import renames
-from hfdetox.config import DEFAULT_SAMPLES, check_samples
-from hfdetox.data.cache import Pixels
+from hfdetox.config import DEFAULT_SAMPLES, ImageOptions, check_samples
 from hfdetox.data.columns import ColumnError, LabelReader
-from hfdetox.data.images import BrokenImageError, ImageSet
+from hfdetox.data.images import ImageSet
 from hfdetox.data.info import DatasetInfo
 from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
-from hfdetox.data.opened import OpenedDataset, open_dataset
+from hfdetox.data.opened import open_dataset
 from hfdetox.data.readers import SCAN_LIMIT, Block, SplitReader
 from hfdetox.data.sampling import Selection, choose_balanced, choose_uniform, sample_count
 from hfdetox.errors import UsageError
+from hfdetox.models.classifier import Classifier
+from hfdetox.progress import progress_bar, updates
 from hfdetox.values import load_yaml
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["BrokenImageError", "ImageSet", "Images", "Pixels", "class_names", "default_dataset", "load_images"]
+Options = TypeVar("Options", bound=ImageOptions)
 
 # of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
 _EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
@@ -96,72 +98,58 @@ def load_images(
         check_samples("--eval-samples", int(eval_samples))
     origin = open_dataset(dataset, config=dataset_config, revision=revision, image_column=image_column,
                           label_column=label_column, warn=warn, hub_only=hub_only)  # fmt: skip
-    plan = _Plan(
-        origin=origin, labels=labels, samples=clean_samples, eval_samples=eval_samples, label_map=label_map, seed=seed,
-        channels=channels, allow_missing_classes=allow_missing_classes, warn=warn, progress=progress,
+    train, measures = _split_names(origin.splits, split, eval_split)
+    source = origin.open(train)
+    evaluation = source if measures[0] == train else origin.open(measures[0])
+    reader = _label_reader(source, evaluation)
+    alignment = align_labels(reader.names, labels, label_map)
+    if alignment.note:
+        warn(alignment.note)
+    chooser = _Chooser(labels, clean_samples, eval_samples, seed, allow_missing_classes, warn, reader, alignment)
+    if evaluation is source:
+        clean_rows, eval_rows = chooser.disjoint(source)
+    else:
+        evaluation, eval_rows = chooser.measured(chain([evaluation], map(origin.open, measures[1:])))
+        clean_rows = chooser.clean(source)
+    clean, measured = _image_set(source, clean_rows, channels), _image_set(evaluation, eval_rows, channels)
+    measured = _without_duplicates(clean, measured, warn, progress)
+    one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
+    everything = len(measured) == evaluation.rows and not evaluation.limited
+    info = DatasetInfo(
+        id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
+        source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
+        indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
+        label_map=alignment.label_map,
     )  # fmt: skip
-    return plan.load(*_split_names(origin.splits, split, eval_split))
+    return Images(clean, measured, info, evaluation is not source and one_to_one and everything)
 
 
-@dataclass
-class _Plan:
-    """One call of `load_images` with its dataset opened."""
+def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
+    indices = rows.indices.tolist()
+    return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=channels)
 
-    origin: OpenedDataset
+
+def _label_reader(source: SplitReader, evaluation: SplitReader) -> LabelReader:
+    columns, other = source.columns, evaluation.columns
+    if (columns.kind, columns.names) != (other.kind, other.names):
+        raise ColumnError(f"splits {source.split} and {evaluation.split} have other classes; choose another "
+                          "--eval-split")  # fmt: skip
+    blocks = chain(source.scan(), evaluation.scan()) if columns.kind == "text" else ()
+    return LabelReader(columns, {value for _, values in blocks for value in values if value})
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """Chooses rows for one call of `load_images`."""
+
     labels: Sequence[str]
     samples: int | float | None
     eval_samples: int | None
-    label_map: Path | Mapping[str, Any] | None
     seed: int
-    channels: int
     allow_missing_classes: bool
     warn: Callable[[str], None]
-    progress: Callable[[int, int], None] | None
-    reader: LabelReader = field(init=False)
-    alignment: Alignment = field(init=False)
-
-    def load(self, train: str, measures: list[str]) -> Images:
-        """Choose and fetch; `measures` are the evaluation splits to try in turn."""
-        source = self.origin.open(train)
-        evaluation = source if measures[0] == train else self.origin.open(measures[0])
-        self._align(source, evaluation)
-        if evaluation is source:
-            clean_rows, eval_rows = self._disjoint(source)
-        else:
-            evaluation, eval_rows = self._measured(evaluation, measures)
-            clean_rows = self._clean(source)
-        clean, measured = self._image_set(source, clean_rows), self._image_set(evaluation, eval_rows)
-        measured = self._without_duplicates(clean, measured)
-        mapping = self.alignment.mapping
-        one_to_one = DROPPED not in mapping and len(set(mapping)) == len(mapping)
-        everything = len(measured) == evaluation.rows and not evaluation.limited
-        whole_split = evaluation is not source and one_to_one and everything
-        origin = self.origin
-        info = DatasetInfo(
-            id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
-            source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
-            indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
-            label_map=self.alignment.label_map,
-        )  # fmt: skip
-        return Images(clean, measured, info, whole_split)
-
-    def _image_set(self, source: SplitReader, rows: Selection) -> ImageSet:
-        indices = rows.indices.tolist()
-        return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=self.channels)
-
-    def _align(self, source: SplitReader, evaluation: SplitReader) -> None:
-        columns, other = (self.origin.columns(one.split) for one in (source, evaluation))
-        if (columns.kind, columns.names) != (other.kind, other.names):
-            raise ColumnError(f"splits {source.split} and {evaluation.split} have other classes; choose another "
-                              "--eval-split")  # fmt: skip
-        seen: set[str] = set()
-        if columns.kind == "text":
-            for part in {source.split: source, evaluation.split: evaluation}.values():
-                seen.update(value for _, values in part.scan() for value in values if value)
-        self.reader = LabelReader(columns, sorted(seen))
-        self.alignment = align_labels(self.reader.names, self.labels, self.label_map)
-        if self.alignment.note:
-            self.warn(self.alignment.note)
+    reader: LabelReader
+    alignment: Alignment
 
     def _scan(self, source: SplitReader, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield blocks of row numbers and the model's labels: -1 where a class is left out, -2 where there is none."""
@@ -171,8 +159,7 @@ class _Plan:
             if len(found) and found.max() >= len(mapping) - 1:
                 raise LabelMismatchError(
                     f"split {source.split} has the label {found.max()} and the model {len(self.labels)} labels; "
-                    "name another --label-column, or say which classes these are with --label-map"
-                )
+                    "name another --label-column, or say which classes these are with --label-map")  # fmt: skip
             yield indices, mapping[found]
 
     def _all_rows(self, source: SplitReader) -> Selection:
@@ -180,18 +167,14 @@ class _Plan:
         empty = np.zeros(0, np.int64)
         indices, labels = zip((empty, empty), *self._scan(source), strict=True)
         rows = Selection(np.concatenate(indices), np.concatenate(labels))
-        unlabelled = int((rows.labels == _UNLABELLED).sum())
-        if 0 < unlabelled < len(rows.indices):
-            self.warn(
-                f"{unlabelled} of {len(rows.indices)} rows of split {source.split} have no label and were left out"
-            )
+        unlabelled, total = int((rows.labels == _UNLABELLED).sum()), len(rows.labels)
+        if 0 < unlabelled < total:
+            self.warn(f"{unlabelled} of {total} rows of split {source.split} have no label and were left out")
         if source.limited:
-            self.warn(
-                f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not looked at"
-            )
+            self.warn(f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not")
         return rows.where(rows.labels >= 0)
 
-    def _clean(self, source: SplitReader, taken: Sequence[int] | np.ndarray = ()) -> Selection:
+    def clean(self, source: SplitReader, taken: Sequence[int] | np.ndarray = ()) -> Selection:
         """Choose the clean images, none of the rows in `taken`."""
         if self.samples is not None:
             return self._balanced(source, taken, self.samples)
@@ -220,18 +203,14 @@ class _Plan:
         """Raise TooFewImagesError, or warn, where the chosen images are not what was asked for."""
         where = f"split {source.split}" + (f" (its first {SCAN_LIMIT} rows, the scan limit)" if source.limited else "")
         available = sum(seen.values())
+        if available < wanted and not (isinstance(self.samples, float) and available):
+            raise TooFewImagesError(f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer")
         if available < wanted:
-            if not isinstance(self.samples, float) or not available:
-                raise TooFewImagesError(
-                    f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer"
-                )
             self.warn(f"{where} has only {available} usable images; all were taken")
         present = [c for c, number in seen.items() if number]
         if wanted < len(present) and not self.allow_missing_classes:
-            raise TooFewImagesError(
-                f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} classes; "
-                f"give --samples {len(present)} or more"
-            )
+            raise TooFewImagesError(f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} "
+                                    f"classes; give --samples {len(present)} or more")  # fmt: skip
         counts = self._check_classes(chosen.labels, where)
         counts = counts[counts > 0]
         if counts.max() - counts.min() > 1:
@@ -244,84 +223,83 @@ class _Plan:
         if missing:
             which = f"{len(missing)} of the model's {len(self.labels)} classes ({list_names(missing, 5)})"
             if not self.allow_missing_classes:
-                raise TooFewImagesError(
-                    f"{where} has no image of {which}; choose another dataset, or go on with --allow-missing-classes"
-                )
+                raise TooFewImagesError(f"{where} has no image of {which}; choose another dataset, or go on with "
+                                        "--allow-missing-classes")  # fmt: skip
             self.warn(f"there is no clean image of {which}")
         return took
 
-    def _disjoint(self, source: SplitReader) -> tuple[Selection, Selection]:
+    def disjoint(self, source: SplitReader) -> tuple[Selection, Selection]:
         """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
         rows = self._all_rows(source)
         total = len(rows.indices)
         count = self.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
         if count >= total:
-            raise TooFewImagesError(
-                f"split {source.split} has {total} labelled images for both sets, and {count} evaluation images leave "
-                "none for the defense; ask for fewer with --eval-samples"
-            )
+            raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and {count} "
+                                    "for measuring leave none for the defense; lower --eval-samples")  # fmt: skip
         measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
         self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
-        return self._clean(source, measured.indices), measured
+        return self.clean(source, measured.indices), measured
 
-    def _measured(self, source: SplitReader, names: list[str]) -> tuple[SplitReader, Selection]:
-        """Choose the evaluation rows of the first split in `names` with labels; `source` is that of the first name."""
-        for number, name in enumerate(names):
-            source = source if number == 0 else self.origin.open(name)
+    def measured(self, sources: Iterable[SplitReader]) -> tuple[SplitReader, Selection]:
+        """Choose the evaluation rows of the first of `sources` with labels."""
+        empty = list[str]()
+        for source in sources:
             if self.eval_samples is None:
                 source.expect_all()
             rows = self._all_rows(source)
             total = len(rows.indices)
             if total:
                 break
-            if number + 1 < len(names):
-                self.warn(f"split {name} has no labels; {names[number + 1]} is used for measuring")
+            empty.append(source.split)
         else:
-            raise TooFewImagesError(f"split {names[-1]} has no image with a label; choose another --eval-split")
+            raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
+        if empty:
+            self.warn(f"split {' and '.join(empty)} has no labels; {source.split} is used for measuring")
         if self.eval_samples is not None and self.eval_samples > total:
             self.warn(f"--eval-samples {self.eval_samples}: split {source.split} has {total} images; all are used")
         return source, choose_uniform(rows, self.eval_samples, np.random.default_rng([self.seed, 2]))
 
-    def _without_duplicates(self, clean: ImageSet, measured: ImageSet) -> ImageSet:
-        """Return the evaluation images whose pixels are not those of a clean image; decodes every image once."""
-        total = len(clean) + len(measured)
 
-        def report(offset: int) -> Callable[[int, int], None]:
-            return lambda done, _: self.progress(offset + done, total) if self.progress else None
+def _without_duplicates(
+    clean: ImageSet, measured: ImageSet, warn: Callable[[str], None], progress: Callable[[int, int], None] | None
+) -> ImageSet:
+    """Return the evaluation images whose pixels are not those of a clean image; decodes every image once."""
+    total = len(clean) + len(measured)
 
-        known = set(clean.fingerprints(report(0)))
-        prints = measured.fingerprints(report(len(clean)))
-        keep = [position for position, fingerprint in enumerate(prints) if fingerprint not in known]
-        dropped = len(measured) - len(keep)
-        if not dropped:
-            return measured
-        if not keep:
-            raise TooFewImagesError(
-                f"every image of split {measured.split} is among the clean images; choose another --eval-split"
-            )
-        self.warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out")
-        return measured.subset(keep)
+    def report(offset: int) -> Callable[[int, int], None]:
+        return lambda done, _: progress(offset + done, total) if progress else None
+
+    known = set(clean.fingerprints(report(0)))
+    prints = measured.fingerprints(report(len(clean)))
+    keep = [position for position, fingerprint in enumerate(prints) if fingerprint not in known]
+    dropped = len(measured) - len(keep)
+    if not dropped:
+        return measured
+    if not keep:
+        raise TooFewImagesError(f"all of split {measured.split} is among the clean images; choose another --eval-split")
+    warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out")
+    return measured.subset(keep)
 
 
-def class_names(
-    dataset: str | Path | Dataset | DatasetDict, *, dataset_config: str | None = None, split: str | None = None,
-    image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
-    warn: Callable[[str], None] = lambda _: None,
-) -> tuple[str, ...] | int:  # fmt: skip
+def class_names(dataset: Any, options: ImageOptions) -> tuple[str, ...] | int:
     """Return a dataset's class names in index order, or how many there are when its labels are plain integers.
 
-    The arguments, and what is raised, are those of `load_images`.
+    `dataset` is an object, a folder or a Hub id. Raises UsageError where it is None, else what `load_images` raises.
     """
-    origin = open_dataset(dataset, config=dataset_config, revision=revision, image_column=image_column,
-                          label_column=label_column, warn=warn)  # fmt: skip
-    train, _ = _split_names(origin.splits, split, None)
-    columns = origin.columns(train)
-    if columns.names is not None:
-        return columns.names
-    values = [value for _, block in origin.open(train).scan() for value in np.asarray(block).tolist()]
-    seen = sorted({value for value in values if value}) if columns.kind == "text" else []
-    reader = LabelReader(columns, seen)
-    return reader.names or int(reader.read(values).max(initial=-1)) + 1
+    if dataset is None:
+        raise UsageError("a model of fresh weights has no card that names a dataset: give --dataset ID")
+    origin = open_dataset(
+        dataset, config=options.dataset_config, revision=options.dataset_revision, image_column=options.image_column,
+        label_column=options.label_column, warn=lambda _: None,
+    )  # fmt: skip
+    train, _ = _split_names(origin.splits, options.split, None)
+    names = origin.columns(train).names
+    if names is not None:
+        return names
+    source = origin.open(train)
+    reader = _label_reader(source, source)
+    highest = max((int(reader.read(values).max(initial=-1)) for _, values in source.scan()), default=-1)
+    return reader.names or highest + 1
 
 
 def default_dataset(card_text: str | None) -> str:
@@ -357,8 +335,8 @@ def _split_names(splits: Sequence[str], split: str | None, eval_split: str | Non
             raise SplitError(f"{option} {name}: the dataset has no such split; it has {names}")
     train = split or next((name for name in _TRAIN_NAMES if name in splits), None)
     if train is None:
-        others = [name for name in splits if name != eval_split and (len(splits) == 1 or name not in _EVAL_NAMES)]
-        train = others[0] if len(others) == 1 else splits[0] if len(splits) == 1 else None
+        others = [name for name in splits if len(splits) == 1 or name not in (*_EVAL_NAMES, eval_split)]
+        train = others[0] if len(others) == 1 else None
     if train is None:
         raise SplitError(f"the dataset has no train split; choose one with --split ({names})")
     if eval_split is not None:
@@ -367,3 +345,40 @@ def _split_names(splits: Sequence[str], split: str | None, eval_split: str | Non
     if not measures and len(splits) > 1:
         raise SplitError(f"the dataset has no test or validation split; choose one with --eval-split ({names})")
     return train, measures or [train]
+
+
+def pull_images(
+    options: ImageOptions, dataset: Any, classifier: Classifier, warn: Callable[[str], None], *, progress: bool = False
+) -> Images:
+    """Return the clean and evaluation images; `dataset` is an object, or the id or folder that `options` has too."""
+    for text in classifier.warnings:
+        warn(text)
+    chosen = options.dataset if dataset is None or isinstance(dataset, str | Path) else dataset
+    named_by_card = chosen is None
+    if chosen is None:
+        chosen = default_dataset(classifier.card_source())
+        warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
+    # every image is decoded once, which takes minutes for large sets
+    with progress_bar("read images", None, "image", shown=progress) as bar:
+        images = load_images(
+            chosen, labels=classifier.labels,
+            # what is only measured sets the same images aside
+            clean_samples=getattr(options, "clean_samples", DEFAULT_SAMPLES), eval_samples=options.eval_samples,
+            dataset_config=options.dataset_config, split=options.split, eval_split=options.eval_split,
+            image_column=options.image_column, label_column=options.label_column, revision=options.dataset_revision,
+            label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
+            channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
+            warn=warn, progress=updates(bar),
+            # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
+            hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
+        )  # fmt: skip
+    return replace(images, info=replace(images.info, named_by_card=named_by_card))
+
+
+def pin(options: Options, classifier: Classifier, images: Images) -> Options:
+    """Return the options with the commits that were found, so that repeating them repeats the run."""
+    if classifier.info.revision is not None:
+        options = replace(options, model=classifier.info.id, revision=classifier.info.revision)
+    if images.info.revision is not None:
+        options = replace(options, dataset=images.info.id, dataset_revision=images.info.revision)
+    return options

@@ -6,8 +6,10 @@ import contextlib
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, Literal, cast
 
@@ -19,11 +21,14 @@ from datasets.exceptions import DataFilesNotFoundError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from huggingface_hub import HfFileSystem
 
 from hfdetox.data.columns import Columns, find_columns
 from hfdetox.data.readers import Files, ParquetReader, Result, SplitReader, StreamReader, TableReader, damage
 from hfdetox.errors import HubError, UsageError
 from hfdetox.files import is_inside
+from hfdetox.hub.client import ask
+from hfdetox.hub.download import fetch, resolve
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
@@ -34,26 +39,21 @@ class DatasetError(UsageError):
     """The dataset cannot be opened as asked: no data files, an unknown configuration, a loading script."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OpenedDataset(ABC):
     """An opened dataset: what it is called, and one `SplitReader` per split."""
 
     id: str
     config: str | None
-    revision: str | None
+    revision: str | None = None
     source: Literal["hub", "folder", "object"]
     splits: list[str]
     image_column: str | None = None
     label_column: str | None = None
-    _columns: dict[str, Columns] = field(default_factory=dict)
 
     def columns(self, split: str) -> Columns:
         """Return the image and label columns of a split; raises ColumnError when they cannot be told."""
-        if split not in self._columns:
-            self._columns[split] = find_columns(
-                self.features(split), image_column=self.image_column, label_column=self.label_column
-            )
-        return self._columns[split]
+        return find_columns(self.features(split), image_column=self.image_column, label_column=self.label_column)
 
     @abstractmethod
     def features(self, split: str) -> Features:
@@ -64,8 +64,9 @@ class OpenedDataset(ABC):
         """Open one split."""
 
 
+@dataclass(kw_only=True)
 class OpenedObject(OpenedDataset):
-    """A `datasets.Dataset` or `DatasetDict` that a caller holds."""
+    """A `datasets.Dataset` or `DatasetDict` that a caller holds, or a saved one."""
 
     tables: dict[str, Dataset]
     files: Files | None = None
@@ -79,6 +80,7 @@ class OpenedObject(OpenedDataset):
         return TableReader(self.tables[split], self.columns(split), split, self.files)
 
 
+@dataclass(kw_only=True)
 class OpenedBuilder(OpenedDataset):
     """A folder or Hub repository that `datasets` knows how to read."""
 
@@ -91,13 +93,16 @@ class OpenedBuilder(OpenedDataset):
             return self.builder.info.features
         if isinstance(self.builder, Parquet):
             return self.files.guard(lambda: self._parquet_features(self._names(split)[0]))
-        self._check_archives()
+        archive = next((n for s in self.splits for n in self._names(s) if n.lower().endswith(_ARCHIVES)), None)
+        if archive and isinstance(self.builder, FolderBasedBuilder):
+            # datasets 5.2 takes the archive's own folder for every image's class
+            raise DatasetError(
+                f"dataset {self.id} is an image folder in archives ({PurePosixPath(archive).name}), whose "
+                "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet")  # fmt: skip
         stream = self._stream(split)
         if stream.features is None:
-            raise DatasetError(
-                f"dataset {self.id} does not say what its columns hold; give its card a dataset_info, or save it as "
-                "parquet with an Image column"
-            )
+            raise DatasetError(f"dataset {self.id} does not say what its columns hold; give its card a dataset_info, "
+                               "or save it as parquet with an Image column")  # fmt: skip
         return stream.features
 
     def open(self, split: str) -> SplitReader:
@@ -123,16 +128,6 @@ class OpenedBuilder(OpenedDataset):
     def _names(self, split: str) -> list[str]:
         return list(self.builder.config.data_files[split])
 
-    def _check_archives(self) -> None:
-        """Refuse image folders in archives: datasets 5.2 takes the archive's own folder for every image's class."""
-        if isinstance(self.builder, FolderBasedBuilder):
-            for name in (name for split in self.splits for name in self._names(split)):
-                if name.lower().endswith(_ARCHIVES):
-                    raise DatasetError(
-                        f"dataset {self.id} is an image folder in archives ({PurePosixPath(name).name}), whose "
-                        "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet"
-                    )
-
 
 class _PlainWebDataset(WebDataset):
     """A webdataset of which only texts, numbers and JSON are decoded: labels.
@@ -147,14 +142,8 @@ class _PlainWebDataset(WebDataset):
 class LocalFiles(Files):
     """Data files under one folder of this machine."""
 
-    remote = False
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file of the folder."""
-        return open(self.path(name), "rb")
 
     def path(self, name: str) -> str:
         """Return `name` itself; DatasetError for a file, or a link to one, outside the folder."""
@@ -166,19 +155,13 @@ class LocalFiles(Files):
         """Return the file's size in bytes."""
         return Path(name).stat().st_size
 
-    def guard(self, call: Callable[[], Result]) -> Result:
-        """Return `call()`."""
-        return call()
-
 
 class HubFiles(Files):
     """Data files of a dataset repository at one commit; names are `hf://datasets/ID@SHA/PATH`."""
 
-    remote = True
+    readers = 8
 
     def __init__(self, state: Any) -> None:
-        from huggingface_hub import HfFileSystem
-
         self._state, self._prefix = state, f"hf://datasets/{state.id}@{state.sha}/"
         self._system = HfFileSystem()
 
@@ -189,8 +172,6 @@ class HubFiles(Files):
 
     def path(self, name: str) -> str:
         """Download a file into the Hub cache, its hash checked, and return where it lies there."""
-        from hfdetox.hub.download import fetch
-
         return str(fetch(self._state, self._inside(name)))
 
     def size(self, name: str) -> int:
@@ -199,16 +180,13 @@ class HubFiles(Files):
 
     def guard(self, call: Callable[[], Result]) -> Result:
         """Return `call()`, repeated where that may help; raises HubError."""
-        from hfdetox.hub.client import ask
-
         return ask(call, f"dataset {self._state.id}")
 
     def _inside(self, name: str) -> str:
         path = name.removeprefix(self._prefix)
         if path == name or path not in self._state.files:
-            raise DatasetError(
-                f"dataset {self._state.id} leads to {name[:200]}, outside its repository at this commit; choose another"
-            )
+            raise DatasetError(f"dataset {self._state.id} leads to {name[:200]}, outside its repository at this "
+                               "commit; choose another")  # fmt: skip
         return path
 
 
@@ -224,14 +202,11 @@ def open_dataset(
     """
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         origin: OpenedDataset = _from_object(dataset)
-    elif hub_only:
-        origin = _from_hub(str(dataset), config, revision, warn)
-    elif Path(dataset).exists():
+    elif not hub_only and (Path(dataset).exists() or str(dataset).startswith((".", "/", "~"))
+                           or isinstance(dataset, Path)):  # fmt: skip
         origin = _from_folder(Path(dataset), config)
-    elif isinstance(dataset, Path) or str(dataset).startswith((".", "/", "~")):
-        raise DatasetError(f"dataset {dataset}: no such folder")
     else:
-        origin = _from_hub(dataset, config, revision, warn)
+        origin = _from_hub(str(dataset), config, revision, warn)
     if revision is not None and origin.source != "hub":
         raise DatasetError(f"--dataset-revision {revision}: only a dataset on the Hub has revisions; leave it out")
     origin.image_column, origin.label_column = image_column, label_column
@@ -243,13 +218,15 @@ def _from_object(dataset: Any) -> OpenedObject:
         raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming, or give its id")
     tables = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
     info = next(iter(tables.values())).info if tables else None
-    origin = OpenedObject(getattr(info, "dataset_name", None) or "dataset", getattr(info, "config_name", None), None,
-                          "object", [str(name) for name in tables])  # fmt: skip
-    origin.tables = {str(name): table for name, table in tables.items()}
-    return origin
+    return OpenedObject(
+        id=getattr(info, "dataset_name", None) or "dataset", config=getattr(info, "config_name", None),
+        source="object", splits=list(map(str, tables)), tables={str(name): table for name, table in tables.items()},
+    )  # fmt: skip
 
 
 def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
+    if not folder.exists():
+        raise DatasetError(f"dataset {folder}: no such folder")
     if not folder.is_dir():
         raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -260,14 +237,11 @@ def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
                 origin.files.path(file["filename"])
         return origin
     path = folder.resolve()
-    builder = _builder(lambda: datasets.load_dataset_builder(str(path), name=config), f"dataset {folder}")
-    return _with_builder(path.name, None, "folder", builder, LocalFiles(path))
+    return _with_builder(_builder(str(path), f"dataset {folder}", name=config), LocalFiles(path), id=path.name,
+                         source="folder")  # fmt: skip
 
 
 def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callable[[str], None]) -> OpenedDataset:
-    from hfdetox.hub.client import ask
-    from hfdetox.hub.download import fetch, resolve
-
     state = resolve(repo, repo_type="dataset", revision=revision)
     for note in state.warnings:
         warn(note)
@@ -279,22 +253,21 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
         snapshot = fetch(state, name).parents[len(PurePosixPath(name).parts) - 1]
         _check_shards(state.files, what)
         try:
-            builder = _builder(lambda: datasets.load_dataset_builder(str(snapshot), name=config), what)
+            builder = _builder(str(snapshot), what, name=config)
         except DatasetError as error:
             raise HubError(f"{error}; only part of it may be cached: unset HF_HUB_OFFLINE") from error
-        return _with_builder(state.id, state.sha, "hub", builder, LocalFiles(snapshot))
+        return _with_builder(builder, LocalFiles(snapshot), id=state.id, revision=state.sha, source="hub")
 
     def load() -> DatasetBuilder:
         with _hub_name(state.id) as name:
-            return _builder(lambda: datasets.load_dataset_builder(name, name=config, revision=state.sha), what)
+            return _builder(name, what, name=config, revision=state.sha)
 
     builder = ask(load, what)
-    files = HubFiles(state)
-    names = [name for split in (builder.config.data_files or {}).values() for name in split]
+    names = list(chain(*(builder.config.data_files or {}).values()))
     # when the Hub fails on the way, datasets falls back in silence to whatever version it has prepared before
     if not names or any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
         raise HubError(f"{what} could not be read at commit {state.sha[:12]}; the Hub failed on the way, try again")
-    return _with_builder(state.id, state.sha, "hub", builder, files)
+    return _with_builder(builder, HubFiles(state), id=state.id, revision=state.sha, source="hub")
 
 
 @contextlib.contextmanager
@@ -309,32 +282,28 @@ def _hub_name(repo: str) -> Iterator[str]:
             yield repo
 
 
-def _with_builder(name: str, revision: str | None, source: Literal["hub", "folder"], builder: DatasetBuilder,
-                  files: Files) -> OpenedDataset:  # fmt: skip
-    splits = [str(split) for split in builder.config.data_files or {}]
-    if not splits:
-        raise DatasetError(f"dataset {name} has no data files that hfdetox can read")
+def _with_builder(builder: DatasetBuilder, files: Files, **known: Any) -> OpenedBuilder:
+    names = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+    if not names:
+        raise DatasetError(f"dataset {known['id']} has no data files that hfdetox can read")
     if isinstance(files, LocalFiles):
-        for path in (path for split in splits for path in builder.config.data_files[split]):
+        for path in chain(*names.values()):
             files.path(path)
     if isinstance(builder, FolderBasedBuilder):
         # of the Hub, datasets would decode (and so download) each image that a scan for labels passes
         builder.config.decode_num_threads = 0
     if isinstance(builder, WebDataset):
         builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
-    origin = OpenedBuilder(name, builder.config.name, revision, source, splits)
-    origin.builder, origin.files = builder, files
-    return origin
+    return OpenedBuilder(config=builder.config.name, splits=list(names), builder=builder, files=files, **known)
 
 
-def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
-    """Return `load()`, with the errors of `datasets` that a person can act on as one line."""
+def _builder(path: str, what: str, **options: Any) -> DatasetBuilder:
+    """Return the builder of a folder or repository, with the errors that a person can act on as one line."""
     try:
-        return load()
+        return datasets.load_dataset_builder(path, **options)
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
-        raise DatasetError(
-            f"{what} has no data files that hfdetox reads (parquet, image folder, webdataset)"
-        ) from error
+        text = f"{what} has no data files that hfdetox reads (parquet, image folder, webdataset)"
+        raise DatasetError(text) from error
     except ValueError as error:
         line = " ".join(str(error).split())
         if "onfig" not in line:
@@ -343,21 +312,14 @@ def _builder(load: Callable[[], DatasetBuilder], what: str) -> DatasetBuilder:
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        raise DatasetError(
-            f"{what} is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
-        ) from error
+        text = f"{what} is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
+        raise DatasetError(text) from error
 
 
-def _check_shards(names: Sequence[str] | dict[str, Any], what: str) -> None:
+def _check_shards(names: Iterable[str], what: str) -> None:
     """Raise HubError when a cached split lacks shards: choosing among the rest would be another, silent choice."""
-    found: dict[tuple[str, str, str], int] = {}
-    for name in names:
-        if match := _SHARD.fullmatch(name):
-            stem, _, total, suffix = match.groups()
-            found[stem, total, suffix] = found.get((stem, total, suffix), 0) + 1
-    for (stem, total, _), count in found.items():
+    shards = Counter(match.group(1, 3, 4) for match in map(_SHARD.fullmatch, names) if match)
+    for (stem, total, _), count in shards.items():
         if count != int(total):
-            raise HubError(
-                f"only {count} of the {int(total)} files {stem}-… of {what} are cached and HF_HUB_OFFLINE is set; "
-                "unset it, or download the dataset once while online"
-            )
+            raise HubError(f"only {count} of the {int(total)} files {stem}-… of {what} are cached and HF_HUB_OFFLINE "
+                           "is set; unset it, or download the dataset once while online")  # fmt: skip

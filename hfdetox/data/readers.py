@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from hfdetox.errors import HfdetoxError, RunError
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
-_REMOTE_READERS = 8
+_LOOSE_READERS = 8
 _WHOLE_FILE_SHARE = 0.5  # of a remote file's rows; beyond it one download is cheaper than many ranges
 _SMALL_SPLIT = 64 * 1024**2  # bytes; a remote split up to this size is downloaded whole, and so cached
 
@@ -36,6 +37,7 @@ _DAMAGE = (pa.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Table = TypeVar("Table", Dataset, IterableDataset)
 Block = tuple[np.ndarray, Sequence[Any]]  # row numbers (int64) and the label column's stored values
 
 
@@ -44,13 +46,9 @@ class DamagedFileError(RunError):
 
 
 class Files(ABC):
-    """Where the data files of a dataset are: this machine or the Hub."""
+    """Where the data files of a dataset are: this machine or the Hub; `readers` is how many are read at a time."""
 
-    remote: bool
-
-    @abstractmethod
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading at any place; of a remote one only the parts read are fetched."""
+    readers = 1
 
     @abstractmethod
     def path(self, name: str) -> str:
@@ -60,15 +58,20 @@ class Files(ABC):
     def size(self, name: str) -> int:
         """Return the file's size in bytes."""
 
-    @abstractmethod
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading at any place; of a remote one only the parts read are fetched."""
+        return open(self.path(name), "rb")
+
     def guard(self, call: Callable[[], Result]) -> Result:
         """Return `call()`, network failures retried where that may help and raised as HubError."""
+        return call()
 
 
 class SplitReader(ABC):
     """One split: `scan` for labels, `fetch` for images; `rows` is how many there are, None when nobody knows yet."""
 
     split: str
+    columns: Columns
     rows: int | None
     limited = False  # whether a scan ended at SCAN_LIMIT with rows left
 
@@ -89,34 +92,21 @@ class TableReader(SplitReader):
 
     def __init__(self, dataset: Dataset, columns: Columns, split: str, files: Files | None = None) -> None:
         """`files` gives the files that rows may name; None, for a caller's own table, is any."""
-        self.split, self.rows, self._columns, self._files = split, len(dataset), columns, files
-        table = dataset.with_format(None).select_columns([columns.image, columns.label])
-        if isinstance(table.features[columns.image], Image):
-            table = table.cast_column(columns.image, Image(decode=False))
-        self._table = table
+        self.split, self.rows, self.columns, self._files = split, len(dataset), columns, files
+        self._table = _undecoded(dataset.with_format(None), columns)
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield the whole label column as one block."""
-        yield np.arange(len(self._table)), self._table[self._columns.label][:]
+        yield np.arange(len(self._table)), self._table[self.columns.label][:]
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return a view of the rows; nothing is copied."""
-        return Picked(_TableImages(self._table, self._columns.image, self._files), indices)
+        return Picked(self._image, indices)
 
-
-class _TableImages:
-    def __init__(self, table: Dataset, column: str, files: Files | None) -> None:
-        self._table, self._column, self._files = table, column, files
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, position: int) -> bytes | str:
-        value = self._table[position][self._column]
-        if isinstance(value, dict) and not value.get("bytes") and value.get("path"):
-            name = str(value["path"])
-            return name if self._files is None else self._files.path(name)
-        return stored_bytes(value)
+    def _image(self, row: int) -> bytes | str:
+        value = self._table[row][self.columns.image]
+        path = _path(value)
+        return stored_bytes(value) if path is None else path if self._files is None else self._files.path(path)
 
 
 @dataclass(frozen=True)
@@ -133,11 +123,11 @@ class ParquetReader(SplitReader):
     """Parquet files of one split, on this machine or on the Hub."""
 
     def __init__(self, split: str, names: Sequence[str], files: Files, columns: Columns) -> None:
-        self.split, self._names, self._files, self._columns = split, list(names), files, columns
+        self.split, self._names, self._files, self.columns = split, list(names), files, columns
         self._local: dict[int, str] = {}
-        if files.remote and sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
+        if sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
             self.expect_all()
-        self._footers = self._map(self._footer, range(len(self._names)))
+        self._footers = self._map(lambda file: self._guard(file, pq.read_metadata), range(len(self._names)))
         self._groups: list[_Group] = []
         first = 0
         for file, footer in enumerate(self._footers):
@@ -150,16 +140,14 @@ class ParquetReader(SplitReader):
 
     def expect_all(self) -> None:
         """Download every file whole: ranges would fetch the same bytes in more requests."""
-        if self._files.remote:
-            self._map(self._download, range(len(self._names)))
+        self._map(self._download, range(len(self._names)))
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield one block per row group, in an order drawn by `rng`; only the label column is read."""
         order = range(len(self._groups)) if rng is None else rng.permutation(len(self._groups)).tolist()
         groups = [self._groups[i] for i in order]
-        step = _REMOTE_READERS if self._files.remote else 1
-        for start in range(0, len(groups), step):
-            window = groups[start : start + step]
+        for start in range(0, len(groups), self._files.readers):
+            window = groups[start : start + self._files.readers]
             new = [group for group in window if group not in self._labels]
             self._labels.update(zip(new, self._map(self._read_labels, new), strict=True))
             for group in window:
@@ -171,38 +159,31 @@ class ParquetReader(SplitReader):
         starts = np.array([group.first for group in self._groups])
         owner = np.searchsorted(starts, rows, side="right") - 1
         wanted = [(self._groups[g], rows[owner == g] - self._groups[g].first) for g in np.unique(owner)]
-        if self._files.remote:
-            self._map(self._download, self._mostly_wanted({group for group, _ in wanted}))
+        touched = Counter[int]()
+        for group, _ in wanted:
+            touched[group.file] += group.rows
+        self._map(self._download, [file for file, count in sorted(touched.items())
+                                   if count >= _WHOLE_FILE_SHARE * self._footers[file].num_rows])  # fmt: skip
         spool = Spool()
-        step = _REMOTE_READERS // 2 if self._files.remote else 1  # row groups in memory at a time
+        step = max(1, self._files.readers // 2)  # row groups in memory at a time
         for start in range(0, len(wanted), step):
             for images in self._map(lambda want: self._read_images(*want), wanted[start : start + step]):
                 for image in images:
                     spool.append(image)
         return spool
 
-    def _mostly_wanted(self, groups: set[_Group]) -> list[int]:
-        """Return the files of which so many rows are wanted that they are downloaded whole."""
-        share = {file: sum(g.rows for g in groups if g.file == file) for file in {g.file for g in groups}}
-        return [
-            file for file, rows in sorted(share.items()) if rows >= _WHOLE_FILE_SHARE * self._footers[file].num_rows
-        ]
-
     def _download(self, file: int) -> None:
         if file not in self._local:
             self._local[file] = self._files.path(self._names[file])
 
-    def _footer(self, file: int) -> pq.FileMetaData:
-        return self._guard(file, pq.read_metadata)
-
     def _read_labels(self, group: _Group) -> list[Any]:
-        column = self._read(group, self._columns.label)
+        column = self._read(group, self.columns.label)
         if column.null_count == 0 and pa.types.is_integer(column.type):
             return column.to_numpy()
         return column.to_pylist()
 
     def _read_images(self, group: _Group, rows: np.ndarray) -> list[bytes]:
-        column = self._read(group, self._columns.image)
+        column = self._read(group, self.columns.image)
         return [stored_bytes(column[row].as_py()) for row in rows.tolist()]
 
     def _read(self, group: _Group, column: str) -> pa.ChunkedArray:
@@ -222,9 +203,7 @@ class ParquetReader(SplitReader):
         return self._files.guard(attempt)
 
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        if not self._files.remote or len(items) < 2:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="hfdetox-read") as pool:
+        with ThreadPoolExecutor(self._files.readers, thread_name_prefix="hfdetox-read") as pool:
             return list(pool.map(function, items))
 
 
@@ -235,12 +214,8 @@ class StreamReader(SplitReader):
     """
 
     def __init__(self, stream: IterableDataset, columns: Columns, split: str, files: Files, rows: int | None) -> None:
-        self.split, self.rows, self._columns, self._files = split, rows, columns, files
-        # of other columns datasets would open the files that rows name
-        stream = stream.select_columns([columns.image, columns.label])
-        if isinstance((stream.features or {}).get(columns.image), Image):
-            stream = stream.cast_column(columns.image, Image(decode=False))
-        self._stream = stream
+        self.split, self.rows, self.columns, self._files = split, rows, columns, files
+        self._stream = _undecoded(stream, columns)
         self._reading: Iterator[dict[str, Any]] | None = None
         # of each row where its image is, in the spool or at a path, and its label
         self._spool, self._entries, self._labels = Spool(), list[int | str](), list[Any]()
@@ -256,10 +231,10 @@ class StreamReader(SplitReader):
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return the images kept during the scan; loose files are fetched now, several at a time."""
-        with ThreadPoolExecutor(_REMOTE_READERS, thread_name_prefix="hfdetox-fetch") as pool:
-            local = list(pool.map(lambda row: row if isinstance(row, int) else self._files.path(row),
-                                  [self._entries[i] for i in indices]))  # fmt: skip
-        return _Mixed(self._spool, local)
+        places = [self._entries[i] for i in indices]
+        with ThreadPoolExecutor(_LOOSE_READERS, thread_name_prefix="hfdetox-fetch") as pool:
+            local = list(pool.map(lambda place: place if isinstance(place, int) else self._files.path(place), places))
+        return Picked(self._spool.__getitem__, local)
 
     def _read(self, kept: int) -> None:
         """Read on until `kept` images are kept, or the stream or what may be read of it ends."""
@@ -271,12 +246,12 @@ class StreamReader(SplitReader):
                                            "get the dataset anew")  # fmt: skip
                 self._ended = True
                 break
-            value = row[self._columns.image]
-            path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
-            if not path:
+            value = row[self.columns.image]
+            path = _path(value)
+            if path is None:
                 self._spool.append(stored_bytes(value))
-            self._entries.append(str(path) if path else len(self._spool) - 1)
-            self._labels.append(row[self._columns.label])
+            self._entries.append(len(self._spool) - 1 if path is None else path)
+            self._labels.append(row[self.columns.label])
         if not self._ended and len(self._spool) >= SCAN_LIMIT:
             self.limited = self._ended = True
         if self._ended:
@@ -296,18 +271,13 @@ class StreamReader(SplitReader):
         return self._files.guard(attempt)
 
 
-class _Mixed:
-    """Images of which some are kept in a spool (by position) and some are files (by path)."""
-
-    def __init__(self, spool: Spool, entries: Sequence[int | str]) -> None:
-        self._spool, self._entries = spool, entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, position: int) -> bytes | str:
-        entry = self._entries[position]
-        return entry if isinstance(entry, str) else self._spool[entry]
+def _undecoded(table: Table, columns: Columns) -> Table:
+    """Return the two columns of a table or stream, images as they are stored."""
+    # of other columns datasets would open the files that rows name
+    table = table.select_columns([columns.image, columns.label])
+    if isinstance((table.features or {}).get(columns.image), Image):
+        table = table.cast_column(columns.image, Image(decode=False))
+    return table
 
 
 @contextmanager
@@ -330,3 +300,9 @@ def stored_bytes(value: Any) -> bytes:
     if isinstance(value, dict):
         value = value.get("bytes")
     return bytes(value) if isinstance(value, (bytes, bytearray, memoryview)) else b""
+
+
+def _path(value: Any) -> str | None:
+    """Return the path of an image that its row names and does not hold."""
+    path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
+    return str(path) if path else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfdetox.config import DetoxOptions
-from hfdetox.data.pull import pull_images
+from hfdetox.data.load import pull_images
 from hfdetox.errors import HubError
 from hfdetox.models.classifier import load_classifier
 from tests.hub_server.server import HubServer

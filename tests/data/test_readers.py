@@ -18,9 +18,8 @@ from hfdetox.config import DetoxOptions
 from hfdetox.data import load as data_module
 from hfdetox.data import readers as sources
 from hfdetox.data.columns import Columns
-from hfdetox.data.load import TooFewImagesError
+from hfdetox.data.load import TooFewImagesError, pull_images
 from hfdetox.data.opened import DatasetError, LocalFiles
-from hfdetox.data.pull import pull_images
 from hfdetox.errors import HubError, RunError
 from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, UnreachableError, ask, http
 from hfdetox.models.classifier import load_classifier
