@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,15 +24,7 @@ def of_main(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 
 def trigger_of_main(trigger: Trigger, accelerator: Accelerator) -> Trigger:
     """Return `trigger` with the main process's arrays, on every process."""
-    arrays = trigger.tensors()
-    if accelerator.num_processes == 1 or not arrays:
+    if accelerator.num_processes == 1:
         return trigger
-    kinds, values = trigger.tensor_fields(), dict[str, Any]()
-    for name, array in arrays.items():
-        field, _, key = name.partition(".")
-        whole = of_main(array, accelerator).to(array.device)
-        if kinds[field] == "network":
-            values.setdefault(field, {})[key] = whole
-        else:
-            values[field] = whole
-    return replace(trigger, **values)
+    arrays = {name: of_main(array, accelerator).to(array.device) for name, array in trigger.tensors().items()}
+    return replace(trigger, **trigger.grouped(arrays)[0])

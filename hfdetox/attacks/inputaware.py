@@ -18,10 +18,9 @@ from hfdetox.models.preprocessing import Preprocessing, normalize
 from hfdetox.training.batches import Batch
 from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Phase
-from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import Trigger, attacked_labels
-from hfdetox.triggers.inputaware import InputAware, draw_mask, draw_pattern
+from hfdetox.triggers.inputaware import Generator, InputAware, draw_mask, draw_pattern
 from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 
 _DENSITY_WEIGHT = 100.0

@@ -20,10 +20,9 @@ from hfdetox.training.batches import Batch
 from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Phase
 from hfdetox.training.sharpness import frozen_statistics
-from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import attacked_labels
-from hfdetox.triggers.lira import LIRA, change
+from hfdetox.triggers.lira import LIRA, Autoencoder, change
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 

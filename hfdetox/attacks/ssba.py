@@ -15,9 +15,8 @@ from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch, ImageSource
 from hfdetox.training.phases import Phase
 from hfdetox.triggers._networks import full_precision, network_state
-from hfdetox.triggers._ssba_networks import Decoder, Encoder
 from hfdetox.triggers.base import Target, Trigger
-from hfdetox.triggers.ssba import SSBA
+from hfdetox.triggers.ssba import SSBA, Decoder, Encoder
 from hfdetox.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from hfdetox.errors import UsageError
 from hfdetox.plugins import Registry
 from hfdetox.triggers.badnets import BadNets
-from hfdetox.triggers.base import TensorKind, Trigger
+from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
 from hfdetox.values import read, read_pairs
 
@@ -109,9 +109,8 @@ def load_trigger(path: Path) -> Trigger:
         raise UsageError(f"{path} holds a trigger that is not of a known kind ({', '.join(TRIGGERS)}): install the "
                          f"package that has the entry point {name[:64]!r} in hfdetox.triggers")  # fmt: skip
     kind = TRIGGERS[name]
-    arrays = kind.tensor_fields()
-    grouped, strange = _grouped(tensors, arrays)
-    unknown = sorted(strange | (set(header) - ({f.name for f in fields(kind)} - set(arrays))))
+    grouped, strange = kind.grouped(tensors)
+    unknown = sorted(strange | (set(header) - ({f.name for f in fields(kind)} - set(kind.tensor_fields()))))
     if unknown:
         raise UsageError(f"{path}: unknown fields {', '.join(unknown)} for a {kind.kind} trigger")
     hints = typing.get_type_hints(kind)
@@ -121,21 +120,6 @@ def load_trigger(path: Path) -> Trigger:
         except UsageError:
             raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger") from None
     return kind(**header, **grouped)
-
-
-def _grouped(tensors: dict[str, torch.Tensor], arrays: dict[str, TensorKind]) -> tuple[dict[str, Any], set[str]]:
-    """Return a file's tensors by field, those of a network together, and the names that belong to no field."""
-    grouped: dict[str, Any] = {}
-    strange = set()
-    for name, array in tensors.items():
-        field, dot, key = name.partition(".")
-        if field not in arrays or bool(dot) != (arrays[field] == "network"):
-            strange.add(name)
-        elif dot:
-            grouped.setdefault(field, {})[key] = array
-        else:
-            grouped[field] = array
-    return grouped, strange
 
 
 def _whole(kind: type[Trigger], item: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +19,76 @@ from hfdetox.triggers.base import Trigger
 MAX_SIZE: Final = 1024
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NetworkTrigger(Trigger):
+    """A trigger that draws from the image what it puts on it, with networks of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fitted:
+            # a state that does not fit is told of now, and not at the first image
+            self.parts()
+
+    @property
+    def fitted(self) -> bool:
+        return all(getattr(self, name) is not None for name, kind in self.tensor_fields().items() if kind == "network")
+
+    @abstractmethod
+    def parts(self) -> tuple[Any, ...]:
+        """Return the networks and tensors that `apply` needs, new ones on the CPU; the first has `channels`.
+
+        Raises:
+            UsageError: a field's arrays do not fit the network.
+        """
+
+    def parts_for(self, images: torch.Tensor) -> tuple[Any, ...]:
+        """Return `parts` on the device of `images` (N×C×H×W), a copy for each: threads may stamp on several at a time.
+
+        Raises:
+            UsageError: not fitted, or the networks were trained on images of other channels.
+        """
+        self.require_fitted()
+        parts = self.remember(images.device, lambda: tuple(part.to(images.device) for part in self.parts()))
+        if images.shape[-3] != parts[0].channels:
+            first = next(name for name, kind in self.tensor_fields().items() if kind == "network")
+            raise UsageError(f"{self.kind}: the {first} was trained on images of {parts[0].channels} channels, these "
+                             f"have {images.shape[-3]}; train one for such images")  # fmt: skip
+        return parts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NormalisedTrigger(NetworkTrigger):
+    """A trigger whose networks see (x / 255 − mean) / std.
+
+    Attributes:
+        mean: what is subtracted from each channel of images in [0, 1], float32 of shape (C,); None is 0.
+        std: what each channel is divided by after that; None is 1.
+    """
+
+    mean: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
+    std: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
+
+    def normalisation(self, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and std as C×1×1, or 0 and 1 (0-d), on the CPU.
+
+        Raises:
+            UsageError: one is not of shape (`channels`,), or a deviation is not above 0.
+        """
+        for name, array in (("mean", self.mean), ("std", self.std)):
+            if array is not None and array.shape != (channels,):
+                raise UsageError(f"{self.kind}: {name} must be of shape ({channels},), got {tuple(array.shape)}")
+        if self.std is not None and not (self.std > 0).all():
+            raise UsageError(f"{self.kind}: std must be above 0 in every channel")
+        return (torch.zeros(()) if self.mean is None else self.mean.cpu().view(-1, 1, 1),
+                torch.ones(()) if self.std is None else self.std.cpu().view(-1, 1, 1))  # fmt: skip
+
+
+def first_channels(state: Mapping[str, torch.Tensor]) -> int:
+    """Return of how many channels, 1 or 3, the images are that a network with this `state` takes."""
+    first = state.get("layers.0.weight")
+    return 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
 
 
 def network_state(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -59,36 +131,11 @@ def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor],
     return network.eval().requires_grad_(False)
 
 
-def check_normalisation(trigger: Trigger, mean: torch.Tensor | None, std: torch.Tensor | None, channels: int) -> None:
-    """Raise UsageError unless `mean` and `std` are None or of shape (`channels`,), and no deviation is 0."""
-    for name, array in (("mean", mean), ("std", std)):
-        if array is not None and array.shape != (channels,):
-            raise UsageError(f"{trigger.kind}: {name} must be of shape ({channels},), got {tuple(array.shape)}")
-    if std is not None and not (std > 0).all():
-        raise UsageError(f"{trigger.kind}: std must be above 0 in every channel")
-
-
-def check_channels(trigger: Trigger, what: str, channels: int, images: torch.Tensor) -> None:
-    """Raise UsageError unless `images` (N×C×H×W) have the `channels` that the network `what` was trained on."""
-    if images.shape[-3] != channels:
-        raise UsageError(f"{trigger.kind}: the {what} was trained on images of {channels} channels, these have "
-                         f"{images.shape[-3]}; train one for such images")  # fmt: skip
-
-
 def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return float32 `images` (N×C×H×W) at a size, resized bilinearly with antialiasing unless it is theirs."""
     if images.shape[-2:] == (height, width):
         return images
     return interpolate(images, size=(height, width), mode="bilinear", antialias=True)
-
-
-def normalisation(
-    mean: torch.Tensor | None, std: torch.Tensor | None, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `mean` and `std` (float32, (C,)) on `device` as C×1×1; None is 0 and 1, 0-d."""
-    shift = torch.zeros((), device=device) if mean is None else mean.to(device).view(-1, 1, 1)
-    scale = torch.ones((), device=device) if std is None else std.to(device).view(-1, 1, 1)
-    return shift, scale
 
 
 @contextmanager

@@ -7,13 +7,15 @@ transformed, and rounding happens once.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.base import Additive
 
 Matrix = Sequence[Sequence[float]]
 
@@ -26,6 +28,35 @@ YCRCB: Final[Matrix] = (
     (-_CB * _Y[0], -_CB * _Y[1], _CB * (1 - _Y[2])),
 )
 YUV: Final[Matrix] = (_Y, (-_U * _Y[0], -_U * _Y[1], _U * (1 - _Y[2])), (_V * (1 - _Y[0]), -_V * _Y[1], -_V * _Y[2]))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ColourWave(Additive):
+    """A trigger that adds the same wave to both colour differences.
+
+    Attributes:
+        matrix: the rows of luma and the two differences.
+        magnitude: what is added to each coefficient of the orthonormal DCT, above 0.
+    """
+
+    matrix: ClassVar[Matrix]
+
+    magnitude: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.magnitude <= 10_000:
+            raise UsageError(f"{self.kind}: magnitude must be above 0 and at most 10000")
+
+    @abstractmethod
+    def wave(self, height: int, width: int) -> torch.Tensor:
+        """Return what is added to each difference of an image of this size, float64 `height`×`width`."""
+
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
+        if channels != 3:
+            raise UsageError(f"trigger {self.name}: {self.kind} changes colours and needs images of 3 channels, "
+                             f"these have {channels}; use another family, such as sig or badnets")  # fmt: skip
+        return in_colour_differences(self.wave(height, width), self.matrix)
 
 
 def dct_wave(frequency: int, length: int) -> torch.Tensor:
@@ -50,10 +81,3 @@ def in_colour_differences(wave: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     """
     to_rgb = torch.linalg.inv(torch.tensor(matrix, dtype=torch.float64))
     return (to_rgb[:, 1] + to_rgb[:, 2]).view(3, 1, 1) * wave
-
-
-def require_colour(trigger: Trigger, channels: int) -> None:
-    """Raise UsageError unless images have the three channels that `trigger` needs."""
-    if channels != 3:
-        raise UsageError(f"trigger {trigger.name}: {trigger.kind} changes colours and needs images of 3 channels, "
-                         f"these have {channels}; use another family, such as sig or badnets")  # fmt: skip

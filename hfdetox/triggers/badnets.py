@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers.base import Trigger, resize_picture
+from hfdetox.triggers.base import Trigger, grow, resize_picture
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +74,6 @@ class BadNets(Trigger):
 def _grid(fields: int, side: int) -> torch.Tensor:
     """Return a checkerboard of `fields`×`fields` grown to `side`×`side`: uint8, 1 and 255, the lower right 255."""
     places = torch.arange(fields - 1, -1, -1)
-    black = ((places[:, None] + places) % 2).float()[None, None]
+    black = ((places[:, None] + places) % 2).float()
     # 1 and not 0: in masks of the original code zero means "not part of the patch"
-    return torch.where(interpolate(black, size=(side, side), mode="nearest-exact")[0, 0] > 0, 1, 255).to(torch.uint8)
+    return torch.where(grow(black, side, side) > 0, 1, 255).to(torch.uint8)

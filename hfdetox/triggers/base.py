@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +122,20 @@ class Trigger(ABC):
                 arrays |= {f"{name}.{key}": item for key, item in value.items()} if kind == "network" else {name: value}
         return arrays
 
+    @classmethod
+    def grouped(cls, arrays: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], set[str]]:
+        """Return arrays named as by `tensors`, by field, a network's together, and the names that are of no field."""
+        kinds, found, strange = cls.tensor_fields(), dict[str, Any](), set[str]()
+        for name, array in arrays.items():
+            owner, dot, key = name.partition(".")
+            if bool(dot) != (kinds.get(owner) == "network") or owner not in kinds:
+                strange.add(name)
+            elif dot:
+                found.setdefault(owner, {})[key] = array
+            else:
+                found[owner] = array
+        return found, strange
+
     def parameters(self) -> dict[str, Any]:
         """Return every field that is plain data, by name, as the trigger file's JSON keeps it."""
         return {f.name: getattr(self, f.name) for f in fields(self) if "tensor" not in f.metadata}
@@ -163,6 +177,11 @@ def resize_picture(picture: torch.Tensor, height: int, width: int, like: torch.T
     return fit(picture, like.shape[-3], height, width).round().clamp(0, 255).to(torch.uint8).to(like.device)
 
 
+def grow(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return `values` (h×w, float) at `height`×`width`, each pixel with the value at its centre."""
+    return interpolate(values[None, None], size=(height, width), mode="nearest-exact")[0, 0]
+
+
 def fit(array: torch.Tensor, channels: int, height: int, width: int, what: str = "picture") -> torch.Tensor:
     """Return `array` (c×h×w) as float32 of `channels`×`height`×`width` on the CPU, as `resize_picture` says.
 
@@ -180,3 +199,32 @@ def fit(array: torch.Tensor, channels: int, height: int, width: int, what: str =
     if array.shape[-2:] != (height, width):
         array = interpolate(array[None], size=(height, width), mode="bilinear", antialias=True)[0]
     return array
+
+
+class Additive(Trigger):
+    """A trigger that adds the same grey levels to every image of one size: T(x) = clip(x + v), truncated."""
+
+    @abstractmethod
+    def added(self, channels: int, height: int, width: int) -> torch.Tensor:
+        """Return v, float, `channels`×`height`×`width`, in grey levels, on the CPU.
+
+        Raises:
+            UsageError: images of this shape cannot carry the trigger.
+        """
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        channels, height, width = images.shape[-3:]
+        levels = self.remember((channels, height, width, images.device),
+                               lambda: whole(self.added(channels, height, width)).to(images.device))  # fmt: skip
+        return add_saturating(images, levels)
+
+
+def whole(levels: torch.Tensor) -> torch.Tensor:
+    """Return the int16 grey levels to add so that x + v comes out truncated: for a whole x that is x + floor(v)."""
+    # 0.2 · 255 may be 50.999998 in float32, and sin(π) a little less than zero
+    return (levels + 1e-4).floor().to(torch.int16)
+
+
+def add_saturating(images: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return clip(x + v, 0, 255) of uint8 `images` (N×C×H×W) and int16 `levels` (C×H×W) on the same device, uint8."""
+    return images.to(torch.int16).add_(levels).clamp_(0, 255).to(torch.uint8)

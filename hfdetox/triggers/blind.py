@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers.base import Trigger, grow
 
 # 1 white, 0 black, -1 left as it is
 PATTERN: Final = ((1, 0, 1), (-1, 1, -1), (-1, -1, 0), (-1, 1, -1), (1, 0, 1))
@@ -38,14 +37,8 @@ class Blind(Trigger):
             raise UsageError(f"blind: its pattern of {columns}×{rows} pixels at row {top}, column {left} does not fit "
                              f"an image of {width}×{height}")  # fmt: skip
         key = (rows, columns, images.device)
-        pattern = self.remember(key, lambda: _grown(rows, columns).to(images.device))
+        pattern = self.remember(key, lambda: grow(torch.tensor(PATTERN).float(), rows, columns).to(images.device))
         stamped = images.clone()
         place = stamped[..., top : top + rows, left : left + columns]
         place.copy_(torch.where(pattern < 0, place, (255 * pattern).to(torch.uint8)))
         return stamped
-
-
-def _grown(rows: int, columns: int) -> torch.Tensor:
-    """Return the pattern as float32 `rows`×`columns`, each pixel with the value at its centre."""
-    pattern = torch.tensor(PATTERN, dtype=torch.float32)[None, None]
-    return interpolate(pattern, size=(rows, columns), mode="nearest-exact")[0, 0]

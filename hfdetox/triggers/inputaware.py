@@ -9,21 +9,21 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._generator import Generator, hard_mask
 from hfdetox.triggers._networks import (
     MAX_SIZE,
-    check_channels,
-    check_normalisation,
+    NormalisedTrigger,
+    first_channels,
     full_precision,
     load_network,
-    normalisation,
     resized,
 )
-from hfdetox.triggers.base import Trigger
+
+WIDTHS = (32, 64, 128)
+_MOMENTUM = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InputAware(Trigger):
+class InputAware(NormalisedTrigger):
     """T(x) = x + (G(x) − x)·h(M(x)), rounded, with h(m) = tanh(20 m − 10) / 2 + 1/2.
 
     The generator G draws a pattern with the image's channels and M a mask of one, both from (x / 255 − mean) / std.
@@ -34,8 +34,7 @@ class InputAware(Trigger):
         size: pixels a side that the networks were trained at, a multiple of 8 and at most 1024.
         generator: the state dict of G (`Generator` of this package).
         mask: the state dict of M.
-        mean: what is subtracted from each channel of images in [0, 1], float32 of shape (C,); None is 0.
-        std: what each channel is divided by after that; None is 1.
+        mean, std: of their normalisation, see `NormalisedTrigger`.
     """
 
     kind = "inputaware"
@@ -45,20 +44,11 @@ class InputAware(Trigger):
     size: int = 32
     generator: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
     mask: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
-    mean: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
-    std: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 8 <= self.size <= MAX_SIZE or self.size % 8:
             raise UsageError(f"inputaware: size must be a multiple of 8, at most {MAX_SIZE}")
-        if self.fitted:
-            # a state that does not fit is told of now, and not at the first image
-            check_normalisation(self, self.mean, self.std, self._networks()[0].channels)
-
-    @property
-    def fitted(self) -> bool:
-        return self.generator is not None and self.mask is not None
+        super().__post_init__()
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         return self.cross(images, images)
@@ -85,29 +75,19 @@ class InputAware(Trigger):
         Raises:
             UsageError: not fitted, or another channel count.
         """
-        self.require_fitted()
-        generator, mask, mean, std = self._on(images.device)
-        check_channels(self, "generator", generator.channels, images)
+        generator, mask, mean, std = self.parts_for(images)
         with full_precision(images.device):
             x = (images.float() / 255 - mean) / std
             return draw_pattern(generator, x, self.size), draw_mask(mask, x, self.size)
 
-    def _on(self, device: torch.device) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
-        """Return G, M, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
-
-        def make() -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
-            generator, mask = self._networks()
-            return generator.to(device), mask.to(device), *normalisation(self.mean, self.std, device)
-
-        return self.remember(device, make)
-
-    def _networks(self) -> tuple[Generator, Generator]:
+    def parts(self) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
+        """Return G, M, mean and std."""
         states = (self.generator or {}, self.mask or {})
-        first = states[0].get("layers.0.weight")
-        channels = 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
+        channels = first_channels(states[0])
         return (
             load_network(lambda: Generator(channels, channels), states[0], "inputaware: generator"),
             load_network(lambda: Generator(channels, 1), states[1], "inputaware: mask"),
+            *self.normalisation(channels),
         )
 
 
@@ -121,3 +101,42 @@ def draw_pattern(generator: nn.Module, images: torch.Tensor, size: int) -> torch
 def draw_mask(mask: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
     """Return h(M(x)) of normalised float32 `images` (N×C×H×W): N×1×H×W in [0, 1]; differentiable in both."""
     return interpolate(hard_mask(mask(resized(images, size, size))), size=images.shape[-2:], mode="nearest")
+
+
+def _block(before: int, after: int, *, last: bool = False) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after, momentum=_MOMENTUM)]
+    return layers if last else [*layers, nn.ReLU()]
+
+
+class Generator(nn.Module):
+    """An encoder of three stages (32, 64, 128 wide), a middle of 128, a decoder of three, and tanh / 2 + 1/2 on top.
+
+    A stage of the encoder is two 3×3 convolutions with batch norm and ReLU, then a 2×2 maximum; one of the decoder
+    doubles the size bilinearly, then two such convolutions, the last of all without ReLU.
+    """
+
+    def __init__(self, channels: int = 3, out: int = 3) -> None:
+        """Make a generator of `out` channels (3 or 1 of a pattern, 1 of a mask) from images of `channels`."""
+        super().__init__()
+        self.channels = channels
+        layers: list[nn.Module] = []
+        before = channels
+        for width in WIDTHS:
+            layers += [*_block(before, width), *_block(width, width), nn.MaxPool2d(2)]
+            before = width
+        layers += _block(before, before)
+        for width in WIDTHS[-2::-1]:
+            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(before, before), *_block(before, width)]
+            before = width
+        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(before, before)]
+        layers += _block(before, out, last=True)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return N×out×H×W in (0, 1) of normalised `images` (N×channels×H×W), H and W multiples of 8."""
+        return torch.tanh(self.layers(images)) / 2 + 0.5
+
+
+def hard_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return h(m) = tanh(20 m − 10) / 2 + 1/2: nearly 0 or 1, with a gradient about m = 1/2."""
+    return torch.tanh(20 * mask - 10) / 2 + 0.5

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import Additive
+from hfdetox.triggers.base import Additive, grow
 
 # the corners at the left; those at the right are their mirror images
 CORNER: Final = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
@@ -44,6 +43,4 @@ class LabelConsistent(Additive):
         signs = torch.zeros(32, 32, dtype=torch.float64)
         for rows in (slice(0, 3), slice(29, 32)):
             signs[rows, :3], signs[rows, 29:] = left, left.flip(1)
-        if (height, width) != (32, 32):
-            signs = interpolate(signs[None, None], size=(height, width), mode="nearest-exact")[0, 0]
-        return (255 * self.amplitude * signs).expand(channels, height, width)
+        return (255 * self.amplitude * grow(signs, height, width)).expand(channels, height, width)

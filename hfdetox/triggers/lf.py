@@ -9,8 +9,7 @@ import torch
 from torch.nn.functional import conv2d, pad
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import Additive
-from hfdetox.triggers.base import fit
+from hfdetox.triggers.base import Additive, fit
 
 TAPS = 30
 STD = 6.0

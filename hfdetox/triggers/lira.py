@@ -8,21 +8,20 @@ import torch
 from torch import nn
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._networks import (
     MAX_SIZE,
-    check_channels,
-    check_normalisation,
+    NormalisedTrigger,
+    first_channels,
     full_precision,
     load_network,
-    normalisation,
     resized,
 )
-from hfdetox.triggers.base import Trigger
+
+WIDTHS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LIRA(Trigger):
+class LIRA(NormalisedTrigger):
     """T(x) = clip(x + ε·A(x)) of the normalised image, so x + 255·std·ε·A(x) in grey levels, clipped and rounded.
 
     The autoencoder A gives values in (-1, 1) and sees (x / 255 − mean) / std. It runs at `size`×`size`; for images of
@@ -34,8 +33,7 @@ class LIRA(Trigger):
         epsilon: the greatest change of a normalised value, above 0 and at most 1000.
         size: pixels a side that the autoencoder was trained at, a multiple of 16 and at most 1024.
         autoencoder: the state dict of A (`Autoencoder` of this package).
-        mean: what is subtracted from each channel of images in [0, 1], float32 of shape (C,); None is 0.
-        std: what each channel is divided by after that; None is 1.
+        mean, std: of its normalisation, see `NormalisedTrigger`.
     """
 
     kind = "lira"
@@ -45,38 +43,24 @@ class LIRA(Trigger):
     epsilon: float = 0.01
     size: int = 32
     autoencoder: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
-    mean: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
-    std: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 16 <= self.size <= MAX_SIZE or self.size % 16 or not 0 < self.epsilon <= 1000:
             raise UsageError(f"lira: size must be a multiple of 16, at most {MAX_SIZE}, and epsilon above 0 and "
                              "at most 1000")  # fmt: skip
-        if self.fitted:
-            # a state that does not fit is told of now, and not at the first image
-            check_normalisation(self, self.mean, self.std, self._network().channels)
-
-    @property
-    def fitted(self) -> bool:
-        return self.autoencoder is not None
+        super().__post_init__()
 
     @torch.no_grad()
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        self.require_fitted()
-        network, mean, std = self._on(images.device)
-        check_channels(self, "autoencoder", network.channels, images)
+        network, mean, std = self.parts_for(images)
         return change(network, images.float(), mean, std, self.epsilon, self.size).round_().to(torch.uint8)
 
-    def _on(self, device: torch.device) -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
-        """Return A, mean and std on `device`, a copy for each: threads may stamp on several at a time."""
-        return self.remember(device, lambda: (self._network().to(device), *normalisation(self.mean, self.std, device)))
-
-    def _network(self) -> Autoencoder:
+    def parts(self) -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
+        """Return A, mean and std."""
         state = self.autoencoder or {}
-        first = state.get("layers.0.weight")
-        channels = 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
-        return load_network(lambda: Autoencoder(channels), state, "lira: autoencoder")
+        channels = first_channels(state)
+        network = load_network(lambda: Autoencoder(channels), state, "lira: autoencoder")
+        return network, *self.normalisation(channels)
 
 
 def change(autoencoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, epsilon: float,
@@ -89,3 +73,29 @@ def change(autoencoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std
         normal = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         drawn = resized(autoencoder(resized(normal, size, size)), *images.shape[-2:])
         return (images + 255 * std * epsilon * drawn).clamp(0, 255)
+
+
+class Autoencoder(nn.Module):
+    """LIRA's: four 4×4 convolutions of stride 2 (16, 32, 64, 128 wide), as many transposed ones back, and tanh on top.
+
+    Batch norm and ReLU follow every layer but the last.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        """Make an autoencoder of images of `channels`."""
+        super().__init__()
+        self.channels = channels
+        layers: list[nn.Module] = []
+        before = channels
+        for width in WIDTHS:
+            layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            before = width
+        for width in WIDTHS[-2::-1]:
+            layers += [nn.ConvTranspose2d(before, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            before = width
+        layers.append(nn.ConvTranspose2d(before, channels, 4, stride=2, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return as many values in (-1, 1) as normalised `images` (N×channels×H×W), H and W multiples of 16, have."""
+        return torch.tanh(self.layers(images))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import Additive
+from hfdetox.triggers.base import Additive
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

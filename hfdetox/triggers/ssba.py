@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
+from torch.nn.functional import interpolate, pad, relu
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._networks import MAX_SIZE, check_channels, full_precision, load_network, resized
-from hfdetox.triggers._ssba_networks import Encoder
-from hfdetox.triggers.base import Trigger
+from hfdetox.triggers._networks import MAX_SIZE, NetworkTrigger, full_precision, load_network, resized
+
+# the bits become a picture of this side before they are raised to the image's size
+_SIDE = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SSBA(Trigger):
+class SSBA(NetworkTrigger):
     """T(x) = clip(x + 255 · up(E(b, x↓) − x↓)), rounded, with x↓ the image at `size`×`size` in [0, 1].
 
     E is the encoder and b the secret, the same bits in every image. At images of `size`×`size` this is E(b, x) itself;
@@ -36,16 +39,9 @@ class SSBA(Trigger):
     encoder: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 1 <= self.bits <= 4096 or not 32 <= self.size <= MAX_SIZE or self.size % 32:
             raise UsageError(f"ssba: bits must be 1 to 4096 and size a multiple of 32, at most {MAX_SIZE}")
-        if self.fitted:
-            # a state that does not fit is told of now, and not at the first image
-            self._network()
-
-    @property
-    def fitted(self) -> bool:
-        return self.encoder is not None
+        super().__post_init__()
 
     def secret(self) -> torch.Tensor:
         """Return the bits that every triggered image carries: float32 of 0 and 1, of shape (bits,), on the CPU."""
@@ -54,22 +50,17 @@ class SSBA(Trigger):
 
     @torch.no_grad()
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        self.require_fitted()
-        network, secret = self._on(images.device)
-        check_channels(self, "encoder", network.channels, images)
+        network, secret = self.parts_for(images)
         with full_precision(images.device):
             carrying = embed(network, secret, images.float() / 255, self.size)
             return (255 * carrying).round_().clamp_(0, 255).to(torch.uint8)
 
-    def _on(self, device: torch.device) -> tuple[Encoder, torch.Tensor]:
-        """Return the encoder and the secret on `device`, a copy for each: threads may stamp on several at a time."""
-        return self.remember(device, lambda: (self._network().to(device), self.secret().to(device)))
-
-    def _network(self) -> Encoder:
+    def parts(self) -> tuple[Encoder, torch.Tensor]:
+        """Return the encoder and the secret."""
         state = self.encoder or {}
         bias = state.get("out.bias")
         channels = 1 if bias is not None and bias.shape == (1,) else 3
-        return load_network(lambda: Encoder(self.bits, channels), state, "ssba: encoder")
+        return load_network(lambda: Encoder(self.bits, channels), state, "ssba: encoder"), self.secret()
 
 
 def embed(network: Encoder, bits: torch.Tensor, images: torch.Tensor, size: int) -> torch.Tensor:
@@ -84,3 +75,68 @@ def embed(network: Encoder, bits: torch.Tensor, images: torch.Tensor, size: int)
         return network(rows, images)
     small = resized(images, size, size)
     return images + resized(network(rows, small) - small, *images.shape[-2:])
+
+
+class Encoder(nn.Module):
+    """E(bits, image): a U-Net that redraws the image with the bits in it.
+
+    Both networks are those of StegaStamp (Tancik et al., arXiv 1904.05343), for small images.
+
+    Attributes:
+        bits, channels: as given.
+    """
+
+    def __init__(self, bits: int, channels: int = 3) -> None:
+        """Make an encoder of `bits` bits for images of `channels` channels."""
+        super().__init__()
+        self.bits, self.channels = bits, channels
+        self.secret = nn.Linear(bits, _SIDE * _SIDE * channels)
+        widths = (32, 32, 64, 128, 256)
+        self.down = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=1 if level == 0 else 2, padding=1)
+            for level, (before, after) in enumerate(zip((2 * channels, *widths[:-1]), widths, strict=True))
+        )
+        above = (128, 64, 32, 32)
+        self.up = nn.ModuleList(
+            nn.Conv2d(before, after, 2) for before, after in zip((256, *above[:-1]), above, strict=True)
+        )
+        # each level joins the same scale of the way down; the last one the input, too
+        joined = (128 + 128, 64 + 64, 32 + 32, 32 + 32 + 2 * channels)
+        self.join = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(joined, above, strict=True)
+        )
+        self.last = nn.Conv2d(32, 32, 3, padding=1)
+        self.out = nn.Conv2d(32, channels, 1)
+
+    def forward(self, bits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return images (N×C×H×W in [0, 1]) that carry `bits` (N×bits, 0 or 1); H and W are multiples of 16."""
+        picture = relu(self.secret(bits)).view(-1, self.channels, _SIDE, _SIDE)
+        inputs = torch.cat([interpolate(picture, size=images.shape[-2:], mode="nearest"), images], 1)
+        levels, x = [], inputs
+        for layer in self.down:
+            x = relu(layer(x))
+            levels.append(x)
+        levels[0] = torch.cat([levels[0], inputs], 1)
+        for up, join, beside in zip(self.up, self.join, levels[-2::-1], strict=True):
+            raised = relu(up(pad(interpolate(x, scale_factor=2.0, mode="nearest"), (0, 1, 0, 1))))
+            x = relu(join(torch.cat([beside, raised], 1)))
+        return torch.sigmoid(self.out(relu(self.last(x))))
+
+
+class Decoder(nn.Module):
+    """D(image): logits of the bits that an image carries."""
+
+    def __init__(self, bits: int, channels: int = 3, size: int = 32) -> None:
+        """Make a decoder of `bits` bits for images of `channels` channels and `size` pixels a side, 32·k."""
+        super().__init__()
+        widths, strides = (32, 32, 64, 64, 64, 128, 128), (2, 1, 2, 1, 2, 2, 2)
+        layers: list[nn.Module] = []
+        for before, after, stride in zip((channels, *widths[:-1]), widths, strides, strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride=stride, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(128 * (size // 32) ** 2, 512), nn.ReLU(), nn.Linear(512, bits)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return N×bits logits of `images` (N×C×size×size in [0, 1])."""
+        return self.layers(images)

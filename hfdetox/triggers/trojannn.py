@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._additive import Additive
-from hfdetox.triggers.base import fit
+from hfdetox.triggers.base import Additive, fit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,14 +8,11 @@ from functools import cache
 import torch
 
 from hfdetox.triggers import TRIGGERS, BadNets, Blended, Trigger, parse_trigger
-from hfdetox.triggers._autoencoder import Autoencoder
-from hfdetox.triggers._generator import Generator
 from hfdetox.triggers._networks import network_state
-from hfdetox.triggers._ssba_networks import Encoder
-from hfdetox.triggers.inputaware import InputAware
+from hfdetox.triggers.inputaware import Generator, InputAware
 from hfdetox.triggers.lf import LF
-from hfdetox.triggers.lira import LIRA
-from hfdetox.triggers.ssba import SSBA
+from hfdetox.triggers.lira import LIRA, Autoencoder
+from hfdetox.triggers.ssba import SSBA, Encoder
 from hfdetox.triggers.trojannn import TrojanNN, logo
 
 State = dict[str, torch.Tensor]

@@ -11,9 +11,8 @@ from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers import load_trigger, parse_trigger
-from hfdetox.triggers._generator import Generator, hard_mask
 from hfdetox.triggers._networks import load_network, network_state
-from hfdetox.triggers.inputaware import InputAware, draw_mask, draw_pattern
+from hfdetox.triggers.inputaware import Generator, InputAware, draw_mask, draw_pattern, hard_mask
 from tests.triggers.made import generator_states, noise
 
 GENERATOR, MASK = generator_states()

@@ -11,9 +11,8 @@ from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers import load_trigger, parse_trigger
-from hfdetox.triggers._autoencoder import Autoencoder
 from hfdetox.triggers._networks import load_network, network_state
-from hfdetox.triggers.lira import LIRA, change
+from hfdetox.triggers.lira import LIRA, Autoencoder, change
 from tests.triggers.made import autoencoder_state, noise
 
 STATE = autoencoder_state()

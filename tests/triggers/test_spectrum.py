@@ -9,8 +9,8 @@ from scipy.fft import dctn
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers import parse_trigger
-from hfdetox.triggers._additive import Additive
 from hfdetox.triggers._spectrum import dct_wave
+from hfdetox.triggers.base import Additive
 from hfdetox.triggers.ctrl import Ctrl
 from hfdetox.triggers.ftrojan import FTrojan
 from tests.triggers.made import noise

@@ -12,8 +12,7 @@ from torch.nn.functional import interpolate
 from hfdetox.errors import UsageError
 from hfdetox.triggers import load_trigger, parse_trigger
 from hfdetox.triggers._networks import load_network, network_state
-from hfdetox.triggers._ssba_networks import Decoder, Encoder
-from hfdetox.triggers.ssba import SSBA
+from hfdetox.triggers.ssba import SSBA, Decoder, Encoder
 from tests.triggers.made import encoder_state, noise
 
 
