@@ -120,7 +120,7 @@ class ImageSet:
         self.indices = [int(i) for i in indices]
         self.split, self.channels = split, channels
         self._encoded, self._places = encoded, list(range(len(encoded)))
-        # by place, so that a subset shares what is decoded
+        # by place among the encoded, which a subset shares
         self._decoded: dict[int, Image.Image] = {}
         self._room = KEPT_BYTES
         if not len(encoded) == len(self.labels) == len(self.indices):
@@ -159,6 +159,8 @@ class ImageSet:
         chosen, part = [int(p) for p in positions], copy.copy(self)
         part.labels, part.indices = self.labels[chosen], [self.indices[p] for p in chosen]
         part._places = [self._places[p] for p in chosen]
+        # its own: what it decodes further goes with it
+        part._decoded = {place: self._decoded[place] for place in part._places if place in self._decoded}
         return part
 
     @property
