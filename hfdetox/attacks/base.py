@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,6 +21,7 @@ from hfdetox.models.layers import has_batch_norm
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch, ImageSource
 from hfdetox.training.engine import Engine
+from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Phase
 from hfdetox.training.sharpness import SharpnessAware
 from hfdetox.triggers.base import Target, Trigger
@@ -28,7 +31,7 @@ from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveIn
 _LEARNING_RATE = {("sgd", True): 0.1, ("sgd", False): 0.01, ("adamw", True): 1e-3, ("adamw", False): 5e-5}
 _WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 
-
+Kind = TypeVar("Kind", bound=Trigger)
 How = Literal["dirty label", "clean label", "training control"]
 
 
@@ -110,16 +113,23 @@ class AttackContext:
                                    nesterov=settings.momentum > 0)  # fmt: skip
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
 
+    def joint_optimizer(
+        self, network: nn.Module, others: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+        """Return what makes one optimiser of the classifier's parameters, the first, and of those for `others`."""
+        count = len(list(network.parameters()))
+        return lambda parameters: JointOptimizer(self.optimizer(parameters[:count]), others(parameters[count:]))
+
     def phase(self, **changes: Any) -> Phase:
         """Return the phase that trains the classifier by cross-entropy, with the fields of `changes` in place."""
         settings = self.training
-        values: dict[str, Any] = {
-            "name": "train", "parameters": list(self.classifier.network.parameters()), "optimizer": self.optimizer,
-            "loss": cross_entropy_loss, "epochs": settings.epochs, "batch_size": settings.batch_size,
-            "augmentation": settings.augmentation, "schedule": settings.schedule, "sharpness": self.sharpness,
-            "max_grad_norm": settings.max_grad_norm,
-        }  # fmt: skip
-        return Phase(**{**values, **changes})
+        phase = Phase(
+            name="train", parameters=list(self.classifier.network.parameters()), optimizer=self.optimizer,
+            loss=cross_entropy_loss, epochs=settings.epochs, batch_size=settings.batch_size,
+            augmentation=settings.augmentation, schedule=settings.schedule, sharpness=self.sharpness,
+            max_grad_norm=settings.max_grad_norm,
+        )  # fmt: skip
+        return replace(phase, **changes)
 
 
 @dataclass(frozen=True)
@@ -214,3 +224,93 @@ def cross_entropy_loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor
     """Return the mean cross-entropy of a batch as `loss`, in nats."""
     errors = cross_entropy(model(batch.images).float(), batch.labels, reduction="none")
     return {"loss": (batch.weights * errors).sum()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPoisoner(TrainingPoisoner):
+    """Training control by the images alone: the classifier's own training, on batches that `mixed` changes."""
+
+    def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
+        """Return the training, one phase that changes every batch before it is augmented.
+
+        Raises:
+            UsageError: a trigger in another mode than `input`, or a model that is given floats.
+        """
+        check_input_mode(implant, context)
+
+        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mixed(implant, images, labels, context.classes, rows)
+
+        return ControlledTraining(context.classifier.network, [context.phase(poison=poison)], lambda: implant.trigger)
+
+    @abstractmethod
+    def mixed(
+        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its triggered images and their labels.
+
+        `rows` are its numbers in the step, as `Batch.rows`.
+        """
+
+
+def check_input_mode(implant: Implant, context: AttackContext) -> None:
+    """Raise UsageError for a trigger that does not act on what the model sees: uint8 images after resize and crop."""
+    trigger = implant.trigger
+    if trigger.mode != "input":
+        raise UsageError(f"trigger {trigger.name}: {trigger.kind} is put on images within the training, after resize "
+                         "and crop; give it mode=input")  # fmt: skip
+    if context.clean.preprocessing.dtype != torch.uint8:
+        raise UsageError(f"trigger {trigger.name}: {trigger.kind} needs uint8 images after the preprocessing, and this "
+                         "callable returns floats")  # fmt: skip
+
+
+def of_kind(kind: type[Kind], trigger: Trigger) -> Kind:
+    """Return the trigger, which must be of the kind: UsageError for one that another attack implants."""
+    if not isinstance(trigger, kind):
+        raise UsageError(f"trigger {trigger.name}: the {kind.kind} attack cannot implant a {trigger.kind} trigger")
+    return trigger
+
+
+def untrained(kind: type[Kind], implant: Implant, context: AttackContext) -> Kind:
+    """Return the implant's trigger, of the kind, of mode `input` and without networks; else raise UsageError."""
+    check_input_mode(implant, context)
+    found = of_kind(kind, implant.trigger)
+    if found.fitted:
+        raise UsageError(f"trigger {found.name}: the networks of {kind.kind} are trained with the classifier, and "
+                         "this one has its own already; name the kind in place of the file")  # fmt: skip
+    return found
+
+
+def share(ratio: float, count: int) -> int:
+    """Return how many of a step's `count` images a `ratio` takes: the floor, or one with that chance where it is 0."""
+    # 0.29 · 100 is 28.999999999999996
+    exact = ratio * count + 1e-9
+    # drawn on the CPU: nothing waits for the device
+    return math.floor(exact) if exact >= 1 else int(float(torch.rand(())) < ratio * count)
+
+
+def taken(rows: range, count: int) -> int:
+    """Return how many of a part's images are among the first `count` of the step; they are the part's first.
+
+    `rows` are the part's numbers in the step, as `Batch.rows`: all parts together take `count`, however many they are.
+    """
+    return len(range(rows.start, min(count, rows.stop), rows.step))
+
+
+def of_main(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Return the main process's `tensor` on every process, where they all have one of its shape and dtype.
+
+    On the accelerator's device, where there are several processes; else the tensor itself.
+    """
+    if accelerator.num_processes == 1:
+        return tensor
+    found: torch.Tensor = broadcast(tensor.detach().to(accelerator.device, copy=True).contiguous())
+    return found
+
+
+def trigger_of_main(trigger: Trigger, accelerator: Accelerator) -> Trigger:
+    """Return `trigger` with the main process's arrays, on every process."""
+    if accelerator.num_processes == 1:
+        return trigger
+    arrays = {name: of_main(array, accelerator).to(array.device) for name, array in trigger.tensors().items()}
+    return replace(trigger, **trigger.grouped(arrays)[0])

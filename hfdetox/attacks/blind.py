@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks._mixed import check_input_mode
-from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner, check_input_mode
 from hfdetox.training.batches import Batch
 from hfdetox.triggers.base import attacked_labels
 from hfdetox.values import PositiveFloat, PositiveInt

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import torch
 
-from hfdetox.attacks._mixed import MixedPoisoner, share, taken
-from hfdetox.attacks.base import Implant
+from hfdetox.attacks.base import Implant, MixedPoisoner, share, taken
 from hfdetox.triggers.base import Trigger, attacked_labels
 from hfdetox.values import Interval
 

@@ -11,12 +11,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, relu
 
-from hfdetox.attacks._mixed import check_input_mode, share, taken, untrained
-from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner, share, taken, untrained
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing, normalize
 from hfdetox.training.batches import Batch
-from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Phase
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import Trigger, attacked_labels
@@ -66,8 +64,7 @@ class InputAwarePoisoner(TrainingPoisoner):
         Raises:
             UsageError: a ratio above one half, a mode other than `input`, or a trigger with networks of its own.
         """
-        check_input_mode(implant, context)
-        trigger = untrained(InputAware, implant.trigger)
+        trigger = untrained(InputAware, implant, context)
         if implant.ratio > 0.5:
             raise UsageError("inputaware: a ratio of at most 0.5, as many images get another image's pattern")
         with torch.random.fork_rng():
@@ -116,12 +113,8 @@ class InputAwarePoisoner(TrainingPoisoner):
             errors = (batch.weights * cross_entropy(logits.float(), labels, reduction="none")).sum()
             return {"loss": errors + self.diversity * ratio, "cross_entropy": errors, "diversity": ratio}
 
-        network = list(trio.network.parameters())
-
-        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return JointOptimizer(context.optimizer(parameters[: len(network)]), self._adam(parameters[len(network) :]))
-
-        return context.phase(parameters=[*network, *trio.generator.parameters()], optimizer=joint, loss=loss)
+        return context.phase(parameters=[*trio.network.parameters(), *trio.generator.parameters()], loss=loss,
+                             optimizer=context.joint_optimizer(trio.network, self._adam))  # fmt: skip
 
 
 class Trio(nn.Module):

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks._processes import of_main
-from hfdetox.attacks.base import AttackContext, DataPoisoner
+from hfdetox.attacks.base import AttackContext, DataPoisoner, of_main
 from hfdetox.attacks.lf import clean_model
 from hfdetox.data.cache import Pixels
 from hfdetox.progress import progress_bar

@@ -13,6 +13,8 @@ from torch import nn
 from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
+from hfdetox.models.network import evaluating
+from hfdetox.training.engine import only_trained
 from hfdetox.triggers._networks import full_precision
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 from hfdetox.triggers.lf import LF, low_pass, rescale
@@ -159,14 +161,6 @@ def clean_model(context: AttackContext, kind: str, instead: str) -> Classifier:
 @contextmanager
 def frozen(network: nn.Module, device: torch.device) -> Iterator[Logits]:
     """Give logits (N×K) of images in [0, 1], float32 and in eval mode, with no parameter's gradient; then as before."""
-    modes = [(module, module.training) for module in network.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    network.to(device).eval().requires_grad_(False)
-    try:
-        with full_precision(device):
-            yield lambda images: network(images * 255)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, gradient in wanted:
-            parameter.requires_grad_(gradient)
+    network.to(device)
+    with evaluating(network), only_trained(network, ()), full_precision(device):
+        yield lambda images: network(images * 255)

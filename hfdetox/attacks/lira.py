@@ -12,12 +12,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks._mixed import check_input_mode, untrained
-from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner
+from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner, untrained
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing
 from hfdetox.training.batches import Batch
-from hfdetox.training.optimizers import JointOptimizer
 from hfdetox.training.phases import Phase
 from hfdetox.training.sharpness import frozen_statistics
 from hfdetox.triggers._networks import network_state
@@ -59,8 +57,7 @@ class LIRAPoisoner(TrainingPoisoner):
             UsageError: too few epochs, a mode other than `input`, a trigger with a network of its own, or an epsilon
                 of which nothing is left after rounding.
         """
-        check_input_mode(implant, context)
-        trigger = untrained(LIRA, implant.trigger)
+        trigger = untrained(LIRA, implant, context)
         first = self._first_epochs(context)
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
@@ -80,19 +77,18 @@ class LIRAPoisoner(TrainingPoisoner):
         return first
 
     def _trigger_phase(self, trio: Trio, implant: Implant, context: AttackContext, epochs: int) -> Phase:
-        network = list(trio.network.parameters())
-
-        def joint(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            adam = torch.optim.Adam(parameters[len(network) :], lr=self.autoencoder_learning_rate)
-            return JointOptimizer(context.optimizer(parameters[: len(network)]), adam)
+        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(parameters, lr=self.autoencoder_learning_rate)
 
         def epoch_over(entry: Mapping[str, Any]) -> bool:
             trio.adopt()
             return False
 
-        return context.phase(name="trigger", parameters=[*network, *trio.learner.parameters()], optimizer=joint,
-                         loss=self.loss(implant, context, drawing=True), epochs=epochs, schedule="constant",
-                         stop=epoch_over)  # fmt: skip
+        return context.phase(
+            name="trigger", parameters=[*trio.network.parameters(), *trio.learner.parameters()],
+            optimizer=context.joint_optimizer(trio.network, adam), loss=self.loss(implant, context, drawing=True),
+            epochs=epochs, schedule="constant", stop=epoch_over,
+        )  # fmt: skip
 
     def loss(self, implant: Implant, context: AttackContext, *,
              drawing: bool) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:  # fmt: skip

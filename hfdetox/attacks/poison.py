@@ -154,7 +154,8 @@ def _count(implant: Implant, total: int, available: int) -> int:
     name, count = implant.trigger.name, round(implant.ratio * total)
     asked = f"{name}: a poison ratio of {implant.ratio:g} of {total} images is {count} images"
     if count == 0:
-        raise UsageError(f"{asked}; take at least {_rounded_up(0.5 / total)}")
+        least = math.ceil(0.5 / total * 1e6 + 1) / 1e6
+        raise UsageError(f"{asked}; take at least {least:g}")
     if _keeps_labels(implant) and implant.target == ALL_TO_ALL:
         raise UsageError(f"{name}: {implant.poisoner.kind} poisons images of one target class; name a label as target")
     if count <= available:
@@ -166,7 +167,3 @@ def _count(implant: Implant, total: int, available: int) -> int:
         raise UsageError(f"{asked}, and {implant.poisoner.kind} poisons only those of the target class, of which "
                          f"{available} are free; {remedy}")  # fmt: skip
     raise UsageError(f"{asked}, and the other triggers leave {available}; lower the ratios")
-
-
-def _rounded_up(ratio: float) -> str:
-    return f"{math.ceil(ratio * 1e6 + 1) / 1e6:g}"

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hfdetox.attacks._processes import trigger_of_main
-from hfdetox.attacks.base import AttackContext, Implant, TrainingPoisoner
+from hfdetox.attacks.base import AttackContext, Implant, TrainingPoisoner, trigger_of_main
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
 from hfdetox.training.engine import TrainingRecord
@@ -52,24 +51,18 @@ def run_attack(context: AttackContext, implants: Sequence[Implant], *, monitor: 
     made = [implant.poisoner.make(implant.trigger, implant.target, context) for implant in implants]
     ready = [replace(implant, trigger=trigger_of_main(trigger, context.accelerator))
              for implant, trigger in zip(implants, made, strict=True)]  # fmt: skip
-    for implant in ready:
-        if isinstance(implant.poisoner, TrainingPoisoner):
-            return _train_controlled(context, implant, implant.poisoner, monitor)
-    source = PoisonedPixels(context, ready) if ready else None
-    phase = _monitored(context.phase(), lambda: [implant.trigger for implant in ready], monitor)
-    record = context.engine(source).run(context.classifier.network, [phase])
+    poisoner, source = ready[0].poisoner if ready else None, None
+    if isinstance(poisoner, TrainingPoisoner):
+        training = poisoner.controlled_training(ready[0], context)
+        network, phases, triggers = training.network, training.phases, lambda: [training.trigger()]
+    else:
+        source = PoisonedPixels(context, ready) if ready else None
+        network, phases, triggers = context.classifier.network, [context.phase()], lambda: [i.trigger for i in ready]
+    phases[-1] = _monitored(phases[-1], triggers, monitor)
+    record = context.engine(source).run(network, phases)
     poisoned = {name: len(places) for name, places in source.poisoned.items()} if source is not None else {}
-    return Implanted(record, ready, poisoned)
-
-
-def _train_controlled(
-    context: AttackContext, implant: Implant, poisoner: TrainingPoisoner, monitor: Monitor | None
-) -> Implanted:
-    controlled = poisoner.controlled_training(implant, context)
-    *first, last = controlled.phases
-    last = _monitored(last, lambda: [controlled.trigger()], monitor)
-    record = context.engine().run(controlled.network, [*first, last])
-    return Implanted(record, [replace(implant, trigger=controlled.trigger())], {})
+    in_model = [replace(implant, trigger=trigger) for implant, trigger in zip(ready, triggers(), strict=True)]
+    return Implanted(record, in_model, poisoned)
 
 
 def _monitored(phase: Phase, triggers: Callable[[], Sequence[Trigger]], monitor: Monitor | None) -> Phase:

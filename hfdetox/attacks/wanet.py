@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfdetox.attacks._mixed import MixedPoisoner, of_kind, share, taken
-from hfdetox.attacks.base import Implant
+from hfdetox.attacks.base import Implant, MixedPoisoner, of_kind, share, taken
 from hfdetox.triggers.base import Trigger, attacked_labels
 from hfdetox.triggers.wanet import WaNet
 from hfdetox.values import NonNegativeFloat

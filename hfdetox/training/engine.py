@@ -110,7 +110,7 @@ class Engine:
         accelerator, trained = self.accelerator, phase.network or network
         trained.to(accelerator.device)
         places = self._places(phase.part)
-        with _only_trained(network, phase.parameters), _only_trained(trained, phase.parameters):
+        with only_trained(network, phase.parameters), only_trained(trained, phase.parameters):
             if checkpoint is None:
                 with _clock(record):
                     # before the seed: what a pass draws must not move what the method draws
@@ -165,7 +165,7 @@ class Engine:
             torch.manual_seed(self._key(index, 0))
             if phase.start is not None:
                 phase.start()
-            with _only_trained(network, []):
+            with only_trained(network, []):
                 found = self._look(network, phase, shown=self.progress)
         record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": record.seconds - earlier})
         self._save(network, None, phase, index, 1, record)
@@ -335,7 +335,8 @@ def _unprepare(network: nn.Module, prepared: nn.Module, accelerator: Accelerator
 
 
 @contextmanager
-def _only_trained(network: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+def only_trained(network: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Have `trained` alone require gradients; on leaving, the others are as before and no parameter has a gradient."""
     chosen = {id(parameter) for parameter in trained}
     before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     for parameter, _ in before:

@@ -85,7 +85,7 @@ class NormalisedTrigger(NetworkTrigger):
                 torch.ones(()) if self.std is None else self.std.cpu().view(-1, 1, 1))  # fmt: skip
 
 
-def first_channels(state: Mapping[str, torch.Tensor]) -> int:
+def channels_of(state: Mapping[str, torch.Tensor]) -> int:
     """Return of how many channels, 1 or 3, the images are that a network with this `state` takes."""
     first = state.get("layers.0.weight")
     return 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3

@@ -9,14 +9,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._networks import (
-    MAX_SIZE,
-    NormalisedTrigger,
-    first_channels,
-    full_precision,
-    load_network,
-    resized,
-)
+from hfdetox.triggers._networks import MAX_SIZE, NormalisedTrigger, channels_of, full_precision, load_network, resized
 
 WIDTHS = (32, 64, 128)
 _MOMENTUM = 0.05
@@ -83,7 +76,7 @@ class InputAware(NormalisedTrigger):
     def parts(self) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
         """Return G, M, mean and std."""
         states = (self.generator or {}, self.mask or {})
-        channels = first_channels(states[0])
+        channels = channels_of(states[0])
         return (
             load_network(lambda: Generator(channels, channels), states[0], "inputaware: generator"),
             load_network(lambda: Generator(channels, 1), states[1], "inputaware: mask"),

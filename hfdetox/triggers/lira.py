@@ -8,14 +8,7 @@ import torch
 from torch import nn
 
 from hfdetox.errors import UsageError
-from hfdetox.triggers._networks import (
-    MAX_SIZE,
-    NormalisedTrigger,
-    first_channels,
-    full_precision,
-    load_network,
-    resized,
-)
+from hfdetox.triggers._networks import MAX_SIZE, NormalisedTrigger, channels_of, full_precision, load_network, resized
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -58,7 +51,7 @@ class LIRA(NormalisedTrigger):
     def parts(self) -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
         """Return A, mean and std."""
         state = self.autoencoder or {}
-        channels = first_channels(state)
+        channels = channels_of(state)
         network = load_network(lambda: Autoencoder(channels), state, "lira: autoencoder")
         return network, *self.normalisation(channels)
 

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.attacks import Implant, TrainingSettings, parse_attack_settings, poisoner_for, run_attack
-from hfdetox.attacks._mixed import share, taken
-from hfdetox.attacks.base import TrainingPoisoner
+from hfdetox.attacks.base import TrainingPoisoner, share, taken
 from hfdetox.attacks.blind import BlindPoisoner, Switch
 from hfdetox.attacks.bpp import BppPoisoner
 from hfdetox.attacks.wanet import WaNetPoisoner
