@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -82,15 +83,11 @@ class InputAwarePoisoner(TrainingPoisoner):
             return self.mask_terms(images, masks, turn(len(images)), batch.weights)
 
         ends = [math.ceil(share * self.mask_epochs) for share in (*_MILESTONES, 1.0)]
-        phases = []
-        for number, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if end > begin:
-                phases.append(context.phase(
-                    name="mask", parameters=list(trio.mask.parameters()), epochs=end - begin, loss=loss,
-                    optimizer=lambda parameters, rate=0.1**number: self._adam(parameters, rate),
-                    schedule="constant", sharpness=None,
-                ))  # fmt: skip
-        return phases
+        stages = enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        return [context.phase(
+            name="mask", parameters=list(trio.mask.parameters()), epochs=end - begin, loss=loss, schedule="constant",
+            optimizer=partial(self._adam, rate=0.1**number), sharpness=None,
+        ) for number, (begin, end) in stages if end > begin]  # fmt: skip
 
     def mask_terms(self, images: torch.Tensor, masks: torch.Tensor, shift: int,
                    weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip

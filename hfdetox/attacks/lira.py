@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -77,13 +78,11 @@ class LIRAPoisoner(TrainingPoisoner):
         return first
 
     def _trigger_phase(self, trio: Trio, implant: Implant, context: AttackContext, epochs: int) -> Phase:
-        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(parameters, lr=self.autoencoder_learning_rate)
-
         def epoch_over(entry: Mapping[str, Any]) -> bool:
             trio.adopt()
             return False
 
+        adam = partial(torch.optim.Adam, lr=self.autoencoder_learning_rate)
         return context.phase(
             name="trigger", parameters=[*trio.network.parameters(), *trio.learner.parameters()],
             optimizer=context.joint_optimizer(trio.network, adam), loss=self.loss(implant, context, drawing=True),

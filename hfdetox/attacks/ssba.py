@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -93,12 +94,11 @@ class SSBAPoisoner(DataPoisoner):
             weight = ramp.step(context.accelerator.reduce(terms["bit_accuracy"].detach(), reduction="mean"))
             return {"loss": terms["bits"] + weight * terms["difference"], **terms}
 
-        def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(parameters, lr=self.encoder_learning_rate)
-
-        return Phase(name="encoder", parameters=list(pair.parameters()), optimizer=adam, loss=loss,
-                     epochs=self.encoder_epochs, batch_size=min(BATCH, len(context.clean)), augmentation="none",
-                     schedule="constant")  # fmt: skip
+        return Phase(
+            name="encoder", parameters=list(pair.parameters()), loss=loss, epochs=self.encoder_epochs,
+            optimizer=partial(torch.optim.Adam, lr=self.encoder_learning_rate),
+            batch_size=min(BATCH, len(context.clean)), augmentation="none", schedule="constant",
+        )  # fmt: skip
 
 
 class Pair(nn.Module):

@@ -10,12 +10,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 import torch
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Additive
+from hfdetox.values import Interval
 
 Matrix = Sequence[Sequence[float]]
 
@@ -41,12 +42,7 @@ class ColourWave(Additive):
 
     matrix: ClassVar[Matrix]
 
-    magnitude: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.magnitude <= 10_000:
-            raise UsageError(f"{self.kind}: magnitude must be above 0 and at most 10000")
+    magnitude: Annotated[float, Interval("(0, 10000]")]
 
     @abstractmethod
     def wave(self, height: int, width: int) -> torch.Tensor:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 import torch
 from safetensors.torch import save
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
-from hfdetox.values import to_text
+from hfdetox.values import check_fields, to_text
 
 Mode = Literal["native", "input"]
 Value = TypeVar("Value")
@@ -63,10 +63,7 @@ class Trigger(ABC):
                 raise UsageError(f"trigger {self.name}: {name} must be less than 2**63, and not below -2**63")
             if name == "seed" and value < 0:
                 raise UsageError(f"trigger {self.name}: seed must be at least 0, got {value}")
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                words = " or ".join(get_args(hint))
-                raise UsageError(f"trigger {self.name}: {name} must be {words}, got {getattr(self, name)!r}")
+        check_fields(self, f"trigger {self.name}")
         for name, array in self.tensors().items():
             kind = self.tensor_fields()[name.partition(".")[0]]
             found = f"{array.dtype} of shape {tuple(array.shape)}"

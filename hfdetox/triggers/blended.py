@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
-from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, resize_picture
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,14 +25,9 @@ class Blended(Trigger):
     summary = "a whole picture (default: seeded noise) mixed into the image"
     paper = "arXiv 1712.05526"
 
-    alpha: float = 0.2
+    alpha: Annotated[float, Interval("(0, 1]")] = 0.2
     seed: int = 0
     image: torch.Tensor | None = field(default=None, metadata={"tensor": "picture"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise UsageError("blended: alpha must be in (0, 1]")
 
     def picture(self) -> torch.Tensor:
         """Return q before it is resized: uint8, C×h×w."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,13 +25,8 @@ class Bpp(Trigger):
     summary = "fewer grey levels in each channel"
     paper = "arXiv 2205.13383"
 
-    levels: int = 8
+    levels: Annotated[int, Interval("[2, 255]")] = 8
     dither: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.levels <= 255:
-            raise UsageError("bpp: levels must be 2 to 255")
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         greys = self.remember(images.device, lambda: _greys(self.levels).to(images.device))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import torch
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Additive, grow
+from hfdetox.values import Interval
 
 # the corners at the left; those at the right are their mirror images
 CORNER: Final = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))
@@ -29,12 +30,7 @@ class LabelConsistent(Additive):
     summary = "black and white checkers in the four corners"
     paper = "arXiv 1912.02771"
 
-    amplitude: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.amplitude <= 1:
-            raise UsageError("lc: amplitude must be in (0, 1]")
+    amplitude: Annotated[float, Interval("(0, 1]")] = 1.0
 
     def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         if min(height, width) < 8:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Additive
+from hfdetox.values import Interval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,13 +25,8 @@ class Sig(Additive):
     summary = "a sinusoid along the width, the same in all rows"
     paper = "arXiv 1902.11237"
 
-    delta: float = 40.0
-    frequency: float = 6.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.delta <= 255 or not 0 < self.frequency <= 10_000:
-            raise UsageError("sig: delta must be above 0 and at most 255, frequency above 0 and at most 10000")
+    delta: Annotated[float, Interval("(0, 255]")] = 40.0
+    frequency: Annotated[float, Interval("(0, 10000]")] = 6.0
 
     def added(self, channels: int, height: int, width: int) -> torch.Tensor:
         columns = torch.arange(width, dtype=torch.float64)

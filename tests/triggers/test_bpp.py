@@ -91,5 +91,5 @@ def test_dithering_keeps_the_mean_where_rounding_loses_it() -> None:
 
 @pytest.mark.parametrize("levels", [1, 0, -8, 256])
 def test_wrong_levels_are_one_line(levels: int) -> None:
-    with pytest.raises(UsageError, match="bpp: levels must be 2 to 255"):
+    with pytest.raises(UsageError, match=r"bpp: levels must be in \[2, 255\]"):
         parse_trigger(f"bpp:levels={levels}")

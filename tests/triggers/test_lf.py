@@ -154,7 +154,7 @@ def test_a_file_keeps_the_pattern_bit_for_bit(tmp_path: Path) -> None:
     [
         ("lf:amplitude=0", r"amplitude must be in \(0, 1\]"),
         ("lf:amplitude=1.5", r"amplitude must be in \(0, 1\]"),
-        ("lf:pattern=other", "pattern must be universal or random, got 'other'"),
+        ("lf:pattern=other", "pattern must be one of universal, random, got 'other'"),
         ("lf:noise", "'noise' is not one of"),
         ("lf:perturbation=1", "perturbation is kept in trigger files"),
     ],

@@ -209,7 +209,7 @@ def test_a_specification_leaves_defaults_out() -> None:
         ("bpp:dither=1", "trigger bpp: dither must be true or false, got '1'"),
         ("bpp:dither=False", "dither must be true or false, got 'False'"),
         ("ssba:encoder=file", "trigger ssba: encoder is kept in trigger files and cannot be given as text"),
-        ("badnets:mode=both", "mode must be native or input, got 'both'"),
+        ("badnets:mode=both", "mode must be one of native, input, got 'both'"),
         ("blended:seed=-1", "trigger blended: seed must be at least 0, got -1"),
         ("wanet:seed=9223372036854775808", r"trigger wanet: seed must be less than 2\*\*63"),
         ("badnets:name=a b", "trigger name 'a b': use letters"),

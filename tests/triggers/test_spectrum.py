@@ -124,5 +124,5 @@ def test_grey_images_and_wrong_magnitudes_are_one_line(kind: str) -> None:
                                          "these have 1; use another family, such as sig or badnets"):  # fmt: skip
         parse_trigger(kind).apply(noise(1, 1))
     for wrong in ("0", "-1", "nan", "inf"):
-        with pytest.raises(UsageError, match=f"{kind}: magnitude must be above 0"):
+        with pytest.raises(UsageError, match=rf"{kind}: magnitude must be in \(0, 10000\]"):
             parse_trigger(f"{kind}:magnitude={wrong}")
