@@ -19,16 +19,12 @@ from hfdetox.plugins import Registry
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
-from hfdetox.values import read, read_pairs
+from hfdetox.values import read, read_pairs, words_of
 
 __all__ = ["TRIGGERS", "BadNets", "Blended", "Trigger", "load_trigger", "parse_trigger", "parse_triggers"]
 
 
 TRIGGERS: Registry[Trigger] = Registry("triggers", Trigger, "kind")
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal
 
 
 def parse_triggers(specs: Sequence[object]) -> list[Trigger]:
@@ -125,7 +121,7 @@ def load_trigger(path: Path) -> Trigger:
 def _whole(kind: type[Trigger], item: str) -> str:
     """Return `KEY=item` for a bare word that is one of the words a field allows, as in `lf:random`; else the item."""
     hints = typing.get_type_hints(kind).items()
-    return next((f"{name}={item}" for name, hint in hints if _is_literal(hint) and item in typing.get_args(hint)), item)
+    return next((f"{name}={item}" for name, hint in hints if item in words_of(hint)), item)
 
 
 def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
@@ -135,7 +131,7 @@ def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
         return _read_picture(Path(text))
     hint = typing.get_type_hints(kind)[field.name]
     # a label may be called none; and what a word must be the trigger says itself
-    if field.name == "target" or _is_literal(hint):
+    if field.name == "target" or words_of(hint):
         return text
     where = f"trigger {kind.kind}: {field.name}"
     # a specification has one spelling
