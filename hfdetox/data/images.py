@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hfdetox.errors import HfdetoxError, RunError
+from hfdetox.errors import HfdetoxError, RunError, one_line
 
 MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here and not a warning
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
@@ -143,7 +143,7 @@ class ImageSet:
         except HfdetoxError:
             raise
         except _DECODE_ERRORS as error:
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            reason = one_line(error)[:120] or type(error).__name__
             raise BrokenImageError(
                 f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason}); "
                 "repair or remove it, or choose another split or seed"

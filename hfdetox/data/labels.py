@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, one_line
 from hfdetox.values import load_yaml
 
 DROPPED = -1
@@ -175,7 +175,7 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
         except (OSError, UnicodeDecodeError) as error:
             raise LabelMapError(f"{where} cannot be read ({error}); give a JSON or YAML file") from error
         except (ValueError, RecursionError) as error:
-            raise LabelMapError(f"{where} is not valid: {' '.join(str(error).split())}") from error
+            raise LabelMapError(f"{where} is not valid: {one_line(error)}") from error
     else:
         content = dict(label_map)
     if not isinstance(content, dict) or not content:

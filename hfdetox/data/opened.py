@@ -25,7 +25,7 @@ from huggingface_hub import HfFileSystem
 
 from hfdetox.data.columns import Columns, find_columns
 from hfdetox.data.readers import Files, ParquetReader, Result, SplitReader, StreamReader, TableReader, damage
-from hfdetox.errors import HubError, UsageError
+from hfdetox.errors import HubError, UsageError, one_line
 from hfdetox.files import is_inside
 from hfdetox.hub.client import ask
 from hfdetox.hub.download import fetch, resolve
@@ -305,7 +305,7 @@ def _builder(path: str, what: str, **options: Any) -> DatasetBuilder:
         text = f"{what} has no data files that hfdetox reads (parquet, image folder, webdataset)"
         raise DatasetError(text) from error
     except ValueError as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         if "onfig" not in line:
             raise
         raise DatasetError(f"{what}: {line[:300]}; choose with --config") from error

@@ -25,7 +25,7 @@ from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
 from hfdetox.data.images import EncodedImages, Picked, Spool
-from hfdetox.errors import HfdetoxError, RunError
+from hfdetox.errors import HfdetoxError, RunError, one_line
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
@@ -291,7 +291,7 @@ def damage(what: str) -> Iterator[None]:
         # Arrow's own errors of input are plain OSErrors without a number; those of files and sockets have one
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         raise DamagedFileError(f"{what} cannot be read ({reason}); get the dataset anew") from error
 
 
