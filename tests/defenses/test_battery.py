@@ -72,7 +72,7 @@ ROWS = {
     "rnp": Row({**TUNED, "learning_rate": "0.2", "stop_accuracy": "0.7"}, 0.9, changes=NORM),
     "clp": Row({"u": "1"}, 0.9, changes=NORM, made=True),
     "bnp": Row({"u": "0.5"}, 0.9, changes=NORM),
-    "bn": Row({}, changes=STATISTICS, why="a control: nothing is trained"),
+    "bn": Row({}, changes=STATISTICS, why="a baseline: nothing is trained"),
     "i-bau": Row({"batch_size": "24", "learning_rate": "0.003", "share": "0.1"}, 0.1),
     "sau": Row({"epochs": "20", "batch_size": "48", "learning_rate": "0.003"}, 0.3),
     "npd": Row({**TUNED, "warmup": "0", "layer": "3", "radius": "1.5"}, 0.9, changes=("model.3.*",)),
