@@ -211,7 +211,7 @@ def _model_index(key: str, value: str | int | None, model_labels: Sequence[str])
         if loose:
             raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(loose)} model labels; give the index")
         if not value.isdecimal():
-            raise LabelMapError(f"label map: {key!r}: no label of the model is {value!r}: {list_names(model_labels)}")
+            raise LabelMapError(f"label map: {key!r}: the model has no label {value!r}: {list_names(model_labels)}")
     index = int(value)
     if not 0 <= index < len(model_labels):
         raise LabelMapError(f"label map: {key!r}: index {index} is outside 0 to {len(model_labels) - 1}")

@@ -134,8 +134,8 @@ def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
         known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         names = {c.__name__ for c in (known if isinstance(known, tuple) else (known,))}
         if config.architectures and not names & set(config.architectures):
-            raise NotAClassifierError(f"{name} is not an image classifier but a {config.architectures[0]}; give one "
-                                      "with a trained classification head")  # fmt: skip
+            raise NotAClassifierError(f"{name} is not an image classifier but a {config.architectures[0]}; give a "
+                                      "model with a trained classification head")  # fmt: skip
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
         raise NotAClassifierError(f"{name} is a {config.problem_type} model; hfdetox handles one label per image")
     if getattr(config, "quantization_config", None) is not None:
