@@ -62,7 +62,7 @@ USAGE_ERRORS = {
     "gallery-name": (["evaluate", "m", "--trigger", "badnets", "--gallery", "g.gif"], "ends in .png, not 'g.gif'"),
     "gallery-folder": (["evaluate", "m", "--trigger", "badnets", "--gallery", "no/g.png"], "there is no folder no"),
     "push-nothing": (["push"], "Missing argument"),
-    "list-unknown": (["list", "defences"], "'defences' is not one of"),
+    "list-unknown": (["list", "defences"], "': 'defences' is not one of"),
     "push-nowhere": (["push", "nowhere", "me/model"], "nowhere"),
     "bench-nothing": (["bench"], "SUITE is missing: name a suite file"),
     "bench-nowhere": (["bench", "nowhere.yaml"], "nowhere.yaml"),
