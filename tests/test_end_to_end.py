@@ -102,9 +102,7 @@ def by_auto_model(name: str) -> Callable[[list[Image.Image]], list[int]]:
 
 
 def report_of(text: bytes | str) -> Report:
-    lines = (text.decode() if isinstance(text, bytes) else text).splitlines()
-    # Gloo of PyTorch 2.9 says on the standard output that its processes are connected
-    return Report.from_dict(json.loads("\n".join(line for line in lines if not line.startswith("[Gloo]"))))
+    return Report.from_dict(json.loads(text))
 
 
 def test_the_settings_that_a_run_finds_itself_are_said_with_their_reasons(

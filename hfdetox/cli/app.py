@@ -242,9 +242,16 @@ class Output:
 @contextlib.contextmanager
 def standard_output(options: ConsoleOptions) -> Iterator[Output]:
     """With `--json`, send what a library prints to standard error: only the document goes to standard output."""
-    output = Output(options, sys.stdout)
-    with contextlib.redirect_stdout(sys.stderr) if options.as_json else contextlib.nullcontext():
-        yield output
+    with contextlib.ExitStack() as stack:
+        stream = sys.stdout
+        if options.as_json:
+            if stream is sys.__stdout__:
+                # Gloo and NCCL write to the descriptor itself
+                stream = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+                os.dup2(2, 1)
+                stack.callback(lambda: os.dup2(stream.fileno(), 1))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield Output(options, stream)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import re
 import subprocess
 import sys
@@ -18,9 +15,8 @@ import typer
 import hfdetox
 from hfdetox.cli import app as cli
 from hfdetox.cli.options import CommandLine, default_output, detox_options, run_folder
-from hfdetox.config import ConsoleOptions, DetoxConsole, DetoxOptions
+from hfdetox.config import DetoxConsole, DetoxOptions
 from hfdetox.defenses import DEFENSES
-from hfdetox.errors import HubError, RunError, UsageError
 from hfdetox.values import read_pair
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -277,122 +273,10 @@ def test_a_run_is_not_resumed_for_another_model_nor_published_nowhere(
         assert said in capsys.readouterr().err
 
 
-def test_warnings_of_the_package_are_lines_on_standard_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logger = logging.getLogger("hfdetox")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    cli.prepare_console(ConsoleOptions())
-    cli.prepare_console(ConsoleOptions())
-    logger.warning("class %s has\n3 images", "cat")
-    logger.info("not shown")
-    assert capsys.readouterr().err == "hfdetox: warning: class cat has 3 images\n"
-
-
-@pytest.mark.parametrize(
-    ("flags", "given", "kept"),
-    [("flags: avx2 amx_bf16 amx_tile", None, "AVX512_CORE_FP16"), ("flags: avx2 avx512f", None, None),
-     ("flags: amx_tile amx_int8", "AVX2", "AVX2")],
-)  # fmt: skip
-def test_amx_is_left_alone_unless_asked_for(
-    flags: str, given: str | None, kept: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != cli.ONEDNN_LIMIT}
-    monkeypatch.setattr(os, "environ", environment | ({} if given is None else {cli.ONEDNN_LIMIT: given}))
-    (tmp_path / "cpuinfo").write_text(f"model name: a CPU\n{flags}\n")
-    cli.limit_onednn(tmp_path / "cpuinfo")
-    cli.limit_onednn(tmp_path / "no such file")
-    assert os.environ.get(cli.ONEDNN_LIMIT) == kept
-    said = capsys.readouterr().err
-    assert said.startswith("hfdetox: this CPU's AMX can make training fail") is (kept != given)
-    assert said.count("\n") == (kept != given)
-
-
 def test_run_folder_is_beside_the_output() -> None:
     assert run_folder(detox_options(line(model="org/m"))) == Path("m-detoxed.run")
     assert run_folder(DetoxOptions("org/m", output=Path("a/b.c"))) == Path("a/b.c.run")
     assert run_folder(DetoxOptions(resume=Path("a/b.run"))) == Path("a/b.run")
-
-
-def test_json_mode_keeps_other_output_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli.standard_output(ConsoleOptions(as_json=True)) as out:
-        sys.stdout.write("a library's notice\n")
-        out.show({"accuracy": 0.5}, ["a line"])
-    printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"accuracy": 0.5}
-    assert printed.err == "a library's notice\n"
-
-
-@pytest.mark.parametrize(("quiet", "printed"), [(False, "[bold]a line\n"), (True, "")])
-def test_lines_are_printed_as_they_are_unless_quiet(
-    quiet: bool, printed: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with cli.standard_output(ConsoleOptions(quiet=quiet)) as out:
-        out.show({}, ["[bold]a line"])
-    assert capsys.readouterr().out == printed
-
-
-@pytest.mark.parametrize(("error", "status"), [(RunError, 1), (UsageError, 2), (HubError, 3)])
-def test_errors_carry_their_status_and_hide_tokens(
-    error: type[Exception], status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise error("the token hf_abcdefghijklmnopqrstuvwxyz012345\nis not accepted")
-
-    monkeypatch.setattr(cli, "check_torchvision", fail)
-    assert cli.run(["list", "triggers"]) == status
-    assert capsys.readouterr().err == "hfdetox: error: the token *** is not accepted\n"
-    assert cli.run(["list", "triggers", "--debug"]) == status
-    shown = capsys.readouterr().err
-    assert shown.startswith("Traceback")
-    assert "hf_abc" not in shown
-
-
-def fake_torchvision(folder: Path, environment: dict[str, str], failure: str) -> dict[str, str]:
-    """Return an environment in which importing torchvision raises `failure` (Python source of an exception)."""
-    package = folder / "fake" / "torchvision"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"raise {failure}\n", encoding="utf-8")
-    return {**environment, "PYTHONPATH": os.pathsep.join([str(package.parent), environment["PYTHONPATH"]])}
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [
-        "RuntimeError('operator torchvision::nms does not exist')",
-        "RuntimeError('Detected that PyTorch and torchvision were compiled with different CUDA major versions.')",
-        "ImportError('undefined symbol: _ZN3c10')",
-    ],
-)
-def test_torchvision_that_does_not_fit_is_named_in_one_line(
-    failure: str, run_cli: Run, fresh_env: dict[str, str], tmp_path: Path
-) -> None:
-    process = run_cli(["list", "defenses"], env=fake_torchvision(tmp_path, fresh_env, failure))
-    assert process.returncode == 2
-    assert process.stderr.count("\n") == 1
-    assert failure.partition("'")[2].rstrip("')") in process.stderr
-    assert "pip install torch torchvision" in process.stderr
-
-
-def test_unforeseen_error_is_one_line_and_a_traceback_with_debug(
-    run_cli: Run, fresh_env: dict[str, str], tmp_path: Path
-) -> None:
-    environment = fake_torchvision(tmp_path, fresh_env, "ZeroDivisionError('by nought')")
-    process = run_cli(["list", "defenses"], env=environment)
-    assert process.returncode == 1
-    assert process.stderr.startswith("hfdetox: error: ZeroDivisionError: by nought")
-    assert process.stderr.count("\n") == 1
-    assert "Traceback" in run_cli(["list", "defenses", "--debug"], env=environment).stderr
-
-
-def test_only_the_main_process_prints(run_cli: Run, fresh_env: dict[str, str]) -> None:
-    main, other = (run_cli(["list", "triggers"], env={**fresh_env, "RANK": rank}) for rank in "01")
-    assert main.returncode == other.returncode == 0
-    assert "badnets" in main.stdout
-    assert other.stdout == ""
 
 
 def test_list_names_presets_and_settings(run_cli: Run) -> None:
