@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HfdetoxError(Exception):
     """Base of every error whose message is meant for the person who runs hfdetox.
@@ -31,3 +34,18 @@ class HubError(HfdetoxError, OSError):
 def one_line(error: BaseException) -> str:
     """Return another library's message on one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def refusing(what: str, advice: str = "", kind: type[HfdetoxError] = UsageError) -> Iterator[None]:
+    """Turn whatever another library raises inside, over a stranger's file, into `what: its message` and advice.
+
+    Raises:
+        HfdetoxError: of `kind`; one that was raised inside passes as it is.
+    """
+    try:
+        yield
+    except HfdetoxError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {one_line(error)}{advice}") from error

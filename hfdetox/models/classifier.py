@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 
-from hfdetox.errors import RunError, UsageError, one_line
+from hfdetox.errors import RunError, UsageError, refusing
 from hfdetox.files import is_inside
 from hfdetox.hub.checksums import sha256_file
 from hfdetox.hub.download import PulledRepo, pull_model
@@ -90,14 +89,12 @@ class Classifier:
         """
         folder = Path(folder)
         state = _weights.stored_state(self.model, self.dtypes)
-        try:
+        advice = "; free some space or choose another --output"
+        with refusing(f"cannot write the model to {folder}", advice, RunError):
             folder.mkdir(parents=True, exist_ok=True)
             files = self._loaded.write(folder, state, self.folder, self.info.dtype)
             if self.network.correction is not None:
                 self.network.correction.save(folder)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"cannot write the model to {folder}: {one_line(error)}; free some space or choose another "
-                           "--output") from error  # fmt: skip
         return _weights.digest({file.name: sha256_file(file) for file in files})
 
 
@@ -239,13 +236,9 @@ def _check_output(classifier: Classifier) -> None:
     """Run one black image through the network: a wrong input size or label count fails here, not after an hour."""
     pixels = torch.zeros(1, *classifier.preprocessing.input_size, dtype=classifier.preprocessing.dtype)
     device = next(iter(classifier.model.parameters()), pixels).device
-    network = classifier.network.to(device)
-    try:
-        logits = network(pixels.to(device))
-    except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        size = "×".join(map(str, pixels.shape[1:]))
-        raise UsageError(f"{classifier.info.id} does not take the {size} images of its own preprocessing "
-                         f"({one_line(error)})") from error  # fmt: skip
+    size = "×".join(map(str, pixels.shape[1:]))
+    with refusing(f"{classifier.info.id} does not take the {size} images of its own preprocessing"):
+        logits = classifier.network.to(device)(pixels.to(device))
     if logits.shape != (1, len(classifier.labels)):
         raise LabelsError(f"{classifier.info.id} gives outputs of shape {tuple(logits.shape)} for one image and "
                           f"{len(classifier.labels)} labels; hfdetox handles one logit per label")  # fmt: skip

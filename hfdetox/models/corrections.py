@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, refusing
 
 FILE_NAME = "correction.safetensors"
 _PARTS = ("scale", "shift", "bound")
@@ -84,12 +84,9 @@ def load_correction(folder: Path, model: nn.Module, labels: int) -> Correction |
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("correction", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a correction: {error}") from error
+    with refusing(f"{path} cannot be read as a correction"), safe_open(str(path), framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("correction", "null"))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     target = header.get("target") if isinstance(header, dict) and header.get("version") == 1 else None
     if type(target) is not int or not 0 <= target < labels:
         raise UsageError(f"{path} is not a correction that this hfdetox reads; remove it to use the model without")

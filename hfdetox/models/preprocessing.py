@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hfdetox.errors import UsageError, one_line
+from hfdetox.errors import UsageError, refusing
 
 # Two odd shapes, wide and tall: a transform that keeps each image's own shape gives itself away.
 _PROBE_SIZES = ((97, 61), (53, 89))
@@ -115,11 +115,10 @@ class ProcessorPreprocessing(Preprocessing):
         self._raw = {"do_rescale": False, "do_normalize": False}
         self._raw |= {"include_top": False} if hasattr(processor, "include_top") else {}
         probes = [_probe_image(size, channels) for size in _PROBE_SIZES]
-        try:
+        with refusing(f"the image processor {type(processor).__name__} cannot process a plain image",
+                      "; pass preprocessing=… through the API", PreprocessingError):  # fmt: skip
             raw = [self.prepare(probe) for probe in probes]
             full = [self._call(probe).to(torch.float32) for probe in probes]
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise self._refused(f"cannot process a plain image ({one_line(error)})") from error
         if raw[0].shape != raw[1].shape:
             raise self._refused("leaves images in their own shapes, having no fixed size or crop")
         self.input_size = _shape3(raw[0])

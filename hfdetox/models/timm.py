@@ -12,15 +12,13 @@ import timm
 import timm.data
 import torch
 
-from hfdetox.errors import UsageError, one_line
+from hfdetox.errors import UsageError, one_line, refusing
 from hfdetox.models.loaded import Loaded, label_names
 from hfdetox.models.preprocessing import TimmPreprocessing, timm_data_config
 from hfdetox.models.weights import StoredWeights, WeightsMismatchError, check_same_tensors, read_json
 
 # Where weights come from and how to convert them: what is saved is native and stands beside its config.
 _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset", "state_dict")
-# what timm raises where a model cannot be built
-_BUILD_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, AssertionError, AttributeError, ZeroDivisionError)
 
 
 class TimmModel(Loaded):
@@ -41,11 +39,9 @@ def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
         WeightsMismatchError: the file holds other tensors than the model, and timm cannot convert them.
     """
     config = read_json(folder / "config.json")
-    try:
+    advice = "; a newer timm may know the architecture"
+    with refusing(f"timm {timm.__version__} cannot build {name} from its config.json", advice):
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except _BUILD_ERRORS as error:
-        raise UsageError(f"timm {timm.__version__} cannot build {name} from its config.json ({one_line(error)}); a "
-                         "newer timm may know the architecture") from error  # fmt: skip
     state, expected = stored.load(), model.state_dict()
     if {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in expected.items()}:
         model.load_state_dict(state)
@@ -117,7 +113,7 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
         if not hasattr(model, "_model_args"):  # what timm notes since 1.0.31
             model._model_args = {k: v for k, v in (arguments | sized).items() if k != "pretrained_cfg_overlay"}
         return model
-    except _BUILD_ERRORS as error:
+    except Exception as error:  # whatever an architecture raises where its arguments do not fit
         if sized and isinstance(error, TypeError) and "img_size" in str(error):
             torch.random.set_rng_state(state)
             return _create(source, arguments, {}, name)
@@ -173,12 +169,9 @@ def _export_config(model: Any, loaded: Loaded) -> dict[str, Any]:
     from timm.models._hub import save_config_for_hf
 
     labels = {"label_names": list(loaded.labels)} if loaded.labels_are_names else {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, refusing("timm cannot describe this model for saving"):
         path = Path(scratch) / "config.json"
-        try:
-            save_config_for_hf(model, path, model_config=labels, model_args=_arguments(model))
-        except ValueError as error:
-            raise UsageError(f"timm cannot describe this model for saving: {error}") from error
+        save_config_for_hf(model, path, model_config=labels, model_args=_arguments(model))
         return read_json(path)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
-from hfdetox.errors import UsageError, one_line
+from hfdetox.errors import UsageError, one_line, refusing
 from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, label_names
 from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
 from hfdetox.models.weights import StoredWeights, raise_for_keys
@@ -68,13 +68,11 @@ def load_folder(folder: Path, stored: StoredWeights, name: str, *, trust_remote_
     if (folder / "adapter_config.json").is_file():
         # transformers would fetch the base model that the adapter names, at no particular commit
         raise UsageError(f"{name} is an adapter on another model; merge it and save the whole model")
-    try:
+    with refusing(f"transformers cannot load {name}"):
         model, info = AutoModelForImageClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
-        raise UsageError(f"transformers cannot load {name}: {one_line(error)}") from error
     unexpected = _not_computed(model, info["unexpected_keys"])
     raise_for_keys(name, info["missing_keys"], unexpected, info["mismatched_keys"])
     if processor is not None or preprocessing is not None:
@@ -98,11 +96,9 @@ def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_rem
     # the head is drawn too, so it does not matter which one the weights had
     config.architectures = None
     _check_config(config, name, trust_remote_code)
-    try:
+    with refusing(f"transformers cannot build {name} from its config.json"):
         model = AutoModelForImageClassification.from_config(config, dtype=torch.float32,
                                                             trust_remote_code=trust_remote_code)  # fmt: skip
-    except (OSError, ValueError, RuntimeError, TypeError, ImportError, ZeroDivisionError) as error:
-        raise UsageError(f"transformers cannot build {name} from its config.json: {one_line(error)}") from error
     return describe(model, _load_processor(folder, name, trust_remote_code), None)
 
 
@@ -116,7 +112,7 @@ def _not_computed(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
 def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
                              "read that code first") from error  # fmt: skip
@@ -144,12 +140,10 @@ def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
 
 
 def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    try:
+    advice = "; pass processor=… or preprocessing=… through the API"
+    with refusing(f"{name} has no usable preprocessor_config.json", advice, PreprocessingError):
         # the default backend, as `pipeline` takes it: the backends' resizes differ by up to several grey levels
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise PreprocessingError(f"{name} has no usable preprocessor_config.json ({one_line(error)}); pass processor=… "
-                                 "or preprocessing=… through the API") from error  # fmt: skip
 
 
 def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) -> Loaded:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hfdetox.errors import RunError
+from hfdetox.errors import RunError, refusing
 from hfdetox.files import replace_folder
 
 FORMAT = 1
@@ -46,7 +45,9 @@ class CheckpointStore:
     def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
         """Write a checkpoint; raises RunError when the disk is full or the folder cannot be written."""
         fresh, old = self.folder.with_name("checkpoint.new"), self.folder.with_name("checkpoint.old")
-        try:
+        advice = shlex.join(["hfdetox", "--resume", str(self.folder.parent)])
+        with refusing(f"cannot write the checkpoint in {self.folder.parent}", f"; free some space, then: {advice}",
+                      RunError):  # fmt: skip
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             # safetensors refuses views that share memory
@@ -58,10 +59,6 @@ class CheckpointStore:
                 shutil.rmtree(old, ignore_errors=True)
             replace_folder(fresh, self.folder, old)
             shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            advice = shlex.join(["hfdetox", "--resume", str(self.folder.parent)])
-            raise RunError(f"cannot write the checkpoint in {self.folder.parent}: {error}; free some space, then: "
-                           f"{advice}") from error  # fmt: skip
 
     def load(self) -> Checkpoint | None:
         """Return the last whole checkpoint, or None; raises RunError when it is damaged or of another format."""
@@ -69,12 +66,9 @@ class CheckpointStore:
         folder = next((f for f in (self.folder, self.folder.with_name("checkpoint.old")) if f.exists()), None)
         if folder is None:
             return None
-        try:
+        with refusing(f"the checkpoint in {folder} cannot be read", "; start again without --resume", RunError):
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "tensors.safetensors")
-        except (OSError, SafetensorError, ValueError) as error:
-            raise RunError(f"the checkpoint in {folder} cannot be read ({error}); start again without "
-                           "--resume") from error  # fmt: skip
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise RunError(f"the checkpoint in {folder} is of another hfdetox version; start again without --resume")
         return Checkpoint(tensors, record)

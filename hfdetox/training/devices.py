@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState, Shar
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, refusing
 
 # Windows has none
 resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None
@@ -66,10 +66,8 @@ def _configured_precision() -> str | None:
     """Return what `accelerate launch` set or, without it, what the file says that `accelerate config` wrote."""
     named: Any = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if named is None and os.path.isfile(default_config_file):
-        try:
+        with refusing(f"{default_config_file} cannot be read", "; mend it, or set --precision"):
             settings = yaml.safe_load(Path(default_config_file).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UsageError(f"{default_config_file} cannot be read; mend it, or set --precision") from error
         named = settings.get("mixed_precision") if isinstance(settings, dict) else None
     # YAML reads a bare `no` as False
     return None if named is None else "no" if named is False else str(named).lower()
@@ -127,7 +125,7 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
     mixed = resolve_precision(precision, kind)
     for shared in (PartialState, AcceleratorState, GradientState):
         shared._shared_state = SharedDict()
-    try:
+    with refusing("Accelerate refuses this run"):
         made = Accelerator(
             mixed_precision=mixed, cpu=kind == "cpu", log_with=log_with, project_dir=logging_dir,
             # the engine accumulates by itself; a launcher's setting would divide the loss a second time
@@ -135,8 +133,6 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
             # some classifiers have parameters their logits do not use (mask tokens), which DDP would wait for
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(f"Accelerate refuses this run: {str(error).splitlines()[0]}") from error
     if given is not None:
         made.trackers = given.trackers
     return made

@@ -25,7 +25,6 @@ from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optim
 from hfdetox.training.phases import Part, Pass, Phase
 from hfdetox.training.sharpness import frozen_statistics
 
-REFRESH_SECONDS = 1.0
 # share of the images on which methods choose thresholds, and which they do not fit on
 HELD_OUT = 0.2
 
@@ -237,7 +236,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         self.model.train()
-        begin = refreshed = time.perf_counter()
+        begin = time.perf_counter()
         terms: list[dict[str, torch.Tensor]] = []
         held: list[Batch] = []
         for number, (positions, images, labels) in enumerate(loader):
@@ -251,14 +250,11 @@ class _Training:
                 continue
             self._step(held)
             held = []
-            bar.update()
-            now = time.perf_counter()
-            if not bar.disable and now - refreshed > REFRESH_SECONDS:
-                speed = (step + 1) * plan.count / plan.steps / (now - begin)
-                # reading a value makes the device finish; once a second costs nothing
+            # reading a value makes the device finish: only where the bar has just been drawn
+            if bar.update():
+                speed = (step + 1) * plan.count / plan.steps / (time.perf_counter() - begin)
                 shown = {k: f"{v.item():.3f}" for k, v in terms[-1].items() if k in ("clean_loss", "loss", "distance")}
                 bar.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
-                refreshed = now
         means, rate = self._means(terms), self.optimizer.param_groups[0]["lr"]
         return {"phase": phase.name, "epoch": plan.epoch + 1, **means, "learning_rate": rate,
                 "seconds": time.perf_counter() - begin}  # fmt: skip

@@ -18,7 +18,6 @@ The weight of image i is w_i = q_{y_i} · v_i.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,9 +25,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
-from hfdetox.models.layers import head_layers
+from hfdetox.models.layers import head_layers, on_inputs
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Part, Pass, Phase, Stateful
 
@@ -40,7 +40,9 @@ BOUNDS = (1 / 3, 3.0)
 SMOOTHING = 0.5
 BUDGET = 1.0
 LARGEST = 4.0
+# under which names a checkpoint keeps the weights, beside the method's own tensors
 _PREFIX = "reweight."
+_STATE = ("accuracy", "classes", "weights", "labels", "right")
 _BISECTIONS = 60
 
 
@@ -53,13 +55,13 @@ def reweighted(phase: Phase, how: Reweight) -> Phase:
     """
     if how == "none" or phase.network is not None:
         return phase
-    weights = Reweighting(how)
+    weights = Reweighting(how, phase.state)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         return phase.loss(model, weights.weighted(batch))
 
     part: Part = "fit" if phase.part == "all" else phase.part
-    return replace(phase, loss=loss, part=part, on_epoch_end=weights.probes(part), state=_Joined(weights, phase.state))
+    return replace(phase, loss=loss, part=part, on_epoch_end=weights.probes(part), state=weights)
 
 
 class Reweighting:
@@ -75,9 +77,9 @@ class Reweighting:
         weights: w, by position (P, float64), of mean 1 over the images trained on.
     """
 
-    def __init__(self, how: Literal["class", "wasserstein"]) -> None:
-        """Start without weights: the first look makes them."""
-        self.how = how
+    def __init__(self, how: Literal["class", "wasserstein"], method: Stateful | None = None) -> None:
+        """Start without weights, which the first look makes; a checkpoint keeps the tensors of `method` beside them."""
+        self.how, self.method = how, method
         self.accuracy = self.classes = self.weights = torch.empty(0, dtype=torch.float64)
         self.labels, self.right = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
 
@@ -103,12 +105,11 @@ class Reweighting:
 
     def _see_classes(self, seen: _Seen, accelerator: Accelerator, *, first: bool) -> dict[str, float]:
         """Take the accuracies before, or move q by those of now; returns the worst class's drop and the spread."""
+        _, labels, right, _ = seen.gathered()
         # a process may have none of the few images, and then has not seen how many classes there are
-        classes = _largest(seen.outputs, accelerator)
-        labels, right = seen.joined("labels").long(), seen.joined("right").bool()
-        totals = _total(torch.bincount(labels, minlength=classes), accelerator)
-        hits = _total(torch.bincount(labels[right], minlength=classes), accelerator)
-        now = hits / totals
+        classes = max(gather_object([seen.outputs]))
+        totals = torch.bincount(labels, minlength=classes)
+        now = torch.bincount(labels[right], minlength=classes).double() / totals
         if first:
             self.accuracy = now
             return {}
@@ -121,28 +122,27 @@ class Reweighting:
 
     def _see_first(self, seen: _Seen, accelerator: Accelerator) -> None:
         """Take the labels of the images trained on, and who was right, and start from q ∝ 1/n."""
-        positions = seen.joined("positions")
-        size = _largest(int(positions.max()) + 1, accelerator)
-        self.labels = _by_position(positions, seen.joined("labels") + 1, size, accelerator).long() - 1
-        if self.how == "wasserstein":
-            self.right = _by_position(positions, seen.joined("right"), size, accelerator).to(torch.uint8)
+        positions, labels, *answers = seen.gathered()
+        size = int(positions.max()) + 1
+        self.labels = torch.full((size,), -1).index_copy(0, positions, labels)
+        if answers:
+            self.right = torch.zeros(size, dtype=torch.uint8).index_copy(0, positions, answers[0].to(torch.uint8))
         self.classes = class_weights(torch.zeros_like(self.accuracy), self._counts())
         self.weights = image_weights(self.classes, self.labels, torch.ones(size, dtype=torch.float64))
 
     def _see_images(self, seen: _Seen, accelerator: Accelerator) -> dict[str, float]:
         """Set v of every class by the critic between its lost images and the others; returns how many are lost."""
-        positions, labels, features = seen.joined("positions"), seen.joined("labels"), seen.joined("features")
-        size, classes = len(self.labels), len(self.classes)
-        right = _by_position(positions, seen.joined("right"), size, accelerator) > 0
-        lost = (self.right > 0) & ~right & (self.labels >= 0)
+        positions, labels, right, features = seen.gathered()
+        lost = torch.zeros(len(self.labels), dtype=torch.bool)
+        lost[positions] = (self.right[positions] > 0) & ~right
         means = []
         for group in (lost[positions], ~lost[positions]):
-            sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels[group], features[group])
-            counts = _total(torch.bincount(labels[group], minlength=classes), accelerator)
-            means.append(_total(sums, accelerator) / counts.clamp_min(1)[:, None])
+            sums = torch.zeros(len(self.classes), features.shape[1]).index_add_(0, labels[group], features[group])
+            counts = torch.bincount(labels[group], minlength=len(self.classes))
+            means.append(sums.double() / counts.clamp_min(1)[:, None])
         critic = torch.nn.functional.normalize(means[1] - means[0], dim=1)
-        scores = _by_position(positions, (features * critic[labels]).sum(1), size, accelerator)
-        within = torch.ones(size, dtype=torch.float64)
+        scores = torch.zeros(len(lost)).index_copy(0, positions, (features * critic[labels]).sum(1).float())
+        within = torch.ones(len(lost), dtype=torch.float64)
         for label in self.labels[lost].unique().tolist():
             others = (self.labels == label) & ~lost
             if others.any():
@@ -154,13 +154,16 @@ class Reweighting:
         return torch.bincount(self.labels[self.labels >= 0], minlength=len(self.accuracy)).double()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return everything the weights are made of."""
-        return {name: getattr(self, name) for name in ("accuracy", "classes", "weights", "labels", "right")}
+        """Return everything the weights are made of, and the method's own."""
+        own = {_PREFIX + name: getattr(self, name) for name in _STATE}
+        return own | (self.method.state_dict() if self.method is not None else {})
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on with the weights of a stopped run."""
-        for name, tensor in state.items():
-            setattr(self, name, tensor)
+        for name in _STATE:
+            setattr(self, name, state[_PREFIX + name])
+        if self.method is not None:
+            self.method.load_state_dict({k: v for k, v in state.items() if not k.startswith(_PREFIX)})
 
 
 def class_weights(harm: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -228,63 +231,27 @@ def image_weights(classes: torch.Tensor, labels: torch.Tensor, within: torch.Ten
 
 
 class _Seen:
-    """What a pass saw of this process's images, in lists that `joined` puts together; on the CPU."""
+    """What a pass saw of this process's images, on the CPU."""
 
     def __init__(self, *, asked: bool) -> None:
         """Look at positions and labels; with `asked` also at the network's answers and features."""
         self.asked, self.outputs = asked, 0
-        self.lists: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        self.batches: list[tuple[torch.Tensor, ...]] = []
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Note a batch."""
-        self.lists["positions"].append(batch.positions)
-        self.lists["labels"].append(batch.labels.cpu())
-        if not self.asked:
-            return
-        features: list[torch.Tensor] = []
-        head = network.get_submodule(head_layers(network)[-1])
-        with head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0])):
-            logits = network(batch.images)
-        self.outputs = logits.shape[1]
-        self.lists["right"].append((logits.argmax(1) == batch.labels).cpu())
-        flat = features[-1].float()
-        # of a convolutional head the mean over places, as its pooling takes
-        self.lists["features"].append((flat.flatten(2).mean(2) if flat.ndim > 2 else flat).cpu())
+        found: tuple[torch.Tensor, ...] = (batch.positions, batch.labels.cpu())
+        if self.asked:
+            features: list[torch.Tensor] = []
+            with on_inputs(network, head_layers(network)[-1:], lambda _, given: features.append(given)):
+                logits = network(batch.images)
+            self.outputs = logits.shape[1]
+            flat = features[-1].float()
+            # of a convolutional head the mean over places, as its pooling takes
+            flat = flat.flatten(2).mean(2) if flat.ndim > 2 else flat
+            found += (logits.argmax(1) == batch.labels).cpu(), flat.cpu()
+        self.batches.append(found)
 
-    def joined(self, name: str) -> torch.Tensor:
-        """Return what was noted under a name, of all batches; empty where there were none."""
-        return torch.cat(self.lists[name] or [torch.empty(0)])
-
-
-class _Joined:
-    """The state of the weights beside that of the method itself."""
-
-    def __init__(self, weights: Reweighting, method: Stateful | None) -> None:
-        self.weights, self.method = weights, method
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        own = {_PREFIX + name: tensor for name, tensor in self.weights.state_dict().items()}
-        return own | (self.method.state_dict() if self.method is not None else {})
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.weights.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)})
-        if self.method is not None:
-            self.method.load_state_dict({k: v for k, v in state.items() if not k.startswith(_PREFIX)})
-
-
-def _largest(number: int, accelerator: Accelerator) -> int:
-    """Return the largest of the processes' numbers."""
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-
-
-def _total(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Return the sum of a tensor over the processes, on the CPU in float64."""
-    summed: torch.Tensor = accelerator.reduce(values.float().to(accelerator.device), reduction="sum")
-    return summed.cpu().double()
-
-
-def _by_position(positions: torch.Tensor, values: torch.Tensor, size: int, accelerator: Accelerator) -> torch.Tensor:
-    """Return all processes' values in one tensor by position (`size`, float64), 0 elsewhere."""
-    full = torch.zeros(size)
-    full[positions] = values.float()
-    return _total(full, accelerator)
+    def gathered(self) -> list[torch.Tensor]:
+        """Return positions, labels and, if asked, which answers were right and the features, of all processes."""
+        return [torch.cat(columns) for columns in zip(*gather_object(self.batches), strict=True)]

@@ -25,6 +25,7 @@ from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
+from hfdetox.training.reweighting import Reweighting
 from hfdetox.triggers import BadNets
 from tests.attacks.toy_jobs import toy_classifier
 from tests.defenses.pixels import corner_backdoored
@@ -154,6 +155,20 @@ def tracked(folder: Path, device: str) -> bool:
     return everyone == list(range(accelerator.num_processes)) and any(folder.glob("logs/**/events.*"))
 
 
+@torch.no_grad()
+def looked_alone(accelerator: Accelerator) -> list[float]:
+    """Return the classes' accuracies where the main process alone has any held-out images."""
+    weights = Reweighting("class")
+    network, images, labels = vit(), toy_pixels(6, SIDE).images, torch.tensor([0, 1, 2, 0, 1, 2])
+    assert images is not None
+    for each in weights.probes("fit")()[:1]:
+        if accelerator.is_main_process:
+            each.on_batch(network, Batch(images.float(), labels, torch.ones(6), torch.arange(6)))
+        assert each.finish is not None
+        each.finish(accelerator)
+    return weights.accuracy.tolist()
+
+
 def work(folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Return everything that must not depend on the number of processes."""
     accelerator = make_accelerator(device, "no")
@@ -168,6 +183,7 @@ def work(folder: Path, device: str = "cpu") -> dict[str, Any]:
     curve(batchnorm, CONFIG, accelerator)
     found["same everywhere"]["batchnorm"] = same_everywhere(batchnorm, accelerator)
     found["defenses"] = {name: defended(name, accelerator) for name in DEFENSES}
+    found["looked alone"] = looked_alone(accelerator)
     found["resumed"] = resumed(folder, accelerator)
     found["tracked"] = tracked(folder, device)
     accelerator.wait_for_everyone()

@@ -164,9 +164,7 @@ def no_tensors(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_one_line(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     store = saved(tmp_path)
     damage(tmp_path / "checkpoint")
-    with pytest.raises(
-        RunError, match=r"checkpoint in .* cannot be read \(.*\); start again without --resume"
-    ) as caught:
+    with pytest.raises(RunError, match=r"checkpoint in .* cannot be read: .*; start again without --resume") as caught:
         store.load()
     assert "\n" not in str(caught.value)
 

@@ -70,6 +70,11 @@ def test_a_killed_run_of_two_processes_goes_on_to_the_same_weights(two: dict[str
     assert two["resumed"]
 
 
+def test_a_process_without_held_out_images_adds_nothing(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert two["looked alone"] == one["looked alone"]
+    assert len(one["looked alone"]) == 3
+
+
 def test_the_processes_go_on_after_a_run_with_a_tracker(one: dict[str, Any], two: dict[str, Any]) -> None:
     """`Accelerator.end_training` destroys the process group, which measuring needs."""
     assert one["tracked"]

@@ -357,7 +357,6 @@ def test_progress_shows_loss_and_speed(
     accelerator: Accelerator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    monkeypatch.setattr("hfdetox.training.engine.REFRESH_SECONDS", 0.0)
     monkeypatch.setattr("hfdetox.progress.LOG_SECONDS", 0.0)
     network = mlp()
     Engine(accelerator, ToyImages(), progress=True).run(network, [make_phase(network)])

@@ -19,7 +19,7 @@ from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
-from hfdetox.training.reweighting import Reweighting, _Seen, class_weights, critic_weights, image_weights, reweighted
+from hfdetox.training.reweighting import Reweighting, class_weights, critic_weights, image_weights, reweighted
 from tests.defenses.pixels import pixel_convnet
 from tests.tiny_training import Scaled, ToyImages, _quick_garbage, accelerator, equal_weights, mlp, weights_of
 
@@ -258,15 +258,6 @@ def test_the_held_out_fifth_is_not_trained_on(accelerator: Accelerator) -> None:
     assert len(record.history) == 4
     assert all(0 <= entry["worst_class_drop"] <= 1 and entry["class_spread"] >= 0 for entry in record.history)
     assert not any(module._forward_pre_hooks for module in network.modules())
-
-
-def test_a_process_without_held_out_images_adds_nothing(accelerator: Accelerator) -> None:
-    seen = _Seen(asked=True)
-    # what such a process notes; alone, it knows of no class
-    assert [len(seen.joined(name)) for name in ("labels", "right")] == [0, 0]
-    weights = Reweighting("class")
-    assert weights._see_classes(seen, accelerator, first=True) == {}
-    assert weights.accuracy.shape == (0,)
 
 
 @pytest.mark.parametrize("name", ["anp", "rnp", "i-bau", "ims", "clp", "bn", "bnp", "bna"])
