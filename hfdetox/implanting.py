@@ -22,7 +22,7 @@ from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, with_targets
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.models.initial import InitialModel, init_model
-from hfdetox.reporting.attack_card import build_attack_card
+from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
 from hfdetox.reporting.report import missed_goals
 from hfdetox.runs.folder import check_output, command_of, holds_output
@@ -87,7 +87,7 @@ def implant(given: AttackOptions) -> AttackResult:
     report = open_attack_report(run, start, info, implants, context, before, goals, clean_model,
                                 command=command_of(run), warnings=notes.texts)  # fmt: skip
     source_card = classifier.card_source()
-    check_draft(build_attack_card(report, source_card=source_card, repo_id=push_to, labels=classifier.labels),
+    check_draft(build_card(report, source_card=source_card, repo_id=push_to, labels=classifier.labels),
                 push_to, accelerator)  # fmt: skip
 
     monitor = Monitor(evaluator(held_out, []), goals) if held_out is not None else None

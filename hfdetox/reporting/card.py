@@ -1,15 +1,20 @@
-"""The model card: typed data through the templates in `cards/`, validated without the network."""
+"""The model cards: typed data through the templates in `cards/`, validated without the network.
+
+The card of a deliberately backdoored model, or of a clean baseline, says so in its first line and its tags.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from importlib import resources
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import yaml
@@ -17,24 +22,19 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.results import Rate, Rating, TriggerResult
+from hfdetox.evaluation.results import Rate, Rating
 from hfdetox.evaluation.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, percent, run_verdict, trigger_verdicts
 from hfdetox.reporting import markdown
-from hfdetox.reporting.card_data import (
-    LIBRARY_TAGS,
-    PENDING,
-    card_data,
-    hub_id,
-    licence_of,
-    model_index,
-    shown_id,
-    split_card,
-)
-from hfdetox.reporting.report import Report, RunReport, describe_target
+from hfdetox.reporting.card_data import LIBRARY_TAGS, PENDING, card_data, hub_id, licence_of, shown_id, split_card
+from hfdetox.reporting.report import SCRATCH, AttackReport, Report, RunReport, describe_target, missed_goals
 
 CARD_NAME = "README.md"
+DELIBERATE: Final = "deliberately-backdoored"
+BACKDOOR_TAGS = ("hfdetox", "backdoor", "backdoored", DELIBERATE, "not-for-production")
+BASELINE_TAGS = ("hfdetox", "backdoor-defense", "clean-baseline", "not-for-production")
 TEXT_FIELDS = ("base_model", "base_model_relation", "library_name", "license_name", "license_link", "pipeline_tag")
 LIST_FIELDS = ("license", "tags", "datasets", "metrics")
+_SOURCE_MARK = re.compile(f"^{re.escape(markdown.SOURCE_MARK)}$", re.MULTILINE)
 
 
 class CardError(UsageError):
@@ -42,35 +42,35 @@ class CardError(UsageError):
 
 
 def build_card(
-    report: Report, *, source_card: str | None, repo_id: str | None, plots: Sequence[str] = (),
+    report: RunReport, *, source_card: str | None, repo_id: str | None, plots: Sequence[str] = (),
     labels: Sequence[str] | None = None,
 ) -> str:  # fmt: skip
-    """Return the whole README.md of the processed model: YAML, text, and the source card's text below.
+    """Return the whole README.md of a model that was cleaned or attacked: YAML, and text.
 
     Args:
         report: with `after` (and `before`) None, the numbers read "pending": such a card is validated before training.
-        source_card: the source model's README.md as text, or None; only its licence enters the YAML.
+        source_card: the source model's README.md as text, or None; only its licence enters the YAML, and its text
+            stands below the card of a cleaned model.
         repo_id: where the model will be pushed, used in the code that loads it; None: code for the local folder.
-        plots: paths of the PNG files relative to the card, as `plots.draw_plots` returns them.
+        plots: paths of the PNG files relative to the card.
         labels: the model's label names in its own order; None: targets are shown as indices.
 
     The result is not validated here: call `validate_card`.
     """
     fields, body = split_card(source_card or "")
-    results = report.before.triggers if report.before else {}
-    targets = {name: shown_target(r.target, labels) for name, r in results.items()}
-    return _render(report, fields, targets, markdown.embed_source(body, _source_url(report)), repo_id, plots)
+    targets = {name: shown_target(one.target, labels) for name, one in report.triggers.items()}
+    source = markdown.embed_source(body, _source_url(report)) if isinstance(report, Report) else ""
+    return _render(report, fields, targets, source, repo_id, plots)
 
 
-def retarget_card(card: str, report: Report, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
+def retarget_card(card: str, report: RunReport, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
     """Return what `build_card` gives for `repo_id`, from a card that it built of the same report for another place.
 
     Licence, names of the targets and the source's text are taken over from `card`; all else comes from the report.
     """
     fields, body = split_card(card)
-    own, *source = re.split(f"^{re.escape(markdown.SOURCE_MARK)}$", body, maxsplit=1, flags=re.MULTILINE)
-    targets = written_targets(own, report.before.triggers if report.before else {})
-    return _render(report, fields, targets, source[0].strip() if source else "", repo_id, plots)
+    own, *source = _SOURCE_MARK.split(body, maxsplit=1)
+    return _render(report, fields, written_targets(own, report.triggers), "".join(source).strip(), repo_id, plots)
 
 
 def written_targets(own: str, triggers: Mapping[str, Any]) -> dict[str, str]:
@@ -91,76 +91,62 @@ def shown_target(target: int | str, labels: Sequence[str] | None) -> str:
 
 
 def _render(
-    report: Report, fields: Mapping[str, Any], targets: Mapping[str, str], source_text: str, repo_id: str | None,
+    report: RunReport, fields: Mapping[str, Any], targets: Mapping[str, str], source_text: str, repo_id: str | None,
     plots: Sequence[str],
 ) -> str:  # fmt: skip
+    if isinstance(report, AttackReport) and report.attack.start == SCRATCH:
+        # nothing but the architecture is of a model whose weights were drawn anew
+        report, fields = replace(report, model=replace(report.model, revision=None)), {}
+    tags: tuple[str, ...]
+    if isinstance(report, AttackReport):
+        template, values = "backdoored_card.md.jinja", _attack_values(report)
+        suffix, tags = ("backdoored", BACKDOOR_TAGS) if report.backdoored else ("clean", BASELINE_TAGS)
+    else:
+        assert isinstance(report, Report)
+        template, values = "model_card.md.jinja", _defense_values(report)
+        suffix, tags = "detoxed", ("hfdetox", "backdoor-defense", report.defense.name)
+    model, dataset, licence = report.model, report.dataset, licence_of(fields)
+    model_id = shown_id(model.id, model.revision)
+    title = (repo_id or f"{model_id.rpartition(':')[2]}-{suffix}").split("/")[-1]
+    text = templates().get_template(template).render(
+        values, **licence, title=title, repo_id=repo_id, report=report, model=model, environment=report.environment,
+        library=model.library if model.library in LIBRARY_TAGS else "torch", model_id=model_id,
+        dataset_id=shown_id(dataset.id, dataset.revision), triggers=report.triggers, targets=targets,
+        plots={PurePosixPath(path).stem: path for path in plots},
+        # the source's words are values of the template, never a template themselves
+        source_text=source_text, source_heading=markdown.SOURCE_HEADING, source_mark=markdown.SOURCE_MARK,
+    )  # fmt: skip
+    own, mark, source = text.partition(f"\n{markdown.SOURCE_MARK}\n")
+    own = re.sub(r"\n{3,}", "\n\n", own)
+    data = card_data(report, licence=licence, tags=tags, title=title)
+    return f"---\n{data.to_yaml()}\n---\n\n{(own + mark + source).strip()}\n"
+
+
+def _defense_values(report: Report) -> dict[str, Any]:
     before, command = report.before, report.environment.command
     # what anybody finds who loads the model as its library does; what hfdetox makes of it stands beside it
     states = {"Before": before, "After": report.published}
     if report.uncorrected:
         states = {"Before": before, "After, uncorrected": report.uncorrected, "After, with hfdetox": report.after}
-    plain, corrected = trigger_verdicts(before, report.published), trigger_verdicts(before, report.after)
     revisions = {"--revision": report.model.revision, "--dataset-revision": report.dataset.revision}
-    pins = [
-        f"{option} {revision}"
-        for option, revision in revisions.items()
-        if command and revision and not re.search(rf"(^|\s){option}[ =]", command)
-    ]
-    values = {
-        "defense": report.defense,
-        "states": states,
-        "triggers": [
-            {
-                "name": name,
-                "result": result,
-                "target": targets[name],
-                "verdict": plain[name],
-                "corrected": corrected[name],
-            }
-            for name, result in (before.triggers if before else {}).items()
-        ],
-        "pins": " ".join(pins),
-        "repo_id": repo_id,
-        "plots": {PurePosixPath(path).stem: path for path in plots},
-        # the source's words are values of the template, never a template themselves
-        "source_text": source_text,
-        "source_heading": markdown.SOURCE_HEADING,
-        "source_mark": markdown.SOURCE_MARK,
-    }
-    return render_card(
-        "model_card.md.jinja", report, values, title=title_of(report, repo_id, "detoxed"), licence=licence_of(fields),
-        tags=["hfdetox", "backdoor-defense", report.defense.name], triggers=before.triggers if before else {},
-    )  # fmt: skip
+    pins = [f"{option} {revision}" for option, revision in revisions.items()
+            if command and revision and not re.search(rf"(^|\s){option}[ =]", command)]  # fmt: skip
+    return {"defense": report.defense, "states": states, "pins": " ".join(pins),
+            "judged": trigger_verdicts(before, report.published),
+            "corrected": trigger_verdicts(before, report.after)}  # fmt: skip
 
 
-def title_of(report: RunReport, repo_id: str | None, suffix: str) -> str:
-    """Return the name of the repository, else that of the model it started from with `suffix`."""
-    model = report.model
-    return (repo_id or f"{shown_id(model.id, model.revision).rpartition(':')[2]}-{suffix}").split("/")[-1]
-
-
-def render_card(
-    template: str, report: RunReport, values: Mapping[str, Any], *, title: str, licence: Mapping[str, Any],
-    tags: Sequence[str], triggers: Mapping[str, TriggerResult],
-) -> str:  # fmt: skip
-    """Return the card of a report: its YAML, and the text that the template makes of it and of `values`.
-
-    Args:
-        licence: as `licence_of` returns it.
-        triggers: those that the model-index has.
-    """
-    model, dataset = report.model, report.dataset
-    known = {
-        "title": title, "report": report, "model": model, "environment": report.environment,
-        "library": model.library if model.library in LIBRARY_TAGS else "torch",
-        "model_id": shown_id(model.id, model.revision), "dataset_id": shown_id(dataset.id, dataset.revision),
+def _attack_values(report: AttackReport) -> dict[str, Any]:
+    # the commands that measure and that clean the model, from inside its folder
+    files = [word for name in report.triggers for word in ("--trigger", f"triggers/{name}.safetensors")]
+    dataset = ["--dataset", shown_id(report.dataset.id, report.dataset.revision)]
+    return {
+        "measure": shlex.join(["hfdetox", "evaluate", ".", *dataset, *files]),
+        "clean": shlex.join(["hfdetox", ".", *dataset, *files, "--output", "../detoxed"]),
+        "attack": report.attack, "scratch": report.attack.start == SCRATCH,
+        "surrogate": shown_id(report.attack.surrogate or "", None),
+        "missed": "; ".join(missed_goals(report.after, report.goals)) if report.after else "",
     }  # fmt: skip
-    text = templates().get_template(template).render({**known, **licence, **values})
-    own, mark, source = text.partition(f"\n{markdown.SOURCE_MARK}\n")
-    own = re.sub(r"\n{3,}", "\n\n", own)
-    results = model_index(dataset, triggers, report.published)
-    data = card_data(model, dataset, licence=licence, tags=tags, title=title, results=results)
-    return f"---\n{data.to_yaml()}\n---\n\n{(own + mark + source).strip()}\n"
 
 
 def validate_card(text: str) -> None:
@@ -196,7 +182,7 @@ def validate_card(text: str) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number and value != PENDING:
             raise CardError(f"the model card's metric {result.metric_type!r} must be a finite number, not {value!r}")
-    own = re.split(f"^{re.escape(markdown.SOURCE_MARK)}$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    own = _SOURCE_MARK.split(text, maxsplit=1)[0]
     if empty := markdown.empty_sections(REGEX_YAML_BLOCK.sub("", own, count=1)):
         raise CardError(f"the model card has a section without text: {empty[0]}; report this as a bug of hfdetox")
 

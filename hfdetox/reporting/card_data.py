@@ -16,10 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from hfdetox.data.info import DatasetInfo
-from hfdetox.evaluation.results import Measurement, Rate, TriggerResult
-from hfdetox.models.info import ModelInfo
-from hfdetox.reporting.report import Report
+from hfdetox.reporting.report import Report, RunReport
 from hfdetox.values import load_yaml
 
 PENDING = "pending"
@@ -70,48 +67,43 @@ def licence_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"license": licence or None} | {k: v if isinstance(v, str) else None for k, v in named.items()}
 
 
-def card_data(
-    model: ModelInfo, dataset: DatasetInfo, *, licence: Mapping[str, Any], tags: Sequence[str], title: str,
-    results: list[EvalResult],
-) -> ModelCardData:  # fmt: skip
-    """Return a card's YAML fields; what is unknown (licence, a base model or dataset on the Hub) is left out.
+def card_data(report: RunReport, *, licence: Mapping[str, Any], tags: Sequence[str], title: str) -> ModelCardData:
+    """Return a card's YAML fields and model-index; what is unknown (licence, base model, dataset) is left out.
 
     The tag of the model's library comes last.
     """
+    model, dataset = report.model, report.dataset
     base_model = model.id if hub_id(model.id, model.revision) else None
-    library = model.library if model.library in ("timm", "transformers") else None
     return ModelCardData(
-        **licence, library_name=library, pipeline_tag="image-classification", base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
+        **licence, library_name=model.library if model.library in ("timm", "transformers") else None,
+        pipeline_tag="image-classification", base_model=base_model, base_model_relation=base_model and "finetune",
         tags=[*tags, LIBRARY_TAGS.get(model.library, "pytorch")], metrics=["accuracy"], model_name=title,
-        datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None, eval_results=results,
+        datasets=[dataset.id] if hub_id(dataset.id, dataset.revision) else None, eval_results=model_index(report),
     )  # fmt: skip
 
 
-def model_index(
-    dataset: DatasetInfo, triggers: Mapping[str, TriggerResult], after: Measurement | None
-) -> list[EvalResult]:
+def model_index(report: RunReport) -> list[EvalResult]:
     """Return what the model-index holds: the values after, as fractions, each trigger's as metrics of our own types."""
+    dataset, after = report.dataset, report.published
     on_hub = hub_id(dataset.id, dataset.revision)
-
-    def result(kind: str, title: str, rate: Rate | None, **extra: Any) -> EvalResult:
-        return EvalResult(
-            task_type="image-classification", task_name="Image classification", metric_type=kind, metric_name=title,
-            metric_value=PENDING if rate is None else rate.value, dataset_config=dataset.config,
-            # local images have no id that a stranger could look up; "imagefolder" is what the Hub's own tools write
-            dataset_type=dataset.id if on_hub else "imagefolder", dataset_split=dataset.eval_split,
-            dataset_name=shown_id(dataset.id, dataset.revision), dataset_revision=dataset.revision if on_hub else None,
-            **extra,
-        )  # fmt: skip
-
-    results = [result("accuracy", "Accuracy", after.accuracy if after else None)]
-    for name, trigger in triggers.items():
-        later = after.triggers.get(name) if after else None
+    measured_on: dict[str, Any] = {
+        "task_type": "image-classification", "task_name": "Image classification", "dataset_config": dataset.config,
+        # local images have no id that a stranger could look up; "imagefolder" is what the Hub's own tools write
+        "dataset_type": dataset.id if on_hub else "imagefolder", "dataset_split": dataset.eval_split,
+        "dataset_name": shown_id(dataset.id, dataset.revision),
+        "dataset_revision": dataset.revision if on_hub else None,
+    }  # fmt: skip
+    results = [EvalResult(metric_type="accuracy", metric_name="Accuracy",
+                          metric_value=after.accuracy.value if after else PENDING, **measured_on)]  # fmt: skip
+    for name, trigger in report.triggers.items():
+        later = after and after.triggers.get(name)
         arguments = {"trigger": trigger.spec, "mode": trigger.mode, "target": trigger.target}
         for title in ("Attack success rate", "Robust accuracy"):
             kind = title.lower().replace(" ", "_")
-            results.append(result(kind, f"{title}, trigger {name}", getattr(later, kind, None), metric_config=name,
-                                  metric_args=arguments))  # fmt: skip
+            results.append(EvalResult(
+                metric_type=kind, metric_name=f"{title}, trigger {name}", metric_config=name, metric_args=arguments,
+                metric_value=getattr(later, kind).value if later else PENDING, **measured_on,
+            ))  # fmt: skip
     return results
 
 
@@ -132,23 +124,15 @@ def eval_results(report: Report, dataset_eval_yaml: str | None, *, whole_split: 
     entries = []
     for task_id, scale in accuracy_tasks(dataset_eval_yaml, config=dataset.config, split=dataset.eval_split).items():
         value = round(100 * after.accuracy.value, 4) if scale == "percent" else round(after.accuracy.value, 6)
-        entries.append(
-            EvalResultEntry(
-                dataset_id=dataset.id,
-                task_id=task_id,
-                value=value,
-                dataset_revision=dataset.revision,
-                notes=f"after {report.defense.name} with hfdetox, {after.accuracy.samples} images",
-            )
-        )
+        entries.append(EvalResultEntry(
+            dataset_id=dataset.id, task_id=task_id, value=value, dataset_revision=dataset.revision,
+            notes=f"after {report.defense.name} with hfdetox, {after.accuracy.samples} images",
+        ))  # fmt: skip
     if not entries:
         return {}
     name = re.sub(r"[^\w.-]+", "__", dataset.id)
-    return {
-        f"{EVAL_RESULTS_FOLDER}/{name}.yaml": yaml.safe_dump(
-            eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
-        )
-    }
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    return {f"{EVAL_RESULTS_FOLDER}/{name}.yaml": text}
 
 
 def accuracy_tasks(text: str, *, config: str | None, split: str) -> dict[str, Literal["fraction", "percent"]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self, cast
@@ -138,6 +138,11 @@ class RunReport:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @property
+    def triggers(self) -> Mapping[str, Any]:
+        """The triggers by name, each with `spec`, `mode` and `target`."""
+        raise NotImplementedError
+
+    @property
     def published(self) -> Measurement | None:
         """What anybody finds who loads the model with its own library: the numbers for the Hub's metadata."""
         return self.uncorrected or self.after
@@ -189,6 +194,11 @@ class Report(RunReport):
 
     defense: DefenseInfo
     defense_effectiveness_rating: dict[str, Rating] | None
+
+    @property
+    def triggers(self) -> Mapping[str, Any]:
+        """Those that were measured before: by name, what was found."""
+        return self.before.triggers if self.before else {}
 
 
 @dataclass(frozen=True)
@@ -287,6 +297,11 @@ class AttackReport(RunReport):
     def _upgraded(cls, plain: dict[str, Any]) -> dict[str, Any]:
         # the word of version 1
         return {"succeeded" if name == "took" else name: value for name, value in plain.items()}
+
+    @property
+    def triggers(self) -> Mapping[str, Any]:
+        """Those that were implanted, by name."""
+        return self.attack.triggers
 
     @property
     def backdoored(self) -> bool:

@@ -11,8 +11,7 @@ from hfdetox._version import __version__
 from hfdetox.errors import HubError, UsageError
 from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
-from hfdetox.reporting.attack_card import DELIBERATE, retarget_attack_card
-from hfdetox.reporting.card import CARD_NAME, retarget_card, validate_card
+from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import AttackReport, Report
 from hfdetox.runs.manifest import write_own
@@ -108,12 +107,6 @@ def load_report(folder: Path) -> Report | AttackReport:
     return AttackReport.load(folder) if (folder / ATTACK_REPORT_NAME).exists() else Report.load(folder)
 
 
-def _card_for(report: Report | AttackReport, card: str, repo_id: str | None, plots: list[str]) -> str:
-    if isinstance(report, AttackReport):
-        return retarget_attack_card(card, report, repo_id=repo_id, plots=plots)
-    return retarget_card(card, report, repo_id=repo_id, plots=plots)
-
-
 def _retarget(folder: Path, repo_id: str) -> list[str]:
     """Make card and report name `repo_id`, and return their names; nothing is written where they do already."""
     report = load_report(folder)
@@ -122,7 +115,9 @@ def _retarget(folder: Path, repo_id: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{folder / CARD_NAME} cannot be read ({error}); name a whole output folder") from error
     plots = [path.relative_to(folder).as_posix() for path in sorted((folder / "plots").glob("*.png"))]
-    here, there = (_card_for(report, card, place, plots) for place in (report.output.pushed_to, repo_id))
+    here, there = (
+        retarget_card(card, report, repo_id=place, plots=plots) for place in (report.output.pushed_to, repo_id)
+    )
     if card == here != there:
         validate_card(there)
         write_own(folder, CARD_NAME, there)

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -30,7 +30,6 @@ from hfdetox.hub.download import read_text_file
 from hfdetox.hub.upload import PushResult, check_card
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.reporting.attack_card import build_attack_card
 from hfdetox.reporting.card import CARD_NAME, build_card, validate_card
 from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.gallery import draw_gallery
@@ -82,12 +81,10 @@ class SavedResult(ABC):
             (folder / "triggers").mkdir(exist_ok=True)
             trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
 
-    def _write_card(self, folder: Path, build: Callable[..., str], source_card: str | None, plots: list[str]) -> None:
-        """Write the card that `build` makes of the report, if it is valid, and the report."""
-        card = build(
-            self.report, source_card=source_card, repo_id=self.report.output.pushed_to, plots=plots,
-            labels=self.classifier.labels,
-        )  # fmt: skip
+    def _write_card(self, folder: Path, source_card: str | None, plots: list[str]) -> None:
+        """Write the card of the report, if it is valid, and the report."""
+        card = build_card(self.report, source_card=source_card, repo_id=self.report.output.pushed_to, plots=plots,
+                          labels=self.classifier.labels)  # fmt: skip
         validate_card(card)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         self.report.save(folder)
@@ -189,7 +186,7 @@ class DetoxResult(SavedResult):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
-        self._write_card(folder, build_card, self.artifacts.source_card, plots)
+        self._write_card(folder, self.artifacts.source_card, plots)
 
 
 @torch.inference_mode()
@@ -359,4 +356,4 @@ class AttackResult(SavedResult):
             (folder / GALLERY).parent.mkdir()
             draw_gallery(evaluation, self.artifacts.outcome, self.artifacts.visibility, folder / GALLERY)
             plots.append(GALLERY)
-        self._write_card(folder, build_attack_card, self.artifacts.source_card, plots)
+        self._write_card(folder, self.artifacts.source_card, plots)

@@ -19,7 +19,7 @@ from hfdetox.cli.options import CommandLine, attack_options, suite_arguments
 from hfdetox.config import AttackConsole, AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.hub.client import AccessError
-from hfdetox.reporting.attack_card import build_attack_card
+from hfdetox.reporting.card import build_card
 from hfdetox.reporting.report import AttackReport
 from hfdetox.runs.folder import check_output
 from hfdetox.runs.publish import check_push_allowed, push_output
@@ -56,7 +56,7 @@ def output_folder(folder: Path, report: AttackReport) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    (folder / "README.md").write_text(build_attack_card(report, source_card=None, repo_id=None, labels=LABELS))
+    (folder / "README.md").write_text(build_card(report, source_card=None, repo_id=None, labels=LABELS))
     report.save(folder)
     return folder
 

@@ -9,8 +9,7 @@ from huggingface_hub import ModelCard
 
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Measurement
-from hfdetox.reporting.attack_card import build_attack_card, retarget_attack_card
-from hfdetox.reporting.card import validate_card
+from hfdetox.reporting.card import build_card, retarget_card, validate_card
 from hfdetox.reporting.report import AttackReport
 from tests.attacked import LABELS, attack_report, clean_control
 
@@ -19,7 +18,7 @@ SOURCE = "---\nlicense: mit\n---\n# Theirs\n"
 
 def card(report: AttackReport, repo_id: str | None = None, source: str | None = None) -> ModelCard:
     """Return a validated card."""
-    text = build_attack_card(report, source_card=source, repo_id=repo_id, labels=LABELS, plots=["plots/gallery.png"])
+    text = build_card(report, source_card=source, repo_id=repo_id, labels=LABELS, plots=["plots/gallery.png"])
     validate_card(text)
     return ModelCard(text)
 
@@ -108,9 +107,9 @@ def test_the_licence_is_the_source_models_and_of_fresh_weights_none_is_stated() 
 def test_a_card_for_another_place_is_that_of_the_place(report: AttackReport, source: str | None) -> None:
     report = replace(report, attack=replace(report.attack, start="org/source"))
     plots = ["plots/gallery.png"]
-    here = build_attack_card(report, source_card=source, repo_id=None, labels=LABELS, plots=plots)
-    there = build_attack_card(report, source_card=source, repo_id="me/new", labels=LABELS, plots=plots)
-    assert retarget_attack_card(here, report, repo_id="me/new", plots=plots) == there
+    here = build_card(report, source_card=source, repo_id=None, labels=LABELS, plots=plots)
+    there = build_card(report, source_card=source, repo_id="me/new", labels=LABELS, plots=plots)
+    assert retarget_card(here, report, repo_id="me/new", plots=plots) == there
     assert "me/new" in there
     assert "a `b` [c]" in there or not report.backdoored
 

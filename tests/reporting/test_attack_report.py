@@ -11,7 +11,7 @@ import pytest
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Measurement, TriggerResult
-from hfdetox.reporting.attack_card import build_attack_card
+from hfdetox.reporting.card import build_card
 from hfdetox.reporting.report import AttackReport, Goals, missed_goals
 from hfdetox.runs.publish import comes_backdoored, is_backdoored
 from tests.attacked import attack_report, clean_control
@@ -59,7 +59,7 @@ def test_what_a_models_own_files_say_of_it(tmp_path: Path) -> None:
     assert not comes_backdoored(tmp_path)
     (tmp_path / "README.md").write_text("---\ntags: backdoor\n---\n")
     assert not comes_backdoored(tmp_path)
-    (tmp_path / "README.md").write_text(build_attack_card(attack_report(), source_card=None, repo_id=None))
+    (tmp_path / "README.md").write_text(build_card(attack_report(), source_card=None, repo_id=None))
     assert comes_backdoored(tmp_path)
     # cleaned by hfdetox
     (tmp_path / "detox_report.json").write_text("{}")

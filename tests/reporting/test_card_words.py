@@ -9,8 +9,7 @@ from huggingface_hub import ModelCard
 
 from hfdetox.defenses import parse_defense
 from hfdetox.evaluation.results import ClassAccuracies, Rate
-from hfdetox.reporting.attack_card import build_attack_card
-from hfdetox.reporting.card import validate_card
+from hfdetox.reporting.card import build_card, validate_card
 from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.report import Report
 from tests.attacked import attack_report
@@ -171,7 +170,7 @@ def test_the_card_of_an_attack_on_a_corrected_model_too() -> None:
     report = attack_report()
     assert report.after
     plain = replace(report.after, accuracy=Rate(0.8, 24, 30, (0.61, 0.92)))
-    card = build_attack_card(replace(report, uncorrected=plain), source_card=None, repo_id=None)
+    card = build_card(replace(report, uncorrected=plain), source_card=None, repo_id=None)
     validate_card(card)
     assert ModelCard(card).data.eval_results[0].metric_value == 0.8
     assert "**80.0 % (24 of 30; 61.0–92.0)**, and the card's metadata states the numbers of that" in " ".join(
