@@ -1,8 +1,12 @@
-"""Files and folders that are there whole or not at all, and are changed by one process at a time."""
+"""Files and folders: there whole or not at all, changed by one process at a time, and known by what is in them.
+
+Their checksums are those that the Hub names them by.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -12,8 +16,10 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import RunError, UsageError
 
@@ -24,6 +30,11 @@ MANIFEST = ".hfdetox-manifest.json"
 LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
 # how often a folder that vanishes while its lock is taken is made anew
 _TRIES = 20
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class NotSafetensorsError(UsageError):
+    """A file that is called `.safetensors` and is not one."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -125,6 +136,42 @@ def _holder(folder: Path) -> str:
         return f" by process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits; this is how the Hub names a large (LFS) file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_sha1_file(path: Path) -> str:
+    """Return the id git gives a file's bytes, 40 hex digits; this is how the Hub names a regular file."""
+    head = b"blob %d\0" % path.stat().st_size
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha1(head, usedforsecurity=False)).hexdigest()
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file: tensor name to dtype, shape and offsets, plus `__metadata__`.
+
+    The offsets are checked against the size of the file by the format's own reader; no tensor is read.
+    Raises NotSafetensorsError (a UsageError) when the file is something else, a git-lfs pointer for instance.
+    """
+    with path.open("rb") as file:
+        start = file.read(8 + len(_LFS_POINTER))
+        if start.startswith(_LFS_POINTER):
+            raise NotSafetensorsError(f"{path.name} is a git-lfs pointer, not weights; run `git lfs pull` there")
+        try:
+            with safe_open(str(path), framework="numpy"):
+                pass
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())
+            message = f"{path.name} is not a safetensors file ({reason}); get a whole copy of it"
+            raise NotSafetensorsError(message) from error
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header
 
 
 def is_inside(path: Path, root: Path) -> bool:

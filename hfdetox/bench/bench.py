@@ -17,8 +17,7 @@ from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
-from hfdetox.files import locked
-from hfdetox.hub.checksums import sha256_file
+from hfdetox.files import locked, sha256_file
 from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
 from hfdetox.runs.folder import RUN_FILE
 

@@ -20,7 +20,7 @@ from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
 from hfdetox.config import NONE
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import percent
-from hfdetox.hub.checksums import sha256_file
+from hfdetox.files import sha256_file
 from hfdetox.reporting import markdown
 from hfdetox.reporting.report import AttackReport
 from hfdetox.training.sharpness import parse_adaptive

@@ -127,12 +127,9 @@ def asked_delay(error: BaseException) -> float | None:
 
 
 def ask(
-    call: Callable[[], Answer],
-    what: str,
-    *,
-    retry: Retry | None = None,
+    call: Callable[[], Answer], what: str, *, retry: Retry | None = None,
     recover: Callable[[BaseException], Answer | None] | None = None,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """Return `call()`, repeated as `retry`, else DEFAULT_RETRY, says.
 
     `what` names the thing asked for in messages ("model org/m"). `recover` sees each failure, after the pause and
@@ -183,8 +180,8 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
         return _translate_status(error, what)
     if "Invalid metadata in README.md" in str(error):
         return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
+    reason = _line(str(error)) or type(error).__name__
     if isinstance(error, (http.TransportError, http.InvalidURL)) or _is_network(error):
-        reason = _line(str(error)) or type(error).__name__
         return UnreachableError(
             f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); check the network and "
             "HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use files that are cached"
@@ -193,7 +190,6 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
         return _translate_local(error, what)
     if _is_cut_file(error):
         return IntegrityError(f"a file of {what} arrived incomplete; run it again")
-    reason = _line(str(error)) or type(error).__name__
     return UnreachableError(
         f"{constants.ENDPOINT} does not answer as a Hub does for {what} ({reason}); check HF_ENDPOINT and proxies"
     )

@@ -21,8 +21,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.errors import RunError, UsageError
-from hfdetox.files import write_atomically
-from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
+from hfdetox.files import check_safetensors, git_sha1_file, sha256_file, write_atomically
 from hfdetox.hub.client import IntegrityError, OfflineError, UnknownRepoError, UnreachableError, ask, not_cached
 
 RepoType = Literal["model", "dataset"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from huggingface_hub.errors import BadRequestError, HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from hfdetox.errors import UsageError
-from hfdetox.files import MANIFEST, REPORT_NAMES
-from hfdetox.hub.checksums import check_safetensors, git_sha1_file, sha256_file
+from hfdetox.files import MANIFEST, REPORT_NAMES, check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 
@@ -48,15 +47,6 @@ class PushResult:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Who pushes (`account`, a user name) and where to; `state` is None for a repository that is not there yet."""
-
-    repo_id: str
-    account: str
-    state: RepoState | None
-
-
-@dataclass(frozen=True)
 class _Plan:
     """The content of one commit on top of `parent`: files by their path in the repository, and paths to delete."""
 
@@ -78,7 +68,7 @@ def check_repo(
     Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden).repo_id
+    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)[0]
 
 
 def check_card(text: str) -> None:
@@ -121,19 +111,24 @@ def push_folder(
     """
     files = _local_files(folder)
     private = private or hidden
-    target = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)
+    name, user, state = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)
     if retarget is not None:
-        files.update({name: _local_file(folder / name) for name in retarget(target.repo_id)})
-    state = target.state or _create(target.repo_id, private, overwrite)
+        files.update({changed: _local_file(folder / changed) for changed in retarget(name)})
+    state = state or _create(name, private, overwrite)
     stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state))))
-    plan = _Plan(state.id, target.account, state.sha, folder, files, stale, message, create_pr)
+    plan = _Plan(state.id, user, state.sha, folder, files, stale, message, create_pr)
     if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
         return _result(plan, state.sha, None)
     return _commit(plan)
 
 
-def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool) -> _Target:
-    """Look at the repository; one that is `hidden` is not to be seen by others, whatever exists."""
+def _look(
+    repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool
+) -> tuple[str, str, RepoState | None]:
+    """Return the repository's whole id, the user, and how it is now, None where there is none yet.
+
+    One that is `hidden` is not to be seen by others, whatever exists.
+    """
     what = f"model {repo_id}"
     ask(lambda: validate_repo_id(repo_id), what)
     if constants.is_offline_mode():
@@ -148,7 +143,7 @@ def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidd
         state = resolve(name)
     except UnknownRepoError:
         _check_new(name, user, account, create_pr)
-        return _Target(name, user, None)
+        return name, user, None
     if hidden and not state.private:
         raise UsageError(f"{what} exists and is public: a backdoored model goes to a private one, or says --public")
     if private and not state.private:
@@ -156,7 +151,7 @@ def _look(repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidd
     if not create_pr:
         ask(lambda: api.auth_check(state.id, write=True), f"a push to {what}")
         _check_ours(state, overwrite)
-    return _Target(state.id, user, state)
+    return state.id, user, state
 
 
 def _check_new(name: str, user: str, account: dict[str, Any], create_pr: bool) -> None:
@@ -206,8 +201,9 @@ def _is_report(path: Path) -> bool:
 def _local_files(folder: Path) -> dict[str, FileState]:
     """Return what is to be pushed with both of its hashes; UsageError for a folder that hfdetox did not write."""
     if not any((folder / name).is_file() and _is_report(folder / name) for name in REPORT_NAMES):
-        names = " or ".join(REPORT_NAMES)
-        raise UsageError(f"{folder} is not an output folder of hfdetox (no {names} in it); name one")
+        raise UsageError(
+            f"{folder} is not an output folder of hfdetox (no {' or '.join(REPORT_NAMES)} in it); name one"
+        )
     files: dict[str, FileState] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -244,9 +240,14 @@ def _commit(plan: _Plan) -> PushResult:
     plain_http = False
 
     def send() -> PushResult:
-        with _operations(plan, plain_http) as operations:
+        # new operations for each attempt; the client uploads an open file without Xet
+        with contextlib.ExitStack() as opened:
+            paths = {name: plan.folder / name for name in plan.files}
+            added = [CommitOperationAdd(name, opened.enter_context(path.open("rb")) if plain_http else path)
+                     for name, path in paths.items()]  # fmt: skip
+            deleted = [CommitOperationDelete(name, is_folder=False) for name in plan.stale]
             info = HfApi().create_commit(
-                plan.repo_id, operations, commit_message=plan.message, commit_description=description,
+                plan.repo_id, [*added, *deleted], commit_message=plan.message, commit_description=description,
                 parent_commit=plan.parent, create_pr=plan.create_pr,
             )  # fmt: skip
         return _result(plan, str(info.oid), info.pr_url)
@@ -265,19 +266,6 @@ def _commit(plan: _Plan) -> PushResult:
     return result
 
 
-@contextlib.contextmanager
-def _operations(plan: _Plan, plain_http: bool) -> Iterator[list[CommitOperationAdd | CommitOperationDelete]]:
-    """Yield the commit's operations, new ones for each attempt; the client uploads an open file without Xet."""
-    with contextlib.ExitStack() as opened:
-        operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        for name in plan.files:
-            path = plan.folder / name
-            source = opened.enter_context(path.open("rb")) if plain_http else path
-            operations.append(CommitOperationAdd(name, source))
-        operations += [CommitOperationDelete(name, is_folder=False) for name in plan.stale]
-        yield operations
-
-
 def _result(plan: _Plan, commit: str, pull_request: str | None) -> PushResult:
     return PushResult(plan.repo_id, commit, pull_request or f"{constants.ENDPOINT}/{plan.repo_id}", pull_request)
 
@@ -292,13 +280,9 @@ def _find_commit(plan: _Plan) -> PushResult | None:
 
 def _find_pull_request(plan: _Plan) -> PushResult | None:
     """Return this account's open pull request with this title that holds exactly what was meant."""
-    api = HfApi()
-    found = ask(
-        lambda: list(api.get_repo_discussions(
-            plan.repo_id, author=plan.account, discussion_type="pull_request", discussion_status="open"
-        )),
-        f"the pull requests of model {plan.repo_id}",
-    )  # fmt: skip
+    asked: dict[str, Any] = {"author": plan.account, "discussion_type": "pull_request", "discussion_status": "open"}
+    found = ask(lambda: list(HfApi().get_repo_discussions(plan.repo_id, **asked)),
+                f"the pull requests of model {plan.repo_id}")  # fmt: skip
     for discussion in found:
         reference = f"refs/pr/{discussion.num}"
         # the filters above are the Hub's to apply; a server that ignores them must not change what is found
@@ -331,8 +315,7 @@ def _verify(plan: _Plan, result: PushResult) -> None:
     what = f"model {plan.repo_id}"
     if not COMMIT_ID.fullmatch(result.commit):
         raise IntegrityError(f"the Hub names no commit for the push to {what}")
-    wrong = _differences(plan, result.commit)
-    if wrong:
+    if wrong := _differences(plan, result.commit):
         raise IntegrityError(f"{wrong[0]} of {what} is not what was pushed (commit {result.commit[:12]})")
     reference = f"refs/pr/{result.pull_request.rsplit('/', 1)[-1]}" if result.pull_request else None
     head = _head(plan.repo_id, reference)

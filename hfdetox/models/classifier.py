@@ -12,8 +12,7 @@ from PIL import Image
 from torch import nn
 
 from hfdetox.errors import RunError, UsageError, refusing
-from hfdetox.files import is_inside
-from hfdetox.hub.checksums import sha256_file
+from hfdetox.files import is_inside, sha256_file
 from hfdetox.hub.download import PulledRepo, pull_model
 from hfdetox.models import weights as _weights
 from hfdetox.models.corrections import load_correction

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hfdetox.errors import RunError, UsageError
-from hfdetox.hub.checksums import check_safetensors, sha256_file
+from hfdetox.files import check_safetensors, sha256_file
 from hfdetox.hub.download import PICKLE_SUFFIXES, PickleOnlyError
 
 WEIGHTS_NAME = "model.safetensors"

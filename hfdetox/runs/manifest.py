@@ -7,8 +7,7 @@ import fnmatch
 import json
 from pathlib import Path
 
-from hfdetox.files import MANIFEST, REPORT_NAMES, write_atomically
-from hfdetox.hub.checksums import sha256_file
+from hfdetox.files import MANIFEST, REPORT_NAMES, sha256_file, write_atomically
 
 # what versions without a manifest wrote
 _KNOWN = (

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from hfdetox.errors import HubError, UsageError
-from hfdetox.hub.checksums import check_safetensors, sha256_file
+from hfdetox.files import check_safetensors, sha256_file
 from hfdetox.hub.client import AccessError, IntegrityError, UnknownRepoError
 from hfdetox.hub.download import PickleOnlyError, pull_model, read_text_file, resolve
 from tests.hub_server.made import OTHER_WEIGHTS, WEIGHTS, make_model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from hfdetox.errors import RunError, UsageError
-from hfdetox.hub.checksums import sha256_file
+from hfdetox.files import sha256_file
 from hfdetox.models.classifier import load_classifier
 from tests.tiny_models import (
     NAMES,

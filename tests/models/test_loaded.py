@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hfdetox.errors import HubError, UsageError
-from hfdetox.hub.checksums import sha256_file
+from hfdetox.files import sha256_file
 from hfdetox.models.classifier import LabelsError, load_classifier
 from tests.tiny_models import (
     NAMES,
