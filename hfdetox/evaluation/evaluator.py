@@ -1,8 +1,11 @@
-"""What a run measures on: the evaluation images and their triggered copies, prepared once for before and after."""
+"""What a run measures on: the evaluation images and their triggered copies, prepared once for before and after.
+
+Also how visible a trigger is: what it changed in the images as the model sees them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +17,8 @@ from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
 from hfdetox.data.labels import accuracy_hint
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.metrics import Predictions, TriggerView, measure, predict, rate
+from hfdetox.evaluation.metrics import BATCH_SIZE, Predictions, TriggerView, measure, predict, rate
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
-from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import uncorrected
 from hfdetox.progress import progress_bar, updates
@@ -230,3 +232,51 @@ def check_plausible(
         )
     if hint:
         warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
+
+
+@torch.inference_mode()
+def measure_visibility(clean: Pixels, view: Pixels) -> Visibility:
+    """Compare every triggered image with its clean one, as prepared for the model (uint8, 0 to 255).
+
+    The peak signal-to-noise ratio of an image is 10·log10(255² / MSE) dB, its MSE taken over all pixels and channels;
+    the mean is over the images that changed, for those that did not have none. It is computed where the caches are;
+    without a cache both images are decoded anew.
+
+    Args:
+        clean: the images without a trigger.
+        view: triggered copies of some or all of them.
+
+    Raises:
+        ValueError: images that are not uint8 (a callable's own floats), for which a grey level means nothing.
+    """
+    if view.preprocessing.dtype != torch.uint8:
+        raise ValueError(f"visibility is measured in grey levels of uint8 images, got {view.preprocessing.dtype}")
+    parts = []
+    for before, triggered in _pairs(clean, view):
+        change = (triggered.float() - before.float()).flatten(1)
+        parts.append(torch.stack([change.square().mean(1), change.abs().amax(1)], 1))
+    # the only wait for the device
+    errors, largest = torch.cat(parts).cpu().double().unbind(1)
+    changed = largest > 0
+    ratios = 10 * torch.log10(255**2 / errors[changed])
+    return Visibility(
+        psnr=float(ratios.mean()) if changed.any() else None,
+        max_change=int(largest.max()),
+        changed=float(changed.double().mean()),
+    )
+
+
+def changes_pixels(clean: Pixels, view: Pixels) -> bool:
+    """Tell whether any image of the view differs from its clean one; looks no further than the first batch that does.
+
+    It also takes images that are a callable's own floats.
+    """
+    return any(not torch.equal(before, triggered) for before, triggered in _pairs(clean, view))
+
+
+def _pairs(clean: Pixels, view: Pixels) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the clean and the triggered images of each batch of the view, on the view's device."""
+    place = {position: item for item, position in enumerate(clean.positions.tolist())}
+    for positions, triggered, _ in view.batches(BATCH_SIZE):
+        _, before, _ = clean.__getitems__([place[position] for position in positions.tolist()])
+        yield before.to(triggered.device), triggered

@@ -13,8 +13,8 @@ from PIL import Image
 
 from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
+from hfdetox.evaluation.evaluator import changes_pixels, measure_visibility
 from hfdetox.evaluation.results import Visibility
-from hfdetox.evaluation.visibility import changes_pixels, measure_visibility
 from hfdetox.models.preprocessing import CallablePreprocessing
 from hfdetox.triggers.base import Trigger
 from tests.tiny_training import toy_preprocessing, toy_set
