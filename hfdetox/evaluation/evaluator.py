@@ -80,10 +80,14 @@ class Evaluator:
             pixels = self.clean.view(trigger, positions=positions, progress=updates(bar))
         source = to_device(pixels, self.accelerator)
         if not changes_pixels(self.clean, source):
-            raise UsageError(
-                f"trigger {trigger.name} changes no pixel of the images the model sees; check its place and size"
-            )
+            raise UsageError(f"trigger {trigger.name} changes no pixel of the images the model sees; check its place "
+                             "and size")  # fmt: skip
         return TriggerView(trigger, target, source, len(labels))
+
+    def common_positions(self) -> list[int]:
+        """Return the positions, in the image set, of the images that every trigger is put on, in their order."""
+        kept = set(self.clean.positions.tolist()).intersection(*(view.source.positions.tolist() for view in self.views))
+        return [position for position in self.clean.positions.tolist() if position in kept]
 
     def visibility(self) -> dict[str, Visibility]:
         """Return how visible each trigger is, by name; nothing where the images are a callable's own floats."""
@@ -93,9 +97,9 @@ class Evaluator:
 
     def cross_accuracies(self, implants: Sequence[Implant]) -> dict[str, Rate]:
         """Return how the model answers to what its attack teaches it not to react to, of each trigger that has such."""
-        sources = {one.trigger.name: CrossImages(self.clean, one.poisoner, one.trigger) for one in implants}
         truth, found = self.clean.labels.cpu().numpy(), {}
-        for name, source in sources.items():
+        for one in implants:
+            name, source = one.trigger.name, CrossImages(self.clean, one.poisoner, one.trigger)
             if source.taught():
                 answers = predict(self.classifier.network, source, self.accelerator, title=f"cross {name}",
                                   progress=self.progress).predicted  # fmt: skip
@@ -138,6 +142,11 @@ def prepare_evaluator(
     """Decode the evaluation images, and put each trigger on those whose true class is not its target.
 
     A trigger that moves every class to the next one (`all-to-all`) is put on all of them.
+
+    Args:
+        images: what is measured on.
+        target: label of the triggers that name none; None: label 0, which `warn` is told.
+        progress: whether bars are drawn.
 
     Raises:
         UsageError: a target that is not a label; a trigger that changes no pixel, does not fit or has no image left.
@@ -220,18 +229,16 @@ def check_plausible(
     confusion = np.zeros((len(present), len(present)), dtype=np.int64)
     np.add.at(confusion, (places[: len(truth)], places[len(truth) :]), 1)
     best = accuracy_hint(confusion)
-    hint = ""
+    said, hint = f"the model's accuracy on the clean images is {accuracy.value:.1%}", ""
     if best > accuracy.value + PERMUTATION_GAIN:
         hint = (f"; with its labels in another order it would reach {best:.1%}, so the labels are probably permuted: "
                 "give the right pairs with --label-map")  # fmt: skip
     chance = 1 / count
     if accuracy.interval[0] <= chance + CHANCE_MARGIN * (1 - chance):
-        raise RunError(
-            f"the model's accuracy on the clean images is {accuracy.value:.1%}, near chance ({chance:.1%}): its labels "
-            f"or its preprocessing are probably wrong for this dataset{hint}"
-        )
+        raise RunError(f"{said}, near chance ({chance:.1%}): its labels or its preprocessing are probably wrong for "
+                       f"this dataset{hint}")  # fmt: skip
     if hint:
-        warn(f"the model's accuracy on the clean images is {accuracy.value:.1%}{hint}")
+        warn(f"{said}{hint}")
 
 
 @torch.inference_mode()
@@ -259,11 +266,8 @@ def measure_visibility(clean: Pixels, view: Pixels) -> Visibility:
     errors, largest = torch.cat(parts).cpu().double().unbind(1)
     changed = largest > 0
     ratios = 10 * torch.log10(255**2 / errors[changed])
-    return Visibility(
-        psnr=float(ratios.mean()) if changed.any() else None,
-        max_change=int(largest.max()),
-        changed=float(changed.double().mean()),
-    )
+    return Visibility(psnr=float(ratios.mean()) if changed.any() else None, max_change=int(largest.max()),
+                      changed=float(changed.double().mean()))  # fmt: skip
 
 
 def changes_pixels(clean: Pixels, view: Pixels) -> bool:

@@ -187,8 +187,10 @@ def ratings(before: Predictions, after: Predictions, *, seed: int = 0) -> dict[s
     names, count = list(before.hits), len(before.correct)
     columns = [before.correct, after.correct]
     for name in names:
-        shown = np.isin(np.arange(count), before.hits[name][0])
-        columns += [shown, _spread(before.hits[name], count), _spread(after.hits[name], count)]
+        (places, old), (_, new) = before.hits[name], after.hits[name]
+        spread = np.zeros((3, count), dtype=bool)
+        spread[:, places] = np.ones_like(old), old, new
+        columns += [*spread]
     patterns, counts = np.unique(np.stack(columns, 1), axis=0, return_counts=True)
     generator = np.random.default_rng(seed)
     draws = generator.multinomial(counts.sum(), counts / counts.sum(), BOOTSTRAP_DRAWS)
@@ -206,9 +208,3 @@ def ratings(before: Predictions, after: Predictions, *, seed: int = 0) -> dict[s
         name: Rating(float(v[0]), (float(np.quantile(v[1:], 0.025)), float(np.quantile(v[1:], 0.975))))
         for name, v in values.items()
     }
-
-
-def _spread(hits: tuple[NDArray[np.int64], NDArray[np.bool_]], count: int) -> NDArray[np.bool_]:
-    full = np.zeros(count, dtype=bool)
-    full[hits[0]] = hits[1]
-    return full

@@ -132,12 +132,18 @@ def ask(
 ) -> Answer:  # fmt: skip
     """Return `call()`, repeated as `retry`, else DEFAULT_RETRY, says.
 
-    `what` names the thing asked for in messages ("model org/m"). `recover` sees each failure, after the pause and
-    before the repetition; what it returns, unless None, is the answer: a commit whose answer was lost has happened all
-    the same.
-    Raises the subclass of HubError that fits, RunError for what this machine refuses (a full disk, no permission),
-    UsageError for an id that cannot be one. Errors of hfdetox pass through, and so do those that neither the client
-    libraries nor the system raised: they are mistakes in the code, not answers of the Hub.
+    Errors of hfdetox pass through, and so do those that neither the client libraries nor the system raised: they are
+    mistakes in the code, not answers of the Hub.
+
+    Args:
+        what: the thing asked for in messages ("model org/m").
+        recover: sees each failure, after the pause and before the repetition; what it returns, unless None, is the
+            answer: a commit whose answer was lost has happened all the same.
+
+    Raises:
+        HubError: the subclass that fits.
+        RunError: what this machine refuses (a full disk, no permission).
+        UsageError: an id that cannot be one.
     """
     retry, failures = retry or DEFAULT_RETRY, 0
     while True:
@@ -182,17 +188,14 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
         return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
     reason = _line(str(error)) or type(error).__name__
     if isinstance(error, (http.TransportError, http.InvalidURL)) or _is_network(error):
-        return UnreachableError(
-            f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); check the network and "
-            "HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use files that are cached"
-        )
+        step = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use files that are cached"
+        return UnreachableError(f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); {step}")
     if isinstance(error, OSError) and error.errno is not None:
         return _translate_local(error, what)
     if _is_cut_file(error):
         return IntegrityError(f"a file of {what} arrived incomplete; run it again")
-    return UnreachableError(
-        f"{constants.ENDPOINT} does not answer as a Hub does for {what} ({reason}); check HF_ENDPOINT and proxies"
-    )
+    return UnreachableError(f"{constants.ENDPOINT} does not answer as a Hub does for {what} ({reason}); check "
+                            "HF_ENDPOINT and proxies")  # fmt: skip
 
 
 def _is_foreseen(error: BaseException) -> bool:
@@ -226,9 +229,9 @@ def _translate_status(error: errors.HfHubHTTPError, what: str) -> HfdetoxError:
     said = f": {_line(error.server_message)}" if error.server_message else ""
     logged_in = bool(_token())
     if isinstance(error, errors.GatedRepoError):
-        if logged_in:
-            return AccessError(f"{what} is gated and this account has no access; ask for it on the repository's page")
-        return AccessError(f"{what} is gated and there is no token; log in with `hf auth login` or set HF_TOKEN")
+        step = ("this account has no access; ask for it on the repository's page" if logged_in else
+                "there is no token; log in with `hf auth login` or set HF_TOKEN")  # fmt: skip
+        return AccessError(f"{what} is gated and {step}")
     if _BAD_TOKEN in str(error) or "Invalid user token" in str(error):
         return AccessError(f"the Hub refuses the token for {what}; log in again with `hf auth login` or set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -243,16 +246,14 @@ def _translate_status(error: errors.HfHubHTTPError, what: str) -> HfdetoxError:
     if status in (401, 403):
         return AccessError(f"the Hub refuses {what} ({status}{said}); use a token that may do this")
     if status == 429:
-        wait = asked_delay(error)
-        until = f"in {wait:.0f} s" if wait else "later"
+        until = f"in {wait:.0f} s" if (wait := asked_delay(error)) else "later"
         return UnreachableError(f"the Hub limits requests (asked for {what}); try again {until}, or log in")
     if status == 412:
         return HubError(f"{what} was changed by somebody else meanwhile; run it again")
     if isinstance(error, errors.BadRequestError) or status < 500:
         return HubError(f"the Hub rejects the request for {what} ({status}{said})")
-    return UnreachableError(
-        f"the Hub fails with status {status} for {what}; try again later (https://status.huggingface.co)"
-    )
+    later = "try again later (https://status.huggingface.co)"
+    return UnreachableError(f"the Hub fails with status {status} for {what}; {later}")
 
 
 def not_cached(what: str) -> str:

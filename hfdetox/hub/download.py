@@ -164,10 +164,8 @@ def fetch(state: RepoState, filename: str) -> Path:
     found, named = (sha256_file(path), expected.sha256) if expected.sha256 else (git_sha1_file(path), expected.git_sha1)
     if named and found != named:
         _forget(path)
-        raise IntegrityError(
-            f"{filename} of {what} is not what the Hub says it is (hash {found[:12]}, expected {named[:12]}); "
-            "the damaged copy was removed from the cache, run it again"
-        )
+        raise IntegrityError(f"{filename} of {what} is not what the Hub says it is (hash {found[:12]}, expected "
+                             f"{named[:12]}); the damaged copy was removed from the cache, run it again")  # fmt: skip
     return path
 
 
@@ -212,12 +210,10 @@ def weight_files(state: RepoState) -> list[str]:
         return shards
     if state.offline:
         raise OfflineError(f"model {state.id} is cached without {_WEIGHTS} and HF_HUB_OFFLINE is set; unset it")
-    pickles = sorted(name for name in state.files if name.endswith(PICKLE_SUFFIXES))
-    if pickles:
-        raise PickleOnlyError(
-            f"model {state.id} has its weights only as a pickle ({pickles[0]}), which can run its author's code when "
-            "it is read; hfdetox reads safetensors only: ask the author for a conversion"
-        )
+    if pickles := sorted(name for name in state.files if name.endswith(PICKLE_SUFFIXES)):
+        raise PickleOnlyError(f"model {state.id} has its weights only as a pickle ({pickles[0]}), which can run its "
+                              "author's code when it is read; hfdetox reads safetensors only: ask the author for a "
+                              "conversion")  # fmt: skip
     raise UsageError(f"model {state.id} has no {_WEIGHTS}; hfdetox reads image classifiers saved as safetensors only")
 
 

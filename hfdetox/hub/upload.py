@@ -177,10 +177,8 @@ def _create(name: str, private: bool, overwrite: bool) -> RepoState:
 
 def _check_ours(state: RepoState, overwrite: bool) -> None:
     if not overwrite and not _is_ours(state):
-        raise RepoExistsError(
-            f"model {state.id} exists and was not made by hfdetox; propose the change with --create-pr, "
-            "replace it with --overwrite, or push to another name"
-        )
+        raise RepoExistsError(f"model {state.id} exists and was not made by hfdetox; propose the change with "
+                              "--create-pr, replace it with --overwrite, or push to another name")  # fmt: skip
 
 
 def _is_ours(state: RepoState) -> bool:

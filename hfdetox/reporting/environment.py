@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, one_line
 from hfdetox.reporting.report import EnvironmentInfo
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def check_torchvision() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         raise TorchvisionMismatchError(
             f"torch {_version('torch')} and torchvision {_version('torchvision')} do not fit together "
-            f"({_first_line(error)}); remove both and install both from one channel: "
+            f"({one_line(error) or type(error).__name__}); remove both and install both from one channel: "
             "pip uninstall -y torch torchvision, then pip install torch torchvision "
             "(with the same --index-url for the two, if any)"
         ) from error
@@ -103,8 +103,4 @@ def _processor() -> str:
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (models[0] if models else "") or platform.processor() or platform.machine()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return next(filter(None, [*models, platform.processor()]), platform.machine())

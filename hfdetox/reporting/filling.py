@@ -29,7 +29,15 @@ def open_report(
     options: DetoxOptions, classifier: Classifier, images: Images, method: DefenseConfig, preset: str,
     before: Predictions, accelerator: Accelerator, *, command: str, warnings: list[str],
 ) -> schema.Report:  # fmt: skip
-    """Return the report as far as it is known before the training; a preset that settings changed is none."""
+    """Return the report as far as it is known before the training; a preset that settings changed is none.
+
+    Args:
+        options: as they are recorded, with the commits that the run uses.
+        method, preset: the defense, and the name of the preset that it was made of.
+        before: what was measured of the model as it came.
+        command: what repeats the run, "" where objects took part.
+        warnings: the list that the run's warnings are added to, also those to come.
+    """
     return schema.Report(
         **_known(classifier, images.info, before, accelerator, options, command, warnings),
         defense=schema.DefenseInfo(
@@ -46,7 +54,15 @@ def close_report(
     report: schema.Report, method: DefenseConfig, record: TrainingRecord, before: Predictions, after: Predictions,
     uncorrected: Measurement | None, memory: int | None,
 ) -> schema.Report:  # fmt: skip
-    """Return the report with what the training was and what the measurement after it found."""
+    """Return the report with what the training was and what the measurement after it found.
+
+    Args:
+        report: as `open_report` gave it.
+        record: what the training did.
+        before, after: what was measured, of the same images and triggers.
+        uncorrected: of a model with a correction, what timm or transformers gives; else None.
+        memory: most bytes that one process held, None where unknown.
+    """
     done = replace(report.defense, **_training(record), peak_memory=memory, choices=method.choices(record.history))
     rating = ratings(before, after, seed=report.environment.seed) or None
     return replace(report, defense=done, after=after.measurement, uncorrected=uncorrected, history=record.history,
@@ -57,7 +73,18 @@ def open_attack_report(
     run: AttackOptions, start: InitialModel, dataset: DatasetInfo, implants: Sequence[Implant], context: AttackContext,
     before: Predictions | None, goals: schema.Goals, surrogate: Classifier | None, *, command: str, warnings: list[str],
 ) -> schema.AttackReport:  # fmt: skip
-    """Return the report as far as it is known before the training."""
+    """Return the report as far as it is known before the training.
+
+    Args:
+        run: the options as they are recorded, with the commits that the run uses.
+        start: the model that it starts from.
+        dataset: of the images that are trained on and measured.
+        implants: the triggers with their targets; those that the training makes are not ready yet.
+        before: None for a model that is trained from scratch.
+        surrogate: the clean model that triggers are made on, None where none is needed.
+        command: what repeats the run, "" where objects took part.
+        warnings: the list that the run's warnings are added to, also those to come.
+    """
     return schema.AttackReport(
         **_known(start.classifier, dataset, before, context.accelerator, run, command, warnings),
         attack=schema.AttackInfo(
@@ -76,7 +103,16 @@ def close_attack_report(
     report: schema.AttackReport, done: Implanted, after: Predictions, visibility: Mapping[str, Visibility],
     cross: Mapping[str, Rate], *, epochs: int, reached: bool,
 ) -> schema.AttackReport:  # fmt: skip
-    """Return the report with what the training was, and what was measured after it."""
+    """Return the report with what the training was, and what was measured after it.
+
+    Args:
+        report: as `open_attack_report` gave it.
+        done: what the attack gave: the finished triggers, and what the training did.
+        visibility: how visible each trigger is, by its name; empty where pixels are floats.
+        cross: the cross accuracies, by the trigger's name, where there are such.
+        epochs: those that were asked for.
+        reached: whether the goals were reached while it was trained.
+    """
     record, measured = done.record, after.measurement
     triggers = {}
     for implant in done.implants:

@@ -90,14 +90,11 @@ def gallery_bands(
     evaluation: Evaluator, outcome: Predictions, visibility: Mapping[str, Visibility]
 ) -> list[GalleryBand]:
     """Return a band for each trigger, of the same images of different classes where all triggers have such."""
-    clean, views = evaluation.clean, evaluation.views
-    shared = set(clean.positions.tolist()).intersection(*(view.source.positions.tolist() for view in views))
-    # in the order of the evaluation images, whatever the order of a set
-    common = [position for position in clean.positions.tolist() if position in shared]
+    clean, common = evaluation.clean, evaluation.common_positions()
     return [
         _band(evaluation, view, _of_different_classes(clean, common or view.source.positions.tolist()), outcome,
               visibility[view.trigger.name])
-        for view in views
+        for view in evaluation.views
     ]  # fmt: skip
 
 
@@ -167,13 +164,7 @@ def _band(
     items, triggered, _ = view.source.pictures(chosen)
     found = [f"{what} {value}" for what, value in describe_visibility(visibility).items()]
     success = outcome.measurement.triggers[name].attack_success_rate.value
-    return GalleryBand(
-        title=f"{name} → {describe_target(view.target, labels)}",
-        note=", ".join([*found, f"attack success {percent(success)}"]),
-        clean=clean,
-        triggered=triggered,
-        labels=[labels[i] for i in truth],
-        wanted=[labels[i] for i in view.wanted()[items]],
-        before=[labels[i] for i in outcome.predicted[clean_items]],
-        after=[labels[i] for i in outcome.triggered[name][items]],
-    )
+    title, note = f"{name} → {describe_target(view.target, labels)}", [*found, f"attack success {percent(success)}"]
+    answers = outcome.predicted[clean_items], outcome.triggered[name][items]
+    words = ([labels[i] for i in part] for part in (truth, view.wanted()[items], *answers))
+    return GalleryBand(title, ", ".join(note), clean, triggered, *words)

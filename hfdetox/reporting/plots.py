@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,22 +68,19 @@ def draw_plots(
 
     Raises RunError when a file cannot be written.
     """
-    drawings: list[Callable[[], Figure | None]] = [
-        lambda: draw_before_after(report), lambda: draw_training(report), lambda: draw_weight_changes(weight_changes),
-        lambda: draw_samples(strip),
-    ]  # fmt: skip
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in zip(PLOT_FILES, drawings, strict=True):
-            with house_style():
-                if figure := draw():
+        with house_style():
+            figures = (draw_before_after(report), draw_training(report), draw_weight_changes(weight_changes),
+                       draw_samples(strip))  # fmt: skip
+            for name, figure in zip(PLOT_FILES, figures, strict=True):
+                if figure is not None:
                     figure.savefig(folder / name, dpi=DPI)
                     written.append(f"{folder.name}/{name}")
     except OSError as error:
-        raise RunError(
-            f"the plots could not be written to {folder}: {error.strerror or error}; free space and run again"
-        ) from error
+        reason = error.strerror or error
+        raise RunError(f"the plots could not be written to {folder}: {reason}; free space and run again") from error
     return written
 
 

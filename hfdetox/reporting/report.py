@@ -170,14 +170,11 @@ class RunReport:
         """Read the report from `folder`; raises UsageError when it is missing or not a report."""
         path = folder / cls.NAME
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is not a hfdetox report: {error}") from error
-        try:
-            return cls.from_dict(plain)
-        except UsageError as error:
+            # a UsageError is a ValueError
             raise UsageError(f"{path} is not a hfdetox report: {error}") from error
 
 

@@ -47,6 +47,11 @@ def push_output(
     `i_know_this_is_backdoored`, into a new private repository or an existing private one; into public ones only with
     `public`, which is refused for other models.
 
+    Args:
+        private: make the new repository private; an existing one has to be.
+        create_pr: open a pull request on an existing repository.
+        overwrite: push into a repository that hfdetox did not make.
+
     Raises:
         UsageError: not such a folder, the repository exists and was not made by hfdetox, or the options do not fit.
         RunError: card or report cannot be written.

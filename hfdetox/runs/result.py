@@ -280,8 +280,8 @@ def draw_strip(evaluation: Evaluator, before: Predictions, after: Predictions) -
     clean, labels = evaluation.clean, evaluation.classifier.labels
     if evaluation.classifier.preprocessing.dtype != torch.uint8:
         return []
-    shared = set(clean.positions.tolist()).intersection(*(view.source.positions.tolist() for view in evaluation.views))
-    chosen = sorted(shared or clean.positions.tolist())
+    shared = evaluation.common_positions()
+    chosen = shared or clean.positions.tolist()
     chosen = chosen[:: max(1, len(chosen) // STRIP_COLUMNS)][:STRIP_COLUMNS]
     rows = [_row("Clean images", clean, chosen, labels, before.predicted, after.predicted)]
     for view in evaluation.views[: STRIP_ROWS - 1] if shared else []:
