@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, ClassVar, Literal, cast
+from typing import IO, Any, ClassVar, Literal
 
 import datasets
 import pyarrow.parquet as pq
@@ -24,9 +23,8 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import HfFileSystem
 
 from hfdetox.data.columns import Columns, find_columns
-from hfdetox.data.readers import Files, ParquetReader, Result, SplitReader, StreamReader, TableReader, damage
-from hfdetox.errors import HubError, UsageError, one_line
-from hfdetox.files import is_inside
+from hfdetox.data.readers import DatasetError, LocalFiles, ParquetReader, Result, SplitReader, StreamReader, TableReader
+from hfdetox.errors import HubError, one_line
 from hfdetox.hub.client import ask
 from hfdetox.hub.download import fetch, resolve
 
@@ -35,98 +33,70 @@ _LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcrip
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w.]+)")
 
 
-class DatasetError(UsageError):
-    """The dataset cannot be opened as asked: no data files, an unknown configuration, a loading script."""
-
-
 @dataclass(kw_only=True)
-class OpenedDataset(ABC):
-    """An opened dataset: what it is called, and one `SplitReader` per split."""
+class OpenedDataset:
+    """An opened dataset: what it is called, what it is read from, and one `SplitReader` per split.
+
+    Attributes:
+        data: a folder or Hub repository that `datasets` knows how to read, or tables that a caller holds or saved.
+        files: the data files that it may name.
+    """
 
     id: str
     config: str | None
     revision: str | None = None
     source: Literal["hub", "folder", "object"]
     splits: list[str]
+    data: Any
+    files: LocalFiles
     image_column: str | None = None
     label_column: str | None = None
 
     def columns(self, split: str) -> Columns:
         """Return the image and label columns of a split; raises ColumnError when they cannot be told."""
-        return find_columns(self.features(split), image_column=self.image_column, label_column=self.label_column)
-
-    @abstractmethod
-    def features(self, split: str) -> Features:
-        """Return the split's features."""
-
-    @abstractmethod
-    def open(self, split: str) -> SplitReader:
-        """Open one split."""
-
-
-@dataclass(kw_only=True)
-class OpenedObject(OpenedDataset):
-    """A `datasets.Dataset` or `DatasetDict` that a caller holds, or a saved one."""
-
-    tables: dict[str, Dataset]
-    files: Files | None = None
-
-    def features(self, split: str) -> Features:
-        """Return the table's features."""
-        return self.tables[split].features
+        return find_columns(self._features(split), image_column=self.image_column, label_column=self.label_column)
 
     def open(self, split: str) -> SplitReader:
-        """Open one table in place."""
-        return TableReader(self.tables[split], self.columns(split), split, self.files)
+        """Open one split: tables in place, parquet by row groups, everything else as a stream."""
+        columns = self.columns(split)
+        if isinstance(self.data, Mapping):
+            return TableReader(self.data[split], columns, split, self.files)
+        if isinstance(self.data, Parquet):
+            return ParquetReader(split, self._names(split), self.files, columns)
+        known = (self.data.info.splits or {}).get(split)
+        rows = known.num_examples or None if known else None
+        return StreamReader(self._stream(split), columns, split, self.files, rows)
 
-
-@dataclass(kw_only=True)
-class OpenedBuilder(OpenedDataset):
-    """A folder or Hub repository that `datasets` knows how to read."""
-
-    builder: DatasetBuilder
-    files: Files
-
-    def features(self, split: str) -> Features:
-        """Return the features from the card, the parquet schema, or the first rows."""
-        if self.builder.info.features is not None:
-            return self.builder.info.features
-        if isinstance(self.builder, Parquet):
-            return self.files.guard(lambda: self._parquet_features(self._names(split)[0]))
+    def _features(self, split: str) -> Features:
+        """Return a split's features: a table's own, or from the card, the parquet schema, or the first rows."""
+        if isinstance(self.data, Mapping):
+            return self.data[split].features
+        if self.data.info.features is not None:
+            return self.data.info.features
+        if isinstance(self.data, Parquet):
+            name = self._names(split)[0]
+            return self.files.guard(name, lambda: self._parquet_features(name))
         archive = next((n for s in self.splits for n in self._names(s) if n.lower().endswith(_ARCHIVES)), None)
-        if archive and isinstance(self.builder, FolderBasedBuilder):
+        if archive and isinstance(self.data, FolderBasedBuilder):
             # datasets 5.2 takes the archive's own folder for every image's class
             raise DatasetError(
                 f"dataset {self.id} is an image folder in archives ({PurePosixPath(archive).name}), whose "
                 "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet")  # fmt: skip
-        stream = self._stream(split)
-        if stream.features is None:
+        features = self._stream(split).features
+        if features is None:
             raise DatasetError(f"dataset {self.id} does not say what its columns hold; give its card a dataset_info, "
                                "or save it as parquet with an Image column")  # fmt: skip
-        return stream.features
-
-    def open(self, split: str) -> SplitReader:
-        """Open one split: parquet by row groups, everything else as a stream."""
-        columns = self.columns(split)
-        if isinstance(self.builder, Parquet):
-            return ParquetReader(split, self._names(split), self.files, columns)
-        known = (self.builder.info.splits or {}).get(split)
-        stream = self._stream(split)
-        return StreamReader(stream, columns, split, self.files, known.num_examples or None if known else None)
+        return features
 
     def _parquet_features(self, name: str) -> Features:
-        with self.files.open(name) as source, damage(name):
+        with self.files.open(name) as source:
             return Features.from_arrow_schema(pq.read_schema(source))
 
     def _stream(self, split: str) -> IterableDataset:
-        def load() -> IterableDataset:
-            with damage(f"dataset {self.id}"):
-                return cast(IterableDataset, self.builder.as_streaming_dataset(split=split))
-
-        return self.files.guard(load)
+        return self.files.guard(f"dataset {self.id}", lambda: self.data.as_streaming_dataset(split=split))
 
     def _names(self, split: str) -> list[str]:
-        return list(self.builder.config.data_files[split])
+        return list(self.data.config.data_files[split])
 
 
 class _PlainWebDataset(WebDataset):
@@ -139,48 +109,35 @@ class _PlainWebDataset(WebDataset):
     DECODERS: ClassVar = {ending: WebDataset.DECODERS[ending] for ending in _LABEL_ENDINGS}
 
 
-class LocalFiles(Files):
-    """Data files under one folder of this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
-
-    def path(self, name: str) -> str:
-        """Return `name` itself; DatasetError for a file, or a link to one, outside the folder."""
-        if not is_inside(Path(name), self._folder):
-            raise DatasetError(f"{name[:200]} is outside the dataset's folder, and the dataset names it; do not use it")
-        return name
-
-    def size(self, name: str) -> int:
-        """Return the file's size in bytes."""
-        return Path(name).stat().st_size
-
-
-class HubFiles(Files):
+class HubFiles(LocalFiles):
     """Data files of a dataset repository at one commit; names are `hf://datasets/ID@SHA/PATH`."""
 
     readers = 8
 
     def __init__(self, state: Any) -> None:
         self._state, self._prefix = state, f"hf://datasets/{state.id}@{state.sha}/"
-        self._system = HfFileSystem()
+        self._system, self._downloaded = HfFileSystem(), dict[str, str]()
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file whose reads are range requests of exactly the bytes asked for."""
+        """Open a file that is downloaded, or one whose reads are range requests of exactly the bytes asked for."""
         self._inside(name)
-        return cast(IO[bytes], self._system.open(name, "rb", cache_type="none"))
+        if name in self._downloaded:
+            return open(self._downloaded[name], "rb")
+        return self._system.open(name, "rb", cache_type="none")
 
     def path(self, name: str) -> str:
         """Download a file into the Hub cache, its hash checked, and return where it lies there."""
-        return str(fetch(self._state, self._inside(name)))
+        if name not in self._downloaded:
+            self._downloaded[name] = str(fetch(self._state, self._inside(name)))
+        return self._downloaded[name]
 
     def size(self, name: str) -> int:
         """Return the size in bytes that the Hub's listing gives."""
         return int(self._state.files[self._inside(name)].size)
 
-    def guard(self, call: Callable[[], Result]) -> Result:
+    def guard(self, what: str, call: Callable[[], Result]) -> Result:
         """Return `call()`, repeated where that may help; raises HubError."""
-        return ask(call, f"dataset {self._state.id}")
+        return ask(lambda: super(HubFiles, self).guard(what, call), f"dataset {self._state.id}")
 
     def _inside(self, name: str) -> str:
         path = name.removeprefix(self._prefix)
@@ -201,7 +158,7 @@ def open_dataset(
     Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
-        origin: OpenedDataset = _from_object(dataset)
+        origin = _from_object(dataset)
     elif not hub_only and (Path(dataset).exists() or str(dataset).startswith((".", "/", "~"))
                            or isinstance(dataset, Path)):  # fmt: skip
         origin = _from_folder(Path(dataset), config)
@@ -213,14 +170,15 @@ def open_dataset(
     return origin
 
 
-def _from_object(dataset: Any) -> OpenedObject:
+def _from_object(dataset: Any) -> OpenedDataset:
     if isinstance(dataset, (IterableDataset, IterableDatasetDict)):
         raise DatasetError("a streaming dataset has no rows to choose from; load it without streaming, or give its id")
-    tables = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
+    tables = dataset if isinstance(dataset, DatasetDict) else {dataset.split or "train": dataset}
+    tables = {str(name): table for name, table in tables.items()}
     info = next(iter(tables.values())).info if tables else None
-    return OpenedObject(
+    return OpenedDataset(
         id=getattr(info, "dataset_name", None) or "dataset", config=getattr(info, "config_name", None),
-        source="object", splits=list(map(str, tables)), tables={str(name): table for name, table in tables.items()},
+        source="object", splits=list(tables), data=tables, files=LocalFiles(Path("/")),
     )  # fmt: skip
 
 
@@ -229,23 +187,22 @@ def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
         raise DatasetError(f"dataset {folder}: no such folder")
     if not folder.is_dir():
         raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
+    name, files = folder.resolve().name, LocalFiles(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        origin = _from_object(datasets.load_from_disk(str(folder)))
-        origin.id, origin.source, origin.files = folder.resolve().name, "folder", LocalFiles(folder)
-        for table in origin.tables.values():
+        origin = replace(_from_object(datasets.load_from_disk(str(folder))), id=name, source="folder", files=files)
+        for table in origin.data.values():
             for file in table.cache_files:
-                origin.files.path(file["filename"])
+                files.path(file["filename"])
         return origin
-    path = folder.resolve()
-    return _with_builder(_builder(str(path), f"dataset {folder}", name=config), LocalFiles(path), id=path.name,
-                         source="folder")  # fmt: skip
+    builder = _builder(str(folder.resolve()), f"dataset {folder}", name=config)
+    return _with_builder(builder, files, id=name, source="folder")
 
 
 def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callable[[str], None]) -> OpenedDataset:
     state = resolve(repo, repo_type="dataset", revision=revision)
     for note in state.warnings:
         warn(note)
-    what = f"dataset {state.id}"
+    what, known = f"dataset {state.id}", {"id": state.id, "revision": state.sha, "source": "hub"}
     if state.offline:
         name = min(state.files, default=None)
         if name is None:
@@ -253,10 +210,9 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
         snapshot = fetch(state, name).parents[len(PurePosixPath(name).parts) - 1]
         _check_shards(state.files, what)
         try:
-            builder = _builder(str(snapshot), what, name=config)
+            return _with_builder(_builder(str(snapshot), what, name=config), LocalFiles(snapshot), **known)
         except DatasetError as error:
             raise HubError(f"{error}; only part of it may be cached: unset HF_HUB_OFFLINE") from error
-        return _with_builder(builder, LocalFiles(snapshot), id=state.id, revision=state.sha, source="hub")
 
     def load() -> DatasetBuilder:
         with _hub_name(state.id) as name:
@@ -267,7 +223,7 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
     # when the Hub fails on the way, datasets falls back in silence to whatever version it has prepared before
     if not names or any(not name.startswith(f"hf://datasets/{state.id}@{state.sha}/") for name in names):
         raise HubError(f"{what} could not be read at commit {state.sha[:12]}; the Hub failed on the way, try again")
-    return _with_builder(builder, HubFiles(state), id=state.id, revision=state.sha, source="hub")
+    return _with_builder(builder, HubFiles(state), **known)
 
 
 @contextlib.contextmanager
@@ -282,11 +238,11 @@ def _hub_name(repo: str) -> Iterator[str]:
             yield repo
 
 
-def _with_builder(builder: DatasetBuilder, files: Files, **known: Any) -> OpenedBuilder:
-    names = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+def _with_builder(builder: DatasetBuilder, files: LocalFiles, **known: Any) -> OpenedDataset:
+    names = builder.config.data_files or {}
     if not names:
         raise DatasetError(f"dataset {known['id']} has no data files that hfdetox can read")
-    if isinstance(files, LocalFiles):
+    if not isinstance(files, HubFiles):
         for path in chain(*names.values()):
             files.path(path)
     if isinstance(builder, FolderBasedBuilder):
@@ -294,7 +250,8 @@ def _with_builder(builder: DatasetBuilder, files: Files, **known: Any) -> Opened
         builder.config.decode_num_threads = 0
     if isinstance(builder, WebDataset):
         builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
-    return OpenedBuilder(config=builder.config.name, splits=list(names), builder=builder, files=files, **known)
+    splits = list(map(str, names))
+    return OpenedDataset(config=builder.config.name, splits=splits, data=builder, files=files, **known)
 
 
 def _builder(path: str, what: str, **options: Any) -> DatasetBuilder:

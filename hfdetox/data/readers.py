@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,8 @@ from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
 from hfdetox.data.images import EncodedImages, Picked, Spool
-from hfdetox.errors import HfdetoxError, RunError, one_line
+from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
+from hfdetox.files import is_inside
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
@@ -41,30 +43,40 @@ Table = TypeVar("Table", Dataset, IterableDataset)
 Block = tuple[np.ndarray, Sequence[Any]]  # row numbers (int64) and the label column's stored values
 
 
+class DatasetError(UsageError):
+    """The dataset cannot be opened as asked: no data files, an unknown configuration, a loading script."""
+
+
 class DamagedFileError(RunError):
     """A data file that cannot be read as what it is said to be."""
 
 
-class Files(ABC):
-    """Where the data files of a dataset are: this machine or the Hub; `readers` is how many are read at a time."""
+class LocalFiles:
+    """Data files under one folder of this machine; `readers` is how many are read at a time."""
 
     readers = 1
 
-    @abstractmethod
-    def path(self, name: str) -> str:
-        """Return the file's path on this machine, downloaded (and checked) if need be."""
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
 
-    @abstractmethod
+    def path(self, name: str) -> str:
+        """Return where the file lies on this machine; DatasetError for one, or a link to one, outside the folder."""
+        if not is_inside(Path(name), self._folder):
+            raise DatasetError(f"{name[:200]} is outside the dataset's folder, and the dataset names it; do not use it")
+        return name
+
     def size(self, name: str) -> int:
         """Return the file's size in bytes."""
+        return Path(name).stat().st_size
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading at any place; of a remote one only the parts read are fetched."""
+        """Open a file for reading at any place."""
         return open(self.path(name), "rb")
 
-    def guard(self, call: Callable[[], Result]) -> Result:
-        """Return `call()`, network failures retried where that may help and raised as HubError."""
-        return call()
+    def guard(self, what: str, call: Callable[[], Result]) -> Result:
+        """Return `call()`, what it says of a damaged file as DamagedFileError; remote files repeat it if need be."""
+        with _damage(what):
+            return call()
 
 
 class SplitReader(ABC):
@@ -90,8 +102,7 @@ class SplitReader(ABC):
 class TableReader(SplitReader):
     """A `datasets.Dataset`: a memory-mapped table, read in place."""
 
-    def __init__(self, dataset: Dataset, columns: Columns, split: str, files: Files | None = None) -> None:
-        """`files` gives the files that rows may name; None, for a caller's own table, is any."""
+    def __init__(self, dataset: Dataset, columns: Columns, split: str, files: LocalFiles) -> None:
         self.split, self.rows, self.columns, self._files = split, len(dataset), columns, files
         self._table = _undecoded(dataset.with_format(None), columns)
 
@@ -104,16 +115,15 @@ class TableReader(SplitReader):
         return Picked(self._image, indices)
 
     def _image(self, row: int) -> bytes | str:
-        value = self._table[row][self.columns.image]
-        path = _path(value)
-        return stored_bytes(value) if path is None else path if self._files is None else self._files.path(path)
+        stored = _stored(self._table[row][self.columns.image])
+        return self._files.path(stored) if isinstance(stored, str) else stored
 
 
 @dataclass(frozen=True)
 class _Group:
     """One row group: rows `first` to `first + rows - 1` of the split."""
 
-    file: int
+    file: str
     number: int
     first: int
     rows: int
@@ -122,25 +132,21 @@ class _Group:
 class ParquetReader(SplitReader):
     """Parquet files of one split, on this machine or on the Hub."""
 
-    def __init__(self, split: str, names: Sequence[str], files: Files, columns: Columns) -> None:
+    def __init__(self, split: str, names: Sequence[str], files: LocalFiles, columns: Columns) -> None:
         self.split, self._names, self._files, self.columns = split, list(names), files, columns
-        self._local: dict[int, str] = {}
         if sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
             self.expect_all()
-        self._footers = self._map(lambda file: self._guard(file, pq.read_metadata), range(len(self._names)))
-        self._groups: list[_Group] = []
-        first = 0
-        for file, footer in enumerate(self._footers):
+        self._footers = dict(zip(self._names, self._map(self._footer, self._names), strict=True))
+        self._groups, self.rows = list[_Group](), 0
+        for name, footer in self._footers.items():
             for number in range(footer.num_row_groups):
-                rows = footer.row_group(number).num_rows
-                self._groups.append(_Group(file, number, first, rows))
-                first += rows
-        self.rows = first
-        self._labels: dict[_Group, list[Any]] = {}
+                self._groups.append(_Group(name, number, self.rows, footer.row_group(number).num_rows))
+                self.rows += self._groups[-1].rows
+        self._labels = dict[_Group, Sequence[Any]]()
 
     def expect_all(self) -> None:
         """Download every file whole: ranges would fetch the same bytes in more requests."""
-        self._map(self._download, range(len(self._names)))
+        self._map(self._files.path, self._names)
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield one block per row group, in an order drawn by `rng`; only the label column is read."""
@@ -148,10 +154,8 @@ class ParquetReader(SplitReader):
         groups = [self._groups[i] for i in order]
         for start in range(0, len(groups), self._files.readers):
             window = groups[start : start + self._files.readers]
-            new = [group for group in window if group not in self._labels]
-            self._labels.update(zip(new, self._map(self._read_labels, new), strict=True))
-            for group in window:
-                yield np.arange(group.first, group.first + group.rows), self._labels[group]
+            for group, labels in zip(window, self._map(self._read_labels, window), strict=True):
+                yield np.arange(group.first, group.first + group.rows), labels
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Read the row groups that hold the rows, and keep the rows' images in a temporary file."""
@@ -159,48 +163,45 @@ class ParquetReader(SplitReader):
         starts = np.array([group.first for group in self._groups])
         owner = np.searchsorted(starts, rows, side="right") - 1
         wanted = [(self._groups[g], rows[owner == g] - self._groups[g].first) for g in np.unique(owner)]
-        touched = Counter[int]()
+        touched = Counter[str]()
         for group, _ in wanted:
             touched[group.file] += group.rows
-        self._map(self._download, [file for file, count in sorted(touched.items())
-                                   if count >= _WHOLE_FILE_SHARE * self._footers[file].num_rows])  # fmt: skip
+        self._map(self._files.path, [file for file, count in touched.items()
+                                     if count >= _WHOLE_FILE_SHARE * self._footers[file].num_rows])  # fmt: skip
         spool = Spool()
         step = max(1, self._files.readers // 2)  # row groups in memory at a time
         for start in range(0, len(wanted), step):
-            for images in self._map(lambda want: self._read_images(*want), wanted[start : start + step]):
-                for image in images:
-                    spool.append(image)
+            for image in chain(*self._map(self._read_images, wanted[start : start + step])):
+                spool.append(image)
         return spool
 
-    def _download(self, file: int) -> None:
-        if file not in self._local:
-            self._local[file] = self._files.path(self._names[file])
+    def _read_labels(self, group: _Group) -> Sequence[Any]:
+        if group not in self._labels:
+            column = self._read(group, self.columns.label)
+            plain = column.null_count == 0 and pa.types.is_integer(column.type)
+            self._labels[group] = column.to_numpy() if plain else column.to_pylist()
+        return self._labels[group]
 
-    def _read_labels(self, group: _Group) -> list[Any]:
-        column = self._read(group, self.columns.label)
-        if column.null_count == 0 and pa.types.is_integer(column.type):
-            return column.to_numpy()
-        return column.to_pylist()
-
-    def _read_images(self, group: _Group, rows: np.ndarray) -> list[bytes]:
+    def _read_images(self, wanted: tuple[_Group, np.ndarray]) -> list[bytes]:
+        group, rows = wanted
         column = self._read(group, self.columns.image)
-        return [stored_bytes(column[row].as_py()) for row in rows.tolist()]
+        images = [_stored(column[row].as_py()) for row in rows.tolist()]
+        return [image if isinstance(image, bytes) else b"" for image in images]
+
+    def _footer(self, name: str) -> pq.FileMetaData:
+        return self._open(name, pq.read_metadata)
 
     def _read(self, group: _Group, column: str) -> pa.ChunkedArray:
         footer = self._footers[group.file]
-        return self._guard(group.file, lambda source: pq.ParquetFile(source, metadata=footer, pre_buffer=True)
-                           .read_row_group(group.number, columns=[column]).column(0))  # fmt: skip
+        return self._open(group.file, lambda source: pq.ParquetFile(source, metadata=footer, pre_buffer=True)
+                          .read_row_group(group.number, columns=[column]).column(0))  # fmt: skip
 
-    def _guard(self, file: int, read: Callable[[Any], Result]) -> Result:
-        name = self._names[file]
-
+    def _open(self, name: str, read: Callable[[Any], Result]) -> Result:
         def attempt() -> Result:
-            here = self._local.get(file)
-            opened = open(here, "rb") if here is not None else self._files.open(name)  # noqa: SIM115 - closed below
-            with opened as source, damage(name):
+            with self._files.open(name) as source:
                 return read(source)
 
-        return self._files.guard(attempt)
+        return self._files.guard(name, attempt)
 
     def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         with ThreadPoolExecutor(self._files.readers, thread_name_prefix="hfdetox-read") as pool:
@@ -213,7 +214,8 @@ class StreamReader(SplitReader):
     A stream that fails on the way is opened anew, and the rows that were read of it are passed over.
     """
 
-    def __init__(self, stream: IterableDataset, columns: Columns, split: str, files: Files, rows: int | None) -> None:
+    def __init__(self, stream: IterableDataset, columns: Columns, split: str, files: LocalFiles,
+                 rows: int | None) -> None:  # fmt: skip
         self.split, self.rows, self.columns, self._files = split, rows, columns, files
         self._stream = _undecoded(stream, columns)
         self._reading: Iterator[dict[str, Any]] | None = None
@@ -225,7 +227,8 @@ class StreamReader(SplitReader):
         """Yield blocks in the stream's own order; loose files (no bytes come along) are all in one block."""
         first = 0
         while first < len(self._entries) or not self._ended:
-            self._read(min(SCAN_LIMIT, len(self._spool) + _STREAM_BLOCK) if first == len(self._entries) else 0)
+            if first == len(self._entries):
+                self._read_block()
             yield np.arange(first, len(self._entries)), self._labels[first:]
             first = len(self._entries)
 
@@ -236,39 +239,37 @@ class StreamReader(SplitReader):
             local = list(pool.map(lambda place: place if isinstance(place, int) else self._files.path(place), places))
         return Picked(self._spool.__getitem__, local)
 
-    def _read(self, kept: int) -> None:
-        """Read on until `kept` images are kept, or the stream or what may be read of it ends."""
+    def _read_block(self) -> None:
+        """Read on until a block more of images is kept, or the stream or what may be read of it ends."""
+        kept = min(SCAN_LIMIT, len(self._spool) + _STREAM_BLOCK)
         while not self._ended and len(self._spool) < kept:
             row = self._next()
             if row is None:
-                if self.rows is not None and len(self._entries) < self.rows:  # a damaged tar ends without an error
-                    raise DamagedFileError(f"split {self.split} ends after {len(self._entries)} of {self.rows} rows; "
-                                           "get the dataset anew")  # fmt: skip
                 self._ended = True
                 break
-            value = row[self.columns.image]
-            path = _path(value)
-            if path is None:
-                self._spool.append(stored_bytes(value))
-            self._entries.append(len(self._spool) - 1 if path is None else path)
+            stored = _stored(row[self.columns.image])
+            if isinstance(stored, bytes):
+                self._spool.append(stored)
+            self._entries.append(stored if isinstance(stored, str) else len(self._spool) - 1)
             self._labels.append(row[self.columns.label])
-        if not self._ended and len(self._spool) >= SCAN_LIMIT:
-            self.limited = self._ended = True
-        if self._ended:
-            self.rows = len(self._entries)  # a fraction is one of what can be read
+        if self._ended and len(self._entries) < (self.rows or 0):  # a damaged tar ends without an error
+            raise DamagedFileError(f"split {self.split} ends after {len(self._entries)} of {self.rows} rows; "
+                                   "get the dataset anew")  # fmt: skip
+        self.limited = len(self._spool) >= SCAN_LIMIT
+        if self._ended or self.limited:
+            self._ended, self.rows = True, len(self._entries)  # a fraction is one of what can be read
 
     def _next(self) -> dict[str, Any] | None:
         def attempt() -> dict[str, Any] | None:
             # put back only after success: a generator that failed is over, and would say so as if the data were
             reading, self._reading = self._reading, None
-            with damage(f"split {self.split}"):
-                if reading is None:
-                    reading = islice(iter(self._stream), len(self._entries), None)
-                row = next(reading, None)
+            if reading is None:
+                reading = islice(iter(self._stream), len(self._entries), None)
+            row = next(reading, None)
             self._reading = reading
             return row
 
-        return self._files.guard(attempt)
+        return self._files.guard(f"split {self.split}", attempt)
 
 
 def _undecoded(table: Table, columns: Columns) -> Table:
@@ -281,7 +282,7 @@ def _undecoded(table: Table, columns: Columns) -> Table:
 
 
 @contextmanager
-def damage(what: str) -> Iterator[None]:
+def _damage(what: str) -> Iterator[None]:
     """Raise what pyarrow, tarfile and datasets say of a damaged file as DamagedFileError; network errors pass."""
     try:
         yield
@@ -295,14 +296,8 @@ def damage(what: str) -> Iterator[None]:
         raise DamagedFileError(f"{what} cannot be read ({reason}); get the dataset anew") from error
 
 
-def stored_bytes(value: Any) -> bytes:
-    """Return the bytes of an image column's value ({"bytes", "path"} or bytes); empty when the row holds none."""
+def _stored(value: Any) -> bytes | str:
+    """Return an image column's value: the bytes, the path of an image that its row names and does not hold, or b""."""
     if isinstance(value, dict):
-        value = value.get("bytes")
-    return bytes(value) if isinstance(value, (bytes, bytearray, memoryview)) else b""
-
-
-def _path(value: Any) -> str | None:
-    """Return the path of an image that its row names and does not hold."""
-    path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else None
-    return str(path) if path else None
+        value = value.get("bytes") or str(value.get("path") or "") or b""
+    return bytes(value) if isinstance(value, (bytearray, memoryview)) else value or b""

@@ -109,7 +109,7 @@ def test_a_damaged_tar_is_an_error_of_one_line(tmp_path):
 class Impatient(LocalFiles):
     """Local files whose failed reads are repeated as the Hub's are, without the pauses."""
 
-    def guard(self, call):
+    def guard(self, what, call):
         return ask(call, "dataset me/stream", retry=Retry(attempts=3, base_delay=0.01))
 
 
