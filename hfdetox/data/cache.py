@@ -79,11 +79,9 @@ class Pixels(Dataset[Batch]):
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield all items in order, `size` at a time; from a cache these are views, not copies."""
         for start in range(0, len(self), size):
-            part = slice(start, min(start + size, len(self)))
-            if self.images is not None:
-                yield self.positions[part], self.images[part], self.labels[part]
-            else:
-                yield self.__getitems__(range(len(self))[part])
+            part = slice(start, start + size)
+            yield (self.positions[part], self.images[part], self.labels[part]) if self.images is not None else (
+                self.__getitems__(range(len(self))[part]))  # fmt: skip
 
     def view(
         self, trigger: Trigger | None = None, *, positions: Sequence[int] | torch.Tensor | None = None,
@@ -95,15 +93,15 @@ class Pixels(Dataset[Batch]):
         """
         chosen = self.positions if positions is None else torch.as_tensor(np.asarray(positions, dtype=np.int64))
         place = {int(p): i for i, p in enumerate(self.positions)}
-        if (self.trigger is not None or self.images is None or (trigger is not None and trigger.mode == "native")
-                or not all(int(p) in place for p in chosen)):  # fmt: skip
-            return Pixels(self.source, self.preprocessing, trigger, positions=chosen, max_bytes=self.max_bytes,
-                          progress=progress)  # fmt: skip
+        reused = (self.trigger is None and self.images is not None and (trigger is None or trigger.mode == "input")
+                  and all(int(p) in place for p in chosen))  # fmt: skip
         # no room for a cache: none is decoded, and the one that is here fills the view
-        view = Pixels(self.source, self.preprocessing, trigger, positions=chosen, max_bytes=-1)
-        view.max_bytes, items = self.max_bytes, torch.tensor([place[int(p)] for p in chosen], dtype=torch.int64)
-        view.images = view._finish(self.images[items.to(self.images.device)])
-        view.labels = view.labels.to(self.images.device)
+        view = Pixels(self.source, self.preprocessing, trigger, positions=chosen, progress=progress,
+                      max_bytes=-1 if reused else self.max_bytes)  # fmt: skip
+        if reused and self.images is not None:
+            view.max_bytes, items = self.max_bytes, torch.tensor([place[int(p)] for p in chosen], dtype=torch.int64)
+            view.images = view._finish(self.images[items.to(self.images.device)])
+            view.labels = view.labels.to(self.images.device)
         return view
 
     def without_label(self, label: int) -> torch.Tensor:

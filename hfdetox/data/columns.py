@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from hfdetox.errors import UsageError
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category", "fine_label", "coarse_label", "y")
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes")
 UNLABELLED = -1
-_TEXTS = ("string", "large_string", "string_view")
+_TEXTS, _BYTES = ("string", "large_string", "string_view"), ("binary", "large_binary")
 
 
 class ColumnError(UsageError):
@@ -36,24 +36,13 @@ def find_columns(features: Features, *, image_column: str | None = None, label_c
 
     Raises ColumnError when there is none, more than one, or when a named one does not exist or holds something else.
     """
-    image = _one("image", image_column, features, [
-        [name for name, feature in features.items() if isinstance(feature, Image)],
-        [name for name, feature in features.items() if _is_stored_image(feature) and name.lower() in IMAGE_NAMES],
-    ])  # fmt: skip
-    label = _one("label", label_column, features, [
-        [name for name, feature in features.items() if isinstance(feature, ClassLabel)],
-        [name for name, feature in features.items() if _is_plain_label(feature) and name.lower() in LABEL_NAMES],
-    ])  # fmt: skip
-    if not isinstance(features[image], Image) and not _is_stored_image(features[image]):
-        found = _kind(features[image])
-        raise ColumnError(f"column {image!r} holds {found}, not images; give --image-column (of {_all(features)})")
+    image = _one("image", "not images", image_column, features, _is_image, lambda name, feature: (
+        0 if isinstance(feature, Image) else 1 if name in IMAGE_NAMES else None))  # fmt: skip
+    label = _one("label", "not one label an image", label_column, features, _is_label, lambda name, feature: (
+        0 if isinstance(feature, ClassLabel) else 1 if name in LABEL_NAMES else None))  # fmt: skip
     feature = features[label]
     if isinstance(feature, ClassLabel):
         return Columns(image, label, "class", tuple(feature.names))
-    if not _is_plain_label(feature):
-        found = _kind(feature)
-        raise ColumnError(f"column {label!r} holds {found}, not one label an image; give --label-column "
-                          f"(of {_all(features)})")  # fmt: skip
     return Columns(image, label, "text" if feature.dtype in _TEXTS else "integer")
 
 
@@ -89,31 +78,40 @@ class LabelReader:
         return max(int(value), UNLABELLED)
 
 
-def _one(what: str, named: str | None, features: Mapping[str, Any], candidates: list[list[str]]) -> str:
+def _one(
+    what: str, not_it: str, named: str | None, features: Mapping[str, Any], fits: Callable[[Any], bool],
+    rank: Callable[[str, Any], int | None],
+) -> str:  # fmt: skip
+    """Return the named column, or the one of the lowest rank among those that fit."""
     if named is not None:
         if named not in features:
             raise ColumnError(f"the dataset has no column {named!r} for --{what}-column; it has {_all(features)}")
+        if not fits(features[named]):
+            found = _kind(features[named])
+            raise ColumnError(f"column {named!r} holds {found}, {not_it}; give --{what}-column (of {_all(features)})")
         return named
-    for found in candidates:
-        if len(found) > 1:
-            raise ColumnError(f"several columns may hold the {what}: {', '.join(found)}; choose with --{what}-column")
-        if found:
-            return found[0]
-    raise ColumnError(
-        f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
-        f"name one with --{what}-column, or choose another dataset")  # fmt: skip
+    ranks = {name: rank(name.lower(), feature) for name, feature in features.items() if fits(feature)}
+    best = min((found for found in ranks.values() if found is not None), default=None)
+    if best is None:
+        raise ColumnError(
+            f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
+            f"name one with --{what}-column, or choose another dataset")  # fmt: skip
+    candidates = [name for name, found in ranks.items() if found == best]
+    if len(candidates) > 1:
+        raise ColumnError(f"several columns may hold the {what}: {', '.join(candidates)}; choose with --{what}-column")
+    return candidates[0]
 
 
-def _is_stored_image(feature: Any) -> bool:
-    """Return whether a column without the Image type may hold encoded images: bytes, or the struct they are kept in."""
+def _is_image(feature: Any) -> bool:
+    """Return whether a column may hold encoded images: the Image type, bytes, or the struct that they are kept in."""
     if isinstance(feature, dict):
-        return isinstance(feature.get("bytes"), Value) and feature["bytes"].dtype in ("binary", "large_binary")
-    return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+        feature = feature.get("bytes")
+    return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in _BYTES)
 
 
-def _is_plain_label(feature: Any) -> bool:
+def _is_label(feature: Any) -> bool:
     if not isinstance(feature, Value):
-        return False
+        return isinstance(feature, ClassLabel)
     return feature.dtype in (*_TEXTS, "bool") or feature.dtype.lstrip("u").startswith("int")
 
 

@@ -10,8 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from itertools import chain
 from multiprocessing import reduction
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,11 +24,6 @@ from hfdetox.errors import HfdetoxError, RunError, one_line
 MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here and not a warning
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX")
-# what broken or hostile files make PIL raise, from the observed and the documented
-_DECODE_ERRORS = (
-    OSError, ValueError, SyntaxError, TypeError, LookupError, OverflowError, EOFError, MemoryError,
-    NotImplementedError, Image.DecompressionBombError,
-)  # fmt: skip
 
 KEPT_BYTES = 256 * 1024**2
 # images decoded in the caller's thread to see how long one takes, and how long it must be for threads to pay
@@ -142,7 +138,7 @@ class ImageSet:
             image = decode_image(self._encoded[place], channels=self.channels)
         except HfdetoxError:
             raise
-        except _DECODE_ERRORS as error:
+        except Exception as error:  # PIL raises anything for a broken or hostile file
             reason = one_line(error)[:120] or type(error).__name__
             raise BrokenImageError(
                 f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason}); "
@@ -191,25 +187,21 @@ def parallel_map(
     millisecond stop each other: work that turns out that short is done in this thread. `progress(done, total)` is
     called in the caller's thread after each chunk. The first error is raised, in order.
     """
-    total = len(positions)
     results: list[Result] = []
 
     def run(chunk: Sequence[int]) -> list[Result]:
         return [function(position) for position in chunk]
 
-    def keep(part: list[Result]) -> None:
-        results.extend(part)
-        if progress is not None:
-            progress(len(results), total)
-
     begin = time.perf_counter()
-    keep(run(positions[:_PROBE]))
-    short = (time.perf_counter() - begin) / max(1, len(results)) < _THREADS_PAY_SECONDS
+    first = run(positions[:_PROBE])
+    short = (time.perf_counter() - begin) / max(1, len(first)) < _THREADS_PAY_SECONDS
     size = 256 if short else 4
-    rest = [positions[i : i + size] for i in range(_PROBE, total, size)]
+    rest = [positions[i : i + size] for i in range(_PROBE, len(positions), size)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hfdetox-decode") as pool:
-        for part in (map if short else pool.map)(run, rest):
-            keep(part)
+        for part in chain([first], (map if short else pool.map)(run, rest)):
+            results.extend(part)
+            if progress is not None:
+                progress(len(results), len(positions))
     return results
 
 
@@ -221,24 +213,22 @@ def decode_image(encoded: Encoded, *, channels: int = 3) -> Image.Image:
     DecompressionBombError for more than MAX_PIXELS pixels, ValueError for a missing image or a mode without a
     defined range (32-bit float).
     """
-    if isinstance(encoded, Image.Image):
-        image = encoded
-    elif not encoded:
+    image = encoded if isinstance(encoded, Image.Image) else _opened(encoded)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are read")
+    return _to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+
+
+def _opened(encoded: bytes | str) -> Image.Image:
+    """Return the image of a file's bytes, or of the file at a path, not loaded."""
+    if not encoded:
         raise ValueError("there is no image in this row")
-    else:
-        Image.init()
-        source = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-        try:
-            image = Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
-        except UnidentifiedImageError:
-            raise UnidentifiedImageError("not an image in a known format") from None  # PIL's text shows an address
-    # a caller's own image is not ours to close
-    with nullcontext() if image is encoded else image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are read")
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        return _to_mode(upright, "L" if channels == 1 else "RGB")
+    Image.init()
+    content = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
+    try:
+        return Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("not an image in a known format") from None  # PIL's text shows an address
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -57,27 +57,33 @@ def align_labels(
 
     Raises LabelMismatchError with the names unmatched on both sides, LabelMapError for a map that does not fit.
     """
-    chosen = _read_map(label_map)
-    if dataset_names is None:
-        return _align_integers(model_labels, chosen)
-    fixed = _apply_map(chosen, list(dataset_names), model_labels)
-    open_names = [i for i in range(len(dataset_names)) if i not in fixed]
-    found = _match(
-        {i: dataset_names[i] for i in open_names},
-        {m: label for m, label in enumerate(model_labels) if m not in fixed.values()},
-    )
-    note = None
-    if open_names and not found and not fixed and len(dataset_names) == len(model_labels):
-        found = {i: i for i in open_names}
-        note = (f"none of the dataset's class names ({list_names(dataset_names, 3)}) is among the model's labels "
-                f"({list_names(model_labels, 3)}); both have {len(model_labels)}, so their order was used")  # fmt: skip
-    elif len(found) < len(open_names):
-        used = set(found.values()) | set(fixed.values())
-        raise _mismatch([dataset_names[i] for i in open_names if i not in found],
-                        [label for m, label in enumerate(model_labels) if m not in used], model_labels)  # fmt: skip
-    mapping = [found[i] if i in found else fixed[i] for i in range(len(dataset_names))]
-    pairs = zip(dataset_names, [_name(m, model_labels) for m in mapping], strict=True)
-    return Alignment(mapping, note, {name: label for name, label in pairs if name != label})
+    chosen, plain = _read_map(label_map), dataset_names is None
+    names = list(dataset_names) if dataset_names is not None else _numbers(chosen, len(model_labels))
+    fixed = _apply_map(chosen, names, model_labels)
+    note, rest = None, {i: name for i, name in enumerate(names) if i not in fixed}
+    if plain:
+        # integers are the model's names where those are all integers; beyond its labels only the map can name them
+        rest = {i: name for i, name in rest.items() if i < len(model_labels)}
+        if set(model_labels) == set(names[: len(model_labels)]):
+            found = {i: model_labels.index(name) for i, name in rest.items()}
+        else:
+            found = {i: i for i in rest}
+            if len(fixed) < len(model_labels):
+                note = "the dataset's labels are plain integers; they were taken as the model's label order"
+    else:
+        found = _match(rest, {m: label for m, label in enumerate(model_labels) if m not in fixed.values()})
+        if rest and not found and not fixed and len(names) == len(model_labels):
+            found = {i: i for i in rest}
+            note = (f"none of the dataset's class names ({list_names(names, 3)}) is among the model's labels "
+                    f"({list_names(model_labels, 3)}); both have {len(names)}, so their order was used")  # fmt: skip
+        elif len(found) < len(rest):
+            used = {*found.values(), *fixed.values()}
+            raise _mismatch([name for i, name in rest.items() if i not in found],
+                            [label for m, label in enumerate(model_labels) if m not in used], model_labels)  # fmt: skip
+    mapping = [{**found, **fixed}.get(i, DROPPED) for i in range(len(names))]
+    pairs = {names[i]: "" if mapping[i] == DROPPED else model_labels[mapping[i]]
+             for i in (sorted(fixed) if plain else range(len(names)))}  # fmt: skip
+    return Alignment(mapping, note, {name: label for name, label in pairs.items() if name != label})
 
 
 def accuracy_hint(confusion: np.ndarray) -> float:
@@ -93,24 +99,12 @@ def accuracy_hint(confusion: np.ndarray) -> float:
     return float(confusion[rows, columns].sum()) / total if total else 0.0
 
 
-def _align_integers(model_labels: Sequence[str], chosen: dict[str, Any]) -> Alignment:
-    """Align labels that are plain integers: by the model's names where those are the integers, else by order."""
-    names = [str(i) for i in range(len(model_labels))]
-    same = set(model_labels) == set(names)
-    mapping = [model_labels.index(name) for name in names] if same else list(range(len(names)))
-    # integers beyond the model's labels can only be named by the map
-    extra = [int(key) for key in chosen if key.isdecimal() and int(key) >= len(names)]
-    if len(extra) and max(extra) > 1_000_000:
-        raise LabelMapError(f"label map: {max(extra)} is not a class index; the model has {len(names)} labels")
-    for index in range(len(names), max(extra, default=-1) + 1):
-        names.append(str(index))
-        mapping.append(DROPPED)
-    fixed = _apply_map(chosen, names, model_labels)
-    mapping = [fixed.get(i, m) for i, m in enumerate(mapping)]
-    note = None
-    if not same and len(fixed) < len(model_labels):
-        note = "the dataset's labels are plain integers; they were taken as the model's label order"
-    return Alignment(mapping, note, {names[i]: _name(m, model_labels) for i, m in sorted(fixed.items())})
+def _numbers(chosen: Mapping[str, Any], count: int) -> list[str]:
+    """Return the names of integer labels: the model's `count`, and further ones that the map names."""
+    highest = max([count - 1, *(int(key) for key in chosen if key.isdecimal())])
+    if highest > max(count, 1_000_000):
+        raise LabelMapError(f"label map: {highest} is not a class index; the model has {count} labels")
+    return list(map(str, range(highest + 1)))
 
 
 def _match(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
@@ -191,35 +185,35 @@ def _apply_map(chosen: Mapping[str, Any], dataset_names: list[str], model_labels
     """Return dataset index to model index (or DROPPED) for every entry of the map."""
     fixed: dict[int, int] = {}
     for key, value in chosen.items():
-        places = [i for i, name in enumerate(dataset_names) if name == key]
-        places = places or [i for i, name in enumerate(dataset_names) if _plain(name) == _plain(key)]
+        places = _spelt(key, dataset_names)
         if not places:
             raise LabelMapError(f"label map: the dataset has no class {key!r}; it has {list_names(dataset_names)}")
         fixed.update(dict.fromkeys(places, _model_index(key, value, model_labels)))
     return fixed
 
 
+def _spelt(wanted: str, names: Sequence[str]) -> list[int]:
+    """Return the indices of the names that are `wanted`, else of those that are spelt like it."""
+    exact = [i for i, name in enumerate(names) if name == wanted]
+    return exact or [i for i, name in enumerate(names) if _plain(name) == _plain(wanted)]
+
+
 def _model_index(key: str, value: str | int | None, model_labels: Sequence[str]) -> int:
     if value is None:
         return DROPPED
     if isinstance(value, str):
-        exact = [m for m, label in enumerate(model_labels) if label == value]
-        loose = exact or [m for m, label in enumerate(model_labels) if _plain(label) == _plain(value)]
-        loose = loose or [m for m, label in enumerate(model_labels) if _plain(value) in _synonyms(label)]
-        if len(loose) == 1:
-            return loose[0]
-        if loose:
-            raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(loose)} model labels; give the index")
+        found = _spelt(value, model_labels)
+        found = found or [m for m, label in enumerate(model_labels) if _plain(value) in _synonyms(label)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(found)} model labels; give the index")
         if not value.isdecimal():
             raise LabelMapError(f"label map: {key!r}: the model has no label {value!r}: {list_names(model_labels)}")
     index = int(value)
     if not 0 <= index < len(model_labels):
         raise LabelMapError(f"label map: {key!r}: index {index} is outside 0 to {len(model_labels) - 1}")
     return index
-
-
-def _name(index: int, model_labels: Sequence[str]) -> str:
-    return "" if index == DROPPED else model_labels[index]
 
 
 def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str]) -> LabelMismatchError:

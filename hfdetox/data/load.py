@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -26,9 +27,6 @@ from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
 from hfdetox.progress import progress_bar, updates
 from hfdetox.values import load_yaml
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
 
 Options = TypeVar("Options", bound=ImageOptions)
 
@@ -129,12 +127,12 @@ def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
     return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=channels)
 
 
-def _label_reader(source: SplitReader, evaluation: SplitReader) -> LabelReader:
-    columns, other = source.columns, evaluation.columns
+def _label_reader(*sources: SplitReader) -> LabelReader:
+    columns, other = sources[0].columns, sources[-1].columns
     if (columns.kind, columns.names) != (other.kind, other.names):
-        raise ColumnError(f"splits {source.split} and {evaluation.split} have other classes; choose another "
+        raise ColumnError(f"splits {sources[0].split} and {sources[-1].split} have other classes; choose another "
                           "--eval-split")  # fmt: skip
-    blocks = chain(source.scan(), evaluation.scan()) if columns.kind == "text" else ()
+    blocks = chain(*(source.scan() for source in sources)) if columns.kind == "text" else ()
     return LabelReader(columns, {value for _, values in blocks for value in values if value})
 
 
@@ -178,7 +176,6 @@ class _Chooser:
         """Choose the clean images, none of the rows in `taken`."""
         if self.samples is not None:
             return self._balanced(source, taken, self.samples)
-        source.expect_all()
         rows = self._all_rows(source)
         rows = rows.where(~np.isin(rows.indices, taken))
         self._check_classes(rows.labels, f"split {source.split}")
@@ -191,12 +188,9 @@ class _Chooser:
                 pass
         blocks = ((indices, np.where(np.isin(indices, taken), -1, labels))
                   for indices, labels in self._scan(source, rng))  # fmt: skip
-
-        def count() -> int:
-            return sample_count(samples, source.rows or 0)
-
+        count = sample_count(samples, source.rows or 0)
         chosen, seen = choose_balanced(blocks, count, sorted(set(self.alignment.mapping) - {DROPPED}), rng)
-        self._check_balance(source, chosen, seen, count())
+        self._check_balance(source, chosen, seen, count)
         return chosen
 
     def _check_balance(self, source: SplitReader, chosen: Selection, seen: dict[int, int], wanted: int) -> None:
@@ -244,8 +238,6 @@ class _Chooser:
         """Choose the evaluation rows of the first of `sources` with labels."""
         empty = list[str]()
         for source in sources:
-            if self.eval_samples is None:
-                source.expect_all()
             rows = self._all_rows(source)
             total = len(rows.indices)
             if total:
@@ -293,13 +285,11 @@ def class_names(dataset: Any, options: ImageOptions) -> tuple[str, ...] | int:
         label_column=options.label_column, warn=lambda _: None,
     )  # fmt: skip
     train, _ = _split_names(origin.splits, options.split, None)
-    names = origin.columns(train).names
-    if names is not None:
-        return names
     source = origin.open(train)
-    reader = _label_reader(source, source)
-    highest = max((int(reader.read(values).max(initial=-1)) for _, values in source.scan()), default=-1)
-    return reader.names or highest + 1
+    reader = _label_reader(source)
+    if reader.names is not None:
+        return reader.names
+    return 1 + max((int(reader.read(values).max(initial=-1)) for _, values in source.scan()), default=-1)
 
 
 def default_dataset(card_text: str | None) -> str:

@@ -6,6 +6,7 @@ streamed up to a scan limit; loose image files are listed, and only the chosen o
 
 from __future__ import annotations
 
+import functools
 import tarfile
 import zipfile
 import zlib
@@ -95,9 +96,6 @@ class SplitReader(ABC):
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return the encoded images of these rows (ascending; rows that `scan` yielded)."""
 
-    def expect_all(self) -> None:  # noqa: B027 - only remote parquet has something to do
-        """Say that most rows will be fetched, so that whole files may be downloaded at once."""
-
 
 class TableReader(SplitReader):
     """A `datasets.Dataset`: a memory-mapped table, read in place."""
@@ -135,18 +133,14 @@ class ParquetReader(SplitReader):
     def __init__(self, split: str, names: Sequence[str], files: LocalFiles, columns: Columns) -> None:
         self.split, self._names, self._files, self.columns = split, list(names), files, columns
         if sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
-            self.expect_all()
+            self._map(files.path, self._names)
         self._footers = dict(zip(self._names, self._map(self._footer, self._names), strict=True))
         self._groups, self.rows = list[_Group](), 0
         for name, footer in self._footers.items():
             for number in range(footer.num_row_groups):
                 self._groups.append(_Group(name, number, self.rows, footer.row_group(number).num_rows))
                 self.rows += self._groups[-1].rows
-        self._labels = dict[_Group, Sequence[Any]]()
-
-    def expect_all(self) -> None:
-        """Download every file whole: ranges would fetch the same bytes in more requests."""
-        self._map(self._files.path, self._names)
+        self._labels = functools.cache(self._read_labels)
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield one block per row group, in an order drawn by `rng`; only the label column is read."""
@@ -154,7 +148,7 @@ class ParquetReader(SplitReader):
         groups = [self._groups[i] for i in order]
         for start in range(0, len(groups), self._files.readers):
             window = groups[start : start + self._files.readers]
-            for group, labels in zip(window, self._map(self._read_labels, window), strict=True):
+            for group, labels in zip(window, self._map(self._labels, window), strict=True):
                 yield np.arange(group.first, group.first + group.rows), labels
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
@@ -176,11 +170,9 @@ class ParquetReader(SplitReader):
         return spool
 
     def _read_labels(self, group: _Group) -> Sequence[Any]:
-        if group not in self._labels:
-            column = self._read(group, self.columns.label)
-            plain = column.null_count == 0 and pa.types.is_integer(column.type)
-            self._labels[group] = column.to_numpy() if plain else column.to_pylist()
-        return self._labels[group]
+        column = self._read(group, self.columns.label)
+        plain = column.null_count == 0 and pa.types.is_integer(column.type)
+        return column.to_numpy() if plain else column.to_pylist()
 
     def _read_images(self, wanted: tuple[_Group, np.ndarray]) -> list[bytes]:
         group, rows = wanted

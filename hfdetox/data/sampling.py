@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +49,13 @@ def class_quotas(available: Mapping[int, int], count: int, rng: np.random.Genera
 
 
 def choose_balanced(
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]], count: Callable[[], int], classes: Iterable[int],
-    rng: np.random.Generator,
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]], count: int, classes: Iterable[int], rng: np.random.Generator,
 ) -> tuple[Selection, dict[int, int]]:  # fmt: skip
-    """Choose `count()` rows, as balanced over `classes` as the blocks allow, and return them with the counts seen.
+    """Choose `count` rows, as balanced over `classes` as the blocks allow, and return them with the counts seen.
 
     A block is (row numbers, model labels; negative: not to be used). Blocks are taken in the order given, and no more
     of them than the equal shares need, so that few of a large file's row groups are touched; inside a block
-    the rows are drawn by `rng`. `count` is called after each block: its answer may depend on what was read.
+    the rows are drawn by `rng`.
     """
     rows: dict[int, list[int]] = {c: [] for c in classes}
     for indices, labels in blocks:
@@ -64,11 +63,11 @@ def choose_balanced(
         for index, label in zip(indices[order].tolist(), labels[order].tolist(), strict=True):
             if label >= 0:
                 rows.setdefault(label, []).append(index)
-        share = -(-count() // max(1, len(rows)))
+        share = -(-count // max(1, len(rows)))
         if rows and all(len(found) >= share for found in rows.values()):
             break
     seen = {c: len(found) for c, found in rows.items()}
-    take = class_quotas(seen, count(), rng)
+    take = class_quotas(seen, count, rng)
     pairs = sorted((index, c) for c, found in rows.items() for index in found[: take[c]])
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return Selection(table[:, 0], table[:, 1]), seen

@@ -63,7 +63,7 @@ def test_no_more_blocks_are_read_than_the_shares_need():
             read.append(number)
             yield np.arange(10) + 10 * number, np.arange(10) % 2
 
-    choice, _ = choose_balanced(blocks(), lambda: 20, [0, 1], np.random.default_rng(0))
+    choice, _ = choose_balanced(blocks(), 20, [0, 1], np.random.default_rng(0))
     assert read == [0, 1]
     assert np.bincount(choice.labels).tolist() == [10, 10]
     assert (np.diff(choice.indices) > 0).all()
