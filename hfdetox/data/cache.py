@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,17 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from hfdetox.data.images import ImageSet, parallel_map
+from hfdetox.data.images import ImageSet, Progress, parallel_map
 from hfdetox.errors import UsageError
+from hfdetox.models.preprocessing import Preprocessing
 from hfdetox.triggers.base import Trigger
-
-if TYPE_CHECKING:
-    from hfdetox.models.preprocessing import Preprocessing
 
 MAX_CACHE_BYTES = 2 * 1024**3
 _TRIGGER_BATCH = 256
 
-Progress = Callable[[int, int], None]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import io
 import os
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,23 +31,17 @@ KEPT_BYTES = 256 * 1024**2
 _PROBE = 32
 _THREADS_PAY_SECONDS = 0.001
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
 
-Encoded = bytes | str | Image.Image  # a file's bytes, its path, or an image that is already decoded
+# a file's bytes, its path, or an image that is already decoded; and what gives one when it is wanted
+Encoded = bytes | str | Image.Image
+EncodedImages = Sequence[Encoded | Callable[[], Encoded]]
 
 
 class BrokenImageError(RunError):
     """An image that cannot be decoded; the message names its split and row."""
-
-
-class EncodedImages(Protocol):
-    """Images as they were stored, by position."""
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-
-    def __getitem__(self, position: int) -> Encoded:
-        """Return the image at `position`, not decoded."""
 
 
 class Spool:
@@ -54,19 +49,22 @@ class Spool:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="hfdetox-images-")  # noqa: SIM115 - open as long as the spool lives
-        self._spans: list[tuple[int, int]] = []
         self._end = 0
 
-    def append(self, encoded: bytes) -> None:
-        """Add one image; raises RunError when the disk is full."""
+    def append(self, encoded: bytes) -> Callable[[], bytes]:
+        """Add one image and return what reads it again; raises RunError when the disk is full."""
         try:
             self._file.write(encoded)
             self._file.flush()
         except OSError as error:
             where = f"{tempfile.gettempdir()} ({error.strerror})"
             raise RunError(f"cannot keep images in {where}; free some space there or set TMPDIR") from error
-        self._spans.append((self._end, len(encoded)))
         self._end += len(encoded)
+        return functools.partial(self._read, self._end - len(encoded), len(encoded))
+
+    def _read(self, start: int, length: int) -> bytes:
+        # pread keeps no position, so threads and forked processes do not disturb one another
+        return os.pread(self._file.fileno(), length, start)
 
     def __getstate__(self) -> dict[str, Any]:
         # workers that are not forked (macOS, Python 3.14) are sent the open file itself
@@ -74,28 +72,6 @@ class Spool:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _file=os.fdopen(state["_file"].detach(), "rb"))
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, position: int) -> bytes:
-        start, length = self._spans[position]
-        # pread keeps no position, so threads and forked processes do not disturb one another
-        return os.pread(self._file.fileno(), length, start)
-
-
-class Picked:
-    """Images that `image` gives by their place, in the order of `places`; a path among these stands for itself."""
-
-    def __init__(self, image: Callable[[int], Encoded], places: Sequence[int | str]) -> None:
-        self._image, self._places = image, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, position: int) -> Encoded:
-        place = self._places[position]
-        return place if isinstance(place, str) else self._image(place)
 
 
 class ImageSet:
@@ -135,15 +111,14 @@ class ImageSet:
         if place in self._decoded:
             return self._decoded[place]
         try:
-            image = decode_image(self._encoded[place], channels=self.channels)
+            encoded = self._encoded[place]
+            image = decode_image(encoded() if callable(encoded) else encoded, channels=self.channels)
         except HfdetoxError:
             raise
         except Exception as error:  # PIL raises anything for a broken or hostile file
             reason = one_line(error)[:120] or type(error).__name__
-            raise BrokenImageError(
-                f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason}); "
-                "repair or remove it, or choose another split or seed"
-            ) from error
+            raise BrokenImageError(f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason});"
+                                   " repair or remove it, or choose another split or seed") from error  # fmt: skip
         size = image.width * image.height * self.channels
         if size <= self._room:
             self._room -= size
@@ -165,23 +140,16 @@ class ImageSet:
         lines = [self.split, *(str(i) for i in sorted(self.indices))]
         return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
-    def fingerprints(self, progress: Callable[[int, int], None] | None = None) -> list[bytes]:
-        """Return a SHA-256 of each image's decoded pixels and size: equal pixels in another file count as equal.
-
-        Decodes every image, so that a broken one is found before anything is trained. Raises BrokenImageError.
-        """
-
-        def fingerprint(position: int) -> bytes:
-            image = self.image(position)
-            return hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).digest()
-
-        return parallel_map(fingerprint, range(len(self)), progress)
+    def fingerprint(self, position: int) -> bytes:
+        """Return the SHA-256 of an image's decoded pixels and size: equal pixels in another file count as equal."""
+        image = self.image(position)
+        return hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).digest()
 
 
 def parallel_map(
-    function: Callable[[int], Result], positions: Sequence[int], progress: Callable[[int, int], None] | None = None
+    function: Callable[[Item], Result], items: Sequence[Item], progress: Progress | None = None
 ) -> list[Result]:
-    """Return `function` of each position, in order, computed by threads where that pays.
+    """Return `function` of each item, in order, computed by threads where that pays.
 
     PIL decodes and resizes outside Python's lock, but threads that come back for the lock every fraction of a
     millisecond stop each other: work that turns out that short is done in this thread. `progress(done, total)` is
@@ -189,19 +157,19 @@ def parallel_map(
     """
     results: list[Result] = []
 
-    def run(chunk: Sequence[int]) -> list[Result]:
-        return [function(position) for position in chunk]
+    def run(chunk: Sequence[Item]) -> list[Result]:
+        return [function(item) for item in chunk]
 
     begin = time.perf_counter()
-    first = run(positions[:_PROBE])
+    first = run(items[:_PROBE])
     short = (time.perf_counter() - begin) / max(1, len(first)) < _THREADS_PAY_SECONDS
     size = 256 if short else 4
-    rest = [positions[i : i + size] for i in range(_PROBE, len(positions), size)]
+    rest = [items[i : i + size] for i in range(_PROBE, len(items), size)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hfdetox-decode") as pool:
         for part in chain([first], (map if short else pool.map)(run, rest)):
             results.extend(part)
             if progress is not None:
-                progress(len(results), len(positions))
+                progress(len(results), len(items))
     return results
 
 

@@ -45,8 +45,9 @@ class Alignment:
 
 
 def align_labels(
-    dataset_names: Sequence[str] | None, model_labels: Sequence[str], label_map: Path | Mapping[str, Any] | None = None
-) -> Alignment:
+    dataset_names: Sequence[str] | None, model_labels: Sequence[str],
+    label_map: Path | str | Mapping[str, Any] | None = None,
+) -> Alignment:  # fmt: skip
     """Align the dataset's classes (`dataset_names`, or None when its labels are plain integers) with the model's.
 
     Names are compared without case, spaces, underscores and hyphens, then by the synonyms of comma-separated lists

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -15,9 +15,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.arguments import renames
-from hfdetox.config import DEFAULT_SAMPLES, ImageOptions, check_samples
+from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions, check_samples
 from hfdetox.data.columns import ColumnError, LabelReader
-from hfdetox.data.images import ImageSet
+from hfdetox.data.images import ImageSet, Progress, parallel_map
 from hfdetox.data.info import DatasetInfo
 from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
 from hfdetox.data.opened import open_dataset
@@ -68,7 +68,7 @@ def load_images(
     image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
     label_map: Path | Mapping[str, Any] | None = None, seed: int = 0, channels: int = 3,
     allow_missing_classes: bool = False, warn: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int], None] | None = None, hub_only: bool = False,
+    progress: Progress | None = None, hub_only: bool = False,
 ) -> Images:  # fmt: skip
     """Choose, fetch and check clean images of a Hub dataset, a folder or a `datasets` object.
 
@@ -90,20 +90,31 @@ def load_images(
     Raises UsageError for what cannot be done as asked (sizes, columns, labels, splits), BrokenImageError (RunError)
     with the row of an image that cannot be decoded, and HubError for the Hub.
     """
+    options = EvaluateOptions(
+        dataset_config=dataset_config, split=split, eval_split=eval_split, image_column=image_column,
+        label_column=label_column, eval_samples=eval_samples, dataset_revision=revision,
+        label_map=cast(Any, label_map), allow_missing_classes=allow_missing_classes, seed=seed,
+    )  # fmt: skip
+    return _load(dataset, labels, clean_samples, options, channels=channels, warn=warn, progress=progress,
+                 hub_only=hub_only)  # fmt: skip
+
+
+def _load(
+    dataset: Any, labels: Sequence[str], clean_samples: int | float | None, options: ImageOptions, *, channels: int,
+    warn: Callable[[str], None], progress: Progress | None, hub_only: bool,
+) -> Images:  # fmt: skip
+    """Do what `load_images` says, with `options` for most of its arguments."""
     if clean_samples is not None:
         check_samples("--samples", clean_samples)
-    if eval_samples is not None:
-        check_samples("--eval-samples", int(eval_samples))
-    origin = open_dataset(dataset, config=dataset_config, revision=revision, image_column=image_column,
-                          label_column=label_column, warn=warn, hub_only=hub_only)  # fmt: skip
-    train, measures = _split_names(origin.splits, split, eval_split)
+    origin = open_dataset(dataset, options, warn=warn, hub_only=hub_only)
+    train, measures = _split_names(origin.splits, options.split, options.eval_split)
     source = origin.open(train)
     evaluation = source if measures[0] == train else origin.open(measures[0])
     reader = _label_reader(source, evaluation)
-    alignment = align_labels(reader.names, labels, label_map)
+    alignment = align_labels(reader.names, labels, options.label_map)
     if alignment.note:
         warn(alignment.note)
-    chooser = _Chooser(labels, clean_samples, eval_samples, seed, allow_missing_classes, warn, reader, alignment)
+    chooser = _Chooser(labels, clean_samples, options, warn, reader, alignment)
     if evaluation is source:
         clean_rows, eval_rows = chooser.disjoint(source)
     else:
@@ -130,8 +141,7 @@ def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
 def _label_reader(*sources: SplitReader) -> LabelReader:
     columns, other = sources[0].columns, sources[-1].columns
     if (columns.kind, columns.names) != (other.kind, other.names):
-        raise ColumnError(f"splits {sources[0].split} and {sources[-1].split} have other classes; choose another "
-                          "--eval-split")  # fmt: skip
+        raise ColumnError(f"split {sources[-1].split} has other classes than {sources[0].split}; give --eval-split")
     blocks = chain(*(source.scan() for source in sources)) if columns.kind == "text" else ()
     return LabelReader(columns, {value for _, values in blocks for value in values if value})
 
@@ -142,9 +152,7 @@ class _Chooser:
 
     labels: Sequence[str]
     samples: int | float | None
-    eval_samples: int | None
-    seed: int
-    allow_missing_classes: bool
+    options: ImageOptions
     warn: Callable[[str], None]
     reader: LabelReader
     alignment: Alignment
@@ -155,9 +163,8 @@ class _Chooser:
         for indices, values in source.scan(rng):
             found = self.reader.read(values)
             if len(found) and found.max() >= len(mapping) - 1:
-                raise LabelMismatchError(
-                    f"split {source.split} has the label {found.max()} and the model {len(self.labels)} labels; "
-                    "name another --label-column, or say which classes these are with --label-map")  # fmt: skip
+                raise LabelMismatchError(f"split {source.split} has the label {found.max()} and the model "
+                                         f"{len(self.labels)} labels; give --label-column or --label-map")  # fmt: skip
             yield indices, mapping[found]
 
     def _all_rows(self, source: SplitReader) -> Selection:
@@ -182,7 +189,7 @@ class _Chooser:
         return rows
 
     def _balanced(self, source: SplitReader, taken: Sequence[int] | np.ndarray, samples: int | float) -> Selection:
-        rng = np.random.default_rng([self.seed, 1])
+        rng = np.random.default_rng([self.options.seed, 1])
         if source.rows is None and isinstance(samples, float):
             for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
                 pass
@@ -202,7 +209,7 @@ class _Chooser:
         if available < wanted:
             self.warn(f"{where} has only {available} usable images; all were taken")
         present = [c for c, number in seen.items() if number]
-        if wanted < len(present) and not self.allow_missing_classes:
+        if wanted < len(present) and not self.options.allow_missing_classes:
             raise TooFewImagesError(f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} "
                                     f"classes; give --samples {len(present)} or more")  # fmt: skip
         counts = self._check_classes(chosen.labels, where)
@@ -216,9 +223,8 @@ class _Chooser:
         missing = [self.labels[c] for c in range(len(self.labels)) if not took[c]]
         if missing:
             which = f"{len(missing)} of the model's {len(self.labels)} classes ({list_names(missing, 5)})"
-            if not self.allow_missing_classes:
-                raise TooFewImagesError(f"{where} has no image of {which}; choose another dataset, or go on with "
-                                        "--allow-missing-classes")  # fmt: skip
+            if not self.options.allow_missing_classes:
+                raise TooFewImagesError(f"{where} has no image of {which}; go on with --allow-missing-classes")
             self.warn(f"there is no clean image of {which}")
         return took
 
@@ -226,11 +232,11 @@ class _Chooser:
         """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
         rows = self._all_rows(source)
         total = len(rows.indices)
-        count = self.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
+        count = self.options.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
         if count >= total:
             raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and {count} "
                                     "for measuring leave none for the defense; lower --eval-samples")  # fmt: skip
-        measured = choose_uniform(rows, count, np.random.default_rng([self.seed, 2]))
+        measured = choose_uniform(rows, count, np.random.default_rng([self.options.seed, 2]))
         self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
         return self.clean(source, measured.indices), measured
 
@@ -247,29 +253,25 @@ class _Chooser:
             raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
         if empty:
             self.warn(f"split {' and '.join(empty)} has no labels; {source.split} is used for measuring")
-        if self.eval_samples is not None and self.eval_samples > total:
-            self.warn(f"--eval-samples {self.eval_samples}: split {source.split} has {total} images; all are used")
-        return source, choose_uniform(rows, self.eval_samples, np.random.default_rng([self.seed, 2]))
+        wanted = self.options.eval_samples
+        if wanted is not None and wanted > total:
+            self.warn(f"--eval-samples {wanted}: split {source.split} has {total} images; all are used")
+        return source, choose_uniform(rows, wanted, np.random.default_rng([self.options.seed, 2]))
 
 
 def _without_duplicates(
-    clean: ImageSet, measured: ImageSet, warn: Callable[[str], None], progress: Callable[[int, int], None] | None
+    clean: ImageSet, measured: ImageSet, warn: Callable[[str], None], progress: Progress | None
 ) -> ImageSet:
     """Return the evaluation images whose pixels are not those of a clean image; decodes every image once."""
-    total = len(clean) + len(measured)
-
-    def report(offset: int) -> Callable[[int, int], None]:
-        return lambda done, _: progress(offset + done, total) if progress else None
-
-    known = set(clean.fingerprints(report(0)))
-    prints = measured.fingerprints(report(len(clean)))
-    keep = [position for position, fingerprint in enumerate(prints) if fingerprint not in known]
-    dropped = len(measured) - len(keep)
-    if not dropped:
+    every = [(images, position) for images in (clean, measured) for position in range(len(images))]
+    prints = parallel_map(lambda one: one[0].fingerprint(one[1]), every, progress)
+    known = set(prints[: len(clean)])
+    keep = [position for position, fingerprint in enumerate(prints[len(clean) :]) if fingerprint not in known]
+    if len(keep) == len(measured):
         return measured
     if not keep:
         raise TooFewImagesError(f"all of split {measured.split} is among the clean images; choose another --eval-split")
-    warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out")
+    warn(f"{len(measured) - len(keep)} evaluation images have the same pixels as a clean image and were left out")
     return measured.subset(keep)
 
 
@@ -280,10 +282,7 @@ def class_names(dataset: Any, options: ImageOptions) -> tuple[str, ...] | int:
     """
     if dataset is None:
         raise UsageError("a model of fresh weights has no card that names a dataset: give --dataset ID")
-    origin = open_dataset(
-        dataset, config=options.dataset_config, revision=options.dataset_revision, image_column=options.image_column,
-        label_column=options.label_column, warn=lambda _: None,
-    )  # fmt: skip
+    origin = open_dataset(dataset, options, warn=lambda _: None)
     train, _ = _split_names(origin.splits, options.split, None)
     source = origin.open(train)
     reader = _label_reader(source)
@@ -304,8 +303,8 @@ def default_dataset(card_text: str | None) -> str:
     except ValueError as error:
         raise UsageError(f"the YAML of the model's card cannot be read; {advice}") from error
     named = header.get("datasets") if isinstance(header, dict) else None
-    ids = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-    ids = sorted({name.strip() for name in ids if isinstance(name, str) and name.strip()})
+    listed = named if isinstance(named, list) else [named]
+    ids = sorted({name.strip() for name in listed if isinstance(name, str)} - {""})
     if not ids:
         raise UsageError(f"the model's card names no dataset; {advice}")
     if len(ids) > 1:
@@ -323,10 +322,8 @@ def _split_names(splits: Sequence[str], split: str | None, eval_split: str | Non
     for name, option in ((split, "--split"), (eval_split, "--eval-split")):
         if name is not None and name not in splits:
             raise SplitError(f"{option} {name}: the dataset has no such split; it has {names}")
-    train = split or next((name for name in _TRAIN_NAMES if name in splits), None)
-    if train is None:
-        others = [name for name in splits if len(splits) == 1 or name not in (*_EVAL_NAMES, eval_split)]
-        train = others[0] if len(others) == 1 else None
+    others = [name for name in splits if len(splits) == 1 or name not in (*_EVAL_NAMES, eval_split)]
+    train = split or next((name for name in _TRAIN_NAMES if name in splits), others[0] if len(others) == 1 else None)
     if train is None:
         raise SplitError(f"the dataset has no train split; choose one with --split ({names})")
     if eval_split is not None:
@@ -350,15 +347,10 @@ def pull_images(
         warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
     # every image is decoded once, which takes minutes for large sets
     with progress_bar("read images", None, "image", shown=progress) as bar:
-        images = load_images(
-            chosen, labels=classifier.labels,
+        images = _load(
             # what is only measured sets the same images aside
-            clean_samples=getattr(options, "clean_samples", DEFAULT_SAMPLES), eval_samples=options.eval_samples,
-            dataset_config=options.dataset_config, split=options.split, eval_split=options.eval_split,
-            image_column=options.image_column, label_column=options.label_column, revision=options.dataset_revision,
-            label_map=Path(options.label_map) if options.label_map else None, seed=options.seed,
-            channels=classifier.preprocessing.input_size[0], allow_missing_classes=options.allow_missing_classes,
-            warn=warn, progress=updates(bar),
+            chosen, classifier.labels, getattr(options, "clean_samples", DEFAULT_SAMPLES), options,
+            channels=classifier.preprocessing.input_size[0], warn=warn, progress=updates(bar),
             # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
             hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
         )  # fmt: skip

@@ -22,11 +22,12 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import HfFileSystem
 
+from hfdetox.config import ImageOptions
 from hfdetox.data.columns import Columns, find_columns
 from hfdetox.data.readers import DatasetError, LocalFiles, ParquetReader, Result, SplitReader, StreamReader, TableReader
 from hfdetox.errors import HubError, one_line
 from hfdetox.hub.client import ask
-from hfdetox.hub.download import fetch, resolve
+from hfdetox.hub.download import fetch, resolve, snapshot_folder
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
@@ -79,9 +80,8 @@ class OpenedDataset:
         archive = next((n for s in self.splits for n in self._names(s) if n.lower().endswith(_ARCHIVES)), None)
         if archive and isinstance(self.data, FolderBasedBuilder):
             # datasets 5.2 takes the archive's own folder for every image's class
-            raise DatasetError(
-                f"dataset {self.id} is an image folder in archives ({PurePosixPath(archive).name}), whose "
-                "classes `datasets` cannot read; unpack it and give the folder, or save it as parquet")  # fmt: skip
+            raise DatasetError(f"dataset {self.id} is an image folder in archives ({PurePosixPath(archive).name}), "
+                               "whose classes cannot be read; unpack it, or save it as parquet")  # fmt: skip
         features = self._stream(split).features
         if features is None:
             raise DatasetError(f"dataset {self.id} does not say what its columns hold; give its card a dataset_info, "
@@ -148,15 +148,17 @@ class HubFiles(LocalFiles):
 
 
 def open_dataset(
-    dataset: str | Path | Dataset | DatasetDict, *, config: str | None, revision: str | None, image_column: str | None,
-    label_column: str | None, warn: Callable[[str], None], hub_only: bool = False,
+    dataset: str | Path | Dataset | DatasetDict, options: ImageOptions, *, warn: Callable[[str], None],
+    hub_only: bool = False,
 ) -> OpenedDataset:  # fmt: skip
     """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
 
-    With `hub_only` a name is a Hub id even where a folder of that name lies here.
+    `options` say the configuration, the revision and the columns. With `hub_only` a name is a Hub id even where a
+    folder of that name lies here.
 
     Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
+    config, revision = options.dataset_config, options.dataset_revision
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         origin = _from_object(dataset)
     elif not hub_only and (Path(dataset).exists() or str(dataset).startswith((".", "/", "~"))
@@ -166,7 +168,7 @@ def open_dataset(
         origin = _from_hub(str(dataset), config, revision, warn)
     if revision is not None and origin.source != "hub":
         raise DatasetError(f"--dataset-revision {revision}: only a dataset on the Hub has revisions; leave it out")
-    origin.image_column, origin.label_column = image_column, label_column
+    origin.image_column, origin.label_column = options.image_column, options.label_column
     return origin
 
 
@@ -183,10 +185,9 @@ def _from_object(dataset: Any) -> OpenedDataset:
 
 
 def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
-    if not folder.exists():
-        raise DatasetError(f"dataset {folder}: no such folder")
     if not folder.is_dir():
-        raise DatasetError(f"dataset {folder} is a file; give the folder that holds it")
+        wrong = "is a file; give the folder that holds it" if folder.exists() else "is missing: no such folder"
+        raise DatasetError(f"dataset {folder} {wrong}")
     name, files = folder.resolve().name, LocalFiles(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         origin = replace(_from_object(datasets.load_from_disk(str(folder))), id=name, source="folder", files=files)
@@ -204,10 +205,7 @@ def _from_hub(repo: str, config: str | None, revision: str | None, warn: Callabl
         warn(note)
     what, known = f"dataset {state.id}", {"id": state.id, "revision": state.sha, "source": "hub"}
     if state.offline:
-        name = min(state.files, default=None)
-        if name is None:
-            raise HubError(f"the cached copy of {what} is empty and HF_HUB_OFFLINE is set; unset it")
-        snapshot = fetch(state, name).parents[len(PurePosixPath(name).parts) - 1]
+        snapshot = snapshot_folder(state.id, state.repo_type, state.sha)
         _check_shards(state.files, what)
         try:
             return _with_builder(_builder(str(snapshot), what, name=config), LocalFiles(snapshot), **known)
@@ -231,8 +229,6 @@ def _hub_name(repo: str) -> Iterator[str]:
     """Give the name by which `datasets` takes the Hub's repository, not a folder of the same name that lies here."""
     if tuple(map(int, datasets.__version__.split(".")[:2])) >= (4, 8):
         yield f"hf://datasets/{repo}"
-    elif not Path(repo).exists():
-        yield repo
     else:  # older ones look into the working directory first
         with tempfile.TemporaryDirectory() as elsewhere, contextlib.chdir(elsewhere):
             yield repo
@@ -258,19 +254,17 @@ def _builder(path: str, what: str, **options: Any) -> DatasetBuilder:
     """Return the builder of a folder or repository, with the errors that a person can act on as one line."""
     try:
         return datasets.load_dataset_builder(path, **options)
-    except (EmptyDatasetError, DataFilesNotFoundError) as error:
-        text = f"{what} has no data files that hfdetox reads (parquet, image folder, webdataset)"
-        raise DatasetError(text) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         line = one_line(error)
-        if "onfig" not in line:
+        if isinstance(error, (EmptyDatasetError, DataFilesNotFoundError)):
+            line = "has no data files that hfdetox reads (parquet, image folder, webdataset)"
+        elif isinstance(error, ValueError) and "onfig" in line:
+            line = f"{line}; choose with --config"
+        elif "scripts are no longer supported" in line:
+            line = "is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
+        else:
             raise
-        raise DatasetError(f"{what}: {line[:300]}; choose with --config") from error
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        text = f"{what} is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
-        raise DatasetError(text) from error
+        raise DatasetError(f"{what}: {line}") from error
 
 
 def _check_shards(names: Iterable[str], what: str) -> None:

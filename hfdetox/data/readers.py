@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,13 +25,12 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
-from hfdetox.data.images import EncodedImages, Picked, Spool
+from hfdetox.data.images import EncodedImages, Spool
 from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
 from hfdetox.files import is_inside
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
-_LOOSE_READERS = 8
 _WHOLE_FILE_SHARE = 0.5  # of a remote file's rows; beyond it one download is cheaper than many ranges
 _SMALL_SPLIT = 64 * 1024**2  # bytes; a remote split up to this size is downloaded whole, and so cached
 
@@ -74,6 +72,11 @@ class LocalFiles:
         """Open a file for reading at any place."""
         return open(self.path(name), "rb")
 
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return `function` of each item, `readers` at a time."""
+        with ThreadPoolExecutor(self.readers, thread_name_prefix="hfdetox-read") as pool:
+            return list(pool.map(function, items))
+
     def guard(self, what: str, call: Callable[[], Result]) -> Result:
         """Return `call()`, what it says of a damaged file as DamagedFileError; remote files repeat it if need be."""
         with _damage(what):
@@ -110,15 +113,14 @@ class TableReader(SplitReader):
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return a view of the rows; nothing is copied."""
-        return Picked(self._image, indices)
+        return [functools.partial(self._image, row) for row in indices]
 
     def _image(self, row: int) -> bytes | str:
         stored = _stored(self._table[row][self.columns.image])
         return self._files.path(stored) if isinstance(stored, str) else stored
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """One row group: rows `first` to `first + rows - 1` of the split."""
 
     file: str
@@ -133,8 +135,8 @@ class ParquetReader(SplitReader):
     def __init__(self, split: str, names: Sequence[str], files: LocalFiles, columns: Columns) -> None:
         self.split, self._names, self._files, self.columns = split, list(names), files, columns
         if sum(files.size(name) for name in self._names) <= _SMALL_SPLIT:
-            self._map(files.path, self._names)
-        self._footers = dict(zip(self._names, self._map(self._footer, self._names), strict=True))
+            files.map(files.path, self._names)
+        self._footers = dict(zip(self._names, self._files.map(self._footer, self._names), strict=True))
         self._groups, self.rows = list[_Group](), 0
         for name, footer in self._footers.items():
             for number in range(footer.num_row_groups):
@@ -148,7 +150,7 @@ class ParquetReader(SplitReader):
         groups = [self._groups[i] for i in order]
         for start in range(0, len(groups), self._files.readers):
             window = groups[start : start + self._files.readers]
-            for group, labels in zip(window, self._map(self._labels, window), strict=True):
+            for group, labels in zip(window, self._files.map(self._labels, window), strict=True):
                 yield np.arange(group.first, group.first + group.rows), labels
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
@@ -160,14 +162,13 @@ class ParquetReader(SplitReader):
         touched = Counter[str]()
         for group, _ in wanted:
             touched[group.file] += group.rows
-        self._map(self._files.path, [file for file, count in touched.items()
+        self._files.map(self._files.path, [file for file, count in touched.items()
                                      if count >= _WHOLE_FILE_SHARE * self._footers[file].num_rows])  # fmt: skip
-        spool = Spool()
+        spool, images = Spool(), list[Callable[[], bytes]]()
         step = max(1, self._files.readers // 2)  # row groups in memory at a time
         for start in range(0, len(wanted), step):
-            for image in chain(*self._map(self._read_images, wanted[start : start + step])):
-                spool.append(image)
-        return spool
+            images += map(spool.append, chain(*self._files.map(self._read_images, wanted[start : start + step])))
+        return images
 
     def _read_labels(self, group: _Group) -> Sequence[Any]:
         column = self._read(group, self.columns.label)
@@ -195,10 +196,6 @@ class ParquetReader(SplitReader):
 
         return self._files.guard(name, attempt)
 
-    def _map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        with ThreadPoolExecutor(self._files.readers, thread_name_prefix="hfdetox-read") as pool:
-            return list(pool.map(function, items))
-
 
 class StreamReader(SplitReader):
     """A streamed split of any other format: rows in the stream's order, what was read is kept in a temporary file.
@@ -211,52 +208,49 @@ class StreamReader(SplitReader):
         self.split, self.rows, self.columns, self._files = split, rows, columns, files
         self._stream = _undecoded(stream, columns)
         self._reading: Iterator[dict[str, Any]] | None = None
-        # of each row where its image is, in the spool or at a path, and its label
-        self._spool, self._entries, self._labels = Spool(), list[int | str](), list[Any]()
-        self._ended = False
+        # of each row its image's path, or what reads it from the spool, and its label
+        self._spool, self._images, self._labels = Spool(), list[str | Callable[[], bytes]](), list[Any]()
+        self._kept, self._ended = 0, False
 
     def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield blocks in the stream's own order; loose files (no bytes come along) are all in one block."""
         first = 0
-        while first < len(self._entries) or not self._ended:
-            if first == len(self._entries):
+        while first < len(self._images) or not self._ended:
+            if first == len(self._images):
                 self._read_block()
-            yield np.arange(first, len(self._entries)), self._labels[first:]
-            first = len(self._entries)
+            yield np.arange(first, len(self._images)), self._labels[first:]
+            first = len(self._images)
 
     def fetch(self, indices: Sequence[int]) -> EncodedImages:
         """Return the images kept during the scan; loose files are fetched now, several at a time."""
-        places = [self._entries[i] for i in indices]
-        with ThreadPoolExecutor(_LOOSE_READERS, thread_name_prefix="hfdetox-fetch") as pool:
-            local = list(pool.map(lambda place: place if isinstance(place, int) else self._files.path(place), places))
-        return Picked(self._spool.__getitem__, local)
+        chosen = [self._images[i] for i in indices]
+        return self._files.map(lambda image: self._files.path(image) if isinstance(image, str) else image, chosen)
 
     def _read_block(self) -> None:
         """Read on until a block more of images is kept, or the stream or what may be read of it ends."""
-        kept = min(SCAN_LIMIT, len(self._spool) + _STREAM_BLOCK)
-        while not self._ended and len(self._spool) < kept:
+        most = min(SCAN_LIMIT, self._kept + _STREAM_BLOCK)
+        while not self._ended and self._kept < most:
             row = self._next()
             if row is None:
                 self._ended = True
                 break
             stored = _stored(row[self.columns.image])
-            if isinstance(stored, bytes):
-                self._spool.append(stored)
-            self._entries.append(stored if isinstance(stored, str) else len(self._spool) - 1)
+            self._kept += isinstance(stored, bytes)
+            self._images.append(stored if isinstance(stored, str) else self._spool.append(stored))
             self._labels.append(row[self.columns.label])
-        if self._ended and len(self._entries) < (self.rows or 0):  # a damaged tar ends without an error
-            raise DamagedFileError(f"split {self.split} ends after {len(self._entries)} of {self.rows} rows; "
+        if self._ended and len(self._images) < (self.rows or 0):  # a damaged tar ends without an error
+            raise DamagedFileError(f"split {self.split} ends after {len(self._images)} of {self.rows} rows; "
                                    "get the dataset anew")  # fmt: skip
-        self.limited = len(self._spool) >= SCAN_LIMIT
+        self.limited = self._kept >= SCAN_LIMIT
         if self._ended or self.limited:
-            self._ended, self.rows = True, len(self._entries)  # a fraction is one of what can be read
+            self._ended, self.rows = True, len(self._images)  # a fraction is one of what can be read
 
     def _next(self) -> dict[str, Any] | None:
         def attempt() -> dict[str, Any] | None:
             # put back only after success: a generator that failed is over, and would say so as if the data were
             reading, self._reading = self._reading, None
             if reading is None:
-                reading = islice(iter(self._stream), len(self._entries), None)
+                reading = islice(iter(self._stream), len(self._images), None)
             row = next(reading, None)
             self._reading = reading
             return row

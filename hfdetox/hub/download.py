@@ -124,7 +124,8 @@ def pull_model(
         path = fetch(state, name)
         check_safetensors(path)
         hashes[name] = state.files[name].sha256 or sha256_file(path)
-    return PulledRepo(state.id, state.sha, _snapshot(state.id, state.repo_type, state.sha), hashes, state.warnings)
+    folder = snapshot_folder(state.id, state.repo_type, state.sha)
+    return PulledRepo(state.id, state.sha, folder, hashes, state.warnings)
 
 
 def ask_info(
@@ -222,7 +223,7 @@ def _resolve_offline(repo_id: str, repo_type: RepoType, revision: str | None, wh
     if not COMMIT_ID.fullmatch(sha):
         reference = _reference(repo_id, repo_type, revision)
         sha = reference.read_text(encoding="utf-8").strip() if reference is not None and reference.is_file() else ""
-    snapshot = _snapshot(repo_id, repo_type, sha)
+    snapshot = snapshot_folder(repo_id, repo_type, sha)
     if not COMMIT_ID.fullmatch(sha) or not snapshot.is_dir():
         raise OfflineError(not_cached(what))
     files = {p.relative_to(snapshot).as_posix(): _cached_state(p) for p in sorted(snapshot.rglob("*")) if p.is_file()}
@@ -239,7 +240,8 @@ def _cached_state(pointer: Path) -> FileState:
     return FileState(pointer.stat().st_size, sha256 or None, git_sha1)
 
 
-def _snapshot(repo_id: str, repo_type: RepoType, sha: str) -> Path:
+def snapshot_folder(repo_id: str, repo_type: RepoType, sha: str) -> Path:
+    """Return where the cache keeps the files of a repository at a commit."""
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "snapshots" / sha
 
 

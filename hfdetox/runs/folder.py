@@ -286,7 +286,7 @@ def fingerprint(classifier: Classifier, images: Images) -> dict[str, str | None]
     Of the preprocessing that is what it makes of the first image; a function of the caller's has no other mark.
     """
     clean, prepare = images.clean, classifier.preprocessing
-    pixels = hashlib.sha256(b"".join(clean.fingerprints())).hexdigest()
+    pixels = hashlib.sha256(b"".join(map(clean.fingerprint, range(len(clean))))).hexdigest()
     prepared = str((prepare.mean, prepare.std, prepare.scale, prepare.prepare(clean.image(0)).tolist()))
     labels = json.dumps([list(classifier.labels), [int(label) for label in clean.labels]])
     return {

@@ -132,7 +132,7 @@ def scanned(stream, tmp_path):
     source = sources.StreamReader(stream, Columns("image", "label", "integer"), "train", Impatient(tmp_path), None)
     labels = [label for _, values in source.scan() for label in values]
     images = source.fetch(range(len(labels)))
-    return labels, [images[i] for i in range(len(images))]
+    return labels, [image() for image in images]
 
 
 def test_a_stream_goes_on_where_its_connection_was_lost(tmp_path):
