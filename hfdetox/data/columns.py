@@ -56,9 +56,8 @@ class LabelReader:
     def __init__(self, columns: Columns, seen: Collection[str] = ()) -> None:
         """`seen` are all values of a text column; those of whole numbers count as plain integers."""
         self.names: tuple[str, ...] | None = columns.names
-        if columns.kind == "text":
-            texts = sorted(set(seen))
-            self.names = None if texts and all(text.isdecimal() for text in texts) else tuple(texts)
+        if columns.kind == "text" and not (seen and all(text.isdecimal() for text in seen)):
+            self.names = tuple(sorted(set(seen)))
         self._codes = {name: i for i, name in enumerate(self.names or ())}
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
@@ -70,11 +69,10 @@ class LabelReader:
     def _index(self, value: Any) -> int:
         if value is None or value == "":
             return UNLABELLED
-        if isinstance(value, str):
-            if value in self._codes:
-                return self._codes[value]
-            if not value.isdecimal():
-                raise ColumnError(f"label {value[:40]!r} is not among the dataset's class names; its metadata is wrong")
+        if value in self._codes:
+            return self._codes[value]
+        if isinstance(value, str) and not value.isdecimal():
+            raise ColumnError(f"label {value[:40]!r} is not among the dataset's class names; its metadata is wrong")
         return max(int(value), UNLABELLED)
 
 

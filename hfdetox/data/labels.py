@@ -167,10 +167,9 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
         try:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else load_yaml(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise LabelMapError(f"{where} cannot be read ({error}); give a JSON or YAML file") from error
-        except (ValueError, RecursionError) as error:
-            raise LabelMapError(f"{where} is not valid: {one_line(error)}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            wrong = "cannot be read" if isinstance(error, OSError) else "is not valid"
+            raise LabelMapError(f"{where} {wrong}: {one_line(error)}; give a JSON or YAML file") from error
     else:
         content = dict(label_map)
     if not isinstance(content, dict) or not content:

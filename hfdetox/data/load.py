@@ -38,10 +38,6 @@ _UNLABELLED = -2
 _EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
-class SplitError(UsageError):
-    """A split that the dataset does not have, or none that fits."""
-
-
 class TooFewImagesError(UsageError):
     """Fewer images than asked for, or a class without any."""
 
@@ -181,21 +177,18 @@ class _Chooser:
 
     def clean(self, source: SplitReader, taken: Sequence[int] | np.ndarray = ()) -> Selection:
         """Choose the clean images, none of the rows in `taken`."""
-        if self.samples is not None:
-            return self._balanced(source, taken, self.samples)
-        rows = self._all_rows(source)
-        rows = rows.where(~np.isin(rows.indices, taken))
-        self._check_classes(rows.labels, f"split {source.split}")
-        return rows
-
-    def _balanced(self, source: SplitReader, taken: Sequence[int] | np.ndarray, samples: int | float) -> Selection:
+        if self.samples is None:
+            rows = self._all_rows(source)
+            rows = rows.where(~np.isin(rows.indices, taken))
+            self._check_classes(rows.labels, f"split {source.split}")
+            return rows
         rng = np.random.default_rng([self.options.seed, 1])
-        if source.rows is None and isinstance(samples, float):
+        if source.rows is None and isinstance(self.samples, float):
             for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
                 pass
         blocks = ((indices, np.where(np.isin(indices, taken), -1, labels))
                   for indices, labels in self._scan(source, rng))  # fmt: skip
-        count = sample_count(samples, source.rows or 0)
+        count = sample_count(self.samples, source.rows or 0)
         chosen, seen = choose_balanced(blocks, count, sorted(set(self.alignment.mapping) - {DROPPED}), rng)
         self._check_balance(source, chosen, seen, count)
         return chosen
@@ -267,11 +260,10 @@ def _without_duplicates(
     prints = parallel_map(lambda one: one[0].fingerprint(one[1]), every, progress)
     known = set(prints[: len(clean)])
     keep = [position for position, fingerprint in enumerate(prints[len(clean) :]) if fingerprint not in known]
-    if len(keep) == len(measured):
-        return measured
     if not keep:
         raise TooFewImagesError(f"all of split {measured.split} is among the clean images; choose another --eval-split")
-    warn(f"{len(measured) - len(keep)} evaluation images have the same pixels as a clean image and were left out")
+    if dropped := len(measured) - len(keep):
+        warn(f"{dropped} evaluation images have the same pixels as a clean image and were left out")
     return measured.subset(keep)
 
 
@@ -321,16 +313,16 @@ def _split_names(splits: Sequence[str], split: str | None, eval_split: str | Non
     names = list_names(splits, 12)
     for name, option in ((split, "--split"), (eval_split, "--eval-split")):
         if name is not None and name not in splits:
-            raise SplitError(f"{option} {name}: the dataset has no such split; it has {names}")
+            raise UsageError(f"{option} {name}: the dataset has no such split; it has {names}")
     others = [name for name in splits if len(splits) == 1 or name not in (*_EVAL_NAMES, eval_split)]
     train = split or next((name for name in _TRAIN_NAMES if name in splits), others[0] if len(others) == 1 else None)
     if train is None:
-        raise SplitError(f"the dataset has no train split; choose one with --split ({names})")
+        raise UsageError(f"the dataset has no train split; choose one with --split ({names})")
     if eval_split is not None:
         return train, [eval_split]
     measures = [name for name in _EVAL_NAMES if name in splits and name != train]
     if not measures and len(splits) > 1:
-        raise SplitError(f"the dataset has no test or validation split; choose one with --eval-split ({names})")
+        raise UsageError(f"the dataset has no test or validation split; choose one with --eval-split ({names})")
     return train, measures or [train]
 
 

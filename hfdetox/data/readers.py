@@ -229,20 +229,16 @@ class StreamReader(SplitReader):
     def _read_block(self) -> None:
         """Read on until a block more of images is kept, or the stream or what may be read of it ends."""
         most = min(SCAN_LIMIT, self._kept + _STREAM_BLOCK)
-        while not self._ended and self._kept < most:
-            row = self._next()
-            if row is None:
-                self._ended = True
-                break
+        while self._kept < most and (row := self._next()) is not None:
             stored = _stored(row[self.columns.image])
             self._kept += isinstance(stored, bytes)
             self._images.append(stored if isinstance(stored, str) else self._spool.append(stored))
             self._labels.append(row[self.columns.label])
-        if self._ended and len(self._images) < (self.rows or 0):  # a damaged tar ends without an error
+        self.limited = self._kept >= SCAN_LIMIT
+        if self._kept < most and len(self._images) < (self.rows or 0):  # a damaged tar ends without an error
             raise DamagedFileError(f"split {self.split} ends after {len(self._images)} of {self.rows} rows; "
                                    "get the dataset anew")  # fmt: skip
-        self.limited = self._kept >= SCAN_LIMIT
-        if self._ended or self.limited:
+        if self._kept < most or self.limited:
             self._ended, self.rows = True, len(self._images)  # a fraction is one of what can be read
 
     def _next(self) -> dict[str, Any] | None:
