@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
-from hfdetox.data.images import EncodedImages, Spool
+from hfdetox.data.images import EncodedImages, Item, Result, Spool
 from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
 from hfdetox.files import is_inside
 
@@ -36,9 +36,6 @@ _SMALL_SPLIT = 64 * 1024**2  # bytes; a remote split up to this size is download
 
 _DAMAGE = (pa.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Table = TypeVar("Table", Dataset, IterableDataset)
 Block = tuple[np.ndarray, Sequence[Any]]  # row numbers (int64) and the label column's stored values
 
 
@@ -254,7 +251,7 @@ class StreamReader(SplitReader):
         return self._files.guard(f"split {self.split}", attempt)
 
 
-def _undecoded(table: Table, columns: Columns) -> Table:
+def _undecoded(table: Any, columns: Columns) -> Any:
     """Return the two columns of a table or stream, images as they are stored."""
     # of other columns datasets would open the files that rows name
     table = table.select_columns([columns.image, columns.label])
