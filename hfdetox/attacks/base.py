@@ -21,8 +21,7 @@ from hfdetox.models.layers import has_batch_norm
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch, ImageSource
 from hfdetox.training.engine import Engine
-from hfdetox.training.optimizers import JointOptimizer
-from hfdetox.training.phases import Phase
+from hfdetox.training.phases import JointOptimizer, Phase
 from hfdetox.training.sharpness import SharpnessAware
 from hfdetox.triggers.base import Target, Trigger
 from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields

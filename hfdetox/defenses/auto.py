@@ -55,8 +55,7 @@ from hfdetox.models.layers import has_batch_norm, match_layers
 from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, step_bounds
-from hfdetox.training.optimizers import JointOptimizer
-from hfdetox.training.phases import Pass, Phase
+from hfdetox.training.phases import JointOptimizer, Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 # the share of its accuracy that a model may lose under an augmentation that is used

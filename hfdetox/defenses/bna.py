@@ -2,7 +2,7 @@
 
 Triggered inputs T(x) shift the distributions of a network's activations. Undone unit by unit, they are given to their
 source class again. No parameter changes: f̃ is f with a map of every norm's output, and where f says the target t, the
-answer is that of f̃ (`hfdetox.models.corrections`). f(x) = t with f̃(x) ≠ t flags x as triggered.
+answer is that of f̃ (`hfdetox.models.network`). f(x) = t with f̃(x) ≠ t flags x as triggered.
 
 This is a reconstruction. The paper's text was not at hand; the authors' code re-estimates BatchNorm's statistics on
 T(X) and then moves an upper bound near 3 by at most 0.1, as no gradient reaches the statistics it means to fit. Here,
@@ -43,9 +43,8 @@ from hfdetox.defenses._perturbed import PIXEL, require_pixels
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.defenses.nc import Inversion, NCConfig
 from hfdetox.errors import UsageError
-from hfdetox.models.corrections import Correction, UnitMap, norms_of, on_output
 from hfdetox.models.layers import classes_of
-from hfdetox.models.network import Network
+from hfdetox.models.network import Correction, Network, UnitMap, norms_of, on_output
 from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.triggers import Trigger, parse_trigger

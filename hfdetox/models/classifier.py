@@ -15,10 +15,9 @@ from hfdetox.errors import RunError, UsageError, refusing
 from hfdetox.files import is_inside, sha256_file
 from hfdetox.hub.download import PulledRepo, pull_model
 from hfdetox.models import weights as _weights
-from hfdetox.models.corrections import load_correction
 from hfdetox.models.info import ModelInfo
 from hfdetox.models.loaded import Loaded, check_links, check_num_labels, label_names, library_of
-from hfdetox.models.network import Network
+from hfdetox.models.network import Network, load_correction
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
 
 _TIMM_PREFIXES = ("hf_hub:", "hf-hub:")

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
-from hfdetox.models.corrections import norms_of
-from hfdetox.models.network import Network, evaluating, library_logits
+from hfdetox.models.network import Network, evaluating, library_logits, norms_of
 from hfdetox.models.preprocessing import timm_data_config
 
 HEAD = "head"

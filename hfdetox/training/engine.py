@@ -20,8 +20,8 @@ from hfdetox.errors import RunError
 from hfdetox.progress import progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, source_loader
-from hfdetox.training.batchnorm import equalise_buffers, synchronised
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
+from hfdetox.training.devices import equalise_buffers, synchronised
 from hfdetox.training.phases import Part, Pass, Phase
 from hfdetox.training.sharpness import frozen_statistics
 
@@ -73,6 +73,8 @@ class Engine:
         self.seed = seed
         self.checkpoints = checkpoints
         self.progress = progress
+        # what the run at hand trains, and what it did so far
+        self._network, self._record = nn.Module(), TrainingRecord()
 
     def run(self, network: nn.Module, phases: Sequence[Phase | Pass]) -> TrainingRecord:
         """Take `network` through `phases` in place and leave it in eval mode, its `requires_grad` as they were.
@@ -82,8 +84,9 @@ class Engine:
             UsageError: fewer images than the processes and accumulated parts need.
         """
         checkpoint = self.checkpoints.load() if self.checkpoints is not None else None
-        record = TrainingRecord(**checkpoint.record["training"]) if checkpoint is not None else TrainingRecord()
+        record = TrainingRecord(**checkpoint.record["training"] if checkpoint is not None else {})
         first = int(checkpoint.record["phase"]) if checkpoint is not None else 0
+        self._network, self._record = network, record
         network.to(self.accelerator.device)
         if getattr(network, "convolutional", False):
             network.to(memory_format=torch.channels_last)
@@ -97,30 +100,28 @@ class Engine:
                 for index, phase in enumerate(phases[first:], first):
                     resumed = checkpoint if index == first else None
                     if isinstance(phase, Pass):
-                        self._run_pass(network, index, phase, record, resumed)
+                        self._run_pass(phase, index, resumed)
                     else:
-                        self._run_phase(network, index, phase, record, resumed)
+                        self._run_phase(phase, index, resumed)
         finally:
             network.eval()
         return record
 
-    def _run_phase(self, network: nn.Module, index: int, phase: Phase, record: TrainingRecord,
-                   checkpoint: Checkpoint | None) -> None:  # fmt: skip
-        accelerator, trained = self.accelerator, phase.network or network
+    def _run_phase(self, phase: Phase, index: int, checkpoint: Checkpoint | None) -> None:
+        accelerator, network, record = self.accelerator, self._network, self._record
+        trained = phase.network or network
         trained.to(accelerator.device)
         places = self._places(phase.part)
         with only_trained(network, phase.parameters), only_trained(trained, phase.parameters):
             if checkpoint is None:
                 with _clock(record):
                     # before the seed: what a pass draws must not move what the method draws
-                    self._run_probes(network, phase)
-                    torch.manual_seed(self._key(index, 0))
-                    if phase.start is not None:
-                        phase.start()
+                    self._run_probes(phase)
+                    self._start(phase, index)
             optimizer = accelerator.prepare_optimizer(phase.optimizer(phase.parameters))
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-            first = _restore(checkpoint, network, optimizer, phase, accelerator) if checkpoint is not None else 0
+            first = self._restore(checkpoint, phase, optimizer) if checkpoint is not None else 0
             if first >= phase.epochs:
                 return
             prepared = accelerator.prepare_model(trained)
@@ -140,11 +141,11 @@ class Engine:
                     record.seconds += entry["seconds"]
                     equalise_buffers(trained, accelerator)
                     with _clock(record):
-                        entry |= self._run_probes(network, phase)
+                        entry |= self._run_probes(phase)
                     record.history.append(entry)
                     accelerator.log({k: v for k, v in entry.items() if k != "phase"}, step=record.epochs)
                     stop = phase.stop is not None and phase.stop(entry)
-                    self._save(network, optimizer, phase, index, epoch + 1 if not stop else phase.epochs, record)
+                    self._save(phase, index, epoch + 1 if not stop else phase.epochs, optimizer)
                     if stop:
                         break
             finally:
@@ -153,33 +154,35 @@ class Engine:
                 trained.eval()
 
     @torch.no_grad()
-    def _run_pass(self, network: nn.Module, index: int, phase: Pass, record: TrainingRecord,
-                  checkpoint: Checkpoint | None) -> None:  # fmt: skip
+    def _run_pass(self, phase: Pass, index: int, checkpoint: Checkpoint | None) -> None:
         """Run a pass, unless the checkpoint is of its end."""
         if checkpoint is not None:
-            _restore(checkpoint, network, None, phase, self.accelerator)
+            self._restore(checkpoint, phase)
             return
-        earlier = record.seconds
-        with _clock(record):
-            torch.manual_seed(self._key(index, 0))
-            if phase.start is not None:
-                phase.start()
-            with only_trained(network, []):
-                found = self._look(network, phase, shown=self.progress)
-        record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": record.seconds - earlier})
-        self._save(network, None, phase, index, 1, record)
+        earlier = self._record.seconds
+        with _clock(self._record), only_trained(self._network, []):
+            self._start(phase, index)
+            found = self._look(phase, shown=self.progress)
+        seconds = self._record.seconds - earlier
+        self._record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": seconds})
+        self._save(phase, index, 1)
 
-    def _run_probes(self, network: nn.Module, phase: Phase) -> dict[str, float]:
-        """Run the passes of a phase that watch its network, without gradients; returns what they found."""
+    def _start(self, phase: Phase | Pass, index: int) -> None:
+        torch.manual_seed(self._key(index, 0))
+        if phase.start is not None:
+            phase.start()
+
+    @torch.no_grad()
+    def _run_probes(self, phase: Phase) -> dict[str, float]:
+        """Run the passes of a phase that watch the network, without gradients; returns what they found."""
         found: dict[str, float] = {}
-        with torch.no_grad():
-            for look in phase.on_epoch_end() if phase.on_epoch_end is not None else ():
-                found |= self._look(network, look, shown=False)
+        for look in phase.on_epoch_end() if phase.on_epoch_end is not None else ():
+            found |= self._look(look, shown=False)
         return found
 
-    def _look(self, network: nn.Module, phase: Pass, *, shown: bool) -> dict[str, float]:
+    def _look(self, phase: Pass, *, shown: bool) -> dict[str, float]:
         """Show the images of a pass to its `on_batch`, and return what `finish` says."""
-        accelerator, places = self.accelerator, self._places(phase.part)
+        accelerator, network, places = self.accelerator, self._network, self._places(phase.part)
         rank, processes = accelerator.process_index, accelerator.num_processes
         rows = [part[rank::processes].tolist() for part in places.split(phase.batch_size)]
         network.train(phase.train_mode)
@@ -201,17 +204,32 @@ class Engine:
         held = max(1, round(HELD_OUT * len(order)))
         return {"all": order, "held-out": order[:held], "fit": order[held:]}[part].sort().values
 
-    def _save(self, network: nn.Module, optimizer: AcceleratedOptimizer | None, phase: Phase | Pass, index: int,
-              epoch: int, record: TrainingRecord) -> None:  # fmt: skip
+    def _save(self, phase: Phase | Pass, index: int, epoch: int, optimizer: AcceleratedOptimizer | None = None) -> None:
         if self.checkpoints is None or not self.accelerator.is_main_process:
             return
         moments, plain = optimizer_tensors(optimizer) if optimizer is not None else ({}, {})
-        tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-        tensors |= {f"optimizer.{k}": v for k, v in moments.items()}
-        tensors |= {f"phase.{k}": v for k, v in (phase.state.state_dict() if phase.state else {}).items()}
+        parts = {"network": self._network.state_dict(), "optimizer": moments,
+                 "phase": phase.state.state_dict() if phase.state else {}}  # fmt: skip
         scaler = self.accelerator.scaler
-        self.checkpoints.save(tensors, {"phase": index, "epoch": epoch, "optimizer": plain, "training": vars(record),
-                                        "scaler": scaler.state_dict() if scaler is not None else None})  # fmt: skip
+        self.checkpoints.save({f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()},
+                              {"phase": index, "epoch": epoch, "optimizer": plain, "training": vars(self._record),
+                               "scaler": scaler.state_dict() if scaler is not None else None})  # fmt: skip
+
+    def _restore(self, checkpoint: Checkpoint, phase: Phase | Pass,
+                 optimizer: AcceleratedOptimizer | None = None) -> int:  # fmt: skip
+        """Take up the state of a checkpoint; returns its epoch."""
+        try:
+            self._network.load_state_dict(checkpoint.part("network"))
+            if optimizer is not None:
+                load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise RunError("the checkpoint is of another model than this one; start again without --resume") from error
+        if phase.state is not None:
+            phase.state.load_state_dict(checkpoint.part("phase"))
+        scaler = self.accelerator.scaler
+        if scaler is not None and checkpoint.record["scaler"] is not None:
+            scaler.load_state_dict(checkpoint.record["scaler"])
+        return int(checkpoint.record["epoch"])
 
     def _key(self, phase: int, epoch: int) -> int:
         return (self.seed * 1_000_003 + phase * 10_007 + epoch * 101) % (2**62)
@@ -305,21 +323,6 @@ class _Training:
                            f"{int(bad[0]) + 1}; try a lower learning rate (--lr), a gradient limit (--set "
                            "max_grad_norm=1) or --precision no")  # fmt: skip
         return dict(zip(names, table.double().mean(0).tolist(), strict=True))
-
-
-def _restore(checkpoint: Checkpoint, network: nn.Module, optimizer: AcceleratedOptimizer | None,
-             phase: Phase | Pass, accelerator: Accelerator) -> int:  # fmt: skip
-    try:
-        network.load_state_dict(checkpoint.part("network"))
-        if optimizer is not None:
-            load_optimizer(optimizer, checkpoint.part("optimizer"), checkpoint.record["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise RunError("the checkpoint is of another model than this one; start again without --resume") from error
-    if phase.state is not None:
-        phase.state.load_state_dict(checkpoint.part("phase"))
-    if accelerator.scaler is not None and checkpoint.record["scaler"] is not None:
-        accelerator.scaler.load_state_dict(checkpoint.record["scaler"])
-    return int(checkpoint.record["epoch"])
 
 
 def _unprepare(network: nn.Module, prepared: nn.Module, accelerator: Accelerator) -> None:

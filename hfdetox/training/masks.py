@@ -131,6 +131,7 @@ class MaskedNetwork(nn.Module):
         self.mask.clamp_(0, 1)
 
 
+@dataclass
 class ThresholdSearch:
     """Prunes the units whose mask is at most τ, with the highest τ that keeps the accuracy on the images of its pass.
 
@@ -144,12 +145,11 @@ class ThresholdSearch:
         budget: allowed drop in accuracy, a share of the images.
     """
 
-    def __init__(self, network: nn.Module, masks: ChannelMasks, values: Callable[[], torch.Tensor],
-                 thresholds: Sequence[float], budget: float) -> None:  # fmt: skip
-        self.network, self.masks, self.values = network, masks, values
-        self.thresholds, self.budget = thresholds, budget
-        self.candidates: list[tuple[float, torch.Tensor]] = []
-        self.counts = torch.zeros(0)
+    network: nn.Module
+    masks: ChannelMasks
+    values: Callable[[], torch.Tensor]
+    thresholds: Sequence[float]
+    budget: float
 
     def as_pass(self, name: str, state: Stateful) -> Pass:
         """Return the pass over the held-out part that finds τ and prunes."""
@@ -165,7 +165,7 @@ class ThresholdSearch:
             distinct[int(values.numel() - kept.sum())] = (threshold, kept)
         distinct.pop(0, None)
         self.candidates = list(distinct.values())
-        # right answers of the whole network and of every candidate, then the images
+        # right answers under no mask and under every candidate, then the images
         self.counts = torch.zeros(len(self.candidates) + 2, device=values.device)
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:

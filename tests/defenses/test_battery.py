@@ -15,8 +15,7 @@ from torch import nn
 
 from hfdetox.defenses import DEFENSES, DefenseConfig, describe_defense, parse_defense
 from hfdetox.errors import UsageError
-from hfdetox.models.corrections import load_correction
-from hfdetox.models.network import Network
+from hfdetox.models.network import Network, load_correction
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine, TrainingRecord

@@ -15,15 +15,16 @@ from torch import nn
 from hfdetox.defenses._histograms import best_bound, histograms, jensen_shannon, kullback_leibler, total_variation
 from hfdetox.defenses.bna import BNA, BNAConfig, fold, matching_map
 from hfdetox.errors import UsageError
-from hfdetox.models.corrections import (
+from hfdetox.models.network import (
     Correction,
+    Network,
     UnitMap,
     channel_axis,
     channels_of,
+    flagged,
     norms_of,
     on_output,
 )
-from hfdetox.models.network import Network, flagged
 from hfdetox.triggers import BadNets
 from tests.defenses.runs import assert_resumes, one_batch, run
 from tests.tiny_training import _quick_garbage, accelerator, convnet, equal_weights, mlp, toy_preprocessing, weights_of

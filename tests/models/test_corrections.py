@@ -14,7 +14,7 @@ from packaging.version import Version
 from hfdetox.errors import UsageError
 from hfdetox.hub.upload import push_folder
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.models.corrections import FILE_NAME, Correction, UnitMap, channels_of, load_correction, norms_of
+from hfdetox.models.network import FILE_NAME, Correction, UnitMap, channels_of, load_correction, norms_of
 from tests.output_folder import folder, pushed
 from tests.tiny_models import assert_same, logits, make_folder, own_library, pixels_for
 from tests.tiny_training import convnet

@@ -14,7 +14,7 @@ from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 
 from hfdetox.training import engine
-from hfdetox.training.batchnorm import synchronised
+from hfdetox.training.devices import synchronised
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, convnet, make_phase, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]

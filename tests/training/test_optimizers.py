@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
-from hfdetox.training.optimizers import JointOptimizer
-from hfdetox.training.phases import Phase
+from hfdetox.training.phases import JointOptimizer, Phase
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, mlp, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
