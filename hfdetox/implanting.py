@@ -20,8 +20,7 @@ from hfdetox.data.images import ImageSet
 from hfdetox.data.load import class_names, pin, pull_images
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, with_targets
-from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.models.initial import InitialModel, init_model
+from hfdetox.models.classifier import Classifier, InitialModel, init_model, load_classifier
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
 from hfdetox.reporting.report import missed_goals

@@ -1,8 +1,11 @@
-"""A Classifier: a pulled model with its own preprocessing, labels and provenance, saved as its library does."""
+"""A Classifier: a pulled model with its own preprocessing, labels and provenance, saved as its library does.
+
+An attack may also start from an architecture whose weights are freshly drawn for the dataset's classes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,15 @@ from hfdetox.models.loaded import Loaded, check_links, check_num_labels, label_n
 from hfdetox.models.network import Network, load_correction
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
 
+ARCHITECTURE = "timm-arch:"
+# what the dataset says, or what would bring weights (a checkpoint_path may be a pickle)
+_NOT_MODEL_ARGS = {
+    "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+    "model_name", "img_size", "features_only",
+}  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+ClassNames = Callable[[], tuple[str, ...] | int]
 _TIMM_PREFIXES = ("hf_hub:", "hf-hub:")
 
 
@@ -34,7 +46,7 @@ class Classifier:
     Attributes:
         model: the library's module, float32, in eval mode; training changes this very object.
         preprocessing: the model's own, from decoded image to normalised tensor.
-        labels: one name per output; "0", "1", … where `labels_are_names` is False.
+        labels: one name per output; "0", "1", … where nobody named them.
         info: provenance for the report.
         folder: where the source files lie (config, card, licence), None for a model that came as an object.
         dtypes: the dtype in which each floating-point tensor of the state dict is saved.
@@ -47,7 +59,6 @@ class Classifier:
     model: nn.Module
     preprocessing: Preprocessing
     labels: tuple[str, ...]
-    labels_are_names: bool
     info: ModelInfo
     folder: Path | None
     dtypes: dict[str, torch.dtype]
@@ -60,12 +71,16 @@ class Classifier:
     def __post_init__(self) -> None:
         self.network = Network(self.model, self.preprocessing)
 
+    @property
+    def labels_are_names(self) -> bool:
+        """Whether the labels say more than their own numbers."""
+        return self.labels != label_names(len(self.labels))
+
     def card_source(self) -> str | None:
         """Return the text of the source's README.md, or None without one."""
-        readme = self.folder / "README.md" if self.folder else None
-        if self.folder is None or readme is None or not readme.is_file() or not is_inside(readme, self.folder):
+        if self.folder is None or not is_inside(readme := self.folder / "README.md", self.folder):
             return None
-        return readme.read_text(encoding="utf-8", errors="replace")
+        return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
 
     def round_weights(self) -> None:
         """Round every tensor in place to the dtype in which it will be saved, and leave the model in eval mode.
@@ -186,7 +201,7 @@ def _describe(model: nn.Module, processor: Any, preprocessing: Preprocessing | N
     if preprocessing is None or labels is None:
         raise UsageError(f"a {name} of neither timm nor transformers needs preprocessing=… (PIL image to float tensor) "
                          "and labels=…")  # fmt: skip
-    return Loaded(model, preprocessing, (), False, name)
+    return Loaded(model, preprocessing, (), name)
 
 
 def assemble(
@@ -211,7 +226,6 @@ def assemble(
     dtypes = _weights.saved_dtypes(model, stored)
     model.float().eval()
     if labels is not None:
-        loaded.labels_are_names = not isinstance(labels, int)
         given = label_names(labels)
         if loaded.labels and len(given) != len(loaded.labels):
             raise LabelsError(f"{len(given)} labels given, but {name} has {len(loaded.labels)} outputs")
@@ -223,8 +237,8 @@ def assemble(
         dtype=_weights.dtype_name(_weights.dominant_dtype(model, dtypes)),
         weights_sha256=stored.sha256 if stored else None,
     )  # fmt: skip
-    classifier = Classifier(model, loaded.preprocessing, loaded.labels, loaded.labels_are_names, info, folder, dtypes,
-                            loaded, given_preprocessing=preprocessing)  # fmt: skip
+    classifier = Classifier(model, loaded.preprocessing, loaded.labels, info, folder, dtypes, loaded,
+                            given_preprocessing=preprocessing)  # fmt: skip
     _check_output(classifier)
     return classifier
 
@@ -240,3 +254,97 @@ def _check_output(classifier: Classifier) -> None:
     if logits.shape != (1, len(classifier.labels)):
         raise LabelsError(f"{classifier.info.id} gives outputs of shape {tuple(logits.shape)} for one image and "
                           f"{len(classifier.labels)} labels; hfdetox handles one logit per label")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The model an attack trains.
+
+    Attributes:
+        from_scratch: whether its weights were freshly drawn.
+        backdoored: whether its own report or card says that it is deliberately backdoored already.
+    """
+
+    classifier: Classifier
+    from_scratch: bool
+    backdoored: bool = False
+
+
+def init_model(
+    model: str | Path | nn.Module, *, class_names: ClassNames, is_backdoored: Callable[[Path | None], bool],
+    init: str | None = None, model_args: Mapping[str, Any] | None = None, input_size: int | None = None, seed: int = 0,
+    revision: str | None = None, trust_remote_code: bool = False, processor: Any = None, preprocessing: Any = None,
+    labels: Sequence[str] | int | None = None,
+) -> InitialModel:  # fmt: skip
+    """Return the model to start from: a trained one as `load_classifier` gives it, or one of freshly drawn weights.
+
+    Args:
+        model: what `load_classifier` takes, or `timm-arch:NAME`.
+        class_names: gives the dataset's class names, or their number; asked only for a model of fresh weights.
+        is_backdoored: tells of a trained model's own files, None without any, whether they say so.
+        init: `random` draws the weights of a folder or Hub id anew, whose config.json is all that is taken then.
+        model_args: arguments of a `timm-arch`.
+        input_size: image height and width of a `timm-arch`; None is the architecture's own.
+        seed: determines the weights.
+
+    Raises:
+        UsageError: an unknown architecture or argument, a config without weights, options that do not go together.
+        HubError: the repository is unknown, gated or unreachable.
+    """
+    if init not in (None, "random"):
+        raise UsageError(f"--init {init} is not known; there is --init random, which draws the weights anew")
+    is_architecture = isinstance(model, str) and model.startswith(ARCHITECTURE)
+    if not is_architecture and (model_args or input_size is not None):
+        raise UsageError("--model-arg and --input-size describe a timm-arch:NAME; a model that is there has its own")
+    if not is_architecture and init is None:
+        bare = isinstance(model, str | Path) and (Path(model) / "config.json").is_file()
+        if bare and not any(any(Path(str(model)).glob(pattern)) for pattern in _WEIGHTS):
+            raise UsageError(f"{model} has a config.json and no weights; draw them with --init random")
+        trained = load_classifier(model, revision=revision, processor=processor, preprocessing=preprocessing,
+                                  labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
+        return InitialModel(trained, from_scratch=False, backdoored=is_backdoored(trained.folder))
+    if isinstance(model, nn.Module):
+        raise UsageError("--init random draws the weights of a folder or Hub id; a loaded model has its own")
+    if is_architecture and revision is not None:
+        raise UsageError(f"{model} is an architecture, which has no revisions; leave --revision out")
+    names = class_names()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        if is_architecture:
+            name, commit = str(model), None
+            loaded = _architecture(name, names, model_args or {}, input_size)
+        else:
+            loaded, name, commit = _drawn(str(model), names, revision, trust_remote_code)
+    return InitialModel(assemble(loaded, name, commit, names), from_scratch=True)
+
+
+def _architecture(name: str, names: tuple[str, ...] | int, model_args: Mapping[str, Any],
+                  input_size: int | None) -> Loaded:  # fmt: skip
+    from hfdetox.models import timm as _timm
+
+    if wrong := sorted(_NOT_MODEL_ARGS & set(model_args)):
+        raise UsageError(f"--model-arg {wrong[0]} cannot be given: the classes come from the dataset, the image size "
+                         "from --input-size, and the weights are drawn")  # fmt: skip
+    channels = model_args.get("in_chans", 3)
+    if type(channels) is not int or channels not in (1, 3):
+        raise UsageError(f"--model-arg in_chans={channels}: images have 3 channels (RGB) or 1 (grey)")
+    if input_size is not None and input_size < 1:
+        raise UsageError(f"--input-size {input_size}: give the images' height and width, such as 32")
+    return _timm.new_architecture(name.removeprefix(ARCHITECTURE), num_classes=len(label_names(names)),
+                                  model_args=model_args, input_size=input_size)  # fmt: skip
+
+
+def _drawn(model: str, names: tuple[str, ...] | int, revision: str | None,
+           trust_remote_code: bool) -> tuple[Loaded, str, str | None]:  # fmt: skip
+    """Return a model of the architecture that a folder's or repository's config.json describes, its name and commit."""
+    pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=False)
+    labels = label_names(names)
+    if library_of(pulled.folder, name) == "timm":
+        from hfdetox.models import timm as _timm
+
+        loaded = _timm.new_from_folder(pulled.folder, name, num_classes=len(labels))
+    else:
+        from hfdetox.models import transformers as _transformers
+
+        loaded = _transformers.new_from_folder(pulled.folder, name, labels=labels, trust_remote_code=trust_remote_code)
+    return loaded, name, pulled.revision or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -97,19 +98,14 @@ def _listed_by_timm(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _rows(modules: Mapping[str, nn.Module]) -> list[list[str]]:
     """Return the rows of sibling modules, outer ones first: lists, sequences, and children numbered alike."""
-    rows = []
-    for name, module in modules.items():
-        lead = f"{name}." if name else ""
-        children = [child for child, _ in module.named_children()]
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            rows.append([lead + child for child in children])
-            continue
-        stems: dict[str, list[str]] = {}
-        for child in children:
-            if re.search(r"\d$", child):
-                stems.setdefault(re.sub(r"\d+$", "", child), []).append(lead + child)
-        rows += stems.values()
-    return rows
+    rows: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in sorted(filter(None, modules), key=lambda name: name.count(".")):
+        parent, _, child = name.rpartition(".")
+        if isinstance(modules[parent], nn.ModuleList | nn.Sequential):
+            rows[parent, ""].append(name)
+        elif child[-1].isdigit():
+            rows[parent, child.rstrip("0123456789")].append(name)
+    return list(rows.values())
 
 
 def _has_weights(module: nn.Module, heads: set[nn.Module]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     usual sizes are tried. Parameters and modes are bit for bit as before afterwards.
     """
     prefix, inner = unwrapped(model)
-    heads = [inner.get_submodule(name) for name in head_layers(inner)]
+    heads = head_layers(inner)
     with probing(inner, input_size) as images:
         if images is None:
             return []
@@ -165,21 +165,17 @@ def probing(model: nn.Module, input_size: tuple[int, int, int] | None = None) ->
 
     While inside, the model is in eval mode and no gradients are kept.
     """
+    parameter, generator = next(model.parameters()), torch.Generator().manual_seed(0)
     with evaluating(model), torch.no_grad():
-        yield _noise(model, input_size)
-
-
-def _noise(model: nn.Module, input_size: tuple[int, int, int] | None) -> torch.Tensor | None:
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    for size in _candidate_sizes(model, input_size):
-        images = torch.randn(2, *size, generator=generator).to(parameter.device, parameter.dtype)
-        try:
-            library_logits(model, images)
-        except (RuntimeError, ValueError, AssertionError, IndexError):
-            continue  # a wrong size shows in as many ways as there are models
-        return images
-    return None
+        for size in _candidate_sizes(model, input_size):
+            images = torch.randn(2, *size, generator=generator).to(parameter.device, parameter.dtype)
+            # a wrong size shows in as many ways as there are models
+            with suppress(RuntimeError, ValueError, AssertionError, IndexError):
+                library_logits(model, images)
+                break
+        else:
+            images = None
+        yield images
 
 
 def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Iterator[tuple[int, int, int]]:
@@ -199,47 +195,29 @@ def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Ite
         yield channels, side, side
 
 
-def _last_norms(model: nn.Module, heads: Sequence[nn.Module], images: torch.Tensor) -> dict[str, list[nn.Module]]:
+def _last_norms(model: nn.Module, heads: Sequence[str], images: torch.Tensor) -> dict[str, list[str]]:
     """Run the model and group the head layers by the affine norm that ran last before each."""
-    order: list[nn.Module] = []
-    names = {model.get_submodule(name): name for name in norms_of(model)}
-    with ExitStack() as hooks:
-        for module in (*names, *heads):
-            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: order.append(module)))
+    order: list[str] = []
+    with on_inputs(model, [*norms_of(model), *heads], lambda name, _: order.append(name)):
         library_logits(model, images)
-    groups: defaultdict[str, list[nn.Module]] = defaultdict(list)
+    groups: defaultdict[str, list[str]] = defaultdict(list)
     last = None
-    for module in order:
-        if module in names:
-            last = names[module]
+    for name in order:
+        if name not in heads:
+            last = name
         elif last is not None:
-            groups[last].append(module)
+            groups[last].append(name)
     return groups
 
 
-def _flips_cancel(model: nn.Module, heads: Sequence[nn.Module], norm: str, images: torch.Tensor) -> bool:
+def _flips_cancel(model: nn.Module, heads: Sequence[str], norm: str, images: torch.Tensor) -> bool:
     """Tell whether flipping the norm's signs undoes flipping those of the head's weights (its biases stay)."""
-    head_weights = [head.get_parameter("weight") for head in heads]
-    norm_parameters = list(model.get_submodule(norm).parameters(recurse=False))
-    before = library_logits(model, images)
-    with _flipped(head_weights):
-        only_head = library_logits(model, images)
-        with _flipped(norm_parameters):
-            both = library_logits(model, images)
+    flipped = {f"{head}.weight": -model.get_parameter(f"{head}.weight") for head in heads}
+    before, only_head = library_logits(model, images), library_logits(model, images, flipped)
+    flipped |= {f"{norm}.{name}": -p for name, p in model.get_submodule(norm).named_parameters(recurse=False)}
+    both = library_logits(model, images, flipped)
     moved = (only_head - before).abs().max()
     return bool(moved > 0 and (both - before).abs().max() < 1e-3 * moved)
-
-
-@contextmanager
-def _flipped(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    # a sign flip is exact, so flipping back restores every bit
-    for tensor in tensors:
-        tensor.neg_()
-    try:
-        yield
-    finally:
-        for tensor in tensors:
-            tensor.neg_()
 
 
 @contextmanager

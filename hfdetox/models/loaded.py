@@ -42,7 +42,6 @@ class Loaded:
     model: Any
     preprocessing: Preprocessing
     labels: tuple[str, ...]
-    labels_are_names: bool
     architecture: str
     processor: Any = None
     library: ClassVar[Library] = "torch"

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.func import functional_call
 
 from hfdetox.errors import UsageError, refusing
 from hfdetox.models.preprocessing import Preprocessing, normalize
@@ -76,20 +77,6 @@ def uncorrected(network: Network) -> Iterator[None]:
         network.correction = correction
 
 
-@torch.no_grad()
-def flagged(network: Network, images: torch.Tensor) -> torch.Tensor:
-    """Tell which images (N×C×H×W, 0 to 255) the network's correction takes for triggered: f(x) = t and f̃(x) ≠ t.
-
-    Returns (N,) of bool; none is flagged by a network without a correction, as where BNA found nothing to correct.
-    """
-    correction = network.correction
-    if correction is None:
-        return torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    with uncorrected(network):
-        own = network(images).argmax(1)
-    return (own == correction.target) & (network(images).argmax(1) != correction.target)
-
-
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Hold the network in eval mode; on leaving, every module is in its mode again."""
@@ -102,11 +89,16 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def library_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits (N×K) that a library's own model gives for images it takes as they are (normalised already)."""
+def library_logits(model: nn.Module, images: torch.Tensor,
+                   changed: dict[str, torch.Tensor] | None = None) -> torch.Tensor:  # fmt: skip
+    """Return the logits (N×K) that a library's own model gives for images it takes as they are (normalised already).
+
+    `changed` has tensors, by name, in place of the model's own.
+    """
     # transformers models may take other inputs first (Perceiver, remote code); `pipeline` passes this name too
     keyword = getattr(model, "main_input_name", None) == "pixel_values"
-    output: Any = model(pixel_values=images) if keyword else model(images)
+    args, kwargs = ((), {"pixel_values": images}) if keyword else ((images,), {})
+    output: Any = functional_call(model, changed, args, kwargs) if changed else model(*args, **kwargs)
     # of a transformers or torchvision tuple the logits
     return output if isinstance(output, torch.Tensor) else output.logits
 

@@ -50,6 +50,15 @@ class Preprocessing(ABC):
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Return the image after resize and crop, C×H×W in `dtype` (range 0 to 255 when that is uint8)."""
 
+    def _probed(self, channels: int, differing: str) -> list[torch.Tensor]:
+        """Prepare the probes, and take their shape; PreprocessingError `differing` where they have no common one."""
+        prepared = [self.prepare(probe) for probe in _probe_images(channels)]
+        if prepared[0].shape != prepared[1].shape:
+            raise PreprocessingError(differing)
+        depth, height, width = prepared[0].shape
+        self.input_size = (depth, height, width)
+        return prepared
+
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Map N×C×H×W images, uint8 or float32 in 0 to 255, to the model's float32; same shape and device."""
         if self.dtype != torch.uint8:
@@ -114,14 +123,10 @@ class ProcessorPreprocessing(Preprocessing):
         # efficientnet normalises a second time whatever do_normalize says, unless include_top is off
         self._raw = {"do_rescale": False, "do_normalize": False}
         self._raw |= {"include_top": False} if hasattr(processor, "include_top") else {}
-        probes = [_probe_image(size, channels) for size in _PROBE_SIZES]
         with refusing(f"the image processor {type(processor).__name__} cannot process a plain image",
                       "; pass preprocessing=… through the API", PreprocessingError):  # fmt: skip
-            raw = [self.prepare(probe) for probe in probes]
-            full = [self._call(probe).to(torch.float32) for probe in probes]
-        if raw[0].shape != raw[1].shape:
-            raise self._refused("leaves images in their own shapes, having no fixed size or crop")
-        self.input_size = _shape3(raw[0])
+            raw = self._probed(channels, "it leaves images in their own shapes, having no fixed size or crop")
+            full = [self._call(probe).to(torch.float32) for probe in _probe_images(channels)]
         # the processor's own numbers or, where they do not fit, those of the images
         self.mean, self.std, self.scale = self._declared_map()
         if not self._agrees(raw, full):
@@ -169,10 +174,7 @@ class CallablePreprocessing(Preprocessing):
         """Wrap `function`; raises PreprocessingError when it does not give one C×H×W tensor of a fixed shape."""
         self._function = function
         self._channels = channels
-        prepared = [self.prepare(_probe_image(size, channels)) for size in _PROBE_SIZES]
-        if prepared[0].shape != prepared[1].shape:
-            raise PreprocessingError("preprocessing gives images of differing shapes; let it resize and crop to one")
-        self.input_size = _shape3(prepared[0])
+        self._probed(channels, "preprocessing gives images of differing shapes; let it resize and crop to one")
         self.mean, self.std = (0.0,) * self.input_size[0], (1.0,) * self.input_size[0]
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
@@ -209,11 +211,7 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _probe_image(size: tuple[int, int], channels: int) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-
-
-def _shape3(image: torch.Tensor) -> tuple[int, int, int]:
-    channels, height, width = image.shape
-    return channels, height, width
+def _probe_images(channels: int) -> list[Image.Image]:
+    sizes = ((height, width, channels) for width, height in _PROBE_SIZES)
+    pixels = [np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8) for size in sizes]
+    return [Image.fromarray(each[..., 0] if channels == 1 else each) for each in pixels]

@@ -126,10 +126,9 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:
     """Return what hfdetox needs to know of a timm model; `config` is its config.json where there is one."""
     num_labels = int(getattr(model, "num_classes", 0))
-    labels = _labels(model.pretrained_cfg, num_labels)
+    labels = _labels(model.pretrained_cfg, num_labels) or label_names(num_labels)
     named = (config or {}).get("architecture") or model.pretrained_cfg.get("architecture")
-    return TimmModel(model, TimmPreprocessing(timm_data_config(model)), labels or label_names(num_labels),
-                     labels is not None, str(named or type(model).__name__))  # fmt: skip
+    return TimmModel(model, TimmPreprocessing(timm_data_config(model)), labels, str(named or type(model).__name__))
 
 
 def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
@@ -168,7 +167,7 @@ def _export_config(model: Any, loaded: Loaded) -> dict[str, Any]:
     """Let timm describe a model that came as an object."""
     from timm.models._hub import save_config_for_hf
 
-    labels = {"label_names": list(loaded.labels)} if loaded.labels_are_names else {}
+    labels = {"label_names": list(loaded.labels)} if loaded.labels != label_names(len(loaded.labels)) else {}
     with tempfile.TemporaryDirectory() as scratch, refusing("timm cannot describe this model for saving"):
         path = Path(scratch) / "config.json"
         save_config_for_hf(model, path, model_config=labels, model_args=_arguments(model))

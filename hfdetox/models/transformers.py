@@ -151,11 +151,11 @@ def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) ->
     config = model.config
     _check_config(config, type(model).__name__, trust_remote_code=True)
     labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
-    # LABEL_0 is what transformers writes when nobody named the labels
-    named = labels != tuple(f"LABEL_{index}" for index in range(len(labels))) and labels != label_names(len(labels))
-    return TransformersModel(model, preprocessing or _preprocessing(processor, config),
-                             labels if named else label_names(len(labels)), named, type(model).__name__,
-                             processor)  # fmt: skip
+    # what transformers writes when nobody named the labels
+    if labels == tuple(f"LABEL_{index}" for index in range(len(labels))):
+        labels = label_names(len(labels))
+    preprocessing = preprocessing or _preprocessing(processor, config)
+    return TransformersModel(model, preprocessing, labels, type(model).__name__, processor)
 
 
 def _preprocessing(processor: Any, config: Any) -> Preprocessing:

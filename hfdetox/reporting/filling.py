@@ -17,8 +17,7 @@ from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.evaluation.metrics import Predictions, ratings
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
-from hfdetox.models.classifier import Classifier
-from hfdetox.models.initial import InitialModel
+from hfdetox.models.classifier import Classifier, InitialModel
 from hfdetox.reporting import report as schema
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.training.devices import describe_devices

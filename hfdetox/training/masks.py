@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from accelerate import Accelerator
@@ -159,36 +160,33 @@ class ThresholdSearch:
     def start(self) -> None:
         """List the candidates that differ: of thresholds that prune the same units only the highest is measured."""
         values = self.values().detach()
-        distinct: dict[int, tuple[float, torch.Tensor]] = {}
+        # the first is the whole network
+        distinct = {0: (-1.0, torch.ones_like(values))}
         for threshold in self.thresholds:
             kept = (values > threshold).to(values.dtype)
-            distinct[int(values.numel() - kept.sum())] = (threshold, kept)
-        distinct.pop(0, None)
+            if pruned := int(values.numel() - kept.sum()):
+                distinct[pruned] = (threshold, kept)
         self.candidates = list(distinct.values())
-        # right answers under no mask and under every candidate, then the images
-        self.counts = torch.zeros(len(self.candidates) + 2, device=values.device)
+        # right answers under every candidate, then the images
+        self.counts = torch.zeros(len(self.candidates) + 1, device=values.device)
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Count the right answers under every candidate."""
-        answers = [network(batch.images)]
-        answers += [self.masks.logits(network, batch.images, kept) for _, kept in self.candidates]
+        answers = [self.masks.logits(network, batch.images, kept) for _, kept in self.candidates]
         right = [(logits.argmax(1) == batch.labels).sum() for logits in answers]
         self.counts += torch.stack([*right, right[0].new_tensor(len(batch.labels))])
 
     def finish(self, accelerator: Accelerator) -> dict[str, float]:
         """Fold the chosen candidate into the network; return `threshold` (−1 for none), `pruned` and accuracies."""
-        whole, *right, images = accelerator.reduce(self.counts, reduction="sum").tolist()
-        last = -1
+        *right, images = accelerator.reduce(self.counts, reduction="sum").tolist()
         # a whole number of images is compared: rounding must not refuse a drop that is just the budget
-        while last + 1 < len(right) and whole - right[last + 1] <= self.budget * images + 1e-6:
-            last += 1
-        threshold, pruned, kept_right = -1.0, 0, whole
-        if last >= 0:
-            threshold, kept = self.candidates[last]
-            pruned, kept_right = int(kept.numel() - kept.sum()), right[last]
-            self.masks.fold(self.network, kept)
+        least = right[0] - self.budget * images - 1e-6
+        last = len(list(takewhile(lambda count: count >= least, right))) - 1
+        threshold, kept = self.candidates[last]
+        pruned = int(kept.numel() - kept.sum())
+        self.masks.fold(self.network, kept)
         return {"threshold": threshold, "pruned": pruned, "unchanged": float(not pruned), "units": self.masks.count,
-                "held_out_accuracy_before": whole / images, "held_out_accuracy": kept_right / images}  # fmt: skip
+                "held_out_accuracy_before": right[0] / images, "held_out_accuracy": right[last] / images}  # fmt: skip
 
 
 def norm_layers(network: nn.Module) -> list[MaskedLayer]:

@@ -32,7 +32,17 @@ class Stateful(Protocol):
 
 
 @dataclass(kw_only=True)
-class Phase:
+class _Stage:
+    """What a phase and a pass both have; their own docstrings say what it is."""
+
+    name: str
+    start: Callable[[], None] | None = None
+    part: Part = "all"
+    state: Stateful | None = None
+
+
+@dataclass(kw_only=True)
+class Phase(_Stage):
     """What the engine runs: which parameters are trained, by what loss, and what happens around the steps.
 
     Attributes:
@@ -56,7 +66,6 @@ class Phase:
             each epoch; what they find goes into the epoch's entry of the history.
     """
 
-    name: str
     parameters: list[nn.Parameter]
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     loss: Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
@@ -68,18 +77,15 @@ class Phase:
     schedule: Literal["cosine", "constant"] = "cosine"
     poison: Poison | None = None
     sharpness: SharpnessAware | None = None
-    start: Callable[[], None] | None = None
     after_step: Callable[[], None] | None = None
     stop: Callable[[Mapping[str, Any]], bool] | None = None
-    state: Stateful | None = None
     network: nn.Module | None = None
-    part: Part = "all"
     steps: int | None = None
     on_epoch_end: Callable[[], Sequence[Pass]] | None = None
 
 
 @dataclass(kw_only=True)
-class Pass:
+class Pass(_Stage):
     """One pass over the images in their order, without augmentation or optimiser: statistics, pruning, a search.
 
     Attributes:
@@ -93,15 +99,11 @@ class Pass:
         state: what a checkpoint keeps of the method once the pass is over.
     """
 
-    name: str
     on_batch: Callable[[nn.Module, Batch], None]
     finish: Callable[[Accelerator], Mapping[str, float] | None] | None = None
-    start: Callable[[], None] | None = None
     batch_size: int = 256
     train_mode: bool = False
     gradients: bool = False
-    part: Part = "all"
-    state: Stateful | None = None
 
 
 class JointOptimizer(torch.optim.Optimizer):

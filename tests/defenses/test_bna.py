@@ -21,15 +21,29 @@ from hfdetox.models.network import (
     UnitMap,
     channel_axis,
     channels_of,
-    flagged,
     norms_of,
     on_output,
+    uncorrected,
 )
 from hfdetox.triggers import BadNets
 from tests.defenses.runs import assert_resumes, one_batch, run
 from tests.tiny_training import _quick_garbage, accelerator, convnet, equal_weights, mlp, toy_preprocessing, weights_of
 
 __all__ = ["_quick_garbage", "accelerator"]
+
+
+@torch.no_grad()
+def flagged(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Tell which images (N×C×H×W, 0 to 255) the network's correction takes for triggered: f(x) = t and f̃(x) ≠ t.
+
+    Returns (N,) of bool; none is flagged by a network without a correction, as where BNA found nothing to correct.
+    """
+    correction = network.correction
+    if correction is None:
+        return torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    with uncorrected(network):
+        own = network(images).argmax(1)
+    return (own == correction.target) & (network(images).argmax(1) != correction.target)
 
 
 def conv() -> Network:

@@ -169,7 +169,7 @@ def test_the_threshold_rises_until_the_budget_is_spent(
     search = ThresholdSearch(network, ChannelMasks(network, "anp"), lambda: values, (0.0, 0.1, 0.2, 0.3, 0.4), budget)
     search.start()
     assert [(candidate, kept.tolist()) for candidate, kept in search.candidates] == [
-        (0.1, [0, 1, 1, 1]), (0.2, [0, 0, 1, 1]), (0.4, [0, 0, 0, 1]),
+        (-1.0, [1, 1, 1, 1]), (0.1, [0, 1, 1, 1]), (0.2, [0, 0, 1, 1]), (0.4, [0, 0, 0, 1]),
     ]  # fmt: skip
     search.counts = torch.tensor([10.0, 10.0, 9.0, 10.0, 10.0])
     found = search.finish(accelerator)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from hfdetox.errors import UsageError
-from hfdetox.models.classifier import load_classifier
-from hfdetox.models.initial import InitialModel, init_model
+from hfdetox.models.classifier import InitialModel, init_model, load_classifier
 from hfdetox.runs.publish import comes_backdoored
 from tests.tiny_models import NAMES, timm_folder, timm_model, transformers_folder
 
