@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -98,16 +98,14 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
         return [prefix + name for name, group in groups.items() if _flips_cancel(inner, group, name, images)]
 
 
-def direct_sources(model: nn.Module, producers: Mapping[str, nn.Module],
-                   consumers: Mapping[str, nn.Module]) -> dict[str, str]:  # fmt: skip
+def direct_sources(model: nn.Module, producers: Iterable[str], consumers: Iterable[str]) -> dict[str, str]:
     """Return, by consumer's name, the producer whose output is the consumer's input; consumers without are left out.
 
     The tensors are followed, not the order in which modules were made: the input must be the output's own memory, all
     of it, with nothing written to it in between (a residual sum or an activation in place is another tensor). Nothing
     is known of a model that takes none of the usual image sizes. Modes and parameters stay as they are.
     """
-    names = {module: name for name, module in producers.items()}
-    readers = {module: name for name, module in consumers.items()}
+    names = {model.get_submodule(name): name for name in producers}
     # the tensors are kept, or their memory would be given to others
     made: dict[int, tuple[torch.Tensor, int, str]] = {}
     seen: defaultdict[str, set[str | None]] = defaultdict(set)
@@ -116,17 +114,14 @@ def direct_sources(model: nn.Module, producers: Mapping[str, nn.Module],
         if isinstance(output, torch.Tensor):
             made[output.untyped_storage().data_ptr()] = (output, output._version, names[module])
 
-    def look(module: nn.Module, inputs: Any) -> None:
-        given = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else torch.empty(0)
+    def look(consumer: str, given: torch.Tensor) -> None:
         output, version, name = made.get(given.untyped_storage().data_ptr(), (None, 0, ""))
         same = output is not None and (given._version, given.numel()) == (version, output.numel())
-        seen[readers[module]].add(name if same else None)
+        seen[consumer].add(name if same else None)
 
-    with probing(model) as images, ExitStack() as hooks:
+    with probing(model) as images, on_inputs(model, consumers, look), ExitStack() as hooks:
         for module in names:
             hooks.enter_context(module.register_forward_hook(note))
-        for module in readers:
-            hooks.enter_context(module.register_forward_pre_hook(look))
         if images is not None:
             library_logits(model, images)
     # a layer that runs several times must get the same producer's output each time

@@ -214,9 +214,8 @@ def unit_layers(network: nn.Module) -> list[MaskedLayer]:
             layer = modules.get(output)
             if isinstance(layer, nn.Linear) and layer.in_features % heads == 0:
                 widths.setdefault(output, layer.in_features // heads)
-    weights = {name: f"{name}.weight" for name in modules if name in widths}
-    return [MaskedLayer(weight, None, network.get_parameter(weight).shape[1] // widths[name], widths[name])
-            for name, weight in weights.items()]  # fmt: skip
+    inputs = {name: module.get_parameter("weight").shape[1] for name, module in modules.items() if name in widths}
+    return [MaskedLayer(f"{name}.weight", None, inputs[name] // widths[name], widths[name]) for name in inputs]
 
 
 def mlp_layers(network: nn.Module) -> list[tuple[str, str]]:
