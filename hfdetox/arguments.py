@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import numbers
 import textwrap
 import typing
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from hfdetox.errors import UsageError
+from hfdetox.values import to_text
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given", bound="Options")
@@ -169,6 +171,17 @@ def renamed(given: Mapping[str, Any], old: Mapping[str, str]) -> dict[str, Any]:
             )
             found[name] = found.pop(was)
     return found
+
+
+def argv(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command: None is left out, True is its option, a list or mapping repeats it."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            value = [f"{key}={item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()]
+        for item in value if isinstance(value, list | tuple) else [value]:
+            words += [] if item is None else [f"--{name}"] if item is True else [f"--{name}", to_text(item)]
+    return words
 
 
 def _documented(text: str, options: Mapping[str, Option]) -> str:

@@ -7,7 +7,6 @@ the command that repeats a run (`argv`). Nothing here imports torch or typer.
 
 from __future__ import annotations
 
-import json
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Protocol, Self
 
-from hfdetox.arguments import Options, about, option, options_of
+from hfdetox.arguments import Options, about, argv, option, options_of
 from hfdetox.errors import UsageError
 from hfdetox.values import to_text
 
@@ -126,16 +125,11 @@ class ImageOptions(Options):
 
         Options at their defaults, and those that may be said anew when a run is resumed, are left out.
         """
-        known = options_of(self)
-        words = [str(self.model)] if self.COMMAND == "detox" and self.model not in COMMANDS else [
-            self.COMMAND, str(self.model)]  # fmt: skip
-        for name, value in self.changed().items():
-            one = known.get(name)
-            if name == "model" or one is None or one.panel is None or one.anew or value in (None, [], {}):
-                continue
-            for text in [None] if value is True else _texts(value):
-                words += [f"--{one.flag}"] if text is None else [f"--{one.flag}", text]
-        return words
+        known, changed = options_of(self), self.changed()
+        said = {one.flag: changed[name] for name, one in known.items()
+                if name in changed and name != "model" and one.panel is not None and not one.anew}  # fmt: skip
+        command = [] if self.COMMAND == "detox" and self.model not in COMMANDS else [self.COMMAND]
+        return [*command, str(self.model), *argv(said)]
 
     def redact_paths(self) -> Self:
         """Return the options with the last part only of local paths, for publishing."""
@@ -365,18 +359,26 @@ class AttackConsole(ShortSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions(Options):
-    """The options of `hfdetox bench SUITE`, the arguments of `run_bench`."""
+class SuiteOptions(Options):
+    """The arguments of `run_suite`: the tasks of a suite, and where and how they are run."""
 
     suite: Path | None = field(default=None, kw_only=False, metadata=about(
         IMAGES, "A suite file (YAML).", metavar="SUITE", path="file"))  # fmt: skip
-    zoo: Path | None = option(None, IMAGES, "Folder of the suite's models (hfdetox attack --suite).", path="folder")
     dataset: str | None = option(None, IMAGES, "Images of all runs, in place of the suite's: a Hub id or a folder.")
-    jobs: int = option(1, RUN, "Runs at a time.", least=1)
+    jobs: int = option(1, RUN, "Runs at a time.", least=1, more="Each gets its share of the cores unless "
+                       "OMP_NUM_THREADS is set.")  # fmt: skip
     precision: Precision = option("auto", RUN, "Mixed precision of the training.")
     device: Device = option("auto", RUN, "Where the runs are computed.")
     output: Path | None = option(None, HUB, "Folder of the reports, tables and pictures.", path="new",
                                  shown="SUITE-bench")  # fmt: skip
+    progress: bool = option(False, None, "Say how each run ended, and draw a bar.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(SuiteOptions):
+    """The options of `hfdetox bench SUITE`, the arguments of `run_bench`."""
+
+    zoo: Path | None = option(None, IMAGES, "Folder of the suite's models (hfdetox attack --suite).", path="folder")
     keep_models: bool = option(False, HUB, "Keep the cleaned models, not their reports and cards alone.")
 
 
@@ -386,9 +388,3 @@ def redact_paths(text: str) -> str:
     if "=" in text and not path.exists():
         return re.sub("(?<==)[^,]*/[^,]*", lambda found: redact_paths(found[0]), text)
     return f"./{path.resolve().name}" if path.exists() or path.is_absolute() else text
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [f"{key}={item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()]
-    return [to_text(item) for item in (value if isinstance(value, list | tuple) else [value])]

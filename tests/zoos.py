@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hfdetox.bench.folder import Settings
 from hfdetox.bench.tasks import load_suite
 from hfdetox.bench.zoo import Zoo
+from hfdetox.config import SuiteOptions
 
 MODEL = 'tiny: {model: "timm-arch:test_resnet", input_size: 32}'
 SUITE = f"""
@@ -29,4 +29,4 @@ def write(folder: Path, text: str) -> Path:
 
 def zoo_of(text: str, tmp_path: Path, dataset: str | None = "org/pictures") -> Zoo:
     """Return the zoo of a suite, in the folder `zoo`, which is not created."""
-    return Zoo(load_suite(write(tmp_path, text)), Settings(output=tmp_path / "zoo", dataset=dataset))
+    return Zoo(load_suite(write(tmp_path, text)), SuiteOptions(output=tmp_path / "zoo", dataset=dataset))

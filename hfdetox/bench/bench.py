@@ -8,13 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hfdetox.bench.folder import Settings, TaskFolder, given_files, weights_of
+from hfdetox.arguments import takes
+from hfdetox.bench.folder import TaskFolder, given_files, weights_of
 from hfdetox.bench.plots import draw_bench
-from hfdetox.bench.runner import run_tasks, share_of_cores
+from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteFile, TargetEntry
 from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
+from hfdetox.config import BenchOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import locked, sha256_file
@@ -22,19 +24,12 @@ from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
 from hfdetox.runs.folder import RUN_FILE
 
 
-def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str | None = None, jobs: int = 1,
-              precision: str = "auto", device: str = "auto", keep_models: bool = False,
-              progress: bool = False) -> BenchTables:  # fmt: skip
+@takes(BenchOptions)
+def run_bench(given: BenchOptions) -> BenchTables:
     """Run what a suite's `bench` asks for and is not there; the same call goes on after a stop.
 
     Args:
-        zoo: folder of the suite's models, as `hfdetox attack --suite` builds it.
-        dataset: Hub id or folder, in place of the suite's.
-        jobs: processes at a time; each gets its share of the cores unless OMP_NUM_THREADS is set.
-        precision: as `--precision` takes it.
-        device: as `--device` takes it.
-        keep_models: keep the cleaned models' weights; their reports and cards are kept in any case.
-        progress: say on standard error how each run ended, and draw a bar.
+        {arguments}
 
     Raises:
         UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no bench is in the
@@ -42,13 +37,11 @@ def run_bench(file: Path, *, output: Path, zoo: Path | None = None, dataset: str
         RunError: the bench cannot be written. A run that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `bench.json` says what was not run.
     """
-    settings = Settings(output=output, zoo=zoo, dataset=dataset, precision=precision, device=device,
-                        threads=share_of_cores(jobs), keep_models=keep_models)  # fmt: skip
-    tables: BenchTables = run_tasks(Bench(load_suite(file), settings), jobs, progress=progress)
+    tables: BenchTables = run_tasks(Bench(load_suite(given.suite or Path()), given))
     return tables
 
 
-class Bench(TaskFolder[Run]):
+class Bench(TaskFolder[Run, BenchOptions]):
     """The folder of a suite's runs, and the state of each.
 
     Raises:

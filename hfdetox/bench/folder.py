@@ -21,9 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar, Generic, TypeVar
 
+from hfdetox.arguments import argv
 from hfdetox.bench.suite import SuiteFile
 from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.bench.tasks import Run, Task
+from hfdetox.config import SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.markdown import one_line
@@ -36,29 +38,7 @@ OPEN = ("not run", "failed")  # what is still to be done
 
 
 TaskT = TypeVar("TaskT", bound=Task | Run)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Where and how the tasks of a suite are run.
-
-    Attributes:
-        output: their folder.
-        dataset: Hub id or folder, in place of the suite's.
-        precision: of the training, as `--precision` takes it.
-        device: as `--device` takes it; not a part of what a task is.
-        threads: of one process, None leaves them to the environment.
-        zoo: of a bench the folder of the suite's zoo, None where only models that are not of a zoo are tried.
-        keep_models: of a bench: keep the weights of the cleaned models, not their reports and cards alone.
-    """
-
-    output: Path
-    dataset: str | None = None
-    precision: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    zoo: Path | None = None
-    keep_models: bool = False
+OptionsT = TypeVar("OptionsT", bound=SuiteOptions)
 
 
 @dataclass
@@ -69,7 +49,7 @@ class Running:
     log: IO[bytes]
 
 
-class TaskFolder(ABC, Generic[TaskT]):
+class TaskFolder(ABC, Generic[TaskT, OptionsT]):
     """The folder of a suite's tasks, and the state of each.
 
     Attributes:
@@ -80,14 +60,19 @@ class TaskFolder(ABC, Generic[TaskT]):
         rows: the table's row of each.
 
     Raises:
-        UsageError: no dataset, or a folder is there that another suite or command made; nothing was written.
+        UsageError: no dataset, no output, or a folder is there that another suite or command made; a launcher has
+            started several of this process. Nothing was written.
     """
 
     title: ClassVar[str]
     report: ClassVar[type[RunReport]]
     tables: ClassVar[type[Tables]]
 
-    def __init__(self, suite: SuiteFile, settings: Settings) -> None:
+    def __init__(self, suite: SuiteFile, settings: OptionsT) -> None:
+        if settings.output is None:
+            raise UsageError(f"a {self.title} is a folder: name it with --output")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UsageError("a suite starts its own processes: give --jobs N instead of a launcher of several")
         self.suite, self.settings, self.folder = suite, settings, settings.output
         dataset = settings.dataset or suite.dataset.id
         if dataset is None:
@@ -164,11 +149,11 @@ class TaskFolder(ABC, Generic[TaskT]):
         read = {"dataset-revision" if name == "revision" else name.replace("_", "-"): value
                 for name, value in read.items()}  # fmt: skip
         read = {name: value for name, value in read.items() if name not in last}
-        return words({"dataset": self.dataset, **first, **read, **last, "precision": _asked(self.settings.precision)})
+        return argv({"dataset": self.dataset, **first, **read, **last, "precision": _asked(self.settings.precision)})
 
     def place(self, task: TaskT) -> list[str]:
         """Return the words that say where a task is run and where its result goes."""
-        return words({"output": self.folder / task.name, "device": _asked(self.settings.device)})
+        return argv({"output": self.folder / task.name, "device": _asked(self.settings.device)})
 
     def claim(self, task: TaskT) -> IO[bytes] | None:
         """Return the task's log, locked, or None where another run works on the task.
@@ -190,13 +175,14 @@ class TaskFolder(ABC, Generic[TaskT]):
 
         It has a session of its own, so that Ctrl-C comes to it once, from the run that started it.
         """
-        argv = self.argv(task)
+        words = self.argv(task)
         self.record(task)
         log.truncate(0)
-        log.write(f"$ {shlex.join(['hfdetox', *argv])}\n".encode())
+        log.write(f"$ {shlex.join(['hfdetox', *words])}\n".encode())
         log.flush()
-        threads = {} if self.settings.threads is None else {"OMP_NUM_THREADS": str(self.settings.threads)}
-        process = subprocess.Popen([sys.executable, "-m", "hfdetox", *argv], env={**threads, **os.environ},
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.settings.jobs))}
+        process = subprocess.Popen([sys.executable, "-m", "hfdetox", *words], env={**threads, **os.environ},
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                    start_new_session=True)  # fmt: skip
         return Running(process, log)
@@ -251,16 +237,6 @@ class TaskFolder(ABC, Generic[TaskT]):
             found = row if row["status"] not in OPEN else self.row(self.tasks[row["name"]])
             return row if found["status"] == "not run" else found
         return row
-
-
-def words(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command: None is left out, a list or a mapping repeats its option."""
-    found = []
-    for name, value in options.items():
-        values = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
-        for item in values if isinstance(values, list | tuple) else [values]:
-            found += [] if item is None else [f"--{name}", str(item)]
-    return found
 
 
 def _asked(choice: str) -> str | None:

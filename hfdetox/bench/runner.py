@@ -22,7 +22,7 @@ _POLL = 0.2  # seconds between two looks at the processes
 _PATIENCE = 10.0  # seconds that an interrupted process gets for its last words
 
 
-def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> Any:
+def run_tasks(folder: TaskFolder[Any, Any]) -> Any:
     """Run what is not there in a folder of tasks; return its tables.
 
     Raises:
@@ -35,7 +35,7 @@ def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> Any:
         folder.folder.mkdir(parents=True, exist_ok=True)
         folder.write()
         try:
-            TaskRunner(folder, jobs, progress=progress).run()
+            TaskRunner(folder).run()
         except BaseException:
             # what goes wrong with the rest hides nothing
             with contextlib.suppress(RunError, OSError):
@@ -48,17 +48,16 @@ def run_tasks(folder: TaskFolder[Any], jobs: int, *, progress: bool) -> Any:
 
 
 class TaskRunner(Generic[TaskT]):
-    """Runs the tasks of a folder that are not there and can be run, `jobs` at a time, in their order."""
+    """Runs the tasks of a folder that are not there and can be run, so many at a time, in their order."""
 
-    def __init__(self, folder: TaskFolder[TaskT], jobs: int, *, progress: bool) -> None:
-        self.folder, self.jobs = folder, jobs
+    def __init__(self, folder: TaskFolder[TaskT, Any]) -> None:
+        self.folder, self.settings = folder, folder.settings
         # what is not run for a reason cannot be
         self.waiting = {name: folder.tasks[name] for name, row in folder.rows.items()
                         if row["status"] == "failed" or (row["status"] == "not run" and not row["reason"])}  # fmt: skip
         self.running: dict[str, Running] = {}
         self.elsewhere: set[str] = set()
-        self.progress = progress
-        self.bar = progress_bar(folder.title, len(folder.tasks), " cells", shown=progress,
+        self.bar = progress_bar(folder.title, len(folder.tasks), " cells", shown=self.settings.progress,
                                 done=len(folder.tasks) - len(self.waiting), keep=True)  # fmt: skip
 
     def run(self) -> None:
@@ -76,7 +75,7 @@ class TaskRunner(Generic[TaskT]):
     def _advance(self, task: TaskT) -> bool:
         """Start a waiting task if it can be; return whether it is waiting no longer."""
         needed, rows = self.folder.needs(task), self.folder.rows
-        if len(self.running) >= self.jobs or needed in self.waiting or needed in self.running:
+        if len(self.running) >= self.settings.jobs or needed in self.waiting or needed in self.running:
             return False
         if needed is not None and rows[needed]["status"] == "failed":
             return self._end(self.folder.tables.row(task, "failed", f"its clean model {needed} failed"))
@@ -126,7 +125,7 @@ class TaskRunner(Generic[TaskT]):
         return True
 
     def _say(self, line: str) -> None:
-        if self.progress:
+        if self.settings.progress:
             tqdm.write(line, file=sys.stderr)
 
     def _stop(self) -> None:
@@ -166,17 +165,3 @@ def interruption() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def share_of_cores(jobs: int) -> int:
-    """Return the threads of one of `jobs` processes.
-
-    Raises:
-        UsageError: no job at all, or a launcher has started several of this process.
-    """
-    if jobs < 1:
-        raise UsageError(f"--jobs must be at least 1, got {jobs}")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("a suite starts its own processes: give --jobs N instead of a launcher of several")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)

@@ -11,13 +11,14 @@ from typing import Any, Self
 from rich.table import Table
 
 from hfdetox._version import __version__
+from hfdetox.arguments import argv, takes
 from hfdetox.attacks import parse_attack_settings
-from hfdetox.bench.folder import Settings, TaskFolder, given_files, weights_of, words
-from hfdetox.bench.runner import run_tasks, share_of_cores
+from hfdetox.bench.folder import TaskFolder, given_files, weights_of
+from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteError, SuiteFile
 from hfdetox.bench.tables import Row, Tables, markdown_table, redacted, rich_table, shown
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
-from hfdetox.config import NONE
+from hfdetox.config import NONE, SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import percent
 from hfdetox.files import sha256_file
@@ -36,18 +37,14 @@ _SPEED = ("epochs", "seconds", "images_per_second")
 _UNMEASURED: Row = {"accuracy": None, "triggers": {}, **dict.fromkeys(_SPEED)}
 
 
-def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int = 1, precision: str = "auto",
-              device: str = "auto", progress: bool = False) -> ZooTables:  # fmt: skip
+@takes(SuiteOptions)
+def run_suite(given: SuiteOptions) -> ZooTables:
     """Build the zoo of a suite file in `output`, whatever of it is not there; the same call goes on after a stop.
 
     Several suites may share a zoo: its table keeps the rows of the others.
 
     Args:
-        dataset: Hub id or folder, in place of the suite's.
-        jobs: processes at a time; each gets its share of the cores unless OMP_NUM_THREADS is set.
-        precision: as `--precision` takes it.
-        device: as `--device` takes it.
-        progress: say on standard error how each model ended, and draw a bar.
+        {arguments}
 
     Raises:
         UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no zoo is in the way;
@@ -55,9 +52,7 @@ def run_suite(file: Path, *, output: Path, dataset: str | None = None, jobs: int
         RunError: the zoo cannot be written. A model that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `zoo.json` says what was not run.
     """
-    settings = Settings(output=output, dataset=dataset, precision=precision, device=device,
-                        threads=share_of_cores(jobs))  # fmt: skip
-    tables: ZooTables = run_tasks(Zoo(load_suite(file), settings), jobs, progress=progress)
+    tables: ZooTables = run_tasks(Zoo(load_suite(given.suite or Path()), given))
     return tables
 
 
@@ -145,7 +140,7 @@ def table_rows(row: Row) -> Iterator[list[str]]:
                shown(row["images_per_second"], ",.0f")]  # fmt: skip
 
 
-class Zoo(TaskFolder[Task]):
+class Zoo(TaskFolder[Task, SuiteOptions]):
     """The folder of a suite's models, and the state of each.
 
     Raises:
@@ -176,8 +171,7 @@ class Zoo(TaskFolder[Task]):
     def argv(self, task: Task) -> list[str]:
         """Return the words after `hfdetox` of the process that makes a model."""
         surrogate = self.needs(task)
-        on = words({"surrogate": surrogate and self.folder / surrogate})
-        return [*self.command(task), *self.place(task), *on]
+        return [*self.command(task), *self.place(task), *argv({"surrogate": surrogate and self.folder / surrogate})]
 
     def recorded(self, task: Task) -> dict[str, Any]:
         """Return what NAME.json says of a model: its command, without where things lie, and its sources.

@@ -24,11 +24,11 @@ from hfdetox.cli.console import attack_advice, output_of, resume_advice, written
 from hfdetox.cli.options import (
     CommandLine,
     attack_options,
-    bench_arguments,
+    bench_options,
     detox_options,
     run_folder,
     show_version,
-    suite_arguments,
+    suite_options,
     takes_line,
 )
 from hfdetox.config import (
@@ -43,6 +43,7 @@ from hfdetox.config import (
     DetoxOptions,
     EvaluateOptions,
     PushOptions,
+    SuiteOptions,
 )
 from hfdetox.errors import HfdetoxError
 from hfdetox.evaluation.verdict import describe_visibility
@@ -119,7 +120,7 @@ def attack(line: CommandLine) -> None:
     """Train a backdoor into MODEL, for research on defenses: a model, its trigger file, a report and a card."""
     shown = line.options(AttackConsole)
     if shown.suite is not None:
-        build_suite(shown, shown.suite, suite_arguments(line))
+        build_suite(shown, suite_options(line))
         return
     options = attack_options(line)
     output = Path(options.output or "")
@@ -144,12 +145,12 @@ def ends(result: DetoxResult | AttackResult, parts: str) -> list[str]:
     return lines
 
 
-def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) -> None:
+def build_suite(shown: ConsoleOptions, options: SuiteOptions) -> None:
     """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
-    with running(options, lambda: ONLY_THE_REST) as out:
+    with running(shown, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.zoo import run_suite
 
-        outcome = run_suite(file, **arguments, progress=shows_progress(options))
+        outcome = run_suite(**replace(options, progress=shows_progress(shown)).changed())
         out.show(outcome.document(), [outcome, outcome.summary()])
         raise typer.Exit(outcome.exit_status)
 
@@ -159,11 +160,11 @@ def build_suite(options: ConsoleOptions, file: Path, arguments: dict[str, Any]) 
 def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
     # what is wrong with these is said before the libraries are loaded
-    shown, arguments = line.options(ConsoleOptions), bench_arguments(line)
+    shown, options = line.options(ConsoleOptions), bench_options(line)
     with running(shown, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.bench import run_bench
 
-        outcome = run_bench(**arguments, progress=shows_progress(shown))
+        outcome = run_bench(**replace(options, progress=shows_progress(shown)).changed())
         folder = f"{outcome.folder}{os.sep}"
         out.show(outcome.document(), [outcome, outcome.summary(), f"tables, settings, pictures: {folder}"])
         if shown.quiet and (problems := outcome.problems()) is not None:

@@ -16,7 +16,7 @@ import typer
 from hfdetox._version import __version__
 from hfdetox.arguments import Option, Options, options_of
 from hfdetox.bench.suite import read_yaml
-from hfdetox.config import NONE, PANELS, AttackConsole, AttackOptions, BenchOptions, DetoxOptions
+from hfdetox.config import NONE, PANELS, AttackOptions, BenchOptions, DetoxOptions, SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.values import read, read_pair, read_untyped, to_text
 
@@ -206,22 +206,20 @@ def attack_options(line: CommandLine) -> AttackOptions:
     return replace(options, output=default_output(str(options.model), suffix))
 
 
-def suite_arguments(line: CommandLine) -> dict[str, Any]:
-    """Return the keyword arguments of `run_suite`; UsageError for options that a suite decides by itself."""
+def suite_options(line: CommandLine) -> SuiteOptions:
+    """Return the arguments of `run_suite`; UsageError for options that a suite decides by itself."""
     wrong = sorted(line.spelled - _WITH_SUITE)
     if wrong:
         raise UsageError(f"--suite says itself what is built: leave out {line.flags(wrong)}")
-    options, console = line.options(AttackOptions), line.options(AttackConsole)
-    if console.suite is not None:
-        read_yaml(console.suite)
+    options = line.options(SuiteOptions)
+    read_yaml(options.suite or Path())
     if options.output is None:
         raise UsageError("--suite builds a folder of models: name it with --output")
-    names = ("output", "dataset", "precision", "device")
-    return {"jobs": console.jobs, **{name: getattr(options, name) for name in names}}
+    return options
 
 
-def bench_arguments(line: CommandLine) -> dict[str, Any]:
-    """Return the keyword arguments of `run_bench`; UsageError without a suite that can be read."""
+def bench_options(line: CommandLine) -> BenchOptions:
+    """Return the arguments of `run_bench`; UsageError without a suite that can be read."""
     options = line.options(BenchOptions)
     if options.suite is None:
         raise UsageError("SUITE is missing: name a suite file (see hfdetox bench --help)")
@@ -231,8 +229,7 @@ def bench_arguments(line: CommandLine) -> dict[str, Any]:
     for path in (output, *output.parents):
         if path.is_file():
             raise UsageError(f"--output {output}: {path} is a file; name a folder for the bench")
-    named = {name: getattr(options, name) for name in options_of(options)} | {"output": output}
-    return {"file": named.pop("suite"), **named}
+    return replace(options, output=output)
 
 
 def default_output(model: str, suffix: str = "-detoxed") -> Path:

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from hfdetox.bench.bench import Bench, run_bench
-from hfdetox.bench.folder import Settings
 from hfdetox.bench.plots import draw_bench
 from hfdetox.bench.runner import TaskRunner
 from hfdetox.bench.tasks import load_suite
 from hfdetox.bench.zoo import run_suite
+from hfdetox.config import BenchOptions
 from hfdetox.errors import UsageError
 from hfdetox.reporting.report import Report
 from hfdetox.triggers import parse_trigger
@@ -122,7 +122,7 @@ def test_the_pictures_are_drawn(ran, tmp_path):
 
 def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(file), BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     assert list(TaskRunner(again, 1, progress=False).waiting) == [BROKEN]
     # until it is done it stays failed in every table, also while it is run again
     assert (again.rows[BROKEN]["status"], "loss is not finite" in again.rows[BROKEN]["reason"]) == ("failed", True)
@@ -135,7 +135,7 @@ def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
 
 def test_a_run_that_failed_goes_on_from_where_it_was_as_its_message_says(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(file), BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     run = bench / f"{BROKEN}.run"
     assert (run / "run.json").is_file()
     assert again.argv(again.tasks[BROKEN]) == ["detox", "--resume", str(run)]
@@ -144,7 +144,7 @@ def test_a_run_that_failed_goes_on_from_where_it_was_as_its_message_says(ran, zo
 def test_a_run_that_cannot_go_on_is_begun_anew(ran, zoo, tmp_path):
     """As where another version of hfdetox wrote the checkpoints: exit status 2."""
     bench = shutil.copytree(ran[1], tmp_path / "bench")
-    again = Bench(load_suite(ran[0]), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(ran[0]), BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     broken = again.tasks[BROKEN]
     # somebody goes on with it by hand: that it is in use is exit status 2 as well
     by_hand = holding(bench / f"{BROKEN}.run", 600)
@@ -160,7 +160,7 @@ def test_a_run_that_cannot_go_on_is_begun_anew(ran, zoo, tmp_path):
 
 def test_a_run_killed_while_it_began_is_begun_anew(ran, zoo, tmp_path):
     file, bench = ran[0], shutil.copytree(ran[1], tmp_path / "bench")
-    place = Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     again = Bench(load_suite(file), place)
     run = bench / f"{BROKEN}.run"
     # its folder is there, and nothing is recorded in it
@@ -171,7 +171,7 @@ def test_a_run_killed_while_it_began_is_begun_anew(ran, zoo, tmp_path):
 
 def test_weights_left_by_a_stopped_bench_are_put_in_order(ran, zoo):
     file, bench, _ = ran
-    again = Bench(load_suite(file), Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
+    again = Bench(load_suite(file), BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
     left = bench / BADNETS / "ft-n40-s0" / "model.safetensors"
     left.write_bytes(b"x")
     again.finish()
@@ -224,7 +224,7 @@ def test_another_command_s_results_are_not_taken_for_this_suite_s(ran, zoo, tmp_
 def test_a_run_with_other_defaults_is_not_taken_for_this_one_s(ran, zoo, tmp_path):
     """A version of hfdetox may change what the command does not name."""
     bench = shutil.copytree(ran[1], tmp_path / "bench")
-    place = Settings(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     assert Bench(load_suite(ran[0]), place).rows[f"{BADNETS}/ft-n40-s0"]["status"] == "done"
     file = bench / BADNETS / "ft-n40-s0" / "detox_report.json"
     content = json.loads(file.read_text())
@@ -249,7 +249,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "what is finished stays: give the same command again to go on" in said
-    place = Settings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchOptions(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     stopped = Bench(load_suite(file), place)
     (cell,) = stopped.tasks.values()
     assert stopped.rows[cell.name]["status"] == "not run"
@@ -299,7 +299,7 @@ def test_a_model_of_this_machine_must_be_there(tmp_path):
 def test_a_trial_that_another_run_saw_fail_is_not_run_again(ran, zoo, tmp_path):
     """It waited for the other run's lock; what had failed before this run began is tried again."""
     file, _, _ = ran
-    place = Settings(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    place = BenchOptions(output=tmp_path / "out", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     place.output.mkdir()
     bench = Bench(load_suite(file), place)
     cell = bench.tasks[BROKEN]
@@ -322,7 +322,7 @@ def test_a_trial_given_another_trigger_file_is_another(tmp_path):
     records = []
     for size in (2, 3):
         parse_trigger(f"badnets:size={size}").save(trigger)
-        bench = Bench(load_suite(write(tmp_path, text)), Settings(output=tmp_path / "out"))
+        bench = Bench(load_suite(write(tmp_path, text)), BenchOptions(output=tmp_path / "out"))
         records += [bench.recorded(trial) for trial in bench.tasks.values()]
     assert records[0]["command"] == records[1]["command"]
     assert len(records[0]["triggers"]) == 1
@@ -342,7 +342,7 @@ dataset: {id: org/pictures, revision: abc, image_column: img, eval_samples: 100}
 subjects: {hub: {model: org/there, triggers: ["badnets:size=2"], target: cat, revision: v1}}
 bench: [{subjects: [hub], defenses: [{}], samples: [500], seeds: [3]}]
 """.replace("{}", "'d3:code'")
-    bench = Bench(load_suite(write(tmp_path, text)), Settings(output=tmp_path / "out", device="cpu"))
+    bench = Bench(load_suite(write(tmp_path, text)), BenchOptions(output=tmp_path / "out", device="cpu"))
     (trial,) = bench.tasks.values()
     assert bench.command(trial) == [
         "detox", "org/there", "--dataset", "org/pictures", "--image-column", "img", "--dataset-revision", "abc",

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from hfdetox.bench.folder import Settings
 from hfdetox.bench.runner import TaskRunner
 from hfdetox.bench.suite import ModelEntry, SuiteError
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
 from hfdetox.bench.zoo import Zoo, ZooTables, run_suite, table_rows
+from hfdetox.config import SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
 from tests import image_data
@@ -115,7 +115,7 @@ def test_the_table_says_what_the_reports_say(built):
 
 def test_a_cell_that_failed_is_run_again(built, pictures):
     file, zoo, _ = built
-    again = Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures)))
+    again = Zoo(load_suite(file), SuiteOptions(output=zoo, dataset=str(pictures)))
     assert list(TaskRunner(again, 1, progress=False).waiting) == [FAILED]
     # until it is done it stays failed in every table, also while it is run again
     assert (again.rows[FAILED]["status"], "cow" in again.rows[FAILED]["reason"]) == ("failed", True)
@@ -144,7 +144,7 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     }
     assert not (tmp_path / "zoo" / CLEAN).exists()
     # its process is gone, and with it the lock
-    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), Settings(output=tmp_path / "zoo", dataset=str(pictures)))
+    zoo = Zoo(load_suite(tmp_path / "suite.yaml"), SuiteOptions(output=tmp_path / "zoo", dataset=str(pictures)))
     zoo.claim(zoo.tasks[CLEAN]).close()
 
 
@@ -179,7 +179,7 @@ def test_a_report_that_cannot_be_read_is_named(copied, pictures):
 def test_the_zoo_may_move_with_its_dataset(copied, pictures, tmp_path):
     file, zoo = copied
     shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
-    place = Settings(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
+    place = SuiteOptions(output=zoo, dataset=str(tmp_path / "elsewhere" / "pictures"))
     assert Zoo(load_suite(file), place).rows[CLEAN]["status"] == "done"
 
 
@@ -188,7 +188,7 @@ def test_an_attack_that_did_not_take_is_finished(copied, pictures, succeeded, st
     file, zoo = copied
     path = zoo / ATTACKED / "attack_report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"succeeded": succeeded}))
-    assert Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures))).rows[ATTACKED]["status"] == status
+    assert Zoo(load_suite(file), SuiteOptions(output=zoo, dataset=str(pictures))).rows[ATTACKED]["status"] == status
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_suites_that_build_one_zoo_at_the_same_time_lose_no_row(tmp_path):
 def test_what_another_run_of_the_suite_did_stays_in_the_table(built, pictures):
     """A run that began earlier knows nothing of it: what lies in the folder counts."""
     file, zoo, _ = built
-    earlier = Zoo(load_suite(file), Settings(output=zoo, dataset=str(pictures)))
+    earlier = Zoo(load_suite(file), SuiteOptions(output=zoo, dataset=str(pictures)))
     earlier.rows = {name: ZooTables.row(task) for name, task in earlier.tasks.items()}
     before = (zoo / "zoo.json").read_text()
     earlier.write()

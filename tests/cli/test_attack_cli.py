@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hfdetox.cli import app as cli
-from hfdetox.cli.options import CommandLine, attack_options, suite_arguments
+from hfdetox.cli.options import CommandLine, attack_options, suite_options
 from hfdetox.config import AttackConsole, AttackOptions
 from hfdetox.errors import UsageError
 from hfdetox.hub.client import AccessError
@@ -94,11 +94,11 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 def test_a_suite_decides_by_itself_what_is_built(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("models: {}")
     suite = {"suite": tmp_path / "s.yaml"}
-    assert suite_arguments(line(**suite, output=tmp_path, jobs=2))["jobs"] == 2
+    assert suite_options(line(**suite, output=tmp_path, jobs=2)).jobs == 2
     with pytest.raises(UsageError, match="leave out MODEL, --trigger"):
-        suite_arguments(line(**suite, model="m", triggers=["badnets"]))
+        suite_options(line(**suite, model="m", triggers=["badnets"]))
     with pytest.raises(UsageError, match="name it with --output"):
-        suite_arguments(line(**suite))
+        suite_options(line(**suite))
 
 
 @pytest.mark.parametrize(
