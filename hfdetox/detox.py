@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
-from hfdetox.data.load import pin, pull_images
-from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense
+from hfdetox.data.load import default_dataset, pin, pull_images
+from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult
+from hfdetox.hub.download import read_text_file, resolve, weight_files
+from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.models.loaded import check_links
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
-from hfdetox.runs.folder import RunFolder, command_of, fingerprint, holds_output, log_folder, open_run
-from hfdetox.runs.plan import plan
+from hfdetox.runs.folder import RunFolder, check_output, command_of, fingerprint, holds_output, log_folder, open_run
 from hfdetox.runs.publish import check_push_allowed
 from hfdetox.runs.result import (
     DetoxResult,
@@ -30,9 +33,15 @@ from hfdetox.runs.result import (
     save_result,
     selected_weights,
 )
-from hfdetox.runs.warnings import RunWarnings
 from hfdetox.training.batches import ImageSource
-from hfdetox.training.devices import accelerate_state_kept, forget_peak_memory, make_accelerator, peak_memory
+from hfdetox.training.devices import (
+    accelerate_state_kept,
+    forget_peak_memory,
+    make_accelerator,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+)
 from hfdetox.training.engine import Engine, TrainingRecord
 from hfdetox.triggers import parse_triggers, reload_triggers
 
@@ -65,7 +74,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         # a resumed run may be given none
         options = replace(options, device=accelerator.device.type, precision=accelerator.mixed_precision)
     push_to = options.push_to and check_push_allowed(options.push_to, **options.publishing())
-    notes = RunWarnings(accelerator)
+    notes = RunWarnings()
 
     with accelerator.main_process_first():
         classifier = _load(given, options)
@@ -124,7 +133,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
         check_gallery(Path(options.gallery), known)
     own = given.accelerator
     accelerator = make_accelerator(options.device, "no" if own is None else "auto", given=own)
-    notes = RunWarnings(accelerator)
+    notes = RunWarnings()
     with accelerator.main_process_first():
         classifier = _load(given, options)
         images = pull_images(options, given.dataset, classifier, notes.warn, progress=given.progress)
@@ -174,3 +183,50 @@ def _load(given: ImageOptions, options: ImageOptions) -> Classifier:
     return load_classifier(model, revision=options.revision, processor=given.processor,
                            preprocessing=given.preprocessing, labels=given.labels,
                            trust_remote_code=options.trust_remote_code)  # fmt: skip
+
+
+@takes(DetoxOptions)
+def plan(options: DetoxOptions) -> dict[str, Any]:
+    """Return what `detoxify` with these arguments would pull, choose, write and push; downloads a card at most.
+
+    Args:
+        {arguments}
+
+    Raises:
+        UsageError, HubError: what can be known at this point: unknown repositories, wrong settings or triggers, an
+            output that exists.
+    """
+    method, preset = parse_defense(str(options.defense), options.settings)
+    parse_triggers(options.triggers)
+    kind = resolve_device(options.device)
+    planned: dict[str, Any] = {}
+    planned["model"], card = _plan_model(str(options.model), options.revision)
+    chosen = options.dataset or default_dataset(card)
+    local = options.dataset is not None and Path(options.dataset).exists()
+    source = None if local else resolve(chosen, repo_type="dataset", revision=options.dataset_revision)
+    planned["dataset"] = {
+        "id": chosen, "revision": source.sha if source else None, "samples": options.clean_samples,
+        "eval_samples": options.eval_samples,
+    }  # fmt: skip
+    planned["defense"] = {"name": method.name, "preset": preset, **method.settings()}
+    planned["triggers"] = list(options.triggers)
+    planned["device"], planned["precision"] = kind, resolve_precision(options.precision, kind)
+    if options.output is not None:
+        check_output(Path(options.output), overwrite=options.overwrite)
+        RunFolder.beside(options.output).refuse_existing()
+        planned["output"] = str(options.output)
+    if options.push_to is not None:
+        planned["push_to"] = check_push_allowed(options.push_to, **options.publishing())
+    return planned
+
+
+def _plan_model(model: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
+    if Path(model).is_dir():
+        check_links(Path(model))
+        readme = Path(model) / "README.md"
+        card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}, card
+    repo_id, _, at = model.removeprefix("hf_hub:").removeprefix("hf-hub:").partition("@")
+    state = resolve(repo_id, revision=revision or at or None)
+    planned = {"id": state.id, "revision": state.sha, "files": weight_files(state)}
+    return planned, read_text_file(state.id, "README.md", state.sha)

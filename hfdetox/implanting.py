@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,22 +19,27 @@ from hfdetox.data.cache import apply_to_image
 from hfdetox.data.images import ImageSet
 from hfdetox.data.load import class_names, pin, pull_images
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, with_targets
+from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator, with_targets
+from hfdetox.evaluation.metrics import Predictions
+from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier, InitialModel, init_model, load_classifier
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
-from hfdetox.reporting.report import missed_goals
+from hfdetox.reporting.report import Goals, missed_goals
 from hfdetox.runs.folder import check_output, command_of, holds_output
-from hfdetox.runs.goals import Monitor, goals_of, split_monitor
 from hfdetox.runs.publish import check_push_allowed, comes_backdoored
 from hfdetox.runs.result import AttackArtifacts, AttackResult, check_draft, publish
-from hfdetox.runs.warnings import RunWarnings
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 __all__ = ["AttackResult", "implant"]
+
+# training images kept to look at after every epoch: so many at most, and this share of all
+MONITOR_MOST, MONITOR_SHARE = 1000, 0.1
+# how far below the accuracy before it a model may end, unless told otherwise
+ACCURACY_LOSS = 0.02
 
 
 @takes(AttackOptions)
@@ -60,7 +65,7 @@ def implant(given: AttackOptions) -> AttackResult:
     sharpness = parse_adaptive(run.adaptive)
     accelerator = make_accelerator(run.device, run.precision, given=given.accelerator)
     push_to = _check_places(run)
-    notes = RunWarnings(accelerator)
+    notes = RunWarnings()
 
     with accelerator.main_process_first():
         start = _start(given, run)
@@ -188,3 +193,44 @@ def _check_places(run: AttackOptions) -> str | None:
     if run.push_to is None:
         return None
     return check_push_allowed(run.push_to, backdoored=not run.clean, **run.publishing())
+
+
+def goals_of(run: AttackOptions, before: Predictions | None) -> Goals:
+    """Return the goals: as asked for, else, from a trained model, the accuracy before less two points."""
+    accuracy = run.goal_accuracy
+    if accuracy is None and before is not None and not run.clean:
+        accuracy = max(0.0, before.measurement.accuracy.value - ACCURACY_LOSS)
+    return Goals(run.goal_asr, accuracy)
+
+
+def split_monitor(
+    images: ImageSet, goal: float | None, seed: int, warn: Callable[[str], None]
+) -> tuple[ImageSet, ImageSet | None]:
+    """Return the training images and those held out of them to look at after every epoch, None without a goal.
+
+    None are held out of fewer than ten either, which `warn` is told.
+    """
+    count = min(MONITOR_MOST, int(MONITOR_SHARE * len(images)))
+    if goal is not None and not count:
+        warn(f"of {len(images)} training images none can be held out: the training does not stop early, and runs all "
+             "its epochs")  # fmt: skip
+    if goal is None or not count:
+        return images, None
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held, rest = order[:count].sort().values, order[count:].sort().values
+    return images.subset(rest.tolist()), images.subset(held.tolist())
+
+
+@dataclass
+class Monitor:
+    """Looks at held-out images after every epoch, and ends the training when every goal is reached on them."""
+
+    evaluation: Evaluator
+    goals: Goals
+    reached: bool = False
+
+    def __call__(self, triggers: Sequence[Trigger]) -> bool:
+        """Return whether the model, with these triggers, reaches the goals."""
+        self.evaluation = self.evaluation.with_triggers(triggers)
+        self.reached = not missed_goals(self.evaluation.measure("monitor").measurement, self.goals)
+        return self.reached

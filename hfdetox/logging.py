@@ -102,6 +102,20 @@ def are_progress_bars_disabled() -> bool:
     return said in ("1", "ON", "YES", "TRUE") if said else not _bars
 
 
+class RunWarnings:
+    """What a run has to say besides its numbers: shown at once on the main process, and kept for report and card."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """Keep a warning, once."""
+        if text not in self.texts:
+            self.texts.append(text)
+            if is_main_process():
+                _root.warning(text)
+
+
 def is_main_process() -> bool:
     """Return whether this is the process that prints, writes and pushes (rank 0, or the only one)."""
     return os.environ.get("RANK", "0") == "0"

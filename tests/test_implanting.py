@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 import hfdetox
 from hfdetox.config import AttackOptions
 from hfdetox.errors import UsageError
+from hfdetox.implanting import split_monitor
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.report import AttackReport
 from hfdetox.runs.folder import command_of
-from hfdetox.runs.goals import split_monitor
 from hfdetox.triggers import load_trigger
 from tests.attacked import attack_report
 from tests.colours import ARCHITECTURE, NAMES, SIDE, TRAINING, write_colours

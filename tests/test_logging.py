@@ -47,7 +47,7 @@ def _as_before() -> Iterator[None]:
 
 
 ALL = """import logging, hfdetox
-logger = logging.getLogger("hfdetox.runs.warnings")
+logger = logging.getLogger("hfdetox.runs.publish")
 for level in ("debug", "info", "warning", "error", "critical"): getattr(logger, level)("so %s", level)
 """
 

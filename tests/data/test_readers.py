@@ -20,10 +20,10 @@ from hfdetox.data import readers as sources
 from hfdetox.data.columns import Columns
 from hfdetox.data.load import TooFewImagesError, pull_images
 from hfdetox.data.opened import DatasetError, LocalFiles
+from hfdetox.detox import plan
 from hfdetox.errors import HubError, RunError
 from hfdetox.hub.client import AccessError, Retry, UnknownRepoError, UnreachableError, ask, http
 from hfdetox.models.classifier import load_classifier
-from hfdetox.runs.plan import plan
 from tests.image_data import (
     cycle,
     load,

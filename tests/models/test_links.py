@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
+from hfdetox.detox import plan
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.loaded import copy_companions
-from hfdetox.runs.plan import plan
 from tests.hub_server.server import HubServer
 from tests.output_folder import contents
 from tests.tiny_models import timm_folder, transformers_folder
