@@ -18,12 +18,11 @@ from rich.text import Text
 from scipy.special import stdtrit
 
 from hfdetox._version import __version__
-from hfdetox.bench.tables import Row, Tables, at_path, csv_table, markdown_table, redacted, rich_table, shown
+from hfdetox.bench.tables import Row, Tables, at_path, csv_table, redacted, rich_table, shown
 from hfdetox.bench.tasks import BENCH_CSV, BENCH_FILES, BENCH_JSON, BENCH_MARKDOWN, TRIALS_CSV, Run
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import percent
-from hfdetox.reporting import markdown
 from hfdetox.reporting.report import Report
 
 BEFORE = "before"  # the line of a model as it came
@@ -33,44 +32,34 @@ USUAL = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "seconds", "× ft")
 NARROW = ("defense", "seeds", "ACC", "ASR", "DER", "× ft")
 HEADINGS = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
 _UNBOUND = 1000  # columns, more than any table has
-_LEGEND = (
-    "Rates in percent; ± is half a 95 % interval over seeds (Student's t: of two or three seeds so wide that it may "
-    "reach beyond 0 and 100). DER is the defense effectiveness rating, worst the accuracy of the worst class, "
-    "spread the standard deviation over the classes; '× ft' the method's seconds over those of the suite's defense "
-    "named ft on the same model, the median over attacks. Runs that share a machine (`--jobs`) slow each other "
-    "down, so seconds are rough. Memory is the GPU's, or on a CPU the most that the process held since its start. "
-    "Seeds that were not run on all models are left out ('1 of 3'); a line with a failed run has no numbers."
-)
 RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
 # What a run's row says of its report, and where that lies there; rates are fractions in [0, 1].
+_STATES = {
+    "accuracy": "accuracy.value",
+    # means over the model's triggers, None for a model without
+    "attack_success": "triggers.*.attack_success_rate.value",
+    "robust_accuracy": "triggers.*.robust_accuracy.value",
+    # lowest accuracy of a class, and the standard deviation of the accuracies over the classes
+    "worst_class": "classes.worst.value",
+    "spread": "classes.spread",
+}
+# seconds of the method alone, without measuring; bytes of memory, see the report
+_METHOD = ("epochs", "steps", "seconds", "images_per_second", "peak_memory", "precision")
 MEASURED = {
     "method": "defense.name",  # the defense's own name, where `defense` is the suite's, with all of its settings
     "settings": "defense.parameters",
-    "accuracy_before": "before.accuracy.value",
-    "accuracy": "after.accuracy.value",
-    # means over the model's triggers, None for a model without
-    "attack_success_before": "before.triggers.*.attack_success_rate.value",
-    "attack_success": "after.triggers.*.attack_success_rate.value",
-    "robust_accuracy_before": "before.triggers.*.robust_accuracy.value",
-    "robust_accuracy": "after.triggers.*.robust_accuracy.value",
+    **{f"{key}{when}": f"{state}.{path}" for key, path in _STATES.items()
+       for when, state in (("_before", "before"), ("", "after"))},
     # defense effectiveness rating, mean over the triggers, with its 95 % interval over images
     "der": "defense_effectiveness_rating.mean.value",
     "der_low": "defense_effectiveness_rating.mean.interval.0",
     "der_high": "defense_effectiveness_rating.mean.interval.1",
-    # lowest accuracy of a class, and the standard deviation of the accuracies over the classes
-    "worst_class_before": "before.classes.worst.value",
-    "worst_class": "after.classes.worst.value",
-    "spread_before": "before.classes.spread",
-    "spread": "after.classes.spread",
-    # seconds of the method alone, without measuring; bytes of memory, see the report
-    **{
-        key: f"defense.{key}" for key in ("epochs", "steps", "seconds", "images_per_second", "peak_memory", "precision")
-    },
+    **{key: f"defense.{key}" for key in _METHOD},
     "device": "defense.devices",
     "dataset": "dataset.id",  # of a folder the last part
     "clean_images": "dataset.clean_samples",
     "eval_images": "dataset.eval_samples",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -345,19 +334,11 @@ class BenchTables(Tables):
 
     def markdown(self) -> str:
         """Return the content of `bench.md`: averages, every model, the settings, and what failed."""
-        text = ["# Bench", "", self.summary(), "", markdown.text(self.about()), "", _LEGEND, ""]
-        for title, group in (("Averages", self.averages), ("Every model", self.results)):
-            text += [f"## {title}", ""]
-            for place, lines in groupby(group, key=lambda line: line.place):
-                text += [f"### {markdown.text(place)}", "", *markdown_table(HEADINGS, map(SummaryRow.cells, lines)), ""]
-        told = [name for name, settings in self.settings().items() if settings.get("trigger")]
-        knowing = f"given a trigger: {markdown.text(', '.join(told))}" if told else "no method sees a trigger"
-        text += ["## Settings", "", f"Fixed by the suite before anything was run; {knowing}.", ""]
-        for name, settings in self.settings().items():
-            method = settings.pop("method")
-            text.append("- " + markdown.text(f"{name} ({method}): {_listed(settings, ', ')}"))
-        notes = [f"- {markdown.text(note)}" for note in self._notes()]
-        return "\n".join([*text, *(["", "## Failed or not run", "", *notes] if notes else []), ""])
+        groups = {title: [(place, list(lines)) for place, lines in groupby(group, key=lambda line: line.place)]
+                  for title, group in (("Averages", self.averages), ("Every model", self.results))}  # fmt: skip
+        settings = [{"name": name, "trigger": own.get("trigger"), "method": own.pop("method"),
+                           "listed": _listed(own, ", ")} for name, own in self.settings().items()]  # fmt: skip
+        return self.rendered("bench.md.jinja", headings=HEADINGS, groups=groups, settings=settings, notes=self._notes())
 
     def _notes(self) -> list[str]:
         """Return a line for each failed run, and one for those that were not run."""

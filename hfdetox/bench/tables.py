@@ -20,6 +20,7 @@ from hfdetox.config import redact_paths
 from hfdetox.errors import UsageError
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting import markdown
+from hfdetox.reporting.card import templates
 
 LOCK_SECONDS = 60.0  # that a run waits for another to write its tables
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -82,6 +83,10 @@ class Tables(ABC):
     @abstractmethod
     def texts(self) -> dict[str, str]:
         """Return the contents of the files beside it, by name."""
+
+    def rendered(self, template: str, **values: Any) -> str:
+        """Return Markdown that one of the templates of `cards/` makes of these rows."""
+        return templates().get_template(template).render(tables=self, **values)
 
     @abstractmethod
     def read(self, document: Any) -> Any:
@@ -176,9 +181,3 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
     return pd.DataFrame(rows, dtype=object).map(safe).to_csv(index=False, lineterminator="\n")
-
-
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    texts = (" | ".join(map(markdown.text, cells)) for cells in rows)
-    return [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *(f"| {text} |" for text in texts)]

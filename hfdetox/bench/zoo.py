@@ -16,13 +16,12 @@ from hfdetox.attacks import parse_attack_settings
 from hfdetox.bench.folder import TaskFolder, given_files, weights_of
 from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteError, SuiteFile
-from hfdetox.bench.tables import Row, Tables, markdown_table, redacted, rich_table, shown
+from hfdetox.bench.tables import Row, Tables, redacted, rich_table, shown
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
 from hfdetox.config import NONE, SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import percent
 from hfdetox.files import sha256_file
-from hfdetox.reporting import markdown
 from hfdetox.reporting.report import AttackReport
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
@@ -35,25 +34,6 @@ _HEADINGS = ("cell", "trigger", "target", "ratio", "status", "ACC", "ASR", "RA",
 _ASKED = ("name", "model", "trigger", "ratio", "seed", "target", "adaptive")
 _SPEED = ("epochs", "seconds", "images_per_second")
 _UNMEASURED: Row = {"accuracy": None, "triggers": {}, **dict.fromkeys(_SPEED)}
-
-
-@takes(SuiteOptions)
-def run_suite(given: SuiteOptions) -> ZooTables:
-    """Build the zoo of a suite file in `output`, whatever of it is not there; the same call goes on after a stop.
-
-    Several suites may share a zoo: its table keeps the rows of the others.
-
-    Args:
-        {arguments}
-
-    Raises:
-        UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no zoo is in the way;
-            nothing was written.
-        RunError: the zoo cannot be written. A model that fails is not an error: its row says so.
-        KeyboardInterrupt: the processes are stopped, and `zoo.json` says what was not run.
-    """
-    tables: ZooTables = run_tasks(Zoo(load_suite(given.suite or Path()), given))
-    return tables
 
 
 def _rate(rate: Mapping[str, Any] | None) -> str:
@@ -119,9 +99,9 @@ class ZooTables(Tables):
 
     def texts(self) -> dict[str, str]:
         """Return the content of `zoo.md`."""
-        notes = [f"- {markdown.text(note)}" for note in self._notes()]
-        lines = ["# Zoo", "", self.summary(), "", *markdown_table(_HEADINGS, self._cells())]
-        return {ZOO_MARKDOWN: "\n".join([*lines, *(["", *notes] if notes else []), ""])}
+        return {
+            ZOO_MARKDOWN: self.rendered("zoo.md.jinja", headings=_HEADINGS, cells=self._cells(), notes=self._notes())
+        }
 
     def _cells(self) -> list[list[str]]:
         return [cells for row in self.rows for cells in table_rows(row)]
@@ -218,3 +198,22 @@ class Zoo(TaskFolder[Task, SuiteOptions]):
             return "model that another suite or command made"
         other = [key for key, value in sources.items() if value is not None and made.get(key, value) != value]
         return "model that was made with other trigger files or on another clean model" if other else None
+
+
+@takes(SuiteOptions)
+def run_suite(given: SuiteOptions) -> ZooTables:
+    """Build the zoo of a suite file in `output`, whatever of it is not there; the same call goes on after a stop.
+
+    Several suites may share a zoo: its table keeps the rows of the others.
+
+    Args:
+        {arguments}
+
+    Raises:
+        UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no zoo is in the way;
+            nothing was written.
+        RunError: the zoo cannot be written. A model that fails is not an error: its row says so.
+        KeyboardInterrupt: the processes are stopped, and `zoo.json` says what was not run.
+    """
+    tables: ZooTables = run_tasks(Zoo(load_suite(given.suite or Path()), given))
+    return tables
