@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
 
@@ -16,13 +17,20 @@ _LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "cr
 _root = logging.getLogger("hfdetox")
 _bars = True
 
+MASK = "***"
+# a name after a slash is a repository's ("org/hf_…"), not a token
+_TOKEN = re.compile(r"(?<![A-Za-z0-9_/])hf_(?:(?:oauth|jwt|app)_[\w.\-]{8,}|[A-Za-z0-9]{16,})")
+_URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_SHORTEST_SECRET = 8  # masking a shorter value would tear ordinary words out of a message
+
 
 class _StandardError(logging.Handler):
     """Writes to what is standard error at the time, where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
-            write_line(f"hfdetox: {record.levelname.lower()}: {self.format(record)}")
+            complain(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 _default = _StandardError()
@@ -40,6 +48,15 @@ def _configure() -> None:
         _root.warning("unknown HFDETOX_VERBOSITY %r; known: %s", named, ", ".join(_LEVELS))
 
 
+def complain(line: str) -> None:
+    """Print one line on standard error, without secrets.
+
+    Every process does: one that fails alone, or first, would take its reason with it.
+    """
+    rank = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    write_line(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}")
+
+
 def write_line(text: str) -> None:
     """Write a line to standard error, above the bars that are open."""
     # who has not imported it has drawn none
@@ -47,6 +64,25 @@ def write_line(text: str) -> None:
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:
         sys.stderr.write(text + "\n")
+
+
+def mask_secrets(text: str) -> str:
+    """Return `text` with everything that is or looks like a token replaced by `***`."""
+    # the longest first: one secret may contain another
+    for secret in sorted(_known_secrets(), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return _URL_LOGIN.sub(MASK, _TOKEN.sub(MASK, text))
+
+
+def _known_secrets() -> set[str]:
+    """Return this person's own tokens, whatever their form."""
+    secrets = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    # the saved token can be in a message only if the client has been imported
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub import get_token
+
+        secrets.add(get_token() or "")
+    return {secret for secret in (s.strip() for s in secrets) if len(secret) >= _SHORTEST_SECRET}
 
 
 def disable_default_handler() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import logging
 import os
 import sys
 import traceback
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from hfdetox import config
 from hfdetox.cli import console as console
 from hfdetox.cli.console import attack_advice, output_of, resume_advice, written
 from hfdetox.cli.options import (
@@ -31,24 +31,10 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
-from hfdetox.config import (
-    COMMANDS,
-    DEFAULT_DEFENSE,
-    AttackConsole,
-    AttackOptions,
-    BenchOptions,
-    ConsoleOptions,
-    DebugOptions,
-    DetoxConsole,
-    DetoxOptions,
-    EvaluateOptions,
-    PushOptions,
-    SuiteOptions,
-)
 from hfdetox.errors import HfdetoxError
 from hfdetox.evaluation.verdict import describe_visibility
-from hfdetox.logging import disable_default_handler, is_main_process, write_line
-from hfdetox.reporting.environment import check_torchvision, mask_secrets
+from hfdetox.logging import complain, is_main_process, mask_secrets
+from hfdetox.reporting.environment import check_torchvision
 
 if TYPE_CHECKING:
     from hfdetox.runs.result import AttackResult, DetoxResult
@@ -57,7 +43,7 @@ INTERRUPTED = 130
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
 # what an interrupted suite or bench says
 ONLY_THE_REST = "what is finished stays: give the same command again to go on"
-FIRST_WORDS = (*COMMANDS, "--help", "--version")
+FIRST_WORDS = (*config.COMMANDS, "--help", "--version")
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", no_args_is_help=False,
@@ -78,10 +64,10 @@ def _group(
 
 
 @app.command()
-@takes_line(DetoxOptions, DetoxConsole)
+@takes_line(config.DetoxOptions, config.DetoxConsole)
 def detox(line: CommandLine) -> None:
     """Clean MODEL: pull, measure, defend, measure again, write the card, and publish if asked."""
-    shown, options = line.options(DetoxConsole), detox_options(line)
+    shown, options = line.options(config.DetoxConsole), detox_options(line)
     # an earlier result in the output folder is none of this run's
     earlier = written(output_of(run_folder(options)))
     with running(shown, lambda: resume_advice(run_folder(options), earlier=earlier)) as out:
@@ -98,10 +84,10 @@ def detox(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(EvaluateOptions, ConsoleOptions)
+@takes_line(config.EvaluateOptions, config.ConsoleOptions)
 def evaluate(line: CommandLine) -> None:
     """Measure MODEL as it is: accuracy, and what each known trigger does."""
-    shown, options = line.options(ConsoleOptions), line.options(EvaluateOptions)
+    shown, options = line.options(config.ConsoleOptions), line.options(config.EvaluateOptions)
     options.check()
     with running(shown, lambda: "nothing was written") as out:
         from hfdetox.detox import evaluate as measure
@@ -115,10 +101,10 @@ def evaluate(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(AttackOptions, AttackConsole)
+@takes_line(config.AttackOptions, config.AttackConsole)
 def attack(line: CommandLine) -> None:
     """Train a backdoor into MODEL, for research on defenses: a model, its trigger file, a report and a card."""
-    shown = line.options(AttackConsole)
+    shown = line.options(config.AttackConsole)
     if shown.suite is not None:
         build_suite(shown, suite_options(line))
         return
@@ -145,7 +131,7 @@ def ends(result: DetoxResult | AttackResult, parts: str) -> list[str]:
     return lines
 
 
-def build_suite(shown: ConsoleOptions, options: SuiteOptions) -> None:
+def build_suite(shown: config.ConsoleOptions, options: config.SuiteOptions) -> None:
     """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
     with running(shown, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.zoo import run_suite
@@ -156,11 +142,11 @@ def build_suite(shown: ConsoleOptions, options: SuiteOptions) -> None:
 
 
 @app.command()
-@takes_line(BenchOptions, ConsoleOptions)
+@takes_line(config.BenchOptions, config.ConsoleOptions)
 def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
     # what is wrong with these is said before the libraries are loaded
-    shown, options = line.options(ConsoleOptions), bench_options(line)
+    shown, options = line.options(config.ConsoleOptions), bench_options(line)
     with running(shown, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.bench import run_bench
 
@@ -173,14 +159,13 @@ def bench(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(PushOptions, DebugOptions)
+@takes_line(config.PushOptions, config.DebugOptions)
 def push(line: CommandLine) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
-    options = line.options(PushOptions)
-    with interruptible(lambda: "the folder is whole: give the same command again"):
+    options = line.options(config.PushOptions)
+    with running(config.ConsoleOptions(), lambda: "the folder is whole: give the same command again"):
         from hfdetox.runs.publish import push_output
 
-        prepare_console(ConsoleOptions())
         pushed = push_output(options.folder, options.repo, **options.publishing())
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
 
@@ -195,7 +180,7 @@ def demo(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Backdoor a small classifier of handwritten digits and clean it, without any network, in a few minutes."""
-    shown = ConsoleOptions()
+    shown = config.ConsoleOptions()
     with running(shown, lambda: f"run hfdetox demo again; {output} may hold the parts that were done"):
         # it reads this when it is imported; a bar for 1,800 digits says nothing
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -213,10 +198,10 @@ def list_entries(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """List the attacks, the defenses (with presets and settings) or the trigger families."""
-    with running(ConsoleOptions(), lambda: "nothing was written"):
+    with running(config.ConsoleOptions(), lambda: "nothing was written"):
         room = importlib.import_module(f"hfdetox.{what}")
         if what == "defenses":
-            say(f"without --defense: {DEFAULT_DEFENSE}; a name without a preset is its first")
+            say(f"without --defense: {config.DEFAULT_DEFENSE}; a name without a preset is its first")
         for name, entry in getattr(room, what.upper()).entries().items():
             say(*console.entry_lines(name, entry))
         if what == "attacks":
@@ -227,7 +212,7 @@ def list_entries(
 class Output:
     """Standard output of a command: a JSON document, or lines and tables, or nothing."""
 
-    def __init__(self, options: ConsoleOptions, stream: Any) -> None:
+    def __init__(self, options: config.ConsoleOptions, stream: Any) -> None:
         self.options, self.stream = options, stream
 
     def show(self, document: dict[str, Any], lines: Sequence[Any]) -> None:
@@ -241,7 +226,7 @@ class Output:
 
 
 @contextlib.contextmanager
-def standard_output(options: ConsoleOptions) -> Iterator[Output]:
+def standard_output(options: config.ConsoleOptions) -> Iterator[Output]:
     """With `--json`, send what a library prints to standard error: only the document goes to standard output."""
     with contextlib.ExitStack() as stack:
         stream = sys.stdout
@@ -256,40 +241,20 @@ def standard_output(options: ConsoleOptions) -> Iterator[Output]:
 
 
 @contextlib.contextmanager
-def interruptible(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says how to go on, and exit status 130."""
+def running(options: config.ConsoleOptions, advice: Callable[[], str]) -> Iterator[Output]:
+    """Run a command that needs the libraries; Ctrl-C becomes one line with the `advice`, and exit status 130."""
     try:
-        yield
+        with standard_output(options) as out:
+            prepare_console(options)
+            check_torchvision()
+            yield out
     except KeyboardInterrupt:
         complain(f"interrupted; {advice()}")
         raise typer.Exit(INTERRUPTED) from None
 
 
-@contextlib.contextmanager
-def running(options: ConsoleOptions, advice: Callable[[], str]) -> Iterator[Output]:
-    """Run a command that needs the libraries: what it says, and what is said when it is interrupted."""
-    with interruptible(advice), standard_output(options) as out:
-        prepare_console(options)
-        check_torchvision()
-        yield out
-
-
-class OneLineHandler(logging.Handler):
-    """Shows what the package warns of as one line each on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        complain(f"{record.levelname.lower()}: {record.getMessage()}")
-
-
-LINES = OneLineHandler()
-
-
-def prepare_console(options: ConsoleOptions) -> None:
-    """Show hfdetox's warnings as lines, and turn the client libraries' bars and notices down."""
-    disable_default_handler()
-    logger = logging.getLogger("hfdetox")
-    logger.addHandler(LINES)
-    logger.propagate = False
+def prepare_console(options: config.ConsoleOptions) -> None:
+    """Turn the client libraries' bars and notices down, before they are imported."""
     limit_onednn()
     # the clients read these once, when they are imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -310,7 +275,7 @@ def limit_onednn(cpu: Path = Path("/proc/cpuinfo")) -> None:
         complain(f"this CPU's AMX can make training fail: {ONEDNN_LIMIT}=AVX512_CORE_FP16, unless you set it yourself")
 
 
-def shows_progress(options: ConsoleOptions) -> bool:
+def shows_progress(options: config.ConsoleOptions) -> bool:
     """Return whether this process draws progress bars (on standard error)."""
     return is_main_process() and not options.quiet
 
@@ -321,15 +286,6 @@ def say(*lines: Any) -> None:
         console = Console(file=sys.stdout, highlight=False, emoji=False)
         for line in lines:
             console.print(line, markup=False, soft_wrap=isinstance(line, str))
-
-
-def complain(line: str) -> None:
-    """Print one line on standard error, without secrets.
-
-    Every process does: one that fails alone, or first, would take its reason with it.
-    """
-    rank = "" if is_main_process() else f" (process {os.environ['RANK']})"
-    write_line(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}")
 
 
 def with_command(arguments: Sequence[str]) -> list[str]:

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfdetox.errors import UsageError, one_line
+from hfdetox.logging import mask_secrets as mask_secrets
 from hfdetox.reporting.report import EnvironmentInfo
 
 if TYPE_CHECKING:
     import torch
-
-MASK = "***"
-# a name after a slash is a repository's ("org/hf_…"), not a token
-_TOKEN = re.compile(r"(?<![A-Za-z0-9_/])hf_(?:(?:oauth|jwt|app)_[\w.\-]{8,}|[A-Za-z0-9]{16,})")
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_SHORTEST_SECRET = 8  # masking a shorter value would tear ordinary words out of a message
 
 
 class TorchvisionMismatchError(UsageError):
@@ -68,25 +59,6 @@ def device_name(device: str | torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({_processor()})"
-
-
-def mask_secrets(text: str) -> str:
-    """Return `text` with everything that is or looks like a token replaced by `***`."""
-    # the longest first: one secret may contain another
-    for secret in sorted(_known_secrets(), key=len, reverse=True):
-        text = text.replace(secret, MASK)
-    return _URL_LOGIN.sub(MASK, _TOKEN.sub(MASK, text))
-
-
-def _known_secrets() -> set[str]:
-    """Return this person's own tokens, whatever their form."""
-    secrets = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
-    # the saved token can be in a message only if the client has been imported
-    if "huggingface_hub" in sys.modules:
-        from huggingface_hub import get_token
-
-        secrets.add(get_token() or "")
-    return {secret for secret in (s.strip() for s in secrets) if len(secret) >= _SHORTEST_SECRET}
 
 
 def _version(package: str) -> str:

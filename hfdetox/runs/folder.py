@@ -1,8 +1,12 @@
-"""A run: its options, and the folder `OUTPUT.run/` that lets a stopped one go on."""
+"""The folders of a run: `OUTPUT.run/`, which lets a stopped one go on, and the output itself.
+
+Which files of an output hfdetox wrote is in its manifest: only those are ever replaced or removed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import json
@@ -20,10 +24,9 @@ from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.data.load import Images
 from hfdetox.defenses import DEFENSES
 from hfdetox.errors import RunError, UsageError
-from hfdetox.files import LOCK_FILES, REPORT_NAMES, locked, replace_folder, write_atomically
+from hfdetox.files import LOCK_FILES, MANIFEST, REPORT_NAMES, locked, replace_folder, sha256_file, write_atomically
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
-from hfdetox.runs.manifest import foreign_files, remove_own
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
 from hfdetox.values import read_fields
@@ -36,6 +39,12 @@ PUBLISHING = ("private", "create_pr", "overwrite")
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
 _HUB_PREFIX = re.compile("hf[_-]hub:")
+# what versions without a manifest wrote
+_KNOWN = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "correction.safetensors", "README.md", "LICENSE*", "NOTICE*", "*.py", "plots/*.png",
+    "triggers/*.safetensors", ".eval_results/*.yaml", *REPORT_NAMES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,3 +305,70 @@ def fingerprint(classifier: Classifier, images: Images) -> dict[str, str | None]
         "labels": hashlib.sha256(labels.encode()).hexdigest(),
         "preprocessing": hashlib.sha256(prepared.encode()).hexdigest(),
     }  # fmt: skip
+
+
+def write_manifest(folder: Path) -> None:
+    """Record every file of a finished output folder with its SHA-256; raises RunError when it cannot be written."""
+    _write(folder, {name: sha256_file(folder / name) for name in _files_in(folder)})
+
+
+def write_own(folder: Path, name: str, text: str) -> None:
+    """Replace one of the files of an output folder, and its line in the manifest; raises RunError."""
+    write_atomically(folder / name, text)
+    recorded = _recorded(folder)
+    if recorded is not None:
+        _write(folder, {**recorded, name: sha256_file(folder / name)})
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return the paths below a folder that hfdetox did not write, or that were changed since; links are never its own.
+
+    Of a folder without a manifest (an earlier version's, or one from the Hub) names that hfdetox is known to write are
+    its own.
+    """
+    return sorted(set(_files_in(folder)) - set(_own_files(folder)))
+
+
+def remove_own(folder: Path) -> None:
+    """Remove what hfdetox wrote to a folder, and the folder if nothing but empty folders is in it then."""
+    own = [*_own_files(folder), MANIFEST]
+    places = [folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())]
+    with contextlib.suppress(OSError):
+        for name in own:
+            (folder / name).unlink(missing_ok=True)
+    for place in sorted(places, key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+def _files_in(folder: Path) -> list[str]:
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [name for name in (path.relative_to(folder).as_posix() for path in paths) if name != MANIFEST]
+
+
+def _own_files(folder: Path) -> list[str]:
+    recorded = _recorded(folder)
+    plain = [name for name in _files_in(folder) if (folder / name).is_file() and not (folder / name).is_symlink()]
+    if recorded is None:
+        return [name for name in plain if any(_fits(name, pattern) for pattern in _KNOWN)]
+    return [name for name in plain if name in recorded and recorded[name] == sha256_file(folder / name)]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    # to fnmatch a star is a slash as well
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def _recorded(folder: Path) -> dict[str, str] | None:
+    """Return the manifest, None without one; one that cannot be read records nothing."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")

@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hfdetox._version import __version__
+from hfdetox.config import AttackPublishOptions
 from hfdetox.errors import HubError, UsageError
-from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME
+from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, locked
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.manifest import write_own
+from hfdetox.runs.folder import RunFolder, write_own
 
 logger = logging.getLogger(__name__)
 
 
-def check_push_allowed(
-    repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False, public: bool = False,
-    backdoored: bool = False, i_know_this_is_backdoored: bool = False,
-) -> str:  # fmt: skip
+def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -> str:
     """Find out before any work whether `push_output` with these options could succeed; nothing is changed.
+
+    Args:
+        how: the options of `AttackPublishOptions`.
 
     Returns:
         The whole id of the repository: a name alone is the user's own, a moved repository has its new name.
@@ -32,14 +35,10 @@ def check_push_allowed(
         UsageError: the options do not fit the model (see `push_output`) or the repository.
         HubError: token or network.
     """
-    hidden = _check_policy(backdoored, private=private, public=public, known=i_know_this_is_backdoored)
-    return check_repo(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)
+    return check_repo(repo_id, **_policy(backdoored, AttackPublishOptions(**how)))
 
 
-def push_output(
-    folder: Path, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
-    public: bool = False, i_know_this_is_backdoored: bool = False,
-) -> PushResult:  # fmt: skip
+def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
     """Push a folder that hfdetox wrote to any repository, whatever place its card was written for.
 
     Card and report are changed before anything is sent; the local report names the commit afterwards. A card that was
@@ -48,28 +47,24 @@ def push_output(
     `public`, which is refused for other models.
 
     Args:
-        private: make the new repository private; an existing one has to be.
-        create_pr: open a pull request on an existing repository.
-        overwrite: push into a repository that hfdetox did not make.
+        how: the options of `AttackPublishOptions`.
 
     Raises:
-        UsageError: not such a folder, the repository exists and was not made by hfdetox, or the options do not fit.
+        UsageError: not such a folder, another process works on it, the repository exists and was not made by hfdetox,
+            or the options do not fit.
         RunError: card or report cannot be written.
         HubError: see `push_folder`; the line ends with the command that repeats the push.
     """
     backdoored = is_backdoored(folder)
-    hidden = _check_policy(backdoored, private=private, public=public, known=i_know_this_is_backdoored)
-    try:
-        pushed = push_folder(
-            folder, repo_id, message=_commit_message(folder, backdoored=backdoored), private=private,
-            create_pr=create_pr, overwrite=overwrite, hidden=hidden, retarget=lambda repo: _retarget(folder, repo),
-        )  # fmt: skip
-    except HubError as error:
-        command = push_command(folder, repo_id, private=private, create_pr=create_pr, overwrite=overwrite,
-                               public=public, i_know_this_is_backdoored=i_know_this_is_backdoored)  # fmt: skip
-        raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
-    report = load_report(folder)
-    write_own(folder, report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
+    policy, message = _policy(backdoored, AttackPublishOptions(**how)), _commit_message(folder, backdoored=backdoored)
+    with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
+        try:
+            pushed = push_folder(folder, repo_id, message=message, retarget=partial(_retarget, folder), **policy)
+        except HubError as error:
+            command = push_command(folder, repo_id, **how)
+            raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
+        report = load_report(folder)
+        write_own(folder, report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
     return pushed
 
 
@@ -120,18 +115,13 @@ def _retarget(folder: Path, repo_id: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{folder / CARD_NAME} cannot be read ({error}); name a whole output folder") from error
     plots = [path.relative_to(folder).as_posix() for path in sorted((folder / "plots").glob("*.png"))]
-    here, there = (
-        retarget_card(card, report, repo_id=place, plots=plots) for place in (report.output.pushed_to, repo_id)
-    )
+    here, there = (retarget_card(card, report, repo_id=at, plots=plots) for at in (report.output.pushed_to, repo_id))
     if card == here != there:
         validate_card(there)
         write_own(folder, CARD_NAME, there)
     elif card not in (here, there):
-        logger.warning(
-            "%s is not word for word what this hfdetox wrote: it is pushed as it is, look whether it names %s",
-            folder / CARD_NAME,
-            repo_id,
-        )
+        logger.warning("%s is not word for word what this hfdetox wrote: it is pushed as it is, look whether it names "
+                       "%s", folder / CARD_NAME, repo_id)  # fmt: skip
     # a commit cannot hold its own id
     addressed = replace(report, output=replace(report.output, pushed_to=repo_id, commit=None))
     if addressed != report:
@@ -139,19 +129,18 @@ def _retarget(folder: Path, repo_id: str) -> list[str]:
     return [CARD_NAME, report.NAME]
 
 
-def _check_policy(backdoored: bool, *, private: bool, public: bool, known: bool) -> bool:
-    """Return whether the model has to be hidden; UsageError for options that do not fit it, or leave something out."""
-    if backdoored and not known:
-        raise UsageError(
-            "this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "
-            "(in Python i_know_this_is_backdoored=True), and privately unless --public"
-        )
-    if private and public:
+def _policy(backdoored: bool, how: AttackPublishOptions) -> dict[str, bool]:
+    """Return what the Hub's room is to do, a model to hide included; UsageError for options that do not fit it."""
+    if backdoored and not how.i_know_this_is_backdoored:
+        raise UsageError("this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "
+                         "(in Python i_know_this_is_backdoored=True), and privately unless --public")  # fmt: skip
+    if how.private and how.public:
         raise UsageError("--private and --public contradict each other: keep one")
-    if public and not backdoored:
+    if how.public and not backdoored:
         raise UsageError("--public is for backdoored models, and this is none: leave it out, a new repository is not "
                          "private unless --private says so")  # fmt: skip
-    return backdoored and not public
+    return {"private": how.private, "create_pr": how.create_pr, "overwrite": how.overwrite,
+            "hidden": backdoored and not how.public}  # fmt: skip
 
 
 def _commit_message(folder: Path, *, backdoored: bool) -> str:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -35,12 +35,13 @@ from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.gallery import draw_gallery
 from hfdetox.reporting.plots import PLOT_FILES, StripRow, draw_plots
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.folder import RunFolder, check_output, publish_folder
-from hfdetox.runs.manifest import write_manifest
+from hfdetox.runs.folder import RunFolder, check_output, publish_folder, write_manifest
 from hfdetox.runs.publish import push_output
 from hfdetox.triggers.base import Trigger
 
 Result = TypeVar("Result", bound="DetoxResult | AttackResult")
+Written = TypeVar("Written", Report, AttackReport)
+Shown = TypeVar("Shown", bound="Artifacts | AttackArtifacts")
 
 STRIP_COLUMNS = 6
 STRIP_ROWS = 4
@@ -61,30 +62,57 @@ class Artifacts:
     probe: torch.Tensor | None = None
 
 
-class SavedResult(ABC):
-    """What a run gives: a report and a model, and the folder they were written to (None before `save`)."""
+@dataclass
+class AttackArtifacts:
+    """What the output folder shows besides the report, and what it is checked with."""
 
-    report: Any
+    source_card: str | None
+    evaluation: Evaluator
+    outcome: Predictions
+    visibility: Mapping[str, Visibility]
+
+    @property
+    def triggers(self) -> list[Trigger]:
+        """The triggers as they are in the model, ready to be put on images."""
+        return [view.trigger for view in self.evaluation.views]
+
+    @property
+    def probe(self) -> torch.Tensor:
+        """Images that the saved model is checked on."""
+        return _probe(self.evaluation)
+
+
+@dataclass
+class SavedResult(ABC, Generic[Written, Shown]):
+    """What a run gives: a model and what was measured, and how they become a folder and a repository.
+
+    Attributes:
+        report: every number, rates as fractions in [0, 1].
+        classifier: the model, rounded to the dtype it is saved in.
+        output: the folder it was written to, None before `save`.
+    """
+
+    report: Written
     classifier: Classifier
-    output: Path | None
+    artifacts: Shown = field(repr=False)
+    output: Path | None = None
 
     @abstractmethod
-    def _write(self, folder: Path) -> None:
-        """Write everything into an empty folder."""
+    def _draw(self, folder: Path) -> list[str]:
+        """Write what there is besides model, triggers, report and card; return the paths of the pictures."""
 
-    def _write_model(self, folder: Path, probe: torch.Tensor | None, triggers: Sequence[Trigger]) -> None:
-        """Write the model, checked on `probe` as `check_loads` does, and the trigger files."""
-        weights = self.classifier.save(folder)
-        check_loads(self.classifier, folder, probe)
+    def _write(self, folder: Path) -> None:
+        """Write everything into an empty folder: the model checked, the card if it is valid."""
+        weights, shown = self.classifier.save(folder), self.artifacts
+        check_loads(self.classifier, folder, shown.probe)
         self.report = replace(self.report, output=replace(self.report.output, weights_sha256=weights))
-        for trigger in triggers:
+        for trigger in shown.triggers:
             (folder / "triggers").mkdir(exist_ok=True)
             trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
-
-    def _write_card(self, folder: Path, source_card: str | None, plots: list[str]) -> None:
-        """Write the card of the report, if it is valid, and the report."""
-        card = build_card(self.report, source_card=source_card, repo_id=self.report.output.pushed_to, plots=plots,
-                          labels=self.classifier.labels)  # fmt: skip
+        card = build_card(
+            self.report, source_card=shown.source_card, repo_id=self.report.output.pushed_to, plots=self._draw(folder),
+            labels=self.classifier.labels,
+        )  # fmt: skip
         validate_card(card)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         self.report.save(folder)
@@ -149,20 +177,8 @@ class SavedResult(ABC):
         return pushed
 
 
-@dataclass
-class DetoxResult(SavedResult):
-    """A cleaned model and what was measured.
-
-    Attributes:
-        report: every number; `report.after.accuracy.value` is a fraction in [0, 1].
-        classifier: the cleaned model, rounded to the dtype it is saved in.
-        output: the folder it was written to, None before `save`.
-    """
-
-    report: Report
-    classifier: Classifier
-    artifacts: Artifacts = field(repr=False)
-    output: Path | None = None
+class DetoxResult(SavedResult[Report, Artifacts]):
+    """A cleaned model and what was measured, such as `report.after.accuracy.value`."""
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False
@@ -177,16 +193,14 @@ class DetoxResult(SavedResult):
         """
         return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
 
-    def _write(self, folder: Path) -> None:
-        self._write_model(folder, self.artifacts.probe, self.artifacts.triggers)
+    def _draw(self, folder: Path) -> list[str]:
         shown = self.artifacts
         draw_plots(self.report, folder / "plots", weight_changes=shown.weight_changes, strip=shown.strip)
         stated = eval_results(self.report, shown.dataset_eval_yaml, whole_split=shown.whole_split)
         for name, text in stated.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
-        plots = [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
-        self._write_card(folder, self.artifacts.source_card, plots)
+        return [f"plots/{name}" for name in PLOT_FILES if (folder / "plots" / name).is_file()]
 
 
 @torch.inference_mode()
@@ -297,35 +311,16 @@ def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], 
     return StripRow(title, pictures, *names)
 
 
-@dataclass
-class AttackArtifacts:
-    """What the output folder shows besides the report, and what it is checked with."""
-
-    source_card: str | None
-    evaluation: Evaluator
-    outcome: Predictions
-    visibility: Mapping[str, Visibility]
-
-
-@dataclass
-class AttackResult(SavedResult):
+class AttackResult(SavedResult[AttackReport, AttackArtifacts]):
     """A deliberately backdoored model, or a clean baseline, and what was measured.
 
-    Attributes:
-        report: every number; `report.after.triggers[NAME].attack_success_rate.value` is a fraction in [0, 1].
-        classifier: the model, rounded to the dtype it is saved in.
-        output: the folder it was written to, None before `save`.
+    For instance `report.after.triggers[NAME].attack_success_rate.value`.
     """
-
-    report: AttackReport
-    classifier: Classifier
-    artifacts: AttackArtifacts = field(repr=False)
-    output: Path | None = None
 
     @property
     def triggers(self) -> list[Trigger]:
         """The triggers as they are in the model, ready to be put on images."""
-        return [view.trigger for view in self.artifacts.evaluation.views]
+        return self.artifacts.triggers
 
     @property
     def succeeded(self) -> bool:
@@ -348,12 +343,10 @@ class AttackResult(SavedResult):
         return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, private=private,
                           public=public, create_pr=create_pr, overwrite=overwrite)  # fmt: skip
 
-    def _write(self, folder: Path) -> None:
+    def _draw(self, folder: Path) -> list[str]:
         evaluation = self.artifacts.evaluation
-        self._write_model(folder, _probe(evaluation), self.triggers)
-        plots = []
-        if self.triggers and evaluation.classifier.preprocessing.dtype == torch.uint8:
-            (folder / GALLERY).parent.mkdir()
-            draw_gallery(evaluation, self.artifacts.outcome, self.artifacts.visibility, folder / GALLERY)
-            plots.append(GALLERY)
-        self._write_card(folder, self.artifacts.source_card, plots)
+        if not self.triggers or evaluation.classifier.preprocessing.dtype != torch.uint8:
+            return []
+        (folder / GALLERY).parent.mkdir()
+        draw_gallery(evaluation, self.artifacts.outcome, self.artifacts.visibility, folder / GALLERY)
+        return [GALLERY]

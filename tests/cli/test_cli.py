@@ -236,7 +236,7 @@ def test_resume_takes_what_concerns_the_end_of_the_run_only(tmp_path: Path, caps
 def test_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_folder = tmp_path / "my model-detoxed.run"
     run_folder.mkdir()
-    with pytest.raises(typer.Exit) as caught, cli.interruptible(lambda: cli.resume_advice(run_folder)):
+    with pytest.raises(typer.Exit) as caught, cli.running(ConsoleOptions(), lambda: cli.resume_advice(run_folder)):
         raise KeyboardInterrupt
     assert caught.value.exit_code == 130
     assert capsys.readouterr().err == f"hfdetox: interrupted; resume with: hfdetox --resume '{run_folder}'\n"

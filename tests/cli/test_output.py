@@ -24,8 +24,6 @@ def test_warnings_of_the_package_are_lines_on_standard_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = logging.getLogger("hfdetox")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     cli.prepare_console(ConsoleOptions())
     cli.prepare_console(ConsoleOptions())
