@@ -31,6 +31,27 @@ class HubError(HfdetoxError, OSError):
     exit_status = 3
 
 
+@contextmanager
+def located(where: str, kind: type[UsageError] = UsageError) -> Iterator[None]:
+    """Put `where` in front of the line of a UsageError that is raised inside, which is one of `kind` then."""
+    try:
+        yield
+    except UsageError as error:
+        raise kind(f"{where}: {error}") from error
+
+
+@contextmanager
+def on_disk(doing: str, advice: str = "") -> Iterator[None]:
+    """Turn an error of the system inside into a RunError, such as `cannot write FILE: No space left on device`."""
+    try:
+        yield
+    except HfdetoxError:
+        # the Hub's is an OSError too
+        raise
+    except OSError as error:
+        raise RunError("; ".join(filter(None, [f"cannot {doing}: {error.strerror or error}", advice]))) from error
+
+
 def one_line(error: BaseException) -> str:
     """Return another library's message on one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]

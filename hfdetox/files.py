@@ -21,7 +21,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import UsageError, on_disk
 
 # by which a folder or repository is known as hfdetox's own
 REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack_report.json")
@@ -45,12 +45,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     fresh = path.with_name(f".{secrets.token_hex(8)}.new")
     try:
-        fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(fresh, path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from error
+        with on_disk(f"write {path}", "free some space or choose another place"):
+            fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(fresh, path)
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink()
@@ -89,12 +86,11 @@ def locked(folder: Path, what: str | Path, *, wait: float = 0.5) -> Iterator[Non
         RunError: the folder cannot be written.
     """
     made = [folder, *itertools.takewhile(lambda parent: not parent.exists(), folder.parents)]
-    try:
-        lock, outermost = _acquire(folder, time.monotonic() + wait)
-    except Timeout:
-        raise UsageError(f"{what} is in use{_holder(folder)}: wait for it, or choose another place") from None
-    except OSError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror or error}; choose another place") from error
+    with on_disk(f"write {folder}", "choose another place"):
+        try:
+            lock, outermost = _acquire(folder, time.monotonic() + wait)
+        except Timeout:
+            raise UsageError(f"{what} is in use{_holder(folder)}: wait for it, or choose another place") from None
     try:
         if outermost:
             now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hfdetox.bench.folder import OPEN, Running, TaskFolder, TaskT
 from hfdetox.bench.tables import Row
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import RunError, UsageError, on_disk
 from hfdetox.progress import progress_bar
 
 _POLL = 0.2  # seconds between two looks at the processes
@@ -30,7 +30,7 @@ def run_tasks(folder: TaskFolder[Any, Any]) -> Any:
         RunError: it cannot be written. A task that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and the tables say what was not run.
     """
-    try:
+    with on_disk(f"write the {folder.title} {folder.folder}"):
         folder.outcome().check_place(folder.tasks)
         folder.folder.mkdir(parents=True, exist_ok=True)
         folder.write()
@@ -43,8 +43,6 @@ def run_tasks(folder: TaskFolder[Any, Any]) -> Any:
             raise
         folder.finish()
         return folder.outcome()
-    except OSError as error:
-        raise RunError(f"cannot write the {folder.title} {folder.folder}: {error.strerror or error}") from error
 
 
 class TaskRunner(Generic[TaskT]):

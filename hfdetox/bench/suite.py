@@ -19,15 +19,12 @@ bench:                                  # models × defenses × clean images × 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
-
-from hfdetox.errors import UsageError
-from hfdetox.values import Shape, load_yaml, read_fields, shown, to_text
+from hfdetox.errors import UsageError, located
+from hfdetox.values import Shape, read_fields, read_yaml, shown, to_text
 
 T = TypeVar("T")
 
@@ -205,29 +202,10 @@ class SuiteFile(Suite):
     file: Path
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types; a key that is there twice is refused, where YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            mark = (key.tag, str(key.value))
-            if mark in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
-            seen.add(mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(file: Path) -> Any:
+def read_plain(file: Path) -> Any:
     """Return what a suite file says, as YAML's plain types; SuiteError when it cannot be read or is empty."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{file}: the suite cannot be read ({error}); give a YAML file") from error
-    try:
-        content = load_yaml(text, _Loader)
-    except ValueError as error:
-        raise SuiteError(f"{file}: the suite is not valid YAML: {error}") from error
+    with located("the suite", SuiteError):
+        content = read_yaml(file)
     if content is None:
         raise SuiteError(f"{file}: the suite is empty; it needs models and grids, or subjects and a bench")
     return content
@@ -239,12 +217,10 @@ def read_suite(file: Path) -> SuiteFile:
     Raises:
         SuiteError: it cannot be read, is no YAML, has an unknown or missing key, or a value of the wrong type or range.
     """
-    content = read_yaml(file)
-    try:
+    content = read_plain(file)
+    with located(str(file), SuiteError):
         # a bench of models that are there needs neither
         if isinstance(content, dict) and ("subjects" not in content or "grids" in content):
             for key in {"models", "grids"} - set(content):
                 raise UsageError(f"{key} is missing")
         return SuiteFile(file=file, **vars(read_fields("", Suite, content)))
-    except UsageError as error:
-        raise SuiteError(f"{file}: {error}") from error

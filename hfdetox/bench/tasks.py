@@ -24,7 +24,7 @@ from hfdetox.bench.suite import (
 )
 from hfdetox.config import NONE
 from hfdetox.defenses import parse_defense
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, located
 from hfdetox.models.classifier import ARCHITECTURE
 from hfdetox.triggers import parse_triggers
 from hfdetox.triggers.base import ALL_TO_ALL
@@ -129,11 +129,9 @@ def load_suite(file: Path) -> SuiteFile:
             of its cells are the same.
     """
     suite = read_suite(file)
-    try:
+    with located(str(file), SuiteError):
         _check_names(suite)
         zoo_tasks(suite)
-    except UsageError as error:
-        raise SuiteError(f"{file}: {error}") from error
     return suite
 
 
@@ -161,10 +159,8 @@ def _check_names(suite: Suite) -> None:
         checks += [(f"{where}.triggers", partial(parse_triggers, [spec])) for spec in grid.triggers
                    if spec not in (NONE, *suite.triggers)]  # fmt: skip
     for where, parse in checks:
-        try:
+        with located(where):
             parse()
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from error
     if suite.dataset.samples is not None and not suite.grids:
         raise UsageError("dataset.samples is for the attacks of grids, and there are none; the clean images of a "
                          "defense are `samples` under bench")  # fmt: skip

@@ -19,7 +19,7 @@ from hfdetox.bench.suite import SuiteError, SuiteFile
 from hfdetox.bench.tables import Row, Tables, redacted, rich_table, shown
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
 from hfdetox.config import NONE, SuiteOptions
-from hfdetox.errors import UsageError
+from hfdetox.errors import located
 from hfdetox.evaluation.verdict import percent
 from hfdetox.files import sha256_file
 from hfdetox.reporting.report import AttackReport
@@ -172,12 +172,10 @@ class Zoo(TaskFolder[Task, SuiteOptions]):
 
     def _surrogate(self, task: Task, names: Collection[str]) -> str | None:
         where = f"{self.suite.file}: cell {task.name}"
-        try:
+        with located(where, SuiteError):
             triggers = parse_triggers(task.specs)
             _, poisoners = parse_attack_settings([trigger.kind for trigger in triggers], task.settings)
             parse_adaptive(task.adaptive)
-        except UsageError as error:
-            raise SuiteError(f"{where}: {error}") from error
         if not any(poisoners[trigger.kind].on_clean_model(trigger) for trigger in triggers):
             return None
         if task.baseline in names:

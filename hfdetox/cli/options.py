@@ -15,7 +15,7 @@ import typer
 
 from hfdetox._version import __version__
 from hfdetox.arguments import Option, Options, options_of
-from hfdetox.bench.suite import read_yaml
+from hfdetox.bench.suite import read_plain
 from hfdetox.config import NONE, PANELS, AttackOptions, BenchOptions, DetoxOptions, SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.values import read, read_pair, read_untyped, to_text
@@ -212,7 +212,7 @@ def suite_options(line: CommandLine) -> SuiteOptions:
     if wrong:
         raise UsageError(f"--suite says itself what is built: leave out {line.flags(wrong)}")
     options = line.options(SuiteOptions)
-    read_yaml(options.suite or Path())
+    read_plain(options.suite or Path())
     if options.output is None:
         raise UsageError("--suite builds a folder of models: name it with --output")
     return options
@@ -224,7 +224,7 @@ def bench_options(line: CommandLine) -> BenchOptions:
     if options.suite is None:
         raise UsageError("SUITE is missing: name a suite file (see hfdetox bench --help)")
     # what is wrong with these is said before the libraries are loaded
-    read_yaml(options.suite)
+    read_plain(options.suite)
     output = options.output or Path(f"{options.suite.stem}-bench")
     for path in (output, *output.parents):
         if path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hfdetox.errors import UsageError, one_line
-from hfdetox.values import load_yaml
+from hfdetox.errors import UsageError, located
+from hfdetox.values import read_json, read_yaml
 
 DROPPED = -1
 _SHOWN = 8
@@ -164,12 +163,8 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
     where = "label map"
     if isinstance(label_map, (str, Path)):
         path, where = Path(label_map), f"label map {label_map}"
-        try:
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else load_yaml(text)
-        except (OSError, ValueError, RecursionError) as error:
-            wrong = "cannot be read" if isinstance(error, OSError) else "is not valid"
-            raise LabelMapError(f"{where} {wrong}: {one_line(error)}; give a JSON or YAML file") from error
+        with located("label map", LabelMapError):
+            content = read_json(path) if path.suffix == ".json" else read_yaml(path)
     else:
         content = dict(label_map)
     if not isinstance(content, dict) or not content:

@@ -26,7 +26,7 @@ from hfdetox.data.sampling import Selection, choose_balanced, choose_uniform, sa
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
 from hfdetox.progress import progress_bar, updates
-from hfdetox.values import load_yaml
+from hfdetox.values import parse_yaml
 
 Options = TypeVar("Options", bound=ImageOptions)
 
@@ -291,7 +291,7 @@ def default_dataset(card_text: str | None) -> str:
     advice = "give --dataset ID"
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card_text or "", re.DOTALL)
     try:
-        header = load_yaml(match.group(1)) if match else None
+        header = parse_yaml(match.group(1)) if match else None
     except ValueError as error:
         raise UsageError(f"the YAML of the model's card cannot be read; {advice}") from error
     named = header.get("datasets") if isinstance(header, dict) else None

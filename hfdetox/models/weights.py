@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from hfdetox import values
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import check_safetensors, sha256_file
 from hfdetox.hub.download import PICKLE_SUFFIXES, PickleOnlyError
@@ -190,13 +190,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; UsageError when the file is missing or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path.parent} has no {path.name}; give the folder or id of an image classifier") from None
-    except (ValueError, RecursionError) as error:
-        # a stranger's file may hold brackets a hundred thousand deep
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is not a JSON object")
-    return content
+    if not path.exists():
+        raise UsageError(f"{path.parent} has no {path.name}; give the folder or id of an image classifier")
+    return values.read_json(path, dict[str, Any])

@@ -17,7 +17,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.reporting.report import Report, RunReport
-from hfdetox.values import load_yaml
+from hfdetox.values import parse_yaml
 
 PENDING = "pending"
 LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}
@@ -36,7 +36,7 @@ def split_card(card: str) -> tuple[dict[str, Any], str]:
     if not block:
         return {}, card
     try:
-        fields = load_yaml(block.group(2))
+        fields = parse_yaml(block.group(2))
     except ValueError:
         fields = None
     return (fields if isinstance(fields, dict) else {}), card[block.end() :]
@@ -141,7 +141,7 @@ def accuracy_tasks(text: str, *, config: str | None, split: str) -> dict[str, Li
     Text that is not such a file gives {}: it is a stranger's, and a run must not fail over it.
     """
     try:
-        benchmark = load_yaml(text)
+        benchmark = parse_yaml(text)
     except ValueError:
         return {}
     if not isinstance(benchmark, dict) or not isinstance(benchmark.get("tasks"), list):

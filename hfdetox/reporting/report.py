@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Self, cast
 
 from hfdetox.data.info import DatasetInfo
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, located
 from hfdetox.evaluation.results import Measurement, Rate, Rating
 from hfdetox.evaluation.verdict import percent
 from hfdetox.files import ATTACK_REPORT_NAME as ATTACK_REPORT_NAME
 from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
-from hfdetox.values import read_fields
+from hfdetox.values import read_fields, read_json
 
 SCHEMA_VERSION = 2
 # where an attack starts that draws its own weights
@@ -169,13 +169,11 @@ class RunReport:
     def load(cls, folder: Path) -> Self:
         """Read the report from `folder`; raises UsageError when it is missing or not a report."""
         path = folder / cls.NAME
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox") from None
-        except (OSError, ValueError, RecursionError) as error:
-            # a UsageError is a ValueError
-            raise UsageError(f"{path} is not a hfdetox report: {error}") from error
+        if not path.exists():
+            raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox")
+        plain = read_json(path)
+        with located(f"{path} is not a hfdetox report"):
+            return cls.from_dict(plain)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from hfdetox._version import __version__
 from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.data.load import Images
 from hfdetox.defenses import DEFENSES
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import UsageError, on_disk
 from hfdetox.files import LOCK_FILES, MANIFEST, REPORT_NAMES, locked, replace_folder, sha256_file, write_atomically
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
@@ -119,13 +119,11 @@ class RunFolder:
         recorded |= {name: _absolute(recorded[name]) for name in _PLACES if not pinned.get(name)}
         recorded["output"] = options.output and str(Path(options.output).absolute())
         recorded["triggers"] = [f"{_TRIGGERS}/{trigger.name}.safetensors" for trigger in triggers]
-        try:
+        with on_disk(f"write the run folder {self.path}"):
             (self.path / _TRIGGERS if triggers else self.path).mkdir(parents=True, exist_ok=True)
             for name, trigger in zip(recorded["triggers"], triggers, strict=True):
                 write_atomically(self.path / name, trigger.file_bytes())
             write_atomically(self.path / RUN_FILE, json.dumps(recorded, indent=2) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}") from error
 
     def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
@@ -263,10 +261,8 @@ def publish_folder(fresh: Path, output: Path) -> None:
         _refuse_foreign(output)
         # what a killed process left there would be in the way
         remove_own(old)
-    try:
+    with on_disk(f"move the result to {output}"):
         replace_folder(fresh, output, old)
-    except OSError as error:
-        raise RunError(f"cannot move the result to {output}: {error.strerror or error}") from error
     remove_own(old)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hfdetox.config import DetoxOptions, PublishOptions
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
-from hfdetox.errors import RunError
+from hfdetox.errors import RunError, on_disk
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
 from hfdetox.evaluation.results import Visibility
@@ -140,21 +140,15 @@ class SavedResult(ABC, Generic[Written, Shown]):
         return folder
 
     def _place(self, folder: Path) -> None:
-        try:
-            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-            fresh = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        fresh = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        with on_disk(f"write beside {folder}", "choose another --output"):
             # not mkdtemp, whose folders only their owner can read, whatever the umask
-            fresh.mkdir()
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write beside {folder}: {reason}; choose another --output") from error
+            fresh.mkdir(parents=True)
         try:
-            self._write(fresh)
-            write_manifest(fresh)
-            publish_folder(fresh, folder)
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot write {folder}: {reason}; free some space") from error
+            with on_disk(f"write {folder}", "free some space"):
+                self._write(fresh)
+                write_manifest(fresh)
+                publish_folder(fresh, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 

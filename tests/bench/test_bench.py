@@ -123,7 +123,7 @@ def test_the_pictures_are_drawn(ran, tmp_path):
 def test_a_finished_trial_is_never_run_again_and_a_failed_one_is(ran, zoo):
     file, bench, _ = ran
     again = Bench(load_suite(file), BenchOptions(output=bench, zoo=zoo[0], dataset=str(zoo[1]), precision="no"))
-    assert list(TaskRunner(again, 1, progress=False).waiting) == [BROKEN]
+    assert list(TaskRunner(again).waiting) == [BROKEN]
     # until it is done it stays failed in every table, also while it is run again
     assert (again.rows[BROKEN]["status"], "loss is not finite" in again.rows[BROKEN]["reason"]) == ("failed", True)
     broken = again.tasks[BROKEN]
@@ -303,14 +303,14 @@ def test_a_trial_that_another_run_saw_fail_is_not_run_again(ran, zoo, tmp_path):
     place.output.mkdir()
     bench = Bench(load_suite(file), place)
     cell = bench.tasks[BROKEN]
-    runner = TaskRunner(bench, 1, progress=False)
+    runner = TaskRunner(bench)
     with bench.claim(cell):
         assert not runner._advance(cell)
     bench.record(cell, "boom after three hours")
     assert runner._advance(cell)
     assert (bench.rows[BROKEN]["status"], bench.rows[BROKEN]["reason"]) == ("failed", "boom after three hours")
     assert runner.running == {}
-    assert bench.rows[BROKEN]["name"] in TaskRunner(bench, 1, progress=False).waiting
+    assert bench.rows[BROKEN]["name"] in TaskRunner(bench).waiting
 
 
 def test_a_trial_given_another_trigger_file_is_another(tmp_path):

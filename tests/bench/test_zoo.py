@@ -116,7 +116,7 @@ def test_the_table_says_what_the_reports_say(built):
 def test_a_cell_that_failed_is_run_again(built, pictures):
     file, zoo, _ = built
     again = Zoo(load_suite(file), SuiteOptions(output=zoo, dataset=str(pictures)))
-    assert list(TaskRunner(again, 1, progress=False).waiting) == [FAILED]
+    assert list(TaskRunner(again).waiting) == [FAILED]
     # until it is done it stays failed in every table, also while it is run again
     assert (again.rows[FAILED]["status"], "cow" in again.rows[FAILED]["reason"]) == ("failed", True)
 

@@ -165,7 +165,7 @@ def test_a_cell_whose_clean_model_failed_is_not_run(tmp_path):
     zoo = zoo_of(f"models: {{{MODEL}}}\ngrids: [{{models: [tiny], triggers: [lf, none]}}]", tmp_path)
     (tmp_path / "zoo").mkdir()
     zoo.rows[CLEAN] = ZooTables.row(zoo.tasks[CLEAN], "failed", reason="no room")
-    TaskRunner(zoo, 1, progress=False).run()
+    TaskRunner(zoo).run()
     row = zoo.rows["tiny-lf-0.1-s0"]
     assert (row["status"], row["reason"]) == ("failed", f"its clean model {CLEAN} failed")
     assert not (tmp_path / "zoo" / "tiny-lf-0.1-s0.log").exists()
