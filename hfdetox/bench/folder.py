@@ -26,11 +26,12 @@ from hfdetox.bench.suite import SuiteFile
 from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.bench.tasks import Run, Task
 from hfdetox.config import SuiteOptions
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, located
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.markdown import one_line
-from hfdetox.reporting.report import ATTACK_REPORT_NAME, RunReport
+from hfdetox.reporting.report import AttackReport, RunReport
 from hfdetox.triggers import TRIGGERS
+from hfdetox.values import read, read_json
 
 _TAIL = 1 << 16  # bytes of a log in which the reason is looked for
 _ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
@@ -114,10 +115,8 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
                 return self.tables.row(task, reason=missing)
             failed = self.failed_before(task)
             return self.tables.row(task, "failed" if failed else "not run", failed)
-        try:
+        with located(f"{file} cannot be read, {again}"):
             report = self.report.load(folder)
-        except UsageError as error:
-            raise UsageError(f"{file} cannot be read ({error}); {again}") from error
         if wrong := self.difference(task, report):
             raise UsageError(f"{folder} is a finished {wrong}; it is not replaced: choose another --output, or {again}")
         return self.tables.row(task, report=report)
@@ -149,11 +148,13 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
         read = {"dataset-revision" if name == "revision" else name.replace("_", "-"): value
                 for name, value in read.items()}  # fmt: skip
         read = {name: value for name, value in read.items() if name not in last}
-        return argv({"dataset": self.dataset, **first, **read, **last, "precision": _asked(self.settings.precision)})
+        return argv(
+            {"dataset": self.dataset, **first, **read, **last, "precision": self.settings.changed().get("precision")}
+        )
 
     def place(self, task: TaskT) -> list[str]:
         """Return the words that say where a task is run and where its result goes."""
-        return argv({"output": self.folder / task.name, "device": _asked(self.settings.device)})
+        return argv({"output": self.folder / task.name, "device": self.settings.changed().get("device")})
 
     def claim(self, task: TaskT) -> IO[bytes] | None:
         """Return the task's log, locked, or None where another run works on the task.
@@ -195,12 +196,11 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
 
     def made(self, task: TaskT) -> dict[str, Any]:
         """Return the content of NAME.json, nothing where there is none that can be read."""
-        try:
-            found = json.loads(self.beside(task, "json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        # an earlier version wrote paths that are within a word
-        return {**found, "command": redacted(found.get("command", []))} if isinstance(found, dict) else {}
+        with contextlib.suppress(UsageError):
+            found = read_json(self.beside(task, "json"), dict[str, Any])
+            # an earlier version wrote paths that are within a word
+            return {**found, "command": redacted(read("command", list[str], found.get("command", [])))}
+        return {}
 
     def same(self, task: TaskT) -> bool:
         """Tell whether NAME.json is of this very task."""
@@ -239,11 +239,6 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
         return row
 
 
-def _asked(choice: str) -> str | None:
-    """Return a choice where one is made."""
-    return None if choice == "auto" else choice
-
-
 def given_files(specs: Sequence[str]) -> Iterator[Path]:
     """Yield the trigger files and pictures that specifications name."""
     for spec in specs:
@@ -255,9 +250,8 @@ def given_files(specs: Sequence[str]) -> Iterator[Path]:
             yield from (Path(value) for key, _, value in pairs if key in TRIGGERS[kind].tensor_fields())
 
 
-def weights_of(folder: Path) -> Any:
+def weights_of(folder: Path) -> str | None:
     """Return the SHA-256 of the weights that an attack's report names, None where there is no such report."""
-    try:
-        return json.loads((folder / ATTACK_REPORT_NAME).read_text(encoding="utf-8"))["output"]["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    with contextlib.suppress(UsageError):
+        return AttackReport.load(folder).output.weights_sha256
+    return None

@@ -21,6 +21,7 @@ from hfdetox.errors import UsageError
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting import markdown
 from hfdetox.reporting.card import templates
+from hfdetox.values import read_json
 
 LOCK_SECONDS = 60.0  # that a run waits for another to write its tables
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -112,14 +113,14 @@ class Tables(ABC):
     def earlier(self) -> Any:
         """Return what `read` makes of the JSON file that is there, None without one; UsageError if it is not ours."""
         file = self.folder / self.files[0]
+        if not file.exists():
+            return None
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = read_json(file, dict[str, Any])
             if not isinstance(document["hfdetox_version"], str):
                 raise TypeError("hfdetox_version")
             return self.read(document)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (UsageError, KeyError, TypeError) as error:
             raise UsageError(f"{file} is no table that this hfdetox reads ({error!r}); choose another --output, or "
                              "remove the file: what was made beside it is kept") from error  # fmt: skip
 

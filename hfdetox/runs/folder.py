@@ -23,13 +23,13 @@ from hfdetox._version import __version__
 from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.data.load import Images
 from hfdetox.defenses import DEFENSES
-from hfdetox.errors import UsageError, on_disk
+from hfdetox.errors import UsageError, located, on_disk
 from hfdetox.files import LOCK_FILES, MANIFEST, REPORT_NAMES, locked, replace_folder, sha256_file, write_atomically
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
-from hfdetox.values import read_fields
+from hfdetox.values import read_json
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -127,15 +127,10 @@ class RunFolder:
 
     def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
-        try:
-            plain: dict[str, Any] = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-            options: RecordedOptions = read_fields("", RecordedOptions, plain)
+        with located(f"{self.path} is not a run folder of this hfdetox, name the OUTPUT.run/ folder"):
+            options: RecordedOptions = read_json(self.path / RUN_FILE, RecordedOptions)
             places: dict[str, Any] = {name: _relative(getattr(options, name)) for name in _PLACES}
             return replace(options, **places, triggers=[str(self.path / str(name)) for name in options.triggers])
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{self.path} is not a run folder of this hfdetox ({error}); name the OUTPUT.run/ folder"
-            ) from error
 
     def remove(self) -> None:
         """Delete what a run wrote, and the folder if nothing else is in it; called only after the result is safe."""
@@ -155,14 +150,10 @@ class RunFolder:
         Raises:
             UsageError: something changed; the line says what.
         """
-        try:
-            recorded = json.loads((self.path / FINGERPRINT_FILE).read_text(encoding="utf-8"))
-            changed = [f"{name} ({recorded.get(name)}, now {now})" for name, now in found.items()
-                       if recorded.get(name) != now]  # fmt: skip
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, AttributeError) as error:
-            raise UsageError(f"{self.path / FINGERPRINT_FILE} cannot be read ({error}); start again") from error
+        file = self.path / FINGERPRINT_FILE
+        recorded = read_json(file, dict[str, Any]) if file.exists() else found
+        changed = [f"{name} ({recorded.get(name)}, now {now})" for name, now in found.items()
+                   if recorded.get(name) != now]  # fmt: skip
         if changed:
             raise UsageError(f"{self.path} began with other inputs: {'; '.join(changed)} changed since. Put back what "
                              "it began with, or remove the folder and start again")  # fmt: skip
@@ -357,13 +348,11 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _recorded(folder: Path) -> dict[str, str] | None:
     """Return the manifest, None without one; one that cannot be read records nothing."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {str(name): str(digest) for name, digest in files.items()}
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    with contextlib.suppress(UsageError):
+        return read_json(folder / MANIFEST, dict[str, dict[str, str]]).get("files", {})
+    return {}
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
