@@ -26,6 +26,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _LISTS, _MAPPINGS = (list, tuple, Sequence), (dict, Mapping)
 _UNIONS = (types.UnionType, typing.Union)
 _LISTS_DEEP = 4  # lists in lists of a value that has no type
+_PLAIN = "give a number, true or false, a list or a text"
 _SHOWN = 60  # letters of a wrong value that a message shows
 # of a stranger's file: its bytes (YAML takes a second for so many), its values, and its lists within lists
 _MOST_JSON, _MOST_YAML, _MOST_VALUES, _DEEPEST = 32 * 2**20, 2**20, 1_000_000, 64
@@ -235,20 +236,24 @@ def read_untyped(where: str, text: str) -> Any:
         try:
             found = parse_yaml(text)
         except ValueError as error:
-            raise UsageError(f"{where}: the value is neither JSON nor YAML") from error
+            raise UsageError(f"{where}: the value is neither JSON nor YAML ({error}); {_PLAIN}") from error
     if not _is_plain(found, _LISTS_DEEP):
-        raise UsageError(f"{where}: give a number, true or false, a list or a text")
+        raise UsageError(f"{where}: {_PLAIN}")
     return found
 
 
-def read_json(file: Path, hint: Any = Any) -> Any:
-    """Return what a JSON file holds, as the type `hint`; UsageError names the file and what is wrong with it."""
-    return _read_file(file, parse_json, hint)
+def read_json(file: Path, hint: Any = Any, what: str = "valid JSON") -> Any:
+    """Return what a JSON file holds, as the type `hint`, see `read`.
+
+    Raises:
+        UsageError: `FILE is not WHAT: …`, or it cannot be read.
+    """
+    return _read_file(file, parse_json, hint, what)
 
 
-def read_yaml(file: Path, hint: Any = Any) -> Any:
-    """Return what a YAML file holds, as the type `hint`; UsageError names the file and what is wrong with it."""
-    return _read_file(file, parse_yaml, hint)
+def read_yaml(file: Path, hint: Any = Any, what: str = "valid YAML") -> Any:
+    """Return what a YAML file holds, as `read_json` does."""
+    return _read_file(file, parse_yaml, hint, what)
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -280,15 +285,14 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_file(file: Path, parse: Callable[[bytes], Any], hint: Any) -> Any:
+def _read_file(file: Path, parse: Callable[[bytes], Any], hint: Any, what: str) -> Any:
     try:
         with file.open("rb") as opened:
-            found = parse(opened.read(_MOST_JSON + 1))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{file} cannot be read: {reason}") from error
-    with located(str(file)):
-        return read("", hint, found)
+            return read("", hint, parse(opened.read(_MOST_JSON + 1)))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{file} is not {what}: {error}") from error
 
 
 def _parse(content: str | bytes, parse: Callable[[str], Any], most: int = _MOST_JSON) -> Any:

@@ -204,8 +204,10 @@ class SuiteFile(Suite):
 
 def read_plain(file: Path) -> Any:
     """Return what a suite file says, as YAML's plain types; SuiteError when it cannot be read or is empty."""
-    with located("the suite", SuiteError):
+    try:
         content = read_yaml(file)
+    except UsageError as error:
+        raise SuiteError(str(error)) from error
     if content is None:
         raise SuiteError(f"{file}: the suite is empty; it needs models and grids, or subjects and a bench")
     return content

@@ -163,7 +163,7 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
     where = "label map"
     if isinstance(label_map, (str, Path)):
         path, where = Path(label_map), f"label map {label_map}"
-        with located("label map", LabelMapError):
+        with located("the label map", LabelMapError):
             content = read_json(path) if path.suffix == ".json" else read_yaml(path)
     else:
         content = dict(label_map)

@@ -192,4 +192,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; UsageError when the file is missing or not one."""
     if not path.exists():
         raise UsageError(f"{path.parent} has no {path.name}; give the folder or id of an image classifier")
-    return values.read_json(path, dict[str, Any])
+    return values.read_json(path, dict[str, Any], "a JSON object")

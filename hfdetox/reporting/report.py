@@ -171,7 +171,7 @@ class RunReport:
         path = folder / cls.NAME
         if not path.exists():
             raise UsageError(f"{folder} has no {cls.NAME}; it was not written by hfdetox")
-        plain = read_json(path)
+        plain = read_json(path, dict[str, Any], "a hfdetox report")
         with located(f"{path} is not a hfdetox report"):
             return cls.from_dict(plain)
 

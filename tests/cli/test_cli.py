@@ -84,11 +84,11 @@ def probe(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("command", "text", "said"),
     [
-        (["bench", "suite.yaml"], "a: [", "suite.yaml: the suite is not valid YAML"),
+        (["bench", "suite.yaml"], "a: [", "suite.yaml is not valid YAML"),
         (["bench", "suite.yaml"], "", "suite.yaml: the suite is empty; it needs models and grids, or subjects"),
         (["bench", "suite.yaml", "--output", "suite.yaml"], "a: 1", "--output suite.yaml: suite.yaml is a file"),
         (["bench", "suite.yaml", "--output", "suite.yaml/x"], "a: 1", "suite.yaml is a file; name a folder"),
-        (["attack", "--suite", "suite.yaml", "--output", "zoo"], "a: [", "suite.yaml: the suite is not valid YAML"),
+        (["attack", "--suite", "suite.yaml", "--output", "zoo"], "a: [", "suite.yaml is not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_suite_is_refused_before_the_libraries_load(
