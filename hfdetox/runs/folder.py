@@ -127,7 +127,7 @@ class RunFolder:
 
     def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
-        with located(f"{self.path} is not a run folder of this hfdetox, name the OUTPUT.run/ folder"):
+        with located(f"{self.path} is not a run folder of this hfdetox (name the OUTPUT.run/ folder)"):
             options: RecordedOptions = read_json(self.path / RUN_FILE, RecordedOptions)
             places: dict[str, Any] = {name: _relative(getattr(options, name)) for name in _PLACES}
             return replace(options, **places, triggers=[str(self.path / str(name)) for name in options.triggers])
