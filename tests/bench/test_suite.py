@@ -248,7 +248,7 @@ def test_a_suite_that_cannot_be_read(tmp_path):
     with pytest.raises(SuiteError, match="cannot be read: Is a directory"):
         load_suite(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9\n")
-    with pytest.raises(SuiteError, match="latin.yaml is not valid YAML: byte 5 is not UTF-8 text"):
+    with pytest.raises(SuiteError, match=r"latin\.yaml is not valid YAML: byte 5 is not UTF-8 text"):
         load_suite(tmp_path / "latin.yaml")
 
 
