@@ -7,7 +7,6 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hfdetox._version import __version__
 from hfdetox.config import AttackPublishOptions

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.state import AcceleratorState, GradientState, PartialState, SharedDict

@@ -15,7 +15,7 @@ import typer
 import hfdetox
 from hfdetox.cli import app as cli
 from hfdetox.cli.options import CommandLine, default_output, detox_options, run_folder
-from hfdetox.config import DetoxConsole, DetoxOptions
+from hfdetox.config import ConsoleOptions, DetoxConsole, DetoxOptions
 from hfdetox.defenses import DEFENSES
 from hfdetox.values import read_pair
 
