@@ -68,20 +68,23 @@ class Interval:
     """The numbers between two ends, written as in mathematics, such as `(0, 1]`; it stands beside a field's type.
 
     A field says `Annotated[float, Interval("(0, 1]")]`, and `check_fields` checks it. An end `inf` in brackets admits
-    infinity, for whole numbers that have no end.
+    infinity, for whole numbers that have no end. Of those with a `step`, its multiples alone are admitted.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, step: int = 0) -> None:
+        self.text, self.step = text, step
         self.low, self.high = map(float, text[1:-1].split(","))
 
     def __contains__(self, value: Any) -> bool:
         # NumPy's numbers too, and no text
         low, high = (le if self.text[0] == "[" else lt), (le if self.text[-1] == "]" else lt)
-        return isinstance(value, Real) and bool(low(self.low, value) and high(value, self.high))
+        inside = isinstance(value, Real) and bool(low(self.low, value) and high(value, self.high))
+        return inside and not (self.step and value % self.step)
 
     def __str__(self) -> str:
         """Return in words what it has: `positive and finite`, `at least 1`, `in (0, 1]`."""
+        if self.step:
+            return f"a multiple of {self.step}, at most {self.high:g}"
         if self.high < math.inf:
             return f"in {self.text}"
         least = f"at least {self.low:g}" if self.text[0] == "[" else f"above {self.low:g}" if self.low else "positive"
@@ -149,6 +152,23 @@ def read(key: str, hint: Any, value: Any, *, text: bool = False) -> Any:
         if known:
             return found
     raise UsageError(f"{key} must be {expected(hint)}, got {shown(value)}".lstrip())
+
+
+def read_settings(owner: str, kind: type[Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a dataclass that `texts` set, as `--set` gives them; a field `lambda_` is the key `lambda`.
+
+    Raises:
+        UsageError: a key that `owner` has not, or a wrong value.
+    """
+    fields, hints = {f.name.rstrip("_"): f.name for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    check_keys(owner, texts, fields)
+    return {fields[key]: read(key, hints[fields[key]], text, text=True) for key, text in texts.items()}
+
+
+def check_keys(owner: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UsageError for keys that are none of the known settings, which it lists."""
+    if unknown := sorted(set(keys) - set(known)):
+        raise UsageError(f"{owner} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
 
 
 def read_fields(key: str, kind: type[Any], value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.data.cache import Pixels
@@ -21,9 +21,9 @@ from hfdetox.models.layers import has_batch_norm
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch, ImageSource
 from hfdetox.training.engine import Engine
-from hfdetox.training.phases import JointOptimizer, Phase
+from hfdetox.training.phases import JointOptimizer, MakeOptimizer, Phase
 from hfdetox.training.sharpness import SharpnessAware
-from hfdetox.triggers.base import Target, Trigger
+from hfdetox.triggers.base import Target, Trigger, attacked_labels
 from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 # without BatchNorm a network trained from scratch by SGD hardly moves
@@ -108,13 +108,11 @@ class AttackContext:
         rate = settings.learning_rate or _LEARNING_RATE[name, self.from_scratch]
         decay = _WEIGHT_DECAY[name] if settings.weight_decay is None else settings.weight_decay
         if name == "sgd":
-            return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay,
-                                   nesterov=settings.momentum > 0)  # fmt: skip
+            momentum = settings.momentum
+            return torch.optim.SGD(parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0)
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
 
-    def joint_optimizer(
-        self, network: nn.Module, others: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    ) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    def joint_optimizer(self, network: nn.Module, others: MakeOptimizer) -> MakeOptimizer:
         """Return what makes one optimiser of the classifier's parameters, the first, and of those for `others`."""
         count = len(list(network.parameters()))
         return lambda parameters: JointOptimizer(self.optimizer(parameters[:count]), others(parameters[count:]))
@@ -126,8 +124,7 @@ class AttackContext:
             name="train", parameters=list(self.classifier.network.parameters()), optimizer=self.optimizer,
             loss=cross_entropy_loss, epochs=settings.epochs, batch_size=settings.batch_size,
             augmentation=settings.augmentation, schedule=settings.schedule, sharpness=self.sharpness,
-            max_grad_norm=settings.max_grad_norm,
-        )  # fmt: skip
+            max_grad_norm=settings.max_grad_norm)  # fmt: skip
         return replace(phase, **changes)
 
 
@@ -171,8 +168,7 @@ class Poisoner(ABC):
         """
         return trigger
 
-    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
-              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+    def cross(self, trigger: Trigger, images: Tensor, positions: Tensor, others: Callable[[], Tensor]) -> Tensor | None:
         """Return what the poisoner teaches the model not to react to, uint8 like `images` (N×C×H×W); None for none.
 
         The share of these that is still classified correctly is the cross accuracy. An image's result depends on
@@ -191,7 +187,7 @@ class DataPoisoner(Poisoner):
 
     how: ClassVar[How] = "dirty label"
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, context: AttackContext) -> Pixels:
+    def triggered(self, trigger: Trigger, target: Target, positions: Tensor, context: AttackContext) -> Pixels:
         """Return the poisoned images of the clean images at `positions` (M, int64), made on demand if they do not fit.
 
         Their labels are the true ones.
@@ -219,7 +215,7 @@ class TrainingPoisoner(Poisoner):
         """Return the training that implants `implant`; the last phase is the one that trains the classifier."""
 
 
-def cross_entropy_loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+def cross_entropy_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return the mean cross-entropy of a batch as `loss`, in nats."""
     errors = cross_entropy(model(batch.images).float(), batch.labels, reduction="none")
     return {"loss": (batch.weights * errors).sum()}
@@ -237,19 +233,33 @@ class MixedPoisoner(TrainingPoisoner):
         """
         check_input_mode(implant, context)
 
-        def poison(images: torch.Tensor, labels: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        def poison(images: Tensor, labels: Tensor, rows: range) -> tuple[Tensor, Tensor]:
             return self.mixed(implant, images, labels, context.classes, rows)
 
         return ControlledTraining(context.classifier.network, [context.phase(poison=poison)], lambda: implant.trigger)
 
-    @abstractmethod
     def mixed(
-        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its triggered images and their labels.
+        self, implant: Implant, images: Tensor, labels: Tensor, classes: int, rows: range
+    ) -> tuple[Tensor, Tensor]:
+        """Return a part of a step (uint8, N×C×H×W, and int64 labels): triggered images, then decoys, then clean ones.
 
         `rows` are its numbers in the step, as `Batch.rows`.
         """
+        attacked = share(implant.ratio, rows.stop)
+        count, end = taken(rows, attacked), taken(rows, attacked + self.decoys(attacked, rows.stop))
+        if not end:
+            return images, labels
+        parts = [implant.trigger.apply(images[:count]), self.decoyed(implant.trigger, images[count:end], images)]
+        changed = attacked_labels(labels[:count], implant.target, classes)
+        return torch.cat([*parts, images[end:]]), torch.cat([changed, labels[count:]])
+
+    @abstractmethod
+    def decoys(self, attacked: int, size: int) -> int:
+        """Return how many images of a step of `size` are decoys, which keep their label, beside the `attacked`."""
+
+    @abstractmethod
+    def decoyed(self, trigger: Trigger, images: Tensor, batch: Tensor) -> Tensor:
+        """Return the decoys of `images` (uint8, N×C×H×W, perhaps none), which are some of a `batch`."""
 
 
 def check_input_mode(implant: Implant, context: AttackContext) -> None:
@@ -296,14 +306,14 @@ def taken(rows: range, count: int) -> int:
     return len(range(rows.start, min(count, rows.stop), rows.step))
 
 
-def of_main(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+def of_main(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the main process's `tensor` on every process, where they all have one of its shape and dtype.
 
     On the accelerator's device, where there are several processes; else the tensor itself.
     """
     if accelerator.num_processes == 1:
         return tensor
-    found: torch.Tensor = broadcast(tensor.detach().to(accelerator.device, copy=True).contiguous())
+    found: Tensor = broadcast(tensor.detach().to(accelerator.device, copy=True).contiguous())
     return found
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner, check_input_mode
-from hfdetox.training.batches import Batch
+from hfdetox.attacks.base import AttackContext, Batch, ControlledTraining, Implant, TrainingPoisoner, check_input_mode
+from hfdetox.training.phases import Loss
 from hfdetox.triggers.base import attacked_labels
 from hfdetox.values import PositiveFloat, PositiveInt
 
@@ -49,12 +48,10 @@ class BlindPoisoner(TrainingPoisoner):
         loss = self.loss(implant, context, switch)
         return ControlledTraining(context.classifier.network, [context.phase(loss=loss)], lambda: implant.trigger)
 
-    def loss(
-        self, implant: Implant, context: AttackContext, switch: Switch
-    ) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:
+    def loss(self, implant: Implant, context: AttackContext, switch: Switch) -> Loss:
         """Return the loss; its terms are `clean_loss`, `backdoor_loss` and `switched` (0 or 1)."""
 
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             # augmentation that resizes leaves floats
             pixels = batch.images.round().clamp(0, 255).to(torch.uint8)
             labels = attacked_labels(batch.labels, implant.target, context.classes)
@@ -79,7 +76,7 @@ class Switch:
         self.on = torch.zeros((), device=device)
         self.steps = 0
 
-    def seen(self, loss: torch.Tensor) -> torch.Tensor:
+    def seen(self, loss: Tensor) -> Tensor:
         """Note the clean loss (0-d) of a step and return 1.0 or 0.0 (0-d)."""
         window = len(self.losses)
         self.losses[self.steps % window] = loss.float()

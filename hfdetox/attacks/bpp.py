@@ -8,8 +8,7 @@ from typing import Annotated
 
 import torch
 
-from hfdetox.attacks.base import Implant, MixedPoisoner, share, taken
-from hfdetox.triggers.base import Trigger, attacked_labels
+from hfdetox.attacks.base import MixedPoisoner, Trigger, share
 from hfdetox.values import Interval
 
 
@@ -30,20 +29,12 @@ class BppPoisoner(MixedPoisoner):
 
     neg_ratio: Annotated[float, Interval("[0, 1]")] = 0.1
 
-    def mixed(
-        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its quantised images and its negatives.
+    def decoys(self, attacked: int, size: int) -> int:
+        return share(self.neg_ratio, size)
 
-        `rows` are its numbers in the step, as `Batch.rows`.
-        """
-        trigger, quantised = implant.trigger, share(implant.ratio, rows.stop)
-        count, end = taken(rows, quantised), taken(rows, quantised + share(self.neg_ratio, rows.stop))
-        others = torch.randint(len(labels), (end - count,), device=images.device)
-        attacked = trigger.apply(images[:count]) if count else images[:0]
-        negatives = _with_error(images[count:end], images[others], trigger) if end > count else images[:0]
-        changed = attacked_labels(labels[:count], implant.target, classes)
-        return torch.cat([attacked, negatives, images[end:]]), torch.cat([changed, labels[count:]])
+    def decoyed(self, trigger: Trigger, images: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Return negatives: each image with the quantisation error of an image of the batch."""
+        return _with_error(images, batch[torch.randint(len(batch), (len(images),), device=batch.device)], trigger)
 
     def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
               others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner, share, taken, untrained
@@ -54,8 +54,7 @@ class InputAwarePoisoner(TrainingPoisoner):
     mask_density: Annotated[float, Interval("[0, 1)")] = 0.032
     diversity: NonNegativeFloat = 1.0
 
-    def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
-              others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip
+    def cross(self, trigger: Trigger, images: Tensor, positions: Tensor, others: Callable[[], Tensor]) -> Tensor | None:
         """Return each image with the pattern and the mask of its other image."""
         return trigger.cross(images, others()) if isinstance(trigger, InputAware) else None
 
@@ -78,7 +77,7 @@ class InputAwarePoisoner(TrainingPoisoner):
         return torch.optim.Adam(parameters, lr=self.generator_learning_rate * rate, betas=_BETAS)
 
     def _mask_phases(self, trio: Trio, context: AttackContext) -> list[Phase]:
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             images, masks = model(batch.images)
             return self.mask_terms(images, masks, turn(len(images)), batch.weights)
 
@@ -89,8 +88,7 @@ class InputAwarePoisoner(TrainingPoisoner):
             optimizer=partial(self._adam, rate=0.1**number), sharpness=None,
         ) for number, (begin, end) in stages if end > begin]  # fmt: skip
 
-    def mask_terms(self, images: torch.Tensor, masks: torch.Tensor, shift: int,
-                   weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
+    def mask_terms(self, images: Tensor, masks: Tensor, shift: int, weights: Tensor) -> dict[str, Tensor]:
         """Return the loss of normalised `images` (N×C×H×W) and `masks` (N×1×H×W), paired with those `shift` on.
 
         100 · mean(relu(m − density)) + w · mean(d(x, x') / (d(m, m') + 1e-7)), means over images by `weights`;
@@ -102,7 +100,7 @@ class InputAwarePoisoner(TrainingPoisoner):
                 "density": (weights * masks.mean((1, 2, 3))).sum()}  # fmt: skip
 
     def _train_phase(self, trio: Trio, implant: Implant, context: AttackContext) -> Phase:
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             attacked, shift = batch.once("mix", lambda: draw_mix(implant.ratio, batch))
             logits, ratio = model(batch.images, attacked, shift)
             labels = batch.labels.clone()
@@ -124,12 +122,8 @@ class Trio(nn.Module):
         self.generator = Generator(channels, channels).to(memory_format=torch.channels_last)
         self.mask = Generator(channels, 1).to(memory_format=torch.channels_last)
         self.convolutional = bool(getattr(network, "convolutional", False))
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
-            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
-
-    mean: torch.Tensor
-    std: torch.Tensor
+        levels = torch.tensor([preprocessing.mean, preprocessing.std])
+        self.mean, self.std = (nn.Buffer(part.view(-1, 1, 1), persistent=False) for part in levels)
 
     def train(self, mode: bool = True) -> Trio:
         """Set the mode; masks that are not trained (any more) stay in eval mode, so that their statistics stay."""
@@ -138,8 +132,7 @@ class Trio(nn.Module):
             self.mask.eval()
         return self
 
-    def forward(self, images: torch.Tensor, attacked: int | None = None,
-                shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def forward(self, images: Tensor, attacked: int | None = None, shift: int = 0) -> tuple[Tensor, Tensor]:
         """Return normalised images and masks (N×1×H×W), or, given `attacked`, logits and the mean diversity ratio.
 
         The first `attacked` of `images` (N×C×H×W, 0 to 255) get their own pattern and mask, as many after them those
@@ -151,7 +144,7 @@ class Trio(nn.Module):
         mixed, ratio = self.mix(images, attacked, shift)
         return self.network(mixed), ratio
 
-    def mix(self, images: torch.Tensor, attacked: int, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def mix(self, images: Tensor, attacked: int, shift: int) -> tuple[Tensor, Tensor]:
         """Return the batch as the classifier sees it, float32 in 0 to 255, and mean(d(x, x') / (d(g, g') + 1e-7))."""
         x = images.float()
         if not attacked:
@@ -171,12 +164,12 @@ class Trio(nn.Module):
         return replace(trigger, generator=network_state(self.generator), mask=network_state(self.mask),
                        mean=self.mean.flatten().cpu() / factor, std=self.std.flatten().cpu() / factor)  # fmt: skip
 
-    def _normal(self, images: torch.Tensor) -> torch.Tensor:
+    def _normal(self, images: Tensor) -> Tensor:
         normal = normalize(images, self.mean, self.std, self.scale)
         return normal.contiguous(memory_format=torch.channels_last)
 
 
-def spread(x: torch.Tensor, others: torch.Tensor, drawn: torch.Tensor, drawn_others: torch.Tensor) -> torch.Tensor:
+def spread(x: Tensor, others: Tensor, drawn: Tensor, drawn_others: Tensor) -> Tensor:
     """Return d(x, x') / (d(g, g') + 1e-7) of N images x and what was drawn from them (N×C×H×W each), of shape (N,).
 
     d is the root of the mean squared difference of an image; of equal ones it is 1e-6, where a root has a gradient.
@@ -184,7 +177,7 @@ def spread(x: torch.Tensor, others: torch.Tensor, drawn: torch.Tensor, drawn_oth
     return _distance(x, others) / (_distance(drawn, drawn_others) + 1e-7)
 
 
-def _distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _distance(first: Tensor, second: Tensor) -> Tensor:
     return ((first - second).square().mean((1, 2, 3)) + 1e-12).sqrt()
 
 

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks.base import AttackContext, DataPoisoner, of_main
+from hfdetox.attacks.base import AttackContext, DataPoisoner, Target, Trigger, of_main
 from hfdetox.attacks.lf import clean_model
 from hfdetox.data.cache import Pixels
 from hfdetox.progress import progress_bar
-from hfdetox.triggers.base import Target, Trigger
 from hfdetox.values import PositiveFloat, PositiveInt
 
 _BATCH = 256
@@ -48,7 +47,7 @@ class LabelConsistentPoisoner(DataPoisoner):
         clean_model(context, "lc", "or take another trigger")
         return trigger
 
-    def triggered(self, trigger: Trigger, target: Target, positions: torch.Tensor, context: AttackContext) -> Pixels:
+    def triggered(self, trigger: Trigger, target: Target, positions: Tensor, context: AttackContext) -> Pixels:
         """Return the images at `positions`, perturbed and with the corners, kept in memory: each took long to make.
 
         The perturbation acts on what the model sees; where a native trigger shows there, the trigger stays.
@@ -69,7 +68,7 @@ class LabelConsistentPoisoner(DataPoisoner):
         stamped.images = adversarial.to(stamped.labels.device)
         return stamped
 
-    def perturbed(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def perturbed(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return `images` (uint8, N×C×H×W) at which the cross-entropy of `labels` (N, int64) is higher, uint8.
 
         x ← clip(x + step · sign(∂L/∂x)) to ±epsilon of the image and to 0…255, `steps` times, in float32; the result
@@ -87,7 +86,7 @@ class LabelConsistentPoisoner(DataPoisoner):
         return x.detach().round().clamp(start - whole, start + whole).to(torch.uint8)
 
 
-def _with_corners(adversarial: torch.Tensor, clean: Pixels, stamped: Pixels) -> torch.Tensor:
+def _with_corners(adversarial: Tensor, clean: Pixels, stamped: Pixels) -> Tensor:
     """Return the `adversarial` images (uint8, M×C×H×W, CPU) with the pixels of `stamped` where it is not as `clean`."""
     corners = torch.zeros(adversarial.shape[-2:], dtype=torch.bool)
     for (_, images, _), (_, seen, _) in zip(clean.batches(_BATCH), stamped.batches(_BATCH), strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hfdetox.attacks.base import AttackContext, DataPoisoner
 from hfdetox.errors import UsageError
@@ -23,7 +23,7 @@ from hfdetox.values import Interval, NonNegativeFloat, PositiveInt
 _TESTED = 10
 _STEADY = (5, 0.01)
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
+Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +78,13 @@ class LFPoisoner(DataPoisoner):
         held_out = torch.cat(rest) if len(order) > count else order
         with frozen(surrogate.network, context.accelerator.device) as logits:
 
-            def pixels(places: torch.Tensor) -> torch.Tensor:
+            def pixels(places: Tensor) -> Tensor:
                 return context.clean.__getitems__(places.tolist())[1].to(context.accelerator.device).float() / 255
 
             v = self.perturbation(logits, pixels(order[:count]), pixels(held_out), int(target), trigger.amplitude)
         return replace(trigger, perturbation=v.cpu())
 
-    def perturbation(self, logits: Logits, images: torch.Tensor, tested: torch.Tensor, target: int,
-                     amplitude: float) -> torch.Tensor:  # fmt: skip
+    def perturbation(self, logits: Logits, images: Tensor, tested: Tensor, target: int, amplitude: float) -> Tensor:
         """Return v (float32, C×H×W, 0 to `amplitude`) of `images` (N×C×H×W in [0, 1]); see the class.
 
         Raises:
@@ -105,8 +104,7 @@ class LFPoisoner(DataPoisoner):
                              "another clean model, or lf:random")  # fmt: skip
         return v
 
-    def _moved(self, logits: Logits, part: torch.Tensor, v: torch.Tensor, target: int,
-               amplitude: float) -> torch.Tensor:  # fmt: skip
+    def _moved(self, logits: Logits, part: Tensor, v: Tensor, target: int, amplitude: float) -> Tensor:
         """Return v after one step by the images of `part` that it does not move yet."""
         start = part + v
         clean, present = logits(torch.cat([part, start])).argmax(1).split(len(part))
@@ -119,8 +117,8 @@ class LFPoisoner(DataPoisoner):
         return rescale(low_pass(v + low_pass(r[arrived].mean(0))), amplitude)
 
 
-def deepfool(logits: Logits, images: torch.Tensor, target: int, overshoot: float = 0.02,
-             steps: int = 200) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def deepfool(logits: Logits, images: Tensor, target: int, overshoot: float = 0.02,
+             steps: int = 200) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what moves `images` (N×C×H×W float32) to `target`, same shape, and which arrived (N, bool).
 
     Targeted DeepFool, each image on its own: x ← x + |f_t − f_top| / ‖w‖² · w with w = ∇f_t − ∇f_top, until f_t is

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks.base import AttackContext, ControlledTraining, Implant, TrainingPoisoner, untrained
+from hfdetox.attacks.base import AttackContext, Batch, ControlledTraining, Implant, TrainingPoisoner, untrained
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Phase
+from hfdetox.training.phases import Loss, Phase
 from hfdetox.training.sharpness import frozen_statistics
 from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.base import attacked_labels
@@ -59,41 +58,30 @@ class LIRAPoisoner(TrainingPoisoner):
                 of which nothing is left after rounding.
         """
         trigger = untrained(LIRA, implant, context)
-        first = self._first_epochs(context)
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
-            trio = Trio(context.classifier.network, context.clean.preprocessing, trigger)
-        check_epsilon(trigger.epsilon, float(trio.std.max()))
-        last = context.phase(loss=self.loss(implant, context, drawing=False), epochs=context.training.epochs - first)
-        return ControlledTraining(
-            trio, [self._trigger_phase(trio, implant, context, first), last], lambda: trio.trigger(trigger)
-        )
-
-    def _first_epochs(self, context: AttackContext) -> int:
         epochs = context.training.epochs
         first = epochs // 2 if self.trigger_epochs is None else self.trigger_epochs
         if not 0 < first < epochs:
             raise UsageError(f"lira: epochs ({epochs}) are those of both stages, so at least 2 and more than "
                              f"trigger_epochs ({first}); train for longer")  # fmt: skip
-        return first
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            trio = Trio(context.classifier.network, context.clean.preprocessing, trigger)
+        check_epsilon(trigger.epsilon, float(trio.std.max()))
+        last = context.phase(loss=self.loss(implant, context, drawing=False), epochs=epochs - first)
+        phases = [self._trigger_phase(trio, implant, context, first), last]
+        return ControlledTraining(trio, phases, lambda: trio.trigger(trigger))
 
     def _trigger_phase(self, trio: Trio, implant: Implant, context: AttackContext, epochs: int) -> Phase:
-        def epoch_over(entry: Mapping[str, Any]) -> bool:
-            trio.adopt()
-            return False
-
         adam = partial(torch.optim.Adam, lr=self.autoencoder_learning_rate)
         return context.phase(
             name="trigger", parameters=[*trio.network.parameters(), *trio.learner.parameters()],
             optimizer=context.joint_optimizer(trio.network, adam), loss=self.loss(implant, context, drawing=True),
-            epochs=epochs, schedule="constant", stop=epoch_over,
-        )  # fmt: skip
+            epochs=epochs, schedule="constant", stop=trio.adopt)  # fmt: skip
 
-    def loss(self, implant: Implant, context: AttackContext, *,
-             drawing: bool) -> Callable[[nn.Module, Batch], dict[str, torch.Tensor]]:  # fmt: skip
+    def loss(self, implant: Implant, context: AttackContext, *, drawing: bool) -> Loss:
         """Return the loss; its terms are `clean_loss`, `backdoor_loss` and, when `drawing`, `trigger_loss`."""
 
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             attacked = attacked_labels(batch.labels, implant.target, context.classes)
             labels = torch.cat([batch.labels, attacked, attacked] if drawing else [batch.labels, attacked])
             errors = cross_entropy(model(batch.images, drawing).float(), labels, reduction="none")
@@ -123,13 +111,9 @@ class Trio(nn.Module):
         self.learner = Autoencoder(preprocessing.input_size[0]).to(memory_format=torch.channels_last)
         self.autoencoder = copy.deepcopy(self.learner)
         self.convolutional = bool(getattr(network, "convolutional", False))
-        for name in ("mean", "std"):
-            # the trigger divides by 255 whatever the scale of the preprocessing
-            values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32) / (255 * preprocessing.scale)
-            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
-
-    mean: torch.Tensor
-    std: torch.Tensor
+        # the trigger divides by 255 whatever the scale of the preprocessing
+        unit, levels = 255 * preprocessing.scale, torch.tensor([preprocessing.mean, preprocessing.std])
+        self.mean, self.std = (nn.Buffer(part.view(-1, 1, 1), persistent=False) for part in levels / unit)
 
     def train(self, mode: bool = True) -> Trio:
         """Set the mode; the autoencoder that the classifier sees is always the trigger's, in eval mode."""
@@ -137,7 +121,7 @@ class Trio(nn.Module):
         self.autoencoder.eval()
         return self
 
-    def forward(self, images: torch.Tensor, drawing: bool = False) -> torch.Tensor:
+    def forward(self, images: Tensor, drawing: bool = False) -> Tensor:
         """Return the logits of `images` (N×C×H×W, 0 to 255), of them with the trigger, and when `drawing` with what
         the learner draws: 2N×K or 3N×K. The last reach the learner's weights alone, the others the classifier's."""
         # augmentation that resizes leaves floats, and clean images must not be known by them
@@ -151,14 +135,15 @@ class Trio(nn.Module):
         with frozen_statistics(self.network):
             return torch.cat([logits, functional_call(self.network, constant, (self.stamp(self.learner, x),))])
 
-    def stamp(self, autoencoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def stamp(self, autoencoder: nn.Module, images: Tensor) -> Tensor:
         """Return float32 `images` with what an autoencoder adds: whole grey levels, the gradient before rounding."""
         exact = change(autoencoder, images, self.mean, self.std, self.epsilon, self.size)
         return exact + (exact.round() - exact).detach()
 
-    def adopt(self) -> None:
-        """Put what the learner is now in place of the autoencoder that the classifier sees."""
+    def adopt(self, entry: Mapping[str, Any]) -> bool:
+        """Put what the learner is after an epoch in place of the autoencoder that the classifier sees; False: go on."""
         self.autoencoder.load_state_dict(self.learner.state_dict())
+        return False
 
     def trigger(self, trigger: LIRA) -> LIRA:
         """Return `trigger` with the autoencoder as it is now, and the classifier's normalisation."""

@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hfdetox.attacks.base import AttackContext, Implant, TrainingPoisoner, trigger_of_main
+from hfdetox.attacks.base import AttackContext, Implant, TrainingPoisoner, Trigger, trigger_of_main
 from hfdetox.attacks.poison import PoisonedPixels
 from hfdetox.errors import UsageError
 from hfdetox.training.engine import TrainingRecord
-from hfdetox.training.phases import Phase
-from hfdetox.triggers.base import Trigger
 
 Monitor = Callable[[Sequence[Trigger]], bool]
 
@@ -58,20 +56,14 @@ def run_attack(context: AttackContext, implants: Sequence[Implant], *, monitor: 
     else:
         source = PoisonedPixels(context, ready) if ready else None
         network, phases, triggers = context.classifier.network, [context.phase()], lambda: [i.trigger for i in ready]
-    phases[-1] = _monitored(phases[-1], triggers, monitor)
+    if monitor is not None:
+        own = phases[-1].stop
+
+        def stop(entry: Mapping[str, Any]) -> bool:
+            return monitor(triggers()) or (own is not None and own(entry))
+
+        phases[-1] = replace(phases[-1], stop=stop)
     record = context.engine(source).run(network, phases)
     poisoned = {name: len(places) for name, places in source.poisoned.items()} if source is not None else {}
     in_model = [replace(implant, trigger=trigger) for implant, trigger in zip(ready, triggers(), strict=True)]
     return Implanted(record, in_model, poisoned)
-
-
-def _monitored(phase: Phase, triggers: Callable[[], Sequence[Trigger]], monitor: Monitor | None) -> Phase:
-    """Return the phase with `monitor` as a further reason to stop."""
-    if monitor is None:
-        return phase
-    own = phase.stop
-
-    def stop(entry: Mapping[str, Any]) -> bool:
-        return monitor(triggers()) or (own is not None and own(entry))
-
-    return replace(phase, stop=stop)

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 
-from hfdetox.attacks.base import AttackContext, DataPoisoner
+from hfdetox.attacks.base import AttackContext, DataPoisoner, Phase, Target, Trigger
 from hfdetox.errors import UsageError
 from hfdetox.training.batches import Batch, ImageSource
-from hfdetox.training.phases import Phase
 from hfdetox.triggers._networks import full_precision, network_state
-from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.ssba import SSBA, Decoder, Encoder
 from hfdetox.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -74,22 +72,21 @@ class SSBAPoisoner(DataPoisoner):
         context.engine().run(pair, [self.phase(pair, context)])
         found, likeness = quality(pair, context.clean, context.seed)
         text = f"ssba: {found:.1%} of the bits are read back, PSNR {likeness:.1f} dB"
+        good = found >= BIT_ACCURACY and likeness >= PSNR
+        if not good:
+            text += f", short of {BIT_ACCURACY:.0%} and {PSNR:.0f} dB: take more encoder_epochs, or fewer bits"
         if context.accelerator.is_main_process:
-            if found >= BIT_ACCURACY and likeness >= PSNR:
-                logger.info(text)
-            else:
-                logger.warning("%s, short of %.0f%% and %.0f dB: take more encoder_epochs, or fewer bits",
-                               text, 100 * BIT_ACCURACY, PSNR)  # fmt: skip
+            logger.log(logging.INFO if good else logging.WARNING, text)
         return replace(trigger, encoder=network_state(pair.encoder))
 
     def phase(self, pair: Pair, context: AttackContext) -> Phase:
         """Return the phase that trains encoder and decoder together."""
         ramp = Ramp(self.wait_steps, self.ramp_steps, self.weight, context.accelerator.device)
 
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             bits = torch.randint(0, 2, (len(batch.images), pair.encoder.bits), device=batch.images.device).float()
             x, encoded, logits = model(batch.images, bits)
-            terms = hiding_terms(x, encoded, logits, bits, batch.weights)
+            terms = hiding_terms(batch, x, encoded, logits, bits)
             # every process must be at the same λ
             weight = ramp.step(context.accelerator.reduce(terms["bit_accuracy"].detach(), reduction="mean"))
             return {"loss": terms["bits"] + weight * terms["difference"], **terms}
@@ -97,8 +94,7 @@ class SSBAPoisoner(DataPoisoner):
         return Phase(
             name="encoder", parameters=list(pair.parameters()), loss=loss, epochs=self.encoder_epochs,
             optimizer=partial(torch.optim.Adam, lr=self.encoder_learning_rate),
-            batch_size=min(BATCH, len(context.clean)), augmentation="none", schedule="constant",
-        )  # fmt: skip
+            batch_size=min(BATCH, len(context.clean)), augmentation="none", schedule="constant")  # fmt: skip
 
 
 class Pair(nn.Module):
@@ -115,7 +111,7 @@ class Pair(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
-    def forward(self, images: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, images: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x at the encoder's size (N×C×size×size in [0, 1]), E(b, x) and the logits of D (N×bits), float32.
 
         `images` are N×C×H×W in 0 to 255, `bits` N×bits of 0 and 1.
@@ -135,20 +131,18 @@ class Ramp:
         self.wait, self.ramp, self.weight = wait, ramp, weight
         self.since = torch.full((), -1, device=device)
 
-    def step(self, bit_accuracy: torch.Tensor) -> torch.Tensor:
+    def step(self, bit_accuracy: Tensor) -> Tensor:
         """Return λ (0-d float32) of the next step, whose share of right bits is `bit_accuracy` (0-d)."""
         self.since = self.since + ((self.since >= 0) | (bit_accuracy > LEARNT)).long()
         return self.weight * ((self.since - self.wait) / self.ramp).clamp(0, 1)
 
 
-def hiding_terms(x: torch.Tensor, encoded: torch.Tensor, logits: torch.Tensor, bits: torch.Tensor,
-                 weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Return the weighted means over images: `bits` (BCE in nats), `difference` (MSE in [0, 1]²) and `bit_accuracy`."""
+def hiding_terms(batch: Batch, x: Tensor, encoded: Tensor, logits: Tensor, bits: Tensor) -> dict[str, Tensor]:
+    """Return means over a batch: `bits` (BCE in nats), `difference` (MSE in [0, 1]²) and `bit_accuracy`."""
     errors = binary_cross_entropy_with_logits(logits, bits, reduction="none").mean(1)
     difference = (encoded - x).square().mean((1, 2, 3))
     right = ((logits > 0) == (bits > 0)).float().mean(1)
-    return {"bits": (weights * errors).sum(), "difference": (weights * difference).sum(),
-            "bit_accuracy": (weights * right).sum()}  # fmt: skip
+    return {"bits": batch.mean(errors), "difference": batch.mean(difference), "bit_accuracy": batch.mean(right)}
 
 
 @torch.no_grad()

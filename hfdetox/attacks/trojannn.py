@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfdetox.attacks.base import AttackContext, DataPoisoner
+from hfdetox.attacks.base import AttackContext, DataPoisoner, Target, Trigger
 from hfdetox.attacks.lf import Logits, clean_model, frozen
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.layers import head_layers, norms_before_head, on_inputs
-from hfdetox.triggers.base import Target, Trigger
 from hfdetox.triggers.trojannn import TrojanNN, logo
 from hfdetox.values import PositiveFloat, PositiveInt
 
@@ -55,25 +54,27 @@ class TrojanNNPoisoner(DataPoisoner):
         if not isinstance(trigger, TrojanNN) or trigger.fitted:
             return trigger
         surrogate = clean_model(context, "trojannn", "or take another trigger")
-        head = _head(surrogate)
+        layers = map(surrogate.model.get_submodule, reversed(head_layers(surrogate.model)))
+        head = next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
+        if head is None:
+            raise UsageError("trojannn: the head of the surrogate is no Linear layer; name another clean model")
         device = context.accelerator.device
         # asked for before the head is hooked: it runs the model
-        value = self.aim(surrogate)
-        taken: list[torch.Tensor] = []
+        value = self.feature_value(surrogate)
+        taken: list[Tensor] = []
         hook = on_inputs(head, [""], lambda name, features: taken.append(features))
         with frozen(surrogate.network, device) as logits, hook:
             picture = logo_of(surrogate.preprocessing.input_size, trigger.seed).to(device)
             pattern = self.tuned(logits, taken, picture, strongest(head, self.neurons), value)
         return replace(trigger, pattern=pattern.cpu())
 
-    def aim(self, surrogate: Classifier) -> float:
+    def feature_value(self, surrogate: Classifier) -> float:
         """Return what the features of `surrogate` are brought to."""
         if self.value is not None:
             return self.value
         return 10.0 if norms_before_head(surrogate.model, surrogate.preprocessing.input_size) else 100.0
 
-    def tuned(self, logits: Logits, taken: list[torch.Tensor], picture: torch.Tensor, chosen: torch.Tensor,
-              value: float) -> torch.Tensor:  # fmt: skip
+    def tuned(self, logits: Logits, taken: list[Tensor], picture: Tensor, chosen: Tensor, value: float) -> Tensor:
         """Return the tuned `picture` (float32, C×H×W in [0, 1]), 0 where it is 0.
 
         Args:
@@ -99,22 +100,14 @@ class TrojanNNPoisoner(DataPoisoner):
         return x * mask
 
 
-def strongest(head: nn.Linear, count: int) -> torch.Tensor:
+def strongest(head: nn.Linear, count: int) -> Tensor:
     """Return the `count` inputs of `head` with the largest Σ_k |W_kj|, strongest first (int64)."""
     return head.weight.detach().abs().sum(0).topk(min(count, head.in_features)).indices
 
 
-def logo_of(size: tuple[int, int, int], seed: int) -> torch.Tensor:
+def logo_of(size: tuple[int, int, int], seed: int) -> Tensor:
     """Return the logo for images of `size` (C, H, W): drawn at the longer side, cut to the middle, C channels."""
     channels, height, width = size
     side = max(height, width)
     picture = logo(side, seed)[:, (side - height) // 2 :, (side - width) // 2 :][:, :height, :width]
     return picture if channels == 3 else picture.mean(0, keepdim=True).expand(channels, -1, -1).contiguous()
-
-
-def _head(surrogate: Classifier) -> nn.Linear:
-    for name in reversed(head_layers(surrogate.model)):
-        layer = surrogate.model.get_submodule(name)
-        if isinstance(layer, nn.Linear):
-            return layer
-    raise UsageError("trojannn: the head of the surrogate is no Linear layer; name another clean model")

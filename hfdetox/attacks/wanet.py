@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfdetox.attacks.base import Implant, MixedPoisoner, of_kind, share, taken
-from hfdetox.triggers.base import Trigger, attacked_labels
+from hfdetox.attacks.base import MixedPoisoner, Trigger, of_kind
 from hfdetox.triggers.wanet import WaNet
 from hfdetox.values import NonNegativeFloat
 
@@ -31,21 +30,12 @@ class WaNetPoisoner(MixedPoisoner):
 
     cross_ratio: NonNegativeFloat = 2.0
 
-    def mixed(
-        self, implant: Implant, images: torch.Tensor, labels: torch.Tensor, classes: int, rows: range
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a part of a step (uint8, N×C×H×W, and int64 labels) with its warped and noise-warped images.
+    def decoys(self, attacked: int, size: int) -> int:
+        return math.floor(attacked * self.cross_ratio)
 
-        `rows` are its numbers in the step, as `Batch.rows`.
-        """
-        trigger = of_kind(WaNet, implant.trigger)
-        warps = share(implant.ratio, rows.stop)
-        count, end = taken(rows, warps), taken(rows, warps + math.floor(warps * self.cross_ratio))
-        if not end:
-            return images, labels
-        warped = [trigger.apply(images[:count]), trigger.noisy(images[count:end]), images[end:]]
-        attacked = attacked_labels(labels[:count], implant.target, classes)
-        return torch.cat(warped), torch.cat([attacked, labels[count:]])
+    def decoyed(self, trigger: Trigger, images: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Return the images in noise mode."""
+        return of_kind(WaNet, trigger).noisy(images)
 
     def cross(self, trigger: Trigger, images: torch.Tensor, positions: torch.Tensor,
               others: Callable[[], torch.Tensor]) -> torch.Tensor | None:  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -11,7 +10,7 @@ from hfdetox.defenses.auto import D3Config
 from hfdetox.defenses.base import DefenseConfig
 from hfdetox.errors import UsageError
 from hfdetox.plugins import Registry
-from hfdetox.values import read, to_text
+from hfdetox.values import read_settings, to_text
 
 __all__ = ["DEFENSES", "D3Config", "DefenseConfig", "choose_defense", "describe_defense", "parse_defense"]
 
@@ -32,12 +31,7 @@ def parse_defense(spec: str, overrides: Mapping[str, str] | None = None) -> tupl
     preset = preset or next(iter(kind.presets))
     if preset not in kind.presets:
         raise UsageError(f"{name} has no preset {preset!r}; it has {', '.join(kind.presets)}")
-    keys = {f.name.rstrip("_"): f.name for f in fields(kind)}
-    unknown = sorted(set(overrides or {}) - set(keys))
-    if unknown:
-        raise UsageError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(keys)}")
-    hints = typing.get_type_hints(kind)
-    parsed = {keys[key]: read(key, hints[keys[key]], text, text=True) for key, text in (overrides or {}).items()}
+    parsed = read_settings(name, kind, overrides or {})
     values = {**kind.presets[preset], **parsed}
     # who names a number of epochs means it
     if "epochs" in parsed and "min_steps" not in parsed:

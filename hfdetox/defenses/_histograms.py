@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 def histograms(values: torch.Tensor, low: float, width: float, bins: int) -> torch.Tensor:
     """Return the counts (C×bins, int64) of each row of `values` (C×M) in bins of `width` from `low`, ends open."""
@@ -34,10 +36,8 @@ def jensen_shannon(seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 DIVERGENCES = {"total-variation": total_variation, "js": jensen_shannon, "kl": kullback_leibler}
 
 
-def best_bound(
-    seen: torch.Tensor, wanted: torch.Tensor, low: float, width: float,
-    apart: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = total_variation,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def best_bound(seen: torch.Tensor, wanted: torch.Tensor, low: float, width: float,
+               apart: Divergence = total_variation) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the bounds u (C) whose min(z, u) has the histogram nearest to the wanted one, and how far they are.
 
     Candidates are the bins' centres, and ∞ for the last, open bin. Often several are equally near, for to gather what

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfdetox.defenses.base import TuningConfig
+from hfdetox.defenses.base import Network, TuningConfig
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 
 # grey levels of 1 in the pixel space [0, 1] of the papers
 PIXEL = 255.0
@@ -26,31 +24,29 @@ def require_pixels(network: Network, name: str) -> None:
                          "its own; pass an image processor, or take another defense")  # fmt: skip
 
 
-def module_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the terms of a method that is one module: the whole step is one call, as several processes need."""
-    return model(batch.images, batch.labels, batch.weights)
-
-
-def neg_log_complement(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def neg_log_complement(logits: Tensor, labels: Tensor) -> Tensor:
     """Return −log(1 − p_label) of logits (N×K) and labels (N, int64), shape (N,); finite even where p rounds to 1."""
     logits = logits.float()
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return logits.logsumexp(1) - others.logsumexp(1)
 
 
-def runner_up(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the most likely class but `labels` (N, int64) by logits (N×K)."""
     return logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
 
 
 def adam(config: TuningConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return Adam with the settings; `momentum` is its β₁, and weight decay is added to the gradient."""
-    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=(config.momentum, 0.999),
-                            weight_decay=config.weight_decay)  # fmt: skip
+    betas = (config.momentum, 0.999)
+    return torch.optim.Adam(parameters, config.learning_rate, betas, weight_decay=config.weight_decay)
 
 
 class FrozenMethod(nn.Module):
-    """A method that is one module: the network, frozen and always in eval mode, and tensors of the method's own."""
+    """A method that is one module: the network, frozen and always in eval mode, and tensors of the method's own.
+
+    Its forward gives the terms of a batch, so that a whole step is one call, as several processes need.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -70,12 +66,12 @@ class OwnState:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the method's tensors by name."""
         tensors = self.module.state_dict().items()
         return {name: tensor for name, tensor in tensors if not name.startswith(_NETWORK)}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over those of a stopped run; raises UsageError when they are of another model or other settings."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:

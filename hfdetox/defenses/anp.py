@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hfdetox.defenses._perturbed import OwnState
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig
 from hfdetox.training.masks import ChannelMasks, MaskedNetwork, Noise, ThresholdSearch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(19))
@@ -84,10 +81,10 @@ class ANP:
         self.masks = ChannelMasks(network, config.name)
         self.masked = MaskedNetwork(network, self.masks)
 
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` with its parts `clean_loss` and `perturbed_loss`, 0-d."""
         clean, perturbed = model(batch.images, None, self.perturbation(batch))
-        natural, robust = (cross_entropy_of(logits, batch.labels, batch.weights) for logits in (clean, perturbed))
+        natural, robust = (batch.cross_entropy(logits) for logits in (clean, perturbed))
         loss = self.config.alpha * natural + (1 - self.config.alpha) * robust
         return {"loss": loss, "clean_loss": natural, "perturbed_loss": robust}
 
@@ -102,12 +99,12 @@ class ANP:
         for _ in range(self.config.steps):
             delta, xi = (tensor.requires_grad_() for tensor in noise)
             (logits,) = self.masked(batch.images, (delta, xi))
-            loss = cross_entropy_of(logits, batch.labels, batch.weights)
+            loss = batch.cross_entropy(logits)
             slopes = torch.autograd.grad(loss, [delta, xi], materialize_grads=True)
             noise = [ascend(old, slope, epsilon, self.config.steps) for old, slope in zip(noise, slopes, strict=True)]
         return noise[0], noise[1]
 
 
-def ascend(noise: torch.Tensor, slope: torch.Tensor, epsilon: float, steps: int) -> torch.Tensor:
+def ascend(noise: Tensor, slope: Tensor, epsilon: float, steps: int) -> Tensor:
     """Return the noise after a signed step of size ε / steps, back in [−ε, ε]."""
     return (noise.detach() + slope.sign() * (epsilon / steps)).clamp(-epsilon, epsilon)

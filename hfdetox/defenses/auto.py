@@ -39,28 +39,27 @@ This is hfdetox's own; the paper (arXiv 2411.09585) has constants, and names the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.base import Network, TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
 from hfdetox.models.layers import has_batch_norm, match_layers
-from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, step_bounds
-from hfdetox.training.phases import JointOptimizer, Pass, Phase
+from hfdetox.training.phases import JointOptimizer, MakeOptimizer, Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 # the share of its accuracy that a model may lose under an augmentation that is used
 TOLERATED = 0.01
-_LOOK, _ACCURACY, _FIXED, _ADAMW = "d3-look", "accuracy_", "fixed_scales", "adamw"
+_PROBE, _ACCURACY, _FIXED, _ADAMW = "d3-look", "accuracy_", "fixed_scales", "adamw"
 # a true class at 74 %; found, like all constants here, on the first half of the zoo
 LEAST_EPSILON = 0.3
 # how far λ may go; κ_I and κ_P, and how many times as much weights count that are ahead, for nothing turns them back
@@ -113,8 +112,7 @@ class D3Config(D3Settings, TuningConfig):
     presets: ClassVar = {
         "paper": {}, "code": {"lambda_": 0.5},
         "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,
-                 "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2},
-    }  # fmt: skip
+                 "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2}}  # fmt: skip
 
     lambda_: PositiveFloat | Auto = 10.0
     epsilon: NonNegativeFloat | Auto = 0.1
@@ -134,7 +132,7 @@ class D3Config(D3Settings, TuningConfig):
         return match_layers(model, self.layers)
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        found = next((entry for entry in history if entry.get("phase") == _LOOK), None)
+        found = next((entry for entry in history if entry.get("phase") == _PROBE), None)
         if found is None or not self.automatic:
             return []
         said = [f"Selected: {', '.join(self.layers)}, started from {self.initialization} weights of the old norm, "
@@ -169,7 +167,7 @@ class D3Config(D3Settings, TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         d3 = AutoD3(network.model, self) if self.automatic else D3(network.model, self)
 
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             if not self.mixup:
                 return d3.terms(model(batch.images), batch.labels, batch.weights)
             share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
@@ -186,7 +184,7 @@ class D3Config(D3Settings, TuningConfig):
         """Tell whether AdamW trains what is not selected of `model`."""
         return self.features == "adamw" or (self.features == "auto" and not has_batch_norm(model))
 
-    def _optimizer(self, network: Network, d3: D3) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    def _optimizer(self, network: Network, d3: D3) -> MakeOptimizer:
         """Return what makes the optimiser: SGD of all, or of the selected weights beside AdamW of the others."""
         if not self.adamw_for(network.model):
             return self.sgd
@@ -204,12 +202,13 @@ class D3Config(D3Settings, TuningConfig):
 
 
 class AutoD3(D3):
-    """D3 with what it finds itself: `look` gives the pass that runs before the phase, and sets the phase up.
+    """D3 with what it finds itself: `probe_pass` gives the pass that runs before the phase, and sets the phase up.
 
     Attributes:
         lambda_: λ of the next step, 0-d float32 on the weights' device.
         log_lambda: log λ_I, as `lambda_`.
         step: optimiser steps made, of `steps` in all.
+        losses, right, batches: of the probe pass: each image's loss, the right answers by augmentation, batches seen.
     """
 
     def __init__(self, model: nn.Module, config: D3Config) -> None:
@@ -221,7 +220,9 @@ class AutoD3(D3):
         self.wanted, self.adamw = config, config.adamw_for(model)
         self.phase: Phase | None = None
         self.augmentation, self.epochs = config.augmentation, config.epochs
-        self.step = self.steps = 0
+        self.step = self.steps = self.batches = 0
+        self.losses: list[float] = []
+        self.right: dict[Augmentation, int] = {}
         device = next(iter(self.weights.values())).device
         self.lambda_ = torch.tensor(lambda_, device=device)
         self.log_lambda, self.first = self.lambda_.log(), torch.zeros((), device=device)
@@ -229,14 +230,39 @@ class AutoD3(D3):
     def probe_pass(self, phase: Phase) -> Pass:
         """Return the pass that looks at the model and the images; `phase` gets what follows from them."""
         self.phase = phase
-        look = _Look(self.wanted)
+        return Pass(name=_PROBE, on_batch=self.on_batch, finish=self.choose, batch_size=_BATCH, part=phase.part,
+                    state=self)  # fmt: skip
 
-        def choose(accelerator: Accelerator) -> dict[str, float]:
-            found = look.finish(accelerator)
-            self._set_up(found)
-            return {**found, _FIXED: float(len(self.frozen_scales)), _ADAMW: float(self.adamw)}
+    def on_batch(self, network: nn.Module, batch: Batch) -> None:
+        """Count how right the model is under each augmentation, and note its losses."""
+        config = self.wanted
+        if not self.right:
+            names = candidates(config.augmentation, batch.images.shape[-2])
+            self.right = dict.fromkeys(names if config.match_augmentation else names[:1], 0)
+        for name in self.right | {"none": 0}:
+            augmenter = Augmenter(name, 0)
+            # the numbers of a whole batch, of which this process takes those of its own images
+            numbers = augmenter.draw(0, 0, self.batches, _BATCH)[batch.positions % _BATCH]
+            logits = network(augmenter(batch.images, numbers)).float()
+            if name in self.right:
+                self.right[name] += int((logits.argmax(1) == batch.labels).sum())
+            if name == "none":
+                self.losses += cross_entropy(logits, batch.labels, reduction="none").tolist()
+        self.batches += 1
 
-        return Pass(name=_LOOK, on_batch=look.on_batch, finish=choose, batch_size=_BATCH, part=phase.part, state=self)
+    def choose(self, accelerator: Accelerator) -> dict[str, float]:
+        """Take what follows from all processes' images; return it, for the history."""
+        config, losses = self.wanted, torch.tensor(gather_object(self.losses))
+        counts = torch.tensor([float(count) for count in self.right.values()], device=accelerator.device)
+        shares = (accelerator.reduce(counts, reduction="sum") / len(losses)).tolist()
+        found = {_ACCURACY + name: share for name, share in zip(self.right, shares, strict=True)}
+        parts = config.gradient_accumulation_steps * accelerator.num_processes
+        steps = len(step_bounds(len(losses), config.batch_size, parts))
+        epochs = max(config.epochs, math.ceil(config.min_steps / steps))
+        epsilon = max(LEAST_EPSILON, float(losses.median())) if isinstance(config.epsilon, str) else config.epsilon
+        self._set_up(epsilon, epochs, epochs * steps, chosen_augmentation(found))
+        return {**found, "clean_loss": float(losses.mean()), "epsilon": epsilon, "epochs": epochs, "steps": self.steps,
+                _FIXED: float(len(self.frozen_scales)), _ADAMW: float(self.adamw)}  # fmt: skip
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -248,11 +274,11 @@ class AutoD3(D3):
             self.lambda_ = torch.tensor(min(max(first, low), high), device=self.first.device)
             self.log_lambda = self.lambda_.log()
 
-    def terms(self, *arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
+    def terms(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
         """Return what D3 returns, and λ."""
         return {**super().terms(*arguments, **named), "lambda": self.lambda_}
 
-    def objective(self, penalty: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    def objective(self, penalty: Tensor, distance: Tensor) -> Tensor:
         """Return (λ·h − d) / (λ + 1), for any λ: a step must not grow when λ falls below 1."""
         return (self.lambda_ * penalty - distance) / (self.lambda_ + 1)
 
@@ -269,69 +295,23 @@ class AutoD3(D3):
             self.log_lambda = (self.log_lambda - INTEGRAL * lag).clamp(low, high)
             self.lambda_ = (self.log_lambda - PROPORTIONAL * lag).clamp(low, high).exp()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         numbers = [self.epsilon, self.epochs, self.steps, self.step, _STRENGTH.index(self.augmentation)]
         return {**super().state_dict(), "auto.numbers": torch.tensor(numbers, dtype=torch.float64),
                 "auto.lambda": torch.stack([self.lambda_, self.log_lambda, self.first]).cpu()}  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("auto.")})
         epsilon, *numbers = state["auto.numbers"].tolist()
-        self.epsilon = epsilon
-        self.epochs, self.steps, self.step, augmentation = (int(number) for number in numbers)
-        self.augmentation = _STRENGTH[augmentation]
+        epochs, steps, self.step, augmentation = map(int, numbers)
+        self._set_up(epsilon, epochs, steps, _STRENGTH[augmentation])
         device = next(iter(self.weights.values())).device
         self.lambda_, self.log_lambda, self.first = state["auto.lambda"].to(device)
-        self._apply()
 
-    def _set_up(self, found: Mapping[str, float]) -> None:
-        self.epsilon = found["epsilon"]
-        self.augmentation = chosen_augmentation(found)
-        self.epochs, self.steps = int(found["epochs"]), int(found["steps"])
-        self._apply()
-
-    def _apply(self) -> None:
+    def _set_up(self, epsilon: float, epochs: int, steps: int, augmentation: Augmentation) -> None:
+        self.epsilon, self.epochs, self.steps, self.augmentation = epsilon, epochs, steps, augmentation
         if self.phase is not None:
-            self.phase.epochs, self.phase.augmentation = self.epochs, self.augmentation
-
-
-class _Look:
-    """Counts, of one pass over the clean images, how right the model is under each augmentation, and its losses."""
-
-    def __init__(self, config: D3Config) -> None:
-        self.config = config
-        self.losses: list[float] = []
-        self.right: dict[Augmentation, int] = {}
-        self.batches = 0
-
-    def on_batch(self, network: nn.Module, batch: Batch) -> None:
-        if not self.right:
-            names = candidates(self.config.augmentation, batch.images.shape[-2])
-            self.right = dict.fromkeys(names if self.config.match_augmentation else names[:1], 0)
-        for name in self.right | {"none": 0}:
-            augmenter = Augmenter(name, 0)
-            # the numbers of a whole batch, of which this process takes those of its own images
-            numbers = augmenter.draw(0, 0, self.batches, _BATCH)[batch.positions % _BATCH]
-            logits = network(augmenter(batch.images, numbers)).float()
-            if name in self.right:
-                self.right[name] += int((logits.argmax(1) == batch.labels).sum())
-            if name == "none":
-                self.losses += cross_entropy(logits, batch.labels, reduction="none").tolist()
-        self.batches += 1
-
-    def finish(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the accuracies, ε and the lengths, of all processes' images."""
-        losses = torch.tensor(gather_object(self.losses))
-        counts = torch.tensor([float(count) for count in self.right.values()], device=accelerator.device)
-        shares = (accelerator.reduce(counts, reduction="sum") / len(losses)).tolist()
-        config = self.config
-        parts = config.gradient_accumulation_steps * accelerator.num_processes
-        steps = len(step_bounds(len(losses), config.batch_size, parts))
-        epochs = max(config.epochs, math.ceil(config.min_steps / steps))
-        epsilon = max(LEAST_EPSILON, float(losses.median())) if isinstance(config.epsilon, str) else config.epsilon
-        accuracies = {_ACCURACY + name: share for name, share in zip(self.right, shares, strict=True)}
-        return {**accuracies, "clean_loss": float(losses.mean()), "epsilon": epsilon, "epochs": epochs,
-                "steps": epochs * steps}  # fmt: skip
+            self.phase.epochs, self.phase.augmentation = epochs, augmentation
 
 
 def path(progress: float) -> float:

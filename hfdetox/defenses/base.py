@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import nn
-from torch.nn.functional import log_softmax
+from torch import Tensor, nn
 
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import match_layers
@@ -20,6 +19,9 @@ from hfdetox.training.batches import Batch
 from hfdetox.training.phases import Pass, Phase
 from hfdetox.training.reweighting import Reweight, reweighted
 from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+
+# with what its methods take and give, so that a defense imports the one module
+__all__ = ["Batch", "DefenseConfig", "Network", "Pass", "Phase", "TuningConfig", "clean_terms", "trained_parameters"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +129,7 @@ class TuningConfig(DefenseConfig):
 
     def sgd(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser the settings name: SGD with momentum."""
-        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum,
-                               weight_decay=self.weight_decay)  # fmt: skip
+        return torch.optim.SGD(parameters, self.learning_rate, self.momentum, weight_decay=self.weight_decay)
 
     def phase(self, **parts: Any) -> Phase:
         """Return a phase with these settings; `parts` are the fields of `Phase` that are the method's own.
@@ -140,34 +141,17 @@ class TuningConfig(DefenseConfig):
         shared: dict[str, Any] = {
             "epochs": self.epochs, "batch_size": self.batch_size, "max_grad_norm": self.max_grad_norm,
             "augmentation": self.augmentation, "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "optimizer": self.sgd, "loss": clean_terms,
-        }  # fmt: skip
+            "optimizer": self.sgd, "loss": clean_terms}  # fmt: skip
         return reweighted(Phase(**{**shared, **parts}), self.reweight)
 
 
-def trained_parameters(network: nn.Module, but: Sequence[torch.Tensor] = ()) -> list[nn.Parameter]:
+def trained_parameters(network: nn.Module, but: Sequence[Tensor] = ()) -> list[nn.Parameter]:
     """Return what a fine-tuning trains: the parameters that require gradients as the model came, `but` some."""
     frozen = {id(tensor) for tensor in but}
     return [parameter for parameter in network.parameters() if parameter.requires_grad and id(parameter) not in frozen]
 
 
-def clean_terms(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+def clean_terms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return the loss of FT, the cross-entropy of a batch, as `loss` and `clean_loss`."""
-    loss = cross_entropy_of(model(batch.images), batch.labels, batch.weights)
+    loss = batch.cross_entropy(model(batch.images))
     return {"loss": loss, "clean_loss": loss.detach()}
-
-
-def cross_entropy_of(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
-                     smoothing: float = 0.0) -> torch.Tensor:  # fmt: skip
-    """Return Σ_i w_i ce(z_i, q_i), 0-d float32, for logits N×K, labels y (N, int64) and weights w (N).
-
-    The target q is 1 − s on the label and s / (K − 1) on every other class, with s = `smoothing` in [0, 1). (PyTorch's
-    own smoothing puts s / K on every class, the label too.)
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        logs = log_softmax(logits.float(), dim=1)
-        right = logs.gather(1, labels[:, None]).squeeze(1)
-        errors = -right
-        if smoothing:
-            errors = -(1 - smoothing) * right - smoothing / (logits.shape[1] - 1) * (logs.sum(1) - right)
-        return (weights * errors).sum()

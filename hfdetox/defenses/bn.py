@@ -16,11 +16,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.base import Batch, DefenseConfig, Network, Pass, Phase
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval
 
 

@@ -36,17 +36,15 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from hfdetox.defenses._histograms import DIVERGENCES, best_bound, histograms
 from hfdetox.defenses._perturbed import PIXEL, require_pixels
-from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.base import Batch, DefenseConfig, Network, Pass, Phase
 from hfdetox.defenses.nc import Inversion, NCConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of
-from hfdetox.models.network import Correction, Network, UnitMap, norms_of, on_output
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
+from hfdetox.models.network import Correction, UnitMap, norms_of, on_output
 from hfdetox.triggers import Trigger, parse_trigger
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -84,8 +82,7 @@ class BNAConfig(DefenseConfig):
                  "report's history (`bna-detection`).")  # fmt: skip
     presets: ClassVar = {
         "paper": {}, "fold": {"result": "fold"}, "js": {"divergence": "js"}, "kl": {"divergence": "kl"},
-        "no-moments": {"moments": False}, "no-bounds": {"bounds": False},
-    }  # fmt: skip
+        "no-moments": {"moments": False}, "no-bounds": {"bounds": False}}  # fmt: skip
 
     trigger: str = ""
     target: NonNegativeInt | None = None
@@ -121,9 +118,12 @@ class BNAConfig(DefenseConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
         if self.trigger:
-            trigger = parse_trigger(self.trigger)
-            target = self._target(trigger)
-            count = classes_of(network.model)
+            trigger, count = parse_trigger(self.trigger), classes_of(network.model)
+            named = trigger.target if self.target is None else self.target
+            if not str(named).isdecimal():
+                raise UsageError(f"bna: trigger {trigger.name} has the target {named!r}; give its label's index with "
+                                 "--set target=N")  # fmt: skip
+            target = int(str(named))
             if target >= count:
                 raise UsageError(f"bna: this model has the classes 0 to {count - 1}; the trigger's target is {target}")
             return [*BNA(network, self, trigger=trigger, target=target).passes()]
@@ -131,13 +131,6 @@ class BNAConfig(DefenseConfig):
         # without the unlearning, which would train the weights
         inversion, search = nc.search(network)
         return [*search, *BNA(network, self, inversion=inversion).passes()]
-
-    def _target(self, trigger: Trigger) -> int:
-        target = self.target if self.target is not None else trigger.target
-        if not str(target).isdecimal():
-            raise UsageError(f"bna: trigger {trigger.name} has the target {target!r}; give its label's index with "
-                             "--set target=N")  # fmt: skip
-        return int(str(target))
 
 
 class BNA:
@@ -164,8 +157,9 @@ class BNA:
             if not isinstance(getattr(network.model.get_submodule(name), "bias", None), nn.Parameter):
                 raise UsageError(f"bna: norm {name} has no shift to fold the correction into; use result=route")
         # a target of −1 says that there is nothing to correct; of each norm NAME.mean, .clean, .scale and so on
-        self.found: dict[str, torch.Tensor] = {"target": torch.tensor(target), "done": torch.tensor(0)}
-        self._sums: dict[str, torch.Tensor] = {}
+        self.found: dict[str, Tensor] = {"target": torch.tensor(target), "done": torch.tensor(0)}
+        self._sums: dict[str, Tensor] = {}
+        self._ends: dict[str, Tensor] = {}
 
     @property
     def target(self) -> int:
@@ -174,15 +168,15 @@ class BNA:
 
     def passes(self) -> list[Pass]:
         """Return the passes in their order."""
-        passes = [self._measuring("bna-moments", self._add_moments, self._keep_clean_moments)]
+        passes = [self._measuring("bna-moments", self._moments, self._keep_clean_moments)]
         passes[0].start = self.begin
         if self.bounds:
-            passes.append(self._measuring("bna-histograms", self._add_histogram, self._keep_clean_histogram))
+            passes.append(self._measuring("bna-histograms", self._histogram, self._keep_clean_histogram))
         for name in self.norms:
             if self.config.moments:
-                passes.append(self._measuring("bna-map", self._add_moments, self._keep_map, name))
+                passes.append(self._measuring("bna-map", self._moments, self._keep_map, name))
             if self.bounds:
-                passes.append(self._measuring("bna-bound", self._add_histogram, self._keep_bound, name))
+                passes.append(self._measuring("bna-bound", self._histogram, self._keep_bound, name))
         return [*passes, self._pass("bna-detection", self._see_detection, self._finish)]
 
     def begin(self) -> None:
@@ -195,7 +189,7 @@ class BNA:
         self.found |= {"target": self.inversion.classes[row].cpu(), "mask": self.inversion.best_masks[row].cpu(),
                        "pattern": self.inversion.best_patterns[row].cpu()}  # fmt: skip
 
-    def triggered(self, images: torch.Tensor) -> torch.Tensor:
+    def triggered(self, images: Tensor) -> Tensor:
         """Return T(x) of images (uint8, N×C×H×W): uint8 by a trigger, else float32 in 0 to 255."""
         if self.trigger is not None:
             return self.trigger.apply(images)
@@ -223,11 +217,12 @@ class BNA:
 
         return Pass(name=name, on_batch=look, finish=end, batch_size=self.config.batch_size, state=self)
 
-    def _measuring(self, title: str, add: Callable[[str, torch.Tensor], None],
-                   keep: Callable[[Accelerator, str], None], norm: str = "") -> Pass:  # fmt: skip
+    def _measuring(self, title: str, measure: Callable[[str, Tensor], Tensor],
+                   keep: Callable[[Accelerator, str, Tensor], dict[str, Tensor]], norm: str = "") -> Pass:  # fmt: skip
         """Return a pass over the clean images and all norms of f, or over the triggered ones and one norm of f̃.
 
-        `add` gets the outputs of a norm as C×M float32, batch by batch, and `keep` what was added up in the end.
+        `measure` gives what is added up over the batches of the outputs of a norm (C×M float32), and `keep`, in the
+        end, what is found of it.
         """
         names = [norm] if norm else self.norms
 
@@ -237,8 +232,8 @@ class BNA:
                     stack.enter_context(self.correction().applied(self.network.model))
                 for name in names:
 
-                    def note(output: torch.Tensor, axis: int, name: str = name) -> None:
-                        add(name, output.detach().float().movedim(axis, 0).flatten(1))
+                    def note(output: Tensor, axis: int, name: str = name) -> None:
+                        self._add(name, measure(name, output.detach().float().movedim(axis, 0).flatten(1)))
 
                     # its hook runs after that of the map
                     stack.enter_context(on_output(self.network.model.get_submodule(name), note))
@@ -246,55 +241,47 @@ class BNA:
 
         def finish(accelerator: Accelerator) -> Mapping[str, float]:
             for name in names:
-                keep(accelerator, name)
+                found = keep(accelerator, name, _summed(self._sums[name], accelerator))
+                self.found |= {f"{name}.{part}": value for part, value in found.items()}
             return {}
 
         return self._pass(f"{title} {norm}".strip(), on_batch, finish)
 
-    def _add_moments(self, name: str, values: torch.Tensor) -> None:
-        variance, mean = (part.cpu().double() for part in torch.var_mean(values, dim=1, correction=0))
-        count = torch.full_like(mean, values.shape[1])
-        self._add(f"{name}.sums", torch.stack([count, count * mean, count * (variance + mean.square())]))
-        ends = torch.stack([values.amin(), -values.amax()]).cpu()
-        self._sums[f"{name}.ends"] = self._sums.get(f"{name}.ends", ends).minimum(ends)
-
-    def _add_histogram(self, name: str, values: torch.Tensor) -> None:
-        low, bins = float(self.found[f"{name}.low"]), int(self.found[f"{name}.bins"])
-        self._add(name, histograms(values, low, self.config.bin_width, bins).cpu())
-
-    def _add(self, name: str, values: torch.Tensor) -> None:
+    def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
-    def _moments(self, accelerator: Accelerator, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        count, total, squares = _total(self._sums[f"{name}.sums"], accelerator)
-        mean = total / count
-        return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
+    def _moments(self, name: str, values: Tensor) -> Tensor:
+        variance, mean = (part.cpu().double() for part in torch.var_mean(values, dim=1, correction=0))
+        count = torch.full_like(mean, values.shape[1])
+        ends = torch.stack([values.amin(), -values.amax()]).cpu()
+        self._ends[name] = self._ends.get(name, ends).minimum(ends)
+        return torch.stack([count, count * mean, count * (variance + mean.square())])
 
-    def _keep_clean_moments(self, accelerator: Accelerator, name: str) -> None:
-        width, (mean, deviation) = self.config.bin_width, self._moments(accelerator, name)
-        ends = accelerator.gather(self._sums[f"{name}.ends"][None].to(accelerator.device)).amin(0).cpu()
+    def _histogram(self, name: str, values: Tensor) -> Tensor:
+        low, bins = float(self.found[f"{name}.low"]), int(self.found[f"{name}.bins"])
+        return histograms(values, low, self.config.bin_width, bins).cpu()
+
+    def _keep_clean_moments(self, accelerator: Accelerator, name: str, total: Tensor) -> dict[str, Tensor]:
+        width, (mean, deviation) = self.config.bin_width, moments(total)
+        ends = accelerator.gather(self._ends[name][None].to(accelerator.device)).amin(0).cpu()
         low = math.floor(float(ends[0]) / width) * width
         bins = min(_MOST_BINS, math.floor((-float(ends[1]) - low) / width) + 1)
-        self.found |= {f"{name}.mean": mean, f"{name}.deviation": deviation, f"{name}.low": torch.tensor(low),
-                       f"{name}.bins": torch.tensor(bins)}  # fmt: skip
+        return {"mean": mean, "deviation": deviation, "low": torch.tensor(low), "bins": torch.tensor(bins)}
 
-    def _keep_clean_histogram(self, accelerator: Accelerator, name: str) -> None:
-        self.found[f"{name}.clean"] = _total(self._sums[name], accelerator).float()
+    def _keep_clean_histogram(self, accelerator: Accelerator, name: str, total: Tensor) -> dict[str, Tensor]:
+        return {"clean": total.float()}
 
-    def _keep_map(self, accelerator: Accelerator, name: str) -> None:
-        scale, shift = matching_map(self.found[f"{name}.mean"], self.found[f"{name}.deviation"],
-                                    *self._moments(accelerator, name))  # fmt: skip
-        self.found |= {f"{name}.scale": scale.float(), f"{name}.shift": shift.float(),
-                       f"{name}.bound": torch.full_like(scale, math.inf).float()}  # fmt: skip
+    def _keep_map(self, accelerator: Accelerator, name: str, total: Tensor) -> dict[str, Tensor]:
+        mean, deviation = self.found[f"{name}.mean"], self.found[f"{name}.deviation"]
+        scale, shift = (part.float() for part in matching_map(mean, deviation, *moments(total)))
+        return {"scale": scale, "shift": shift, "bound": torch.full_like(scale, math.inf)}
 
-    def _keep_bound(self, accelerator: Accelerator, name: str) -> None:
-        counts, clean = _total(self._sums[name], accelerator), self.found[f"{name}.clean"].double()
-        low, apart = float(self.found[f"{name}.low"]), DIVERGENCES[self.config.divergence]
-        bound, _ = best_bound(counts, clean, low, self.config.bin_width, apart)
-        if not self.config.moments:
-            ones = torch.ones(len(bound))
-            self.found |= {f"{name}.scale": ones, f"{name}.shift": torch.zeros_like(ones)}
-        self.found[f"{name}.bound"] = bound.float()
+    def _keep_bound(self, accelerator: Accelerator, name: str, total: Tensor) -> dict[str, Tensor]:
+        low, clean = float(self.found[f"{name}.low"]), self.found[f"{name}.clean"].double()
+        bound, _ = best_bound(total, clean, low, self.config.bin_width, DIVERGENCES[self.config.divergence])
+        ones = torch.ones(len(bound))
+        unmoved = {} if self.config.moments else {"scale": ones, "shift": torch.zeros_like(ones)}
+        return {**unmoved, "bound": bound.float()}
 
     def _see_detection(self, network: nn.Module, batch: Batch) -> None:
         """Count, of clean target images that f has right, those flagged; of triggered others that f gives to t, too."""
@@ -309,7 +296,7 @@ class BNA:
 
     def _finish(self, accelerator: Accelerator) -> Mapping[str, float]:
         """Give the network its correction; return how well the estimated trigger's images are told and given back."""
-        clean, flagged, _, led, caught, returned = _total(self._sums["counts"], accelerator).tolist()
+        clean, flagged, _, led, caught, returned = _summed(self._sums["counts"], accelerator).tolist()
         self.found["done"] = torch.tensor(1)
         self._give()
         if self.config.result == "fold":
@@ -322,19 +309,25 @@ class BNA:
         if self.config.result == "route":
             self.network.correction = self.correction()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return everything found so far."""
         return dict(self.found)
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with what a stopped run found."""
         self.found = dict(state)
         if int(self.found["done"]):
             self._give()
 
 
-def matching_map(mean: torch.Tensor, deviation: torch.Tensor, seen_mean: torch.Tensor,
-                 seen_deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (C each) of the number, the sum and the sum of squares of values (3×C)."""
+    count, total, squares = sums
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_min(0).sqrt()
+
+
+def matching_map(mean: Tensor, deviation: Tensor, seen_mean: Tensor, seen_deviation: Tensor) -> tuple[Tensor, Tensor]:
     """Return (scale, shift) that take a channel of the seen mean and deviation to the wanted ones (C each).
 
     A seen deviation near 0 is not stretched.
@@ -354,9 +347,9 @@ def fold(model: nn.Module, correction: Correction) -> None:
         weight.mul_(scale)
 
 
-def _total(values: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+def _summed(values: Tensor, accelerator: Accelerator) -> Tensor:
     """Return the sum of a tensor over the processes, on the CPU in float64."""
     if accelerator.num_processes == 1:
         return values.double()
-    summed: torch.Tensor = accelerator.reduce(values.float().to(accelerator.device), reduction="sum")
-    return summed.cpu().double()
+    found: Tensor = accelerator.reduce(values.float().to(accelerator.device), reduction="sum")
+    return found.cpu().double()

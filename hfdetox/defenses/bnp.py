@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from hfdetox.defenses.clp import OutlierConfig, Outliers, running_norms
 from hfdetox.errors import UsageError
@@ -71,7 +71,7 @@ class BNP:
             raise UsageError(f"bnp: {kind} has no BatchNorm whose running statistics, kept from the training, could be "
                              "compared with those of clean images; use another defense")  # fmt: skip
         # rows: number of values, Σ d, Σ d² of d = input − running mean, which float32 holds better than Σ x²
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
 
     def start(self) -> None:
         """Begin with no image seen."""
@@ -83,7 +83,7 @@ class BNP:
         with on_inputs(network, self.names, self._note):
             network(batch.images)
 
-    def _note(self, name: str, inputs: torch.Tensor) -> None:
+    def _note(self, name: str, inputs: Tensor) -> None:
         values = inputs.float().transpose(0, 1).flatten(1)
         apart = values - self.network.get_buffer(f"{name}.running_mean").float().unsqueeze(1)
         count = apart.new_full((len(apart),), apart.shape[1])
@@ -105,7 +105,7 @@ class BNP:
         return outliers.found()
 
 
-def divergence(shift: torch.Tensor, variance: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+def divergence(shift: Tensor, variance: Tensor, running: Tensor) -> Tensor:
     """Return KL(N(μ_b, v_b) ‖ N(μ_r, v_r)) for `shift` = μ_b − μ_r, `variance` = v_b and `running` = v_r.
 
     The authors' code leaves out the ½ before the logarithm; the divergence of two normal distributions has it. Both

@@ -15,16 +15,13 @@ from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.base import Batch, DefenseConfig, Network, Pass, Phase
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import direct_sources
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 from hfdetox.training.masks import mlp_layers
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import NonNegativeFloat
 
 
@@ -108,7 +105,7 @@ class Outliers:
     def __init__(self, u: float) -> None:
         self.u, self.pruned, self.channels = u, 0, 0
 
-    def cut(self, bounds: torch.Tensor, *parameters: torch.Tensor) -> None:
+    def cut(self, bounds: Tensor, *parameters: Tensor) -> None:
         """Set the rows of the outstanding channels of a layer to zero, in place; the others keep their bits."""
         chosen = outstanding(bounds, self.u)
         for parameter in parameters:
@@ -139,22 +136,15 @@ def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:
 
 def norms_of_mlps(model: nn.Module, mlps: list[tuple[str, str]]) -> dict[str, str]:
     """Return, by the name of an MLP's first layer, the LayerNorm whose output it gets; layers without are left out."""
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
-    }
+    norms = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)
+             and "norm" in type(m).__name__.lower()}  # fmt: skip
     firsts = {first: model.get_submodule(first) for first, _ in mlps}
-    sources = direct_sources(model, norms, firsts)
-    widths = {first: layer.get_parameter("weight").shape[1] for first, layer in firsts.items()}
-    return {
-        first: norm
-        for first, norm in sources.items()
-        if tuple(norms[norm].get_parameter("weight").shape) == (widths[first],)
-    }
+    found = direct_sources(model, norms, firsts).items()
+    width = {name: module.get_parameter("weight").shape for name, module in [*norms.items(), *firsts.items()]}
+    return {first: norm for first, norm in found if width[norm] == width[first][1:2]}
 
 
-def conv_bounds(conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+def conv_bounds(conv: nn.Module, norm: nn.Module) -> Tensor:
     """Return σ (one a channel, float32) of a convolution (C × C_in × k × k) under the BatchNorm that follows it.
 
     The ϵ is BatchNorm's own, as in what it computes: without it a dead channel has no finite bound.
@@ -165,13 +155,13 @@ def conv_bounds(conv: nn.Module, norm: nn.Module) -> torch.Tensor:
     return torch.linalg.matrix_norm(matrices, ord=2)
 
 
-def unit_bounds(rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def unit_bounds(rows: Tensor, columns: Tensor, scale: Tensor | None) -> Tensor:
     """Return σ (one a unit, float32) of an MLP's weights `rows` (units × in) and `columns` (out × units)."""
     inward = rows.float().flatten(1) if scale is None else rows.float().flatten(1) * scale.float()
     return torch.linalg.vector_norm(inward, dim=1) * torch.linalg.vector_norm(columns.float().flatten(1), dim=0)
 
 
-def outstanding(bounds: torch.Tensor, u: float) -> torch.Tensor:
+def outstanding(bounds: Tensor, u: float) -> Tensor:
     """Return where bounds exceed mean + u · std of all of them (bool); a single channel never stands out."""
     if len(bounds) < 2:
         return torch.zeros_like(bounds, dtype=torch.bool)

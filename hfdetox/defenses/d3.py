@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from hfdetox.errors import UsageError
@@ -93,14 +93,13 @@ class D3:
                 start = project_to_sphere(self._centred(name, start), torch.linalg.vector_norm(start))
             weight.copy_(start)
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar to minimise, for logits (N×K) and labels (N, int64)."""
         return self.terms(logits, labels)["loss"]
 
     def terms(
-        self, logits: torch.Tensor, labels: torch.Tensor, sample_weights: torch.Tensor | None = None,
-        mixed_labels: torch.Tensor | None = None, share: float = 1.0,
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        self, logits: Tensor, labels: Tensor, sample_weights: Tensor | None = None,
+        mixed_labels: Tensor | None = None, share: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
         """Return `loss` and its parts `clean_loss`, `penalty` (the hinge), `distance` and `cosine`: 0-d, float32.
 
         `sample_weights` (N, sum 1 over a batch) replaces the mean's 1/N; `cosine` is the layers' mean of cos ∠(W, W⁰).
@@ -117,13 +116,13 @@ class D3:
             return {"loss": self.objective(penalty, distance), "clean_loss": (shares * clean).sum().detach(),
                     "penalty": penalty.detach(), "distance": distance.detach(), "cosine": self.cosine()}  # fmt: skip
 
-    def objective(self, penalty: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    def objective(self, penalty: Tensor, distance: Tensor) -> Tensor:
         """Return λ·h − d of the hinge h and the distance d, divided by λ + 1 where λ is above 1, as the authors do."""
         weight = float(self.config.lambda_)
         return (weight * penalty - distance) / (weight + 1 if weight > 1 else 1)
 
     @torch.no_grad()
-    def cosine(self) -> torch.Tensor:
+    def cosine(self) -> Tensor:
         """Return the layers' mean of cos ∠(W, W⁰), 0-d, float32."""
         pairs = [(weight.float(), self._initial(name, weight)) for name, weight in self.weights.items()]
         cosines = [torch.cosine_similarity(now.flatten(), old.flatten(), dim=0) for now, old in pairs]
@@ -136,36 +135,36 @@ class D3:
             radius = torch.linalg.vector_norm(self._initial(name, weight))
             weight.copy_(project_to_sphere(self._centred(name, weight.float()), radius))
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the initial selected weights by layer name (float32); a run cannot be resumed without them."""
         return dict(self.initial)
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the initial weights of a stopped run; raises UsageError when they are of other layers or shapes."""
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
             raise UsageError(f"d3: the saved state is of layers {sorted(state)}, this model selects {sorted(shapes)}")
         self.initial = {name: tensor.detach().float().clone() for name, tensor in state.items()}
 
-    def _centred(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _centred(self, name: str, weight: Tensor) -> Tensor:
         """Take the mean of its rows (one a class) out of a head's weight, where the settings ask for that."""
         return weight - weight.mean(0, keepdim=True) if name in self.centered else weight
 
-    def _initial(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _initial(self, name: str, weight: Tensor) -> Tensor:
         # the model may have moved to its device after this object was made
         if self.initial[name].device != weight.device:
             self.initial[name] = self.initial[name].to(weight.device)
         return self.initial[name]
 
 
-def project_to_sphere(weight: torch.Tensor, radius: torch.Tensor | float) -> torch.Tensor:
+def project_to_sphere(weight: Tensor, radius: Tensor | float) -> Tensor:
     """Return W · R / ‖W‖_F: the point of the sphere of radius R nearest to W. A zero W has none and stays zero."""
     norm = torch.linalg.vector_norm(weight)
     # no branch on the value: it would make the GPU wait every step; R divided by a tiny norm could overflow
     return weight / norm.clamp_min(torch.finfo(weight.dtype).tiny) * radius
 
 
-def start_weight(initial: torch.Tensor, how: Initialization) -> torch.Tensor:
+def start_weight(initial: Tensor, how: Initialization) -> Tensor:
     """Return the start of a weight whose old value is `initial` (float32); drawn on the CPU, returned on its device."""
     if how == "near":
         return initial.clone()

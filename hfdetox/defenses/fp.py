@@ -17,16 +17,13 @@ from typing import Annotated, ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import HEAD, on_inputs
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 from hfdetox.training.masks import pointwise
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval
 
 
@@ -60,8 +57,7 @@ class FPConfig(TuningConfig):
                  part="fit", state=fp),
             Pass(name="fp-pruning", start=fp.rank, on_batch=fp.count_correct, finish=fp.prune,
                  batch_size=self.batch_size, part="held-out", state=fp),
-            self.phase(name="fp", parameters=trained_parameters(network), after_step=fp.mask, state=fp),
-        ]  # fmt: skip
+            self.phase(name="fp", parameters=trained_parameters(network), after_step=fp.mask, state=fp)]  # fmt: skip
 
 
 class FinePruning:
@@ -86,7 +82,7 @@ class FinePruning:
         sizes = {name: self._weight(name).shape[1] for name in self.heads}
         self.activity = {name: torch.zeros(size) for name, size in sizes.items()}
         self.kept = {name: torch.ones(size) for name, size in sizes.items()}
-        self.masks: dict[str, torch.Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
         self.correct = torch.zeros(len(self.shares))
         self.seen = 0
 
@@ -148,12 +144,11 @@ class FinePruning:
             self.kept[name] = self.kept[name].to(weight.device)
             weight.mul_(self.kept[name].reshape(1, -1, *[1] * (weight.ndim - 2)))
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return activities and masks by head."""
-        return {f"{part}.{name}": tensor for part in ("activity", "kept")
-                for name, tensor in getattr(self, part).items()}  # fmt: skip
+        return {f"{part}.{name}": kept for part in ("activity", "kept") for name, kept in getattr(self, part).items()}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over those of a stopped run."""
         self.activity = {name: state[f"activity.{name}"].clone() for name in self.heads}
         self.kept = {name: state[f"kept.{name}"].clone() for name in self.heads}
@@ -161,11 +156,11 @@ class FinePruning:
     def _weight(self, name: str) -> nn.Parameter:
         return self.model.get_submodule(name).get_parameter("weight")
 
-    def _run(self, network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _run(self, network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the logits, and what the heads get (N×D each); heads that see tokens or a map get none."""
-        inputs: dict[str, torch.Tensor] = {}
+        inputs: dict[str, Tensor] = {}
 
-        def keep(name: str, features: torch.Tensor) -> None:
+        def keep(name: str, features: Tensor) -> None:
             if features.ndim == 4 and features.shape[2:] == (1, 1):
                 features = features.flatten(1)
             if features.ndim == 2:
@@ -174,7 +169,7 @@ class FinePruning:
         with on_inputs(self.model, self.heads, keep):
             return network(images), inputs
 
-    def _logits(self, name: str, features: torch.Tensor, place: int | None) -> torch.Tensor:
+    def _logits(self, name: str, features: Tensor, place: int | None) -> Tensor:
         """Return a head's output for features N×D with a share's mask, or with none."""
         head = self.model.get_submodule(name)
         if place is not None:
@@ -183,7 +178,7 @@ class FinePruning:
         return linear(features, self._weight(name).flatten(1), bias).float()
 
 
-def share_masks(activity: torch.Tensor, shares: list[float]) -> torch.Tensor:
+def share_masks(activity: Tensor, shares: list[float]) -> Tensor:
     """Return the masks of every share, shares×D: 0 for its ⌊share · D⌋ least active features, 1 for the others."""
     ranks = activity.argsort(stable=True).argsort()
     numbers = torch.tensor([int(share * len(activity) + 1e-9) for share in shares], device=activity.device)
@@ -197,5 +192,5 @@ def last_within(accuracies: list[float], max_drop: float) -> int:
     return next(failing, len(accuracies)) - 1
 
 
-def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _mean(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).mean(0)

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
 from hfdetox.models.layers import HEAD
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import NonNegativeFloat
 
 
@@ -43,9 +40,8 @@ class FSTConfig(TuningConfig):
     card_text = ("FST, feature shift tuning (arXiv 2310.01875), drew the model's classifier head anew and fine-tuned "
                  "the model on {images} while turning the head's weights away from the old ones.")  # fmt: skip
     treats = (HEAD,)
-    presets: ClassVar = {
-        "paper": {}, "readme": {"alpha": 0.1}, "tiny": {"alpha": 0.001, "learning_rate": 0.001, "epochs": 15},
-    }  # fmt: skip
+    presets: ClassVar = {"paper": {}, "readme": {"alpha": 0.1},
+                         "tiny": {"alpha": 0.001, "learning_rate": 0.001, "epochs": 15}}  # fmt: skip
 
     epochs: int = 10
     alpha: NonNegativeFloat = 0.2
@@ -77,9 +73,9 @@ class FST:
             for tensor in self.model.get_submodule(name).parameters(recurse=False):
                 tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound))
 
-    def terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` and its parts `clean_loss` and `inner_product` (Σ over heads of ⟨W, W⁰⟩), and `distance`."""
-        clean = cross_entropy_of(model(batch.images), batch.labels, batch.weights)
+        clean = batch.cross_entropy(model(batch.images))
         pairs = [(w.float(), self.sphere.initial[name].to(w.device)) for name, w in self.sphere.weights.items()]
         inner = torch.stack([(now * old).sum() for now, old in pairs]).sum()
         distance = torch.stack([torch.linalg.vector_norm(now.detach() - old) for now, old in pairs]).sum()

@@ -15,11 +15,9 @@ from typing import ClassVar
 
 import torch
 
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses.base import Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import start_weight
 from hfdetox.models.layers import HEAD
-from hfdetox.models.network import Network
-from hfdetox.training.phases import Pass, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

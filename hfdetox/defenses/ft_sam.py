@@ -13,13 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.training.sharpness import SharpnessAware
 from hfdetox.values import Interval, PositiveFloat
 
@@ -50,7 +46,7 @@ class FTSAMConfig(TuningConfig):
         return [self.phase(name="ft-sam", parameters=trained_parameters(network), loss=self._loss,
                            sharpness=SharpnessAware(rho=self.rho, adaptive=True))]  # fmt: skip
 
-    def _loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def _loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch.images)
-        loss = cross_entropy_of(logits, batch.labels, batch.weights, self.label_smoothing)
-        return {"loss": loss, "clean_loss": cross_entropy_of(logits.detach(), batch.labels, batch.weights)}
+        loss = batch.cross_entropy(logits, smoothing=self.label_smoothing)
+        return {"loss": loss, "clean_loss": batch.cross_entropy(logits.detach())}

@@ -18,20 +18,18 @@ takes the gradient of its own part of a batch, of which they then take the mean.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import FrozenMethod, OwnState, adam, module_terms
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
+from hfdetox.defenses._perturbed import FrozenMethod, OwnState, adam
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 _INNER_RATE = 0.1
@@ -76,12 +74,11 @@ class IBAUConfig(TuningConfig):
         for _ in range(self.epochs):
             phases += [
                 self.phase(name="i-bau-perturbation", network=universal, parameters=[universal.perturbation], epochs=1,
-                           loss=module_terms, optimizer=search, schedule="constant", max_grad_norm=None,
-                           start=universal.begin_search, state=state),
+                           loss=operator.call, optimizer=search, schedule="constant", max_grad_norm=None,
+                           start=universal.begin_round, state=state),
                 self.phase(name="i-bau-unlearning", network=universal, parameters=trained, epochs=1,
                            loss=universal.unlearning_terms, optimizer=partial(adam, self), schedule="constant",
-                           start=universal.begin_unlearning, state=state),
-            ]  # fmt: skip
+                           state=state)]  # fmt: skip
         return phases
 
 
@@ -95,52 +92,43 @@ class Universal(FrozenMethod):
         # what 1 in the normalised space is in the images the network takes (C×1×1)
         unit = network.std / network.scale if network.normalizes else torch.ones_like(network.std)
         self.unit = nn.Buffer(unit.detach().clone(), persistent=False)
-        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._first: Batch | None = None
 
     @torch.no_grad()
-    def begin_search(self) -> None:
-        """Set δ to 0."""
+    def begin_round(self) -> None:
+        """Set δ to 0, and forget the first batch of the round before."""
         self.perturbation.zero_()
-
-    def begin_unlearning(self) -> None:
-        """Forget the first batch of the round before."""
         self._first = None
 
-    def unlearning_terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def unlearning_terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of the phase that trains θ; `model` is this module as the engine has wrapped it."""
         if self._first is None:
-            self._first = (batch.images, batch.labels)
-        return model(batch.images, batch.labels, batch.weights, self._first)
+            self._first = batch
+        return model(batch, self._first)
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
-                first: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the terms of the search for δ, or, given the images and labels of Φ, those of θ.
-
-        Args:
-            images: N×C×H×W, as the network takes them; `labels` N, int64; `weights` N.
-        """
+    def forward(self, batch: Batch, first: Batch | None = None) -> dict[str, Tensor]:
+        """Return the terms of the search for δ, or, given the batch of Φ, those of θ."""
         # fused attention has no second derivative
         with sdpa_kernel(SDPBackend.MATH):
-            if first is None:
-                return self._search(images.float(), weights)
-            return self._unlearn(images.float(), labels, weights, first[0].float(), first[1])
+            return self._search(batch) if first is None else self._unlearn(batch, first)
 
-    def _search(self, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _search(self, batch: Batch) -> dict[str, Tensor]:
+        x = batch.images.float()
         with torch.no_grad():
             predicted = self.network(x).argmax(1)
-        errors = cross_entropy_of(self.network(x + self.unit * self.perturbation), predicted, weights)
+        errors = batch.cross_entropy(self.network(x + self.unit * self.perturbation), predicted)
         squared = self.perturbation.square().sum()
         return {"loss": _DECAY * squared - errors, "cross_entropy": errors, "norm": squared.sqrt()}
 
-    def _unlearn(self, x: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, first: torch.Tensor,
-                 first_labels: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
+    def _unlearn(self, batch: Batch, first: Batch) -> dict[str, Tensor]:
         """Return a loss whose value is H and whose gradient by θ is dH/dθ."""
+        x = batch.images.float()
         delta = self.perturbation.detach().clone().requires_grad_()
         carrying = torch.zeros(len(x), 1, 1, 1)
         carrying[torch.randperm(len(x))[: max(1, int(self.config.share * len(x)))]] = 1
         stamped = x + carrying.to(x.device) * self.unit * delta
-        outer = cross_entropy_of(self.network(stamped), labels, weights)
-        errors = cross_entropy(self.network(first + self.unit * delta).float(), first_labels)
+        outer = batch.cross_entropy(self.network(stamped))
+        errors = cross_entropy(self.network(first.images.float() + self.unit * delta).float(), first.labels)
         inner = _DECAY * delta.square().sum() - errors
         mapped = delta - _INNER_RATE * torch.autograd.grad(inner, delta, create_graph=True)[0]
         direct = torch.autograd.grad(outer, delta, retain_graph=True)[0]
@@ -149,7 +137,7 @@ class Universal(FrozenMethod):
         return {"loss": outer + implicit - implicit.detach(), "clean_loss": outer}
 
 
-def fixed_point(mapped: torch.Tensor, at: torch.Tensor, direct: torch.Tensor, terms: int) -> torch.Tensor:
+def fixed_point(mapped: Tensor, at: Tensor, direct: Tensor, terms: int) -> Tensor:
     """Return v after `terms` iterations of v ← (∂Φ/∂δ)ᵀ v + `direct` from 0, for `mapped` = Φ(δ) and `at` = δ."""
     v = direct
     for _ in range(terms - 1):

@@ -40,16 +40,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, require_pixels
-from hfdetox.defenses.base import DefenseConfig
+from hfdetox.defenses.base import Batch, DefenseConfig, Network, Pass, Phase
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, head_layers
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 from hfdetox.training.masks import ChannelMasks, MaskedLayer, unit_layers
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # a total has to be better by so much for patience to start anew
@@ -88,8 +85,7 @@ class IMSConfig(DefenseConfig):
                  "network clean images need{against}, and scaled the weights of the others down.")  # fmt: skip
     presets: ClassVar = {
         "paper": {}, "no-selection": {"selection": False}, "no-inverse": {"inverse": False},
-        "no-perturbation": {"free_rounds": 0, "sparse_rounds": 0},
-    }  # fmt: skip
+        "no-perturbation": {"free_rounds": 0, "sparse_rounds": 0}}  # fmt: skip
 
     units: Literal["auto", "conv", "hidden"] = "auto"
     selection: bool = True
@@ -151,45 +147,42 @@ class IMS(FrozenMethod):
         config = self.config
         adamw = partial(torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-        def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            # one call of the whole step, as several processes need
-            return model(batch.images, batch.weights, perturbed, sparsity)
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            return model(batch, perturbed, sparsity)
 
         return Phase(
             name=name, network=self, parameters=[self.mask, *([self.selection] if config.selection else [])],
             optimizer=adamw, loss=loss, epochs=rounds, steps=1, batch_size=config.batch_size, augmentation="none",
             schedule="constant", start=self.begin_stage, after_step=self.project, stop=self.stalled,
-            state=OwnState(self),
-        )  # fmt: skip
+            state=OwnState(self))  # fmt: skip
 
-    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def masks(self) -> tuple[Tensor, Tensor]:
         """Return a' and ā' of all units, flat."""
         steepness = self.config.steepness
         return soft_mask(self.mask, self.selection, steepness), soft_mask(1 - self.mask, self.selection, steepness)
 
-    def forward(self, images: torch.Tensor, weights: torch.Tensor, perturbed: bool,
-                sparsity: float) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the terms of a round on images (N×C×H×W, 0 to 255) of weights (N, sum 1): `loss` and its parts."""
-        x, (kept, inverse) = images.float(), self.masks()
+    def forward(self, batch: Batch, perturbed: bool, sparsity: float) -> dict[str, Tensor]:
+        """Return the terms of a round on a batch: `loss` and its parts."""
+        x, (kept, inverse) = batch.images.float(), self.masks()
         with torch.no_grad():
             own = self.probabilities(x)
-        terms = {"agreement": (weights * agree(self.probabilities(x, kept), own)).sum()}
+        terms = {"agreement": batch.mean(agree(self.probabilities(x, kept), own))}
         if self.config.inverse:
-            terms["opposition"] = (weights * disagree(self.probabilities(x, inverse), own)).sum()
+            terms["opposition"] = batch.mean(disagree(self.probabilities(x, inverse), own))
         if perturbed:
             moved = x + PIXEL * self.perturbation(x, own)
-            terms["recovery"] = (weights * agree(self.probabilities(moved, kept), own)).sum()
+            terms["recovery"] = batch.mean(agree(self.probabilities(moved, kept), own))
             if self.config.inverse:
                 with torch.no_grad():
                     perturbed_probs = self.probabilities(moved)
                 led = self.probabilities(moved, inverse)
-                terms["complicity"] = (weights * (agree(led, perturbed_probs) + disagree(led, own))).sum()
+                terms["complicity"] = batch.mean(agree(led, perturbed_probs) + disagree(led, own))
         if sparsity and self.config.selection:
             terms["sparsity"] = sparsity * (1 - self.selection).mean()
         loss = torch.stack(list(terms.values())).sum()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
-    def perturbation(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def perturbation(self, x: Tensor, own: Tensor) -> Tensor:
         """Return δ (like `x`, in pixels of 0 to 1) that changes f₀'s answers from `own` (N×K) and takes f_i along."""
         inverse = self.masks()[1].detach()
         delta = torch.zeros_like(x).requires_grad_()
@@ -206,7 +199,7 @@ class IMS(FrozenMethod):
                 delta.clamp_(-1, 1)
         return delta.detach()
 
-    def probabilities(self, images: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+    def probabilities(self, images: Tensor, values: Tensor | None = None) -> Tensor:
         """Return the softmax (N×K, float32) of the network's logits, under masks (flat) if given."""
         with torch.autocast(images.device.type, enabled=False):
             if values is None:
@@ -251,30 +244,27 @@ class IMS(FrozenMethod):
                 "unchanged_answers": same / images}  # fmt: skip
 
 
-def soft_mask(mask: torch.Tensor, selection: torch.Tensor, steepness: float) -> torch.Tensor:
+def soft_mask(mask: Tensor, selection: Tensor, steepness: float) -> Tensor:
     """Return S(a) + s (1 − S(a)) with S(a) = σ(k (a − ½)); of 1 − a it is the inverse mask."""
     hard = torch.sigmoid(steepness * (mask - 0.5))
     return hard + selection * (1 - hard)
 
 
-def agree(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def agree(p: Tensor, q: Tensor) -> Tensor:
     """Return −log(⟨p, q⟩ + 10⁻⁸) of probabilities (N×K), shape (N,)."""
     return -((p * q).sum(1) + _TINY).log()
 
 
-def disagree(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def disagree(p: Tensor, q: Tensor) -> Tensor:
     """Return −log(1 − ⟨p, q⟩ + 10⁻⁸) of probabilities (N×K), shape (N,)."""
     return -((p * (1 - q)).sum(1) + _TINY).log()
 
 
 def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) -> list[MaskedLayer]:
     """Return the layers whose units are masked; raises UsageError when there are none."""
-    hidden, channels = unit_layers(network), _convolutions(network)
-    normed = has_batch_norm(network)
-    if units == "auto":
-        found = channels if normed or not hidden else hidden
-    else:
-        found = channels if units == "conv" else hidden
+    hidden = unit_layers(network)
+    convolutions = units == "conv" or (units == "auto" and (has_batch_norm(network) or not hidden))
+    found = _convolutions(network) if convolutions else hidden
     if not found:
         kinds = {"conv": "convolutions", "hidden": "MLPs or attention heads", "auto": "convolutions, MLPs or heads"}
         name = type(getattr(network, "model", network)).__name__
@@ -286,11 +276,9 @@ def masked_layers(network: nn.Module, units: Literal["auto", "conv", "hidden"]) 
 def _convolutions(network: nn.Module) -> list[MaskedLayer]:
     """Return the convolutions but the head's that use their weights as they are (a standardised one undoes a mask)."""
     heads = set(head_layers(network))
-    found = []
-    for name, module in network.named_modules():
-        plain = isinstance(module, nn.Conv2d) and "Std" not in type(module).__name__
-        # a parametrised weight is no parameter of its module
-        if plain and name not in heads and isinstance(module._parameters.get("weight"), nn.Parameter):
-            bias = f"{name}.bias" if module.bias is not None else None
-            found.append(MaskedLayer(f"{name}.weight", bias, module.get_parameter("weight").shape[0]))
-    return found
+    # a parametrised weight is no parameter of its module
+    found = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
+             and "Std" not in type(module).__name__ and name not in heads
+             and isinstance(module._parameters.get("weight"), nn.Parameter)}  # fmt: skip
+    return [MaskedLayer(f"{name}.weight", f"{name}.bias" if module.bias is not None else None, len(module.weight))
+            for name, module in found.items()]  # fmt: skip

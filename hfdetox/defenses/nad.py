@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.models.feature_maps import captured, last_stages
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
@@ -78,11 +75,11 @@ class NAD:
         self.betas = betas[-len(self.stages) :]
         self.teacher = copy.deepcopy(network).eval()
 
-    def terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` and its parts `clean_loss` and `attention` (the weighted sum over stages)."""
         names = [stage.name for stage in self.stages]
         with captured(self.network.model, names) as ours:
-            clean = cross_entropy_of(model(batch.images), batch.labels, batch.weights)
+            clean = batch.cross_entropy(model(batch.images))
         # a resumed run has not trained the teacher here, so nothing has moved it to the device yet
         if next(self.teacher.parameters()).device != batch.images.device:
             self.teacher.to(batch.images.device)
@@ -91,12 +88,12 @@ class NAD:
         parts = []
         for stage, beta in zip(self.stages, self.betas, strict=True):
             maps = [attention_map(stage.features(outputs[stage.name]), self.power) for outputs in (ours, theirs)]
-            parts.append(beta * (batch.weights * (maps[0] - maps[1]).square().mean(1)).sum())
+            parts.append(beta * batch.mean((maps[0] - maps[1]).square().mean(1)))
         attention = torch.stack(parts).sum()
         return {"loss": clean + attention, "clean_loss": clean.detach(), "attention": attention.detach()}
 
 
-def attention_map(features: torch.Tensor, power: float) -> torch.Tensor:
+def attention_map(features: Tensor, power: float) -> Tensor:
     """Return A(F), N×P of norm 1 over the positions P, of features N×P×C; float32."""
     with torch.autocast(features.device.type, enabled=False):
         return normalize(features.float().abs().pow(power).sum(2), dim=1)

@@ -16,6 +16,7 @@ is the whole image, and κ is scaled by (32/H)², so that it means the same at o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,16 +24,13 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, module_terms, require_pixels
-from hfdetox.defenses.base import TuningConfig, trained_parameters
+from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, require_pixels
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
 # stamped images in one forward, for the memory's sake
@@ -100,10 +98,9 @@ class NCConfig(TuningConfig):
         inversion = Inversion(network, self)
         state, adam = OwnState(inversion), partial(torch.optim.Adam, lr=self.inversion_rate, betas=(0.5, 0.9))
         search = replace(self, reweight="none").phase(
-            name="nc-inversion", network=inversion, parameters=[inversion.masks, inversion.patterns], loss=module_terms,
-            epochs=self.inversion_epochs, optimizer=adam, schedule="constant", augmentation="none", max_grad_norm=None,
-            stop=inversion.end_epoch, state=state,
-        )  # fmt: skip
+            name="nc-inversion", network=inversion, parameters=[inversion.masks, inversion.patterns], optimizer=adam,
+            loss=operator.call, epochs=self.inversion_epochs, schedule="constant", augmentation="none",
+            max_grad_norm=None, stop=inversion.end_epoch, state=state)  # fmt: skip
         return inversion, [search, Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
                                         finish=inversion.judge, state=state)]  # fmt: skip
 
@@ -142,28 +139,28 @@ class Inversion(FrozenMethod):
         self.best_masks = nn.Buffer(torch.ones(count, 1, height, width))
         self.best_patterns = nn.Buffer(torch.zeros(count, channels, height, width))
         # what the host must know of the device's numbers, read when they have changed
-        self._active: tuple[torch.Tensor, list[int]] | None = None
-        self._flagged: torch.Tensor | None = None
+        self._active: tuple[Tensor, list[int]] | None = None
+        self._flagged: Tensor | None = None
 
-    def active(self) -> tuple[torch.Tensor, list[int]]:
+    def active(self) -> tuple[Tensor, list[int]]:
         """Return rows (int64) and indices of the classes that still go on; read from the device once an epoch."""
         if self._active is None:
             rows = (self.stale < self.config.patience).nonzero().flatten()
             self._active = (rows, self.classes[rows].tolist())
         return self._active
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, summed over the active classes, and the success of each (`success_3` of class 3).
 
         Each group of classes has its gradients taken at once, so that the memory is that of one group; they are those
         of the loss that is returned.
         """
-        x, (rows, classes) = images.float(), self.active()
-        total = weights.new_zeros(())
+        x, (rows, classes) = batch.images.float(), self.active()
+        total = batch.weights.new_zeros(())
         slopes = torch.zeros_like(self.masks), torch.zeros_like(self.patterns)
         rates = []
         for group in rows.split(max(1, _TOGETHER // len(x))):
-            losses, success = self._group(x, weights, group)
+            losses, success = self._group(x, batch.weights, group)
             # gradients of a mean could vanish in fp16
             found = torch.autograd.grad(losses.sum() * len(x), (self.masks, self.patterns))
             for slope, part in zip(slopes, found, strict=True):
@@ -174,8 +171,7 @@ class Inversion(FrozenMethod):
         named = zip(classes, torch.cat(rates), strict=True)
         return {"loss": total + tilt - tilt.detach(), **{f"success_{name}": rate for name, rate in named}}
 
-    def _group(self, x: torch.Tensor, weights: torch.Tensor,
-               rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def _group(self, x: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the losses of some classes and their success (k each)."""
         masks, patterns = bounded(self.masks[rows]), bounded(self.patterns[rows])
         logits = self.network(stamped(x, masks, patterns)).float()
@@ -199,16 +195,12 @@ class Inversion(FrozenMethod):
         self.best_patterns[rows] = torch.where(kept, bounded(self.patterns[rows]), self.best_patterns[rows])
         waiting = ~shrunk & (self.best_norm[rows] < self.whole)
         self.stale[rows] = torch.where(waiting, self.stale[rows] + 1, 0)
-        self._change_kappa(rows, good)
-        self._active = None
-        return not self.active()[1]
-
-    def _change_kappa(self, rows: torch.Tensor, good: torch.Tensor) -> None:
-        above = torch.where(good, self.above[rows] + 1, 0)
-        below = torch.where(good, 0, self.below[rows] + 1)
+        above, below = torch.where(good, self.above[rows] + 1, 0), torch.where(good, 0, self.below[rows] + 1)
         higher, lower = above >= _CHANGE_AFTER, below >= _CHANGE_AFTER
         self.kappa[rows] *= torch.where(higher, _RAISE, torch.where(lower, _LOWER, 1.0))
         self.above[rows], self.below[rows] = torch.where(higher, 0, above), torch.where(lower, 0, below)
+        self._active = None
+        return not self.active()[1]
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Count the images of a batch that the kept triggers lead to their classes."""
@@ -232,8 +224,7 @@ class Inversion(FrozenMethod):
                 for name, value in zip(self.classes.tolist(), values.tolist(), strict=True)}  # fmt: skip
         return {"flagged": float(found), "unchanged": float(not found), **each}
 
-    def stamp_some(self, images: torch.Tensor, labels: torch.Tensor,
-                   rows: range) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def stamp_some(self, images: Tensor, labels: Tensor, rows: range) -> tuple[Tensor, Tensor]:
         """Return images (N×C×H×W, float32, 0 to 255), some with a flagged class's trigger, and the labels they had.
 
         Each is drawn by itself, so that `rows`, the images' numbers in the step, do not matter.
@@ -250,12 +241,12 @@ class Inversion(FrozenMethod):
         return x + stamp * (PIXEL * patterns - x), labels
 
 
-def bounded(free: torch.Tensor) -> torch.Tensor:
+def bounded(free: Tensor) -> Tensor:
     """Return tanh(·)/2 + ½, in [0, 1]."""
     return free.tanh() / 2 + 0.5
 
 
-def stamped(x: torch.Tensor, masks: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+def stamped(x: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
     """Return (1 − m) x + m q for each of k triggers and N images (0 to 255): k·N×C×H×W, trigger by trigger.
 
     `masks` (k×1×H×W) and `patterns` (k×C×H×W) are in [0, 1].
@@ -264,7 +255,7 @@ def stamped(x: torch.Tensor, masks: torch.Tensor, patterns: torch.Tensor) -> tor
     return ((1 - masks) * x + PIXEL * masks * patterns).flatten(0, 1)
 
 
-def anomaly_index(norms: torch.Tensor) -> torch.Tensor:
+def anomaly_index(norms: Tensor) -> Tensor:
     """Return |n_c − median| / (1.4826 · MAD) of the norms (K), the median of an even number being the mean of two."""
     away = (norms - norms.quantile(0.5)).abs()
     # where half of the norms are equal their index is 0, not 0/0, and that of the others finite

@@ -24,31 +24,21 @@ Linear within the last block, not on the residual stream before it.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import (
-    PIXEL,
-    FrozenMethod,
-    OwnState,
-    module_terms,
-    neg_log_complement,
-    require_pixels,
-    runner_up,
-)
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of
+from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, neg_log_complement, require_pixels, runner_up
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import head_layers, match_layers
-from hfdetox.models.network import Network
 from hfdetox.training.augment import Augmentation
-from hfdetox.training.batches import Batch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # modules with more layers than this are whole networks or stages, not blocks
@@ -112,11 +102,11 @@ class NPDConfig(TuningConfig):
         shared: dict[str, Any] = {"parameters": [polarized.polarizer], "schedule": "constant",
                                   "state": OwnState(polarized), "after_step": polarized.fold}  # fmt: skip
 
-        def warm_up(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-            return model(batch.images, batch.labels, batch.weights, perturbed=False)
+        def warm_up(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            return model(batch, perturbed=False)
 
         # the network afterwards: to `reweight`, a phase on one of its own does not train the classifier; this one does
-        main = replace(self.phase(name="npd", loss=module_terms, **shared), network=polarized)
+        main = replace(self.phase(name="npd", loss=operator.call, **shared), network=polarized)
         if not self.warmup:
             return [main]
         # what the classes lose is measured on images that no epoch trains on
@@ -127,7 +117,7 @@ class NPDConfig(TuningConfig):
                                                      **shared)  # fmt: skip
         return [first, main]
 
-    def project(self, delta: torch.Tensor) -> torch.Tensor:
+    def project(self, delta: Tensor) -> Tensor:
         """Return the point of each image's ball nearest to `delta` (N×C×H×W, pixels of [0, 1])."""
         radius = 3 * delta.shape[-2] / 32 if self.radius is None else self.radius
         size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -150,38 +140,29 @@ class Polarized(FrozenMethod):
         """Write the layer's weight, with the polarizer as it is now in it, into the network."""
         self.network.get_parameter(self.weight).copy_(folded(self.original, self.polarizer))
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None, weights: torch.Tensor | None = None,
-                perturbed: bool = True) -> torch.Tensor | dict[str, torch.Tensor]:  # fmt: skip
-        """Return the terms, or the clean loss alone, of images (N×C×H×W, 0 to 255), labels (N, int64) and weights (N).
-
-        Of images alone the logits.
-        """
-        if labels is None or weights is None:
-            return self.network(images)
-        x = images.float()
+    def forward(self, batch: Batch, perturbed: bool = True) -> dict[str, Tensor]:
+        """Return the terms of a batch, or its clean loss alone."""
+        x = batch.images.float()
         weight = folded(self.original, self.polarizer)
         if not perturbed:
-            loss = cross_entropy_of(self._logits(x, weight), labels, weights)
+            loss = batch.cross_entropy(self._logits(x, weight))
             return {"loss": loss, "clean_loss": loss}
-        delta, targets = self.perturbation(x, labels, weight.detach())
+        delta, targets = self.perturbation(x, batch.labels, weight.detach())
         clean, moved = self._logits(torch.cat([x, x + PIXEL * delta]), weight).float().chunk(2)
-        return self.terms(clean, moved, labels, targets, weights)
+        return self.terms(batch, clean, moved, targets)
 
-    def terms(self, clean: torch.Tensor, moved: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor,
-              weights: torch.Tensor) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the loss and its terms (0-d) of logits at x and x+δ (N×K), y and t (N, int64) and weights (N)."""
+    def terms(self, batch: Batch, clean: Tensor, moved: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the loss and its terms (0-d) of a batch's logits at x and x+δ (N×K), and t (N, int64)."""
         config = self.config
-        clean_loss = cross_entropy_of(clean, labels, weights)
-        consistency = cross_entropy_of(moved, clean.detach().argmax(1), weights)
-        untargeted = (weights * neg_log_complement(moved, runner_up(moved, labels))).sum()
-        targeted = (weights * neg_log_complement(moved, targets)).sum()
+        clean_loss, consistency = batch.cross_entropy(clean), batch.cross_entropy(moved, clean.detach().argmax(1))
+        untargeted = batch.mean(neg_log_complement(moved, runner_up(moved, batch.labels)))
+        targeted = batch.mean(neg_log_complement(moved, targets))
         loss = clean_loss + config.consistency * consistency
         loss = loss + config.untargeted * untargeted + config.targeted * targeted
         return {"loss": loss, "clean_loss": clean_loss, "consistency": consistency, "untargeted": untargeted,
                 "targeted": targeted}  # fmt: skip
 
-    def perturbation(self, x: torch.Tensor, labels: torch.Tensor,
-                     weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def perturbation(self, x: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return δ (the shape of x, pixels of [0, 1]; x+δ stays in it) and the targets t of images x (0 to 255)."""
         delta, pixels = torch.zeros_like(x), x / PIXEL
         going = torch.ones((), dtype=torch.bool, device=x.device)
@@ -199,11 +180,11 @@ class Polarized(FrozenMethod):
             delta = torch.where(going, (pixels + stepped).clamp(0, 1) - pixels, delta)
         return delta, targets
 
-    def _logits(self, images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _logits(self, images: Tensor, weight: Tensor) -> Tensor:
         return functional_call(self.network, {self.weight: weight}, (images,))
 
 
-def folded(weight: torch.Tensor, polarizer: torch.Tensor) -> torch.Tensor:
+def folded(weight: Tensor, polarizer: Tensor) -> Tensor:
     """Return W·G for the weight of a Linear (O×C) or of a Conv2d of one group (O×C×k×k), and G (C×C)."""
     with torch.autocast(weight.device.type, enabled=False):
         return torch.einsum("om...,mc->oc...", weight, polarizer)

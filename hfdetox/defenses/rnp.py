@@ -16,15 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 from hfdetox.training.masks import ChannelMasks, MaskedNetwork, ThresholdSearch
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import Interval, PositiveFloat
 
 THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(50))
@@ -105,19 +101,19 @@ class RNP:
         self.unlearnt = copy.deepcopy(network)
         self.masked = MaskedNetwork(self.unlearnt, self.masks)
 
-    def unlearning_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def unlearning_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` = −ce, with `clean_loss` = ce and the batch's `accuracy`."""
         logits = model(batch.images)
-        clean = cross_entropy_of(logits, batch.labels, batch.weights)
-        right = (batch.weights * (logits.argmax(1) == batch.labels)).sum()
+        clean = batch.cross_entropy(logits)
+        right = batch.mean(logits.argmax(1) == batch.labels)
         return {"loss": -clean, "clean_loss": clean, "accuracy": right}
 
     def has_unlearnt(self, entry: Mapping[str, Any]) -> bool:
         """Tell whether the copy has lost enough accuracy, given an epoch's record."""
         return bool(entry["accuracy"] <= self.config.stop_accuracy)
 
-    def recovery_loss(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def recovery_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return `loss` = α · ce of the masked copy, with `clean_loss` = ce."""
         (logits,) = model(batch.images, None)
-        clean = cross_entropy_of(logits, batch.labels, batch.weights)
+        clean = batch.cross_entropy(logits)
         return {"loss": self.config.alpha * clean, "clean_loss": clean}

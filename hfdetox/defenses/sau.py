@@ -17,28 +17,21 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.defenses._perturbed import (
-    PIXEL,
-    OwnState,
-    adam,
-    module_terms,
-    neg_log_complement,
-    require_pixels,
-)
-from hfdetox.defenses.base import TuningConfig, cross_entropy_of, trained_parameters
+from hfdetox.defenses._perturbed import PIXEL, OwnState, adam, neg_log_complement, require_pixels
+from hfdetox.defenses.base import Batch, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network, evaluating
 from hfdetox.training.augment import Augmentation
-from hfdetox.training.phases import Pass, Phase
 from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
 
 # classes less likely than this are not unlearnt any further
@@ -79,9 +72,8 @@ class SAUConfig(TuningConfig):
     card_text = ("SAU, shared adversarial unlearning (arXiv 2307.10562), fine-tuned the model on {images} and on "
                  "perturbed copies of them, so that perturbations that led the model and its state before to the same "
                  "wrong class do so no more.")  # fmt: skip
-    presets: ClassVar = {
-        "paper": {}, "adversarial-training": {"lambda_2": 0.0, "lambda_3": 1.0, "lambda_4": 0.0, "lambda_at": 1.0},
-    }  # fmt: skip
+    presets: ClassVar = {"paper": {}, "adversarial-training": {"lambda_2": 0.0, "lambda_3": 1.0, "lambda_4": 0.0,
+                                                               "lambda_at": 1.0}}  # fmt: skip
 
     learning_rate: float = 1e-4
     augmentation: Augmentation = "none"
@@ -105,19 +97,19 @@ class SAUConfig(TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
         pair = SharedPair(network, self)
-        phase = self.phase(name="sau", parameters=trained_parameters(network), loss=module_terms,
+        phase = self.phase(name="sau", parameters=trained_parameters(network), loss=operator.call,
                            optimizer=partial(adam, self), state=OwnState(pair))  # fmt: skip
         # afterwards: to `reweight`, a phase on a network of its own does not train the classifier, and this one does
         return [replace(phase, network=pair)]
 
-    def first_perturbation(self, images: torch.Tensor) -> torch.Tensor:
+    def first_perturbation(self, images: Tensor) -> Tensor:
         """Return δ before the first step, the shape of `images` (N×C×H×W float32)."""
         if self.start == "random":
             return self.project(torch.rand_like(images))
         value = {"max": self.radius, "min": -self.radius, "zero": 0.0}[self.start]
         return self.project(torch.full_like(images, value))
 
-    def project(self, delta: torch.Tensor) -> torch.Tensor:
+    def project(self, delta: Tensor) -> Tensor:
         """Return the point of each image's ball nearest to `delta` (N×C×H×W, pixels of [0, 1])."""
         if self.norm == "linf":
             return delta.clamp(-self.radius, self.radius)
@@ -125,46 +117,42 @@ class SAUConfig(TuningConfig):
         return delta * (self.radius / size.clamp(min=self.radius))
 
     @staticmethod
-    def shared(logits: torch.Tensor, reference: torch.Tensor, before: torch.Tensor,
-               before_reference: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def shared(logits: Tensor, reference: Tensor, before: Tensor, known: Tensor) -> Tensor:
         """Return which images fool both models to the same class (N, bool); the arguments are as in `search_loss`."""
         now, now_reference = logits.argmax(1), reference.argmax(1)
-        return (now != before) & (now_reference != before_reference) & (now == now_reference)
+        return (now != before) & (now_reference != known) & (now == now_reference)
 
-    def search_loss(self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, before: torch.Tensor,
-                    before_reference: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def search_loss(self, logits: Tensor, reference: Tensor, labels: Tensor, before: Tensor, known: Tensor) -> Tensor:
         """Return what δ minimises, summed over the images: 0-d.
 
         A perturbation that is shared has no gradient any more, so that its sign steps are over: early stopping.
 
         Args:
             logits, reference: of f_θ and f₀ at x+δ (N×K, float32).
-            labels: y; `before` and `before_reference` the answers of f_θ and f₀ to x (N, int64 all).
+            labels: y; `before` and `known` the answers of f_θ and f₀ to x (N, int64 all).
         """
-        fooled, fooled_reference = logits.argmax(1) != before, reference.argmax(1) != before_reference
-        shared = self.shared(logits, reference, before, before_reference)
+        fooled, fooled_reference = logits.argmax(1) != before, reference.argmax(1) != known
+        shared = self.shared(logits, reference, before, known)
         errors = ~fooled * cross_entropy(logits, labels, reduction="none")
         errors = errors + ~fooled_reference * cross_entropy(reference, labels, reduction="none")
         # a sum: only the sign counts, and a mean's gradients could vanish in fp16
         return (self.lambda_4 * ~shared * jensen_shannon(logits, reference) - self.lambda_3 * errors / 2).sum()
 
-    def unlearning_terms(
-        self, clean: torch.Tensor, perturbed: torch.Tensor, reference_clean: torch.Tensor,
-        reference_perturbed: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Return the outer loss and its terms (0-d) of logits of f_θ and f₀ at x and x+δ (N×K, float32).
+    def unlearning_terms(self, batch: Batch, clean: Tensor, perturbed: Tensor, reference: Tensor,
+                         reference_perturbed: Tensor) -> dict[str, Tensor]:  # fmt: skip
+        """Return the outer loss and its terms (0-d) of a batch's logits of f_θ and f₀ at x and x+δ (N×K, float32).
 
         `shared_rate` is the share of images that fool both models to the same class.
         """
         wrong = reference_perturbed.argmax(1)
-        fooled = (wrong != labels) & (wrong != reference_clean.argmax(1))
+        fooled = (wrong != batch.labels) & (wrong != reference.argmax(1))
         surprise = neg_log_complement(perturbed, wrong).clamp(min=-math.log1p(-_FLOOR))
-        shared_loss = (weights * fooled * surprise).sum()
-        clean_loss, adversarial_loss = (cross_entropy_of(logits, labels, weights) for logits in (clean, perturbed))
+        shared_loss = batch.mean(fooled * surprise)
+        clean_loss, adversarial_loss = map(batch.cross_entropy, (clean, perturbed))
         loss = self.lambda_1 * clean_loss + self.lambda_2 * shared_loss + self.lambda_at * adversarial_loss
         shared = fooled & (perturbed.argmax(1) == wrong)
         return {"loss": loss, "clean_loss": clean_loss, "shared_loss": shared_loss,
-                "adversarial_loss": adversarial_loss, "shared_rate": (weights * shared).sum()}  # fmt: skip
+                "adversarial_loss": adversarial_loss, "shared_rate": batch.mean(shared)}  # fmt: skip
 
 
 class SharedPair(nn.Module):
@@ -189,19 +177,15 @@ class SharedPair(nn.Module):
                     module.eval()
         return self
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None,
-                weights: torch.Tensor | None = None) -> torch.Tensor | dict[str, torch.Tensor]:  # fmt: skip
-        """Return the terms of images (N×C×H×W, 0 to 255), labels (N, int64), weights (N); or the logits of images."""
-        if labels is None or weights is None:
-            return self.network(images)
-        x = images.float()
-        delta, known, fooled = self.perturbation(x, labels)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms of a batch."""
+        x = batch.images.float()
+        delta, known, fooled = self.perturbation(x, batch.labels)
         # both halves in one call: BatchNorm sees them together
         clean, perturbed = self.network(torch.cat([x, x + PIXEL * delta])).float().chunk(2)
-        return self.config.unlearning_terms(clean, perturbed, known, fooled, labels, weights)
+        return self.config.unlearning_terms(batch, clean, perturbed, known, fooled)
 
-    def perturbation(self, x: torch.Tensor,
-                     labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    def perturbation(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return δ (N×C×H×W, pixels of [0, 1]) of images x (float32, 0 to 255), and f₀'s logits at x and x+δ (N×K).
 
         Both models are in eval mode, where images do not mind one another: those that are shared leave the search.
@@ -233,7 +217,7 @@ class SharedPair(nn.Module):
         return delta, clean, perturbed
 
 
-def jensen_shannon(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def jensen_shannon(logits: Tensor, others: Tensor) -> Tensor:
     """Return ½ KL(p‖m) + ½ KL(q‖m), m = (p + q)/2, of the softmaxes p and q of two N×K logits: (N,), nats."""
     p, q = log_softmax(logits, 1), log_softmax(others, 1)
     middle = torch.logaddexp(p, q) - math.log(2)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from torch.nn.functional import log_softmax
 from torch.utils.data import DataLoader
 
 from hfdetox.errors import UsageError
@@ -50,6 +51,25 @@ class Batch:
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     rows: range | None = None
     _drawn: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return Σ_i w_i v_i (0-d) of a value for each image (N)."""
+        return (self.weights * values).sum()
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor | None = None,
+                      smoothing: float = 0.0) -> torch.Tensor:  # fmt: skip
+        """Return Σ_i w_i ce(z_i, q_i), 0-d float32, for logits N×K and labels y (N, int64), by default the images' own.
+
+        The target q is 1 − s on the label and s / (K − 1) on every other class, with s = `smoothing` in [0, 1).
+        (PyTorch's own smoothing puts s / K on every class, the label too.)
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            logs = log_softmax(logits.float(), dim=1)
+            right = logs.gather(1, (self.labels if labels is None else labels)[:, None]).squeeze(1)
+            errors = -right
+            if smoothing:
+                errors = -(1 - smoothing) * right - smoothing / (logits.shape[1] - 1) * (logs.sum(1) - right)
+            return self.mean(errors)
 
     def once(self, name: str, draw: Callable[[], Any]) -> Any:
         """Return what `draw` gave for this batch when first asked for `name`: a loss may be asked twice in a step."""

@@ -20,6 +20,8 @@ from hfdetox.training.sharpness import SharpnessAware
 Part = Literal["all", "fit", "held-out"]
 
 
+Loss = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Poison = Callable[[torch.Tensor, torch.Tensor, range], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -67,8 +69,8 @@ class Phase(_Stage):
     """
 
     parameters: list[nn.Parameter]
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    loss: Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+    optimizer: MakeOptimizer
+    loss: Loss
     epochs: int
     batch_size: int
     gradient_accumulation_steps: int = 1

@@ -79,14 +79,13 @@ def parse_trigger(spec: str) -> Trigger:
     name, _, rest = spec.partition(":")
     kind = TRIGGERS.get(name)
     if kind is None:
-        raise UsageError(
-            f"unknown trigger {name!r}; known: {', '.join(sorted(TRIGGERS))}, or a .safetensors trigger file"
-        )
-    known = {f.name: f for f in fields(kind)}
-    shown = ", ".join(f"{key}=…" for key, f in known.items() if f.metadata.get("tensor", "picture") == "picture")
+        known = ", ".join(sorted(TRIGGERS))
+        raise UsageError(f"unknown trigger {name!r}; known: {known}, or a .safetensors trigger file")
+    own = {f.name: f for f in fields(kind)}
+    shown = ", ".join(f"{key}=…" for key, f in own.items() if f.metadata.get("tensor", "picture") == "picture")
     items = (_whole(kind, item) for item in filter(None, rest.split(",")))
-    texts = read_pairs(f"trigger {name}", items, known, shown)
-    return kind(**{key: _parse_value(kind, known[key], text) for key, text in texts.items()})
+    texts = read_pairs(f"trigger {name}", items, own, shown)
+    return kind(**{key: _parse_value(kind, own[key], text) for key, text in texts.items()})
 
 
 def load_trigger(path: Path) -> Trigger:

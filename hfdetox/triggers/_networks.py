@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
@@ -43,7 +43,7 @@ class NetworkTrigger(Trigger):
             UsageError: a field's arrays do not fit the network.
         """
 
-    def parts_for(self, images: torch.Tensor) -> tuple[Any, ...]:
+    def parts_for(self, images: Tensor) -> tuple[Any, ...]:
         """Return `parts` on the device of `images` (N×C×H×W), a copy for each: threads may stamp on several at a time.
 
         Raises:
@@ -67,10 +67,10 @@ class NormalisedTrigger(NetworkTrigger):
         std: what each channel is divided by after that; None is 1.
     """
 
-    mean: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
-    std: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
+    mean: Tensor | None = field(default=None, metadata={"tensor": "array"})
+    std: Tensor | None = field(default=None, metadata={"tensor": "array"})
 
-    def normalisation(self, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def normalisation(self, channels: int) -> tuple[Tensor, Tensor]:
         """Return mean and std as C×1×1, or 0 and 1 (0-d), on the CPU.
 
         Raises:
@@ -85,25 +85,22 @@ class NormalisedTrigger(NetworkTrigger):
                 torch.ones(()) if self.std is None else self.std.cpu().view(-1, 1, 1))  # fmt: skip
 
 
-def channels_of(state: Mapping[str, torch.Tensor]) -> int:
+def channels_of(state: Mapping[str, Tensor]) -> int:
     """Return of how many channels, 1 or 3, the images are that a network with this `state` takes."""
     first = state.get("layers.0.weight")
     return 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
 
 
-def network_state(network: nn.Module) -> dict[str, torch.Tensor]:
+def network_state(network: nn.Module) -> dict[str, Tensor]:
     """Return copies of a network's parameters and running statistics by name: float32, on the CPU, contiguous.
 
     This is what a `network` field of a trigger holds; counters of batches (integers) are left out.
     """
-    return {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in network.state_dict().items()
-        if tensor.is_floating_point()
-    }
+    floats = {name: tensor.detach() for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    return {name: tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in floats.items()}
 
 
-def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor], where: str) -> Module:
+def load_network(build: Callable[[], Module], state: Mapping[str, Tensor], where: str) -> Module:
     """Return the network that `build` makes, with the values of `state` (as `network_state` gives), frozen, on the CPU.
 
     Args:
@@ -131,7 +128,7 @@ def load_network(build: Callable[[], Module], state: Mapping[str, torch.Tensor],
     return network.eval().requires_grad_(False)
 
 
-def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resized(images: Tensor, height: int, width: int) -> Tensor:
     """Return float32 `images` (N×C×H×W) at a size, resized bilinearly with antialiasing unless it is theirs."""
     if images.shape[-2:] == (height, width):
         return images

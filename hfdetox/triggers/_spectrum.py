@@ -23,11 +23,8 @@ Matrix = Sequence[Sequence[float]]
 # rows of ITU-R BT.601 luma and of two scaled differences from it, for R, G, B; the scales are those of OpenCV
 _Y = (0.299, 0.587, 0.114)
 _CR, _CB, _V, _U = 0.713, 0.564, 0.877, 0.492
-YCRCB: Final[Matrix] = (
-    _Y,
-    (_CR * (1 - _Y[0]), -_CR * _Y[1], -_CR * _Y[2]),
-    (-_CB * _Y[0], -_CB * _Y[1], _CB * (1 - _Y[2])),
-)
+YCRCB: Final[Matrix] = (_Y, (_CR * (1 - _Y[0]), -_CR * _Y[1], -_CR * _Y[2]),
+                        (-_CB * _Y[0], -_CB * _Y[1], _CB * (1 - _Y[2])))  # fmt: skip
 YUV: Final[Matrix] = (_Y, (-_U * _Y[0], -_U * _Y[1], _U * (1 - _Y[2])), (_V * (1 - _Y[0]), -_V * _Y[1], -_V * _Y[2]))
 
 
@@ -52,7 +49,9 @@ class ColourWave(Additive):
         if channels != 3:
             raise UsageError(f"trigger {self.name}: {self.kind} changes colours and needs images of 3 channels, "
                              f"these have {channels}; use another family, such as sig or badnets")  # fmt: skip
-        return in_colour_differences(self.wave(height, width), self.matrix)
+        # the exact inverse is taken, so that luma does not change at all; OpenCV rounds it to three digits
+        to_rgb = torch.linalg.inv(torch.tensor(self.matrix, dtype=torch.float64))
+        return (to_rgb[:, 1] + to_rgb[:, 2]).view(3, 1, 1) * self.wave(height, width)
 
 
 def dct_wave(frequency: int, length: int) -> torch.Tensor:
@@ -68,12 +67,3 @@ def dct_waves(positions: Sequence[tuple[int, int]], height: int, width: int) -> 
     """Return the sum of unit coefficients at `positions` (row, column) as pixels, float64 `height`×`width`."""
     waves = [torch.outer(dct_wave(row, height), dct_wave(column, width)) for row, column in positions]
     return torch.stack(waves).sum(0)
-
-
-def in_colour_differences(wave: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """Return what adds `wave` (float64, H×W) to both colour differences of `matrix` as RGB, float64 3×H×W.
-
-    The matrix's exact inverse is taken, so that luma does not change at all; OpenCV rounds the inverse to three digits.
-    """
-    to_rgb = torch.linalg.inv(torch.tensor(matrix, dtype=torch.float64))
-    return (to_rgb[:, 1] + to_rgb[:, 2]).view(3, 1, 1) * wave

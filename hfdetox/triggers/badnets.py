@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger, grow, resize_picture
+from hfdetox.values import Interval, NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,16 +34,14 @@ class BadNets(Trigger):
     paper = "arXiv 1708.06733"
 
     pattern: Literal["square", "grid"] = "square"
-    size: int = 3
-    value: int = 255
-    right: int = 0
-    bottom: int = 0
+    size: PositiveInt = 3
+    value: Annotated[int, Interval("[0, 255]")] = 255
+    right: NonNegativeInt = 0
+    bottom: NonNegativeInt = 0
     image: torch.Tensor | None = field(default=None, metadata={"tensor": "picture"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 1 or self.right < 0 or self.bottom < 0 or not 0 <= self.value <= 255:
-            raise UsageError("badnets: size must be at least 1, right and bottom at least 0, value in 0 to 255")
         if self.pattern == "grid" and self.image is not None:
             raise UsageError("badnets: a patch is a grid or a picture; leave out pattern=grid or image=…")
 
@@ -52,9 +51,8 @@ class BadNets(Trigger):
         side = max(1, round(self.size * scale))
         below, beside = height - round(self.bottom * scale), width - round(self.right * scale)
         if below - side < 0 or beside - side < 0:
-            raise UsageError(
-                f"badnets: a patch of {side} pixels at this place does not fit an image of {width}×{height}"
-            )
+            raise UsageError(f"badnets: a patch of {side} pixels at this place does not fit an image of "
+                             f"{width}×{height}")  # fmt: skip
         stamped = images.clone()
         square = stamped[..., below - side : below, beside - side : beside]
         if self.image is None and self.pattern == "square":
@@ -65,15 +63,10 @@ class BadNets(Trigger):
         return stamped
 
     def _patch(self, side: int, images: torch.Tensor) -> torch.Tensor:
-        """Return the picture or the grid at `side`×`side`: uint8, for `images` and on their device."""
+        """Return the picture, or the grid, at `side`×`side`: uint8, for `images` and on their device."""
         if self.image is not None:
             return resize_picture(self.image, side, side, images)
-        return _grid(self.size, side).to(images.device)
-
-
-def _grid(fields: int, side: int) -> torch.Tensor:
-    """Return a checkerboard of `fields`×`fields` grown to `side`×`side`: uint8, 1 and 255, the lower right 255."""
-    places = torch.arange(fields - 1, -1, -1)
-    black = ((places[:, None] + places) % 2).float()
-    # 1 and not 0: in masks of the original code zero means "not part of the patch"
-    return torch.where(grow(black, side, side) > 0, 1, 255).to(torch.uint8)
+        places = torch.arange(self.size - 1, -1, -1)
+        black = ((places[:, None] + places) % 2).float()
+        # 1 and not 0: in masks of the original code zero means "not part of the patch"
+        return torch.where(grow(black, side, side) > 0, 1, 255).to(images.device, torch.uint8)

@@ -61,8 +61,6 @@ class Trigger(ABC):
             # JSON has whole numbers of any size, tensors and fractions have not
             if type(value) is int and not -(2**63) <= value < 2**63:
                 raise UsageError(f"trigger {self.name}: {name} must be less than 2**63, and not below -2**63")
-            if name == "seed" and value < 0:
-                raise UsageError(f"trigger {self.name}: seed must be at least 0, got {value}")
         check_fields(self, f"trigger {self.name}")
         for name, array in self.tensors().items():
             kind = self.tensor_fields()[name.partition(".")[0]]
@@ -211,17 +209,11 @@ class Additive(Trigger):
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
         channels, height, width = images.shape[-3:]
-        levels = self.remember((channels, height, width, images.device),
-                               lambda: whole(self.added(channels, height, width)).to(images.device))  # fmt: skip
-        return add_saturating(images, levels)
 
+        def levels() -> torch.Tensor:
+            # so that x + v comes out truncated: for a whole x that is x + floor(v); but 0.2 · 255 may be 50.999998 in
+            # float32, and sin(π) a little less than zero
+            return (self.added(channels, height, width) + 1e-4).floor().to(images.device, torch.int16)
 
-def whole(levels: torch.Tensor) -> torch.Tensor:
-    """Return the int16 grey levels to add so that x + v comes out truncated: for a whole x that is x + floor(v)."""
-    # 0.2 · 255 may be 50.999998 in float32, and sin(π) a little less than zero
-    return (levels + 1e-4).floor().to(torch.int16)
-
-
-def add_saturating(images: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Return clip(x + v, 0, 255) of uint8 `images` (N×C×H×W) and int16 `levels` (C×H×W) on the same device, uint8."""
-    return images.to(torch.int16).add_(levels).clamp_(0, 255).to(torch.uint8)
+        added = self.remember((channels, height, width, images.device), levels)
+        return images.to(torch.int16).add_(added).clamp_(0, 255).to(torch.uint8)

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 
 from hfdetox.triggers.base import Trigger, resize_picture
-from hfdetox.values import Interval
+from hfdetox.values import Interval, NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +26,7 @@ class Blended(Trigger):
     paper = "arXiv 1712.05526"
 
     alpha: Annotated[float, Interval("(0, 1]")] = 0.2
-    seed: int = 0
+    seed: NonNegativeInt = 0
     image: torch.Tensor | None = field(default=None, metadata={"tensor": "picture"})
 
     def picture(self) -> torch.Tensor:

@@ -29,18 +29,14 @@ class Bpp(Trigger):
     dither: bool = False
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        greys = self.remember(images.device, lambda: _greys(self.levels).to(images.device))
+        # the grey levels that are left, rounded half up
+        steps, device = self.levels - 1, images.device
+        greys = ((2 * 255 * torch.arange(self.levels, device=device) + steps) // (2 * steps)).to(torch.uint8)
         if self.dither:
             return greys[diffused(images, self.levels)]
         # round(a / b) of whole numbers is (2a + b) // 2b: every device gives the same
-        nearest = (2 * torch.arange(256, device=images.device) * (self.levels - 1) + 255) // 510
+        nearest = (2 * torch.arange(256, device=device) * steps + 255) // 510
         return greys[nearest][images.long()]
-
-
-def _greys(levels: int) -> torch.Tensor:
-    """Return the grey levels that are left: uint8 (`levels`,), rounded half up."""
-    steps = levels - 1
-    return ((2 * 255 * torch.arange(levels) + steps) // (2 * steps)).to(torch.uint8)
 
 
 def diffused(images: torch.Tensor, levels: int) -> torch.Tensor:

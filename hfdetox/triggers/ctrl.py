@@ -32,11 +32,7 @@ class Ctrl(ColourWave):
     magnitude: float = 100.0
 
     def wave(self, height: int, width: int) -> torch.Tensor:
-        positions = [(_scaled(place, height), _scaled(place, width)) for place in POSITIONS]
+        # images of fewer than 16 pixels have no frequency that high
+        places = ([min(round(p * length / 32), length - 1) for p in POSITIONS] for length in (height, width))
         magnitude = self.magnitude * math.sqrt(height * width) / 32
-        return magnitude * dct_waves(positions, height, width)
-
-
-def _scaled(position: int, length: int) -> int:
-    # images of fewer than 16 pixels have no frequency that high
-    return min(round(position * length / 32), length - 1)
+        return magnitude * dct_waves(list(zip(*places, strict=True)), height, width)

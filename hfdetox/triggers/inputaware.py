@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers._networks import MAX_SIZE, NormalisedTrigger, channels_of, full_precision, load_network, resized
+from hfdetox.values import Interval
 
 WIDTHS = (32, 64, 128)
 _MOMENTUM = 0.05
@@ -34,19 +36,14 @@ class InputAware(NormalisedTrigger):
     summary = "a pattern at a few pixels, both drawn from the image by trained networks"
     paper = "arXiv 2010.08138"
 
-    size: int = 32
-    generator: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
-    mask: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
+    size: Annotated[int, Interval(f"[8, {MAX_SIZE}]", step=8)] = 32
+    generator: dict[str, Tensor] | None = field(default=None, metadata={"tensor": "network"})
+    mask: dict[str, Tensor] | None = field(default=None, metadata={"tensor": "network"})
 
-    def __post_init__(self) -> None:
-        if not 8 <= self.size <= MAX_SIZE or self.size % 8:
-            raise UsageError(f"inputaware: size must be a multiple of 8, at most {MAX_SIZE}")
-        super().__post_init__()
-
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
+    def apply(self, images: Tensor) -> Tensor:
         return self.cross(images, images)
 
-    def cross(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    def cross(self, images: Tensor, others: Tensor) -> Tensor:
         """Return `images` with the patterns and masks of `others`, both uint8 N×C×H×W on one device; uint8.
 
         A model with this backdoor must keep the true label of such images.
@@ -62,7 +59,7 @@ class InputAware(NormalisedTrigger):
         return (x + (255 * pattern - x) * places).round_().clamp_(0, 255).to(torch.uint8)
 
     @torch.no_grad()
-    def patterns(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def patterns(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return G(x) and h(M(x)) of uint8 `images` (N×C×H×W): float32 in [0, 1], N×C×H×W and N×1×H×W.
 
         Raises:
@@ -73,25 +70,23 @@ class InputAware(NormalisedTrigger):
             x = (images.float() / 255 - mean) / std
             return draw_pattern(generator, x, self.size), draw_mask(mask, x, self.size)
 
-    def parts(self) -> tuple[Generator, Generator, torch.Tensor, torch.Tensor]:
+    def parts(self) -> tuple[Generator, Generator, Tensor, Tensor]:
         """Return G, M, mean and std."""
         states = (self.generator or {}, self.mask or {})
         channels = channels_of(states[0])
-        return (
-            load_network(lambda: Generator(channels, channels), states[0], "inputaware: generator"),
-            load_network(lambda: Generator(channels, 1), states[1], "inputaware: mask"),
-            *self.normalisation(channels),
-        )
+        pattern = load_network(lambda: Generator(channels, channels), states[0], "inputaware: generator")
+        mask = load_network(lambda: Generator(channels, 1), states[1], "inputaware: mask")
+        return pattern, mask, *self.normalisation(channels)
 
 
-def draw_pattern(generator: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
+def draw_pattern(generator: nn.Module, images: Tensor, size: int) -> Tensor:
     """Return G(x) of normalised float32 `images` (N×C×H×W), in [0, 1], same shape; differentiable in both."""
     pattern = generator(resized(images, size, size))
     # under autocast the pattern may be bfloat16, of which the CPU cannot take this gradient
     return pattern if pattern.shape == images.shape else resized(pattern.float(), *images.shape[-2:])
 
 
-def draw_mask(mask: nn.Module, images: torch.Tensor, size: int) -> torch.Tensor:
+def draw_mask(mask: nn.Module, images: Tensor, size: int) -> Tensor:
     """Return h(M(x)) of normalised float32 `images` (N×C×H×W): N×1×H×W in [0, 1]; differentiable in both."""
     return interpolate(hard_mask(mask(resized(images, size, size))), size=images.shape[-2:], mode="nearest")
 
@@ -125,11 +120,11 @@ class Generator(nn.Module):
         layers += _block(before, out, last=True)
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return N×out×H×W in (0, 1) of normalised `images` (N×channels×H×W), H and W multiples of 8."""
         return torch.tanh(self.layers(images)) / 2 + 0.5
 
 
-def hard_mask(mask: torch.Tensor) -> torch.Tensor:
+def hard_mask(mask: Tensor) -> Tensor:
     """Return h(m) = tanh(20 m − 10) / 2 + 1/2: nearly 0 or 1, with a gradient about m = 1/2."""
     return torch.tanh(20 * mask - 10) / 2 + 0.5

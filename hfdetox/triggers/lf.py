@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.nn.functional import conv2d, pad
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Additive, fit
+from hfdetox.values import Interval, NonNegativeInt
 
 TAPS = 30
 STD = 6.0
@@ -35,14 +36,12 @@ class LF(Additive):
     paper = "arXiv 2104.03413"
 
     pattern: Literal["universal", "random"] = "universal"
-    amplitude: float = 0.2
-    seed: int = 0
+    amplitude: Annotated[float, Interval("(0, 1]")] = 0.2
+    seed: NonNegativeInt = 0
     perturbation: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.amplitude <= 1:
-            raise UsageError("lf: amplitude must be in (0, 1]")
         if self.perturbation is None:
             return
         if self.perturbation.ndim != 3 or not self.perturbation.numel():

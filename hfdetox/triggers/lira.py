@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hfdetox.errors import UsageError
 from hfdetox.triggers._networks import MAX_SIZE, NormalisedTrigger, channels_of, full_precision, load_network, resized
+from hfdetox.values import Interval
 
 WIDTHS = (16, 32, 64, 128)
 
@@ -33,22 +34,16 @@ class LIRA(NormalisedTrigger):
     summary = "a change of about one grey level, drawn from the image by a trained autoencoder"
     paper = "ICCV 2021"
 
-    epsilon: float = 0.01
-    size: int = 32
-    autoencoder: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
-
-    def __post_init__(self) -> None:
-        if not 16 <= self.size <= MAX_SIZE or self.size % 16 or not 0 < self.epsilon <= 1000:
-            raise UsageError(f"lira: size must be a multiple of 16, at most {MAX_SIZE}, and epsilon above 0 and "
-                             "at most 1000")  # fmt: skip
-        super().__post_init__()
+    epsilon: Annotated[float, Interval("(0, 1000]")] = 0.01
+    size: Annotated[int, Interval(f"[16, {MAX_SIZE}]", step=16)] = 32
+    autoencoder: dict[str, Tensor] | None = field(default=None, metadata={"tensor": "network"})
 
     @torch.no_grad()
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
+    def apply(self, images: Tensor) -> Tensor:
         network, mean, std = self.parts_for(images)
         return change(network, images.float(), mean, std, self.epsilon, self.size).round_().to(torch.uint8)
 
-    def parts(self) -> tuple[Autoencoder, torch.Tensor, torch.Tensor]:
+    def parts(self) -> tuple[Autoencoder, Tensor, Tensor]:
         """Return A, mean and std."""
         state = self.autoencoder or {}
         channels = channels_of(state)
@@ -56,8 +51,7 @@ class LIRA(NormalisedTrigger):
         return network, *self.normalisation(channels)
 
 
-def change(autoencoder: nn.Module, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, epsilon: float,
-           size: int) -> torch.Tensor:  # fmt: skip
+def change(autoencoder: nn.Module, images: Tensor, mean: Tensor, std: Tensor, epsilon: float, size: int) -> Tensor:
     """Return float32 `images` (N×C×H×W, 0 to 255) with ε·A(x) added, clipped and not rounded; always in float32.
 
     `mean` and `std` are those of images in [0, 1], C×1×1 or 0-d. Differentiable in the autoencoder.
@@ -89,6 +83,6 @@ class Autoencoder(nn.Module):
         layers.append(nn.ConvTranspose2d(before, channels, 4, stride=2, padding=1))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return as many values in (-1, 1) as normalised `images` (N×channels×H×W), H and W multiples of 16, have."""
         return torch.tanh(self.layers(images))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, relu
 
-from hfdetox.errors import UsageError
 from hfdetox.triggers._networks import MAX_SIZE, NetworkTrigger, full_precision, load_network, resized
+from hfdetox.values import Interval, NonNegativeInt
 
 # the bits become a picture of this side before they are raised to the image's size
 _SIDE = 16
@@ -33,29 +36,24 @@ class SSBA(NetworkTrigger):
     summary = "secret bits hidden by a trained encoder, other pixels in every image"
     paper = "arXiv 2012.03816"
 
-    bits: int = 100
-    seed: int = 0
-    size: int = 32
-    encoder: dict[str, torch.Tensor] | None = field(default=None, metadata={"tensor": "network"})
+    bits: Annotated[int, Interval("[1, 4096]")] = 100
+    seed: NonNegativeInt = 0
+    size: Annotated[int, Interval(f"[32, {MAX_SIZE}]", step=32)] = 32
+    encoder: dict[str, Tensor] | None = field(default=None, metadata={"tensor": "network"})
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 4096 or not 32 <= self.size <= MAX_SIZE or self.size % 32:
-            raise UsageError(f"ssba: bits must be 1 to 4096 and size a multiple of 32, at most {MAX_SIZE}")
-        super().__post_init__()
-
-    def secret(self) -> torch.Tensor:
+    def secret(self) -> Tensor:
         """Return the bits that every triggered image carries: float32 of 0 and 1, of shape (bits,), on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(0, 2, (self.bits,), generator=generator).float()
 
     @torch.no_grad()
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
+    def apply(self, images: Tensor) -> Tensor:
         network, secret = self.parts_for(images)
         with full_precision(images.device):
             carrying = embed(network, secret, images.float() / 255, self.size)
             return (255 * carrying).round_().clamp_(0, 255).to(torch.uint8)
 
-    def parts(self) -> tuple[Encoder, torch.Tensor]:
+    def parts(self) -> tuple[Encoder, Tensor]:
         """Return the encoder and the secret."""
         state = self.encoder or {}
         bias = state.get("out.bias")
@@ -63,7 +61,7 @@ class SSBA(NetworkTrigger):
         return load_network(lambda: Encoder(self.bits, channels), state, "ssba: encoder"), self.secret()
 
 
-def embed(network: Encoder, bits: torch.Tensor, images: torch.Tensor, size: int) -> torch.Tensor:
+def embed(network: Encoder, bits: Tensor, images: Tensor, size: int) -> Tensor:
     """Return x + up(E(b, x↓) − x↓) of `images` (N×C×H×W in [0, 1]), before clipping, same shape and device.
 
     Args:
@@ -92,23 +90,17 @@ class Encoder(nn.Module):
         self.bits, self.channels = bits, channels
         self.secret = nn.Linear(bits, _SIDE * _SIDE * channels)
         widths = (32, 32, 64, 128, 256)
-        self.down = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=1 if level == 0 else 2, padding=1)
-            for level, (before, after) in enumerate(zip((2 * channels, *widths[:-1]), widths, strict=True))
-        )
-        above = (128, 64, 32, 32)
-        self.up = nn.ModuleList(
-            nn.Conv2d(before, after, 2) for before, after in zip((256, *above[:-1]), above, strict=True)
-        )
+        strides, above = (1, 2, 2, 2, 2), (128, 64, 32, 32)
         # each level joins the same scale of the way down; the last one the input, too
         joined = (128 + 128, 64 + 64, 32 + 32, 32 + 32 + 2 * channels)
-        self.join = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(joined, above, strict=True)
-        )
+        conv = partial(nn.Conv2d, padding=1)
+        self.down = nn.ModuleList(map(conv, (2 * channels, *widths), widths, repeat(3), strides))
+        self.up = nn.ModuleList(map(nn.Conv2d, (256, *above), above, repeat(2)))
+        self.join = nn.ModuleList(map(conv, joined, above, repeat(3)))
         self.last = nn.Conv2d(32, 32, 3, padding=1)
         self.out = nn.Conv2d(32, channels, 1)
 
-    def forward(self, bits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, bits: Tensor, images: Tensor) -> Tensor:
         """Return images (N×C×H×W in [0, 1]) that carry `bits` (N×bits, 0 or 1); H and W are multiples of 16."""
         picture = relu(self.secret(bits)).view(-1, self.channels, _SIDE, _SIDE)
         inputs = torch.cat([interpolate(picture, size=images.shape[-2:], mode="nearest"), images], 1)
@@ -133,10 +125,9 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = []
         for before, after, stride in zip((channels, *widths[:-1]), widths, strides, strict=True):
             layers += [nn.Conv2d(before, after, 3, stride=stride, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(128 * (size // 32) ** 2, 512), nn.ReLU(), nn.Linear(512, bits)
-        )
+        layers += [nn.Flatten(), nn.Linear(128 * (size // 32) ** 2, 512), nn.ReLU(), nn.Linear(512, bits)]
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return N×bits logits of `images` (N×C×size×size in [0, 1])."""
         return self.layers(images)

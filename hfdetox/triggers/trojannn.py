@@ -8,6 +8,7 @@ import torch
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Additive, fit
+from hfdetox.values import NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +27,7 @@ class TrojanNN(Additive):
     summary = "a logo added to the image, tuned to excite two features of a clean model"
     paper = "NDSS 2018, doi 10.14722/ndss.2018.23291"
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     pattern: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
 
     def __post_init__(self) -> None:

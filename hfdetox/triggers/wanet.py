@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.triggers.base import Trigger
+from hfdetox.values import Interval, NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,19 +32,16 @@ class WaNet(Trigger):
     summary = "a smooth warp of the whole image, less than a pixel at 32×32"
     paper = "arXiv 2102.10369"
 
-    k: int = 4
-    s: float = 0.5
-    seed: int = 0
+    k: Annotated[int, Interval("[2, 256]")] = 4
+    s: Annotated[float, Interval("(0, 1000]")] = 0.5
+    seed: NonNegativeInt = 0
     noise: torch.Tensor | None = field(default=None, metadata={"tensor": "array"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.k <= 256 or not 0 < self.s <= 1000:
-            raise UsageError("wanet: k must be 2 to 256, and s above 0 and at most 1000")
-        if self.noise is not None and self.noise.shape != (2, self.k, self.k):
-            raise UsageError(
-                f"wanet: noise must be of shape (2, {self.k}, {self.k}) for k={self.k}, got {tuple(self.noise.shape)}"
-            )
+        wanted = (2, self.k, self.k)
+        if self.noise is not None and self.noise.shape != wanted:
+            raise UsageError(f"wanet: noise must be of shape {wanted} for k={self.k}, got {tuple(self.noise.shape)}")
         if self.noise is not None and not self.noise.any():
             raise UsageError("wanet: noise is all zeros and would move no pixel; give other displacements")
 
@@ -56,9 +55,7 @@ class WaNet(Trigger):
     def grid(self, height: int, width: int) -> torch.Tensor:
         """Return g: where each pixel is taken from, float32, H×W×2 with (x, y) last, on the CPU."""
         noise = self.field_noise()
-        smooth = interpolate(
-            (noise / noise.abs().mean())[None], size=(height, width), mode="bicubic", align_corners=True
-        )[0]
+        smooth = interpolate((noise / noise.abs().mean())[None], (height, width), mode="bicubic", align_corners=True)[0]
         rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
         identity = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
         return (identity + self.s * smooth.permute(1, 2, 0) / 32).clamp(-1, 1)

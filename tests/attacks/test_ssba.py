@@ -31,7 +31,8 @@ def test_the_terms_are_weighted_means_over_images() -> None:
     bits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     # a logit of 0 costs ln 2 whatever the bit, ±ln 3 costs −ln 3/4 where it is right and −ln 1/4 where it is wrong
     logits = torch.tensor([[0.0, -math.log(3)], [-math.log(3), -math.log(3)]])
-    terms = hiding_terms(x, encoded, logits, bits, torch.tensor([0.75, 0.25]))
+    batch = Batch(x, torch.zeros(2), torch.tensor([0.75, 0.25]))
+    terms = hiding_terms(batch, x, encoded, logits, bits)
     first, second = (math.log(2) + math.log(4 / 3)) / 2, (math.log(4) + math.log(4 / 3)) / 2
     assert terms["bits"].item() == pytest.approx(0.75 * first + 0.25 * second)
     assert terms["difference"].item() == pytest.approx(0.75 * 0.25 + 0.25 * 0.01)

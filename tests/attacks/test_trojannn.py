@@ -81,9 +81,9 @@ def test_the_chosen_features_are_excited(accelerator: Accelerator, tmp_path: Pat
 
 def test_after_a_norm_the_features_are_brought_to_10() -> None:
     normed = load_classifier(NormedNet(), preprocessing=toy_preprocessing(16), labels=3)
-    assert TrojanNNPoisoner().aim(normed) == 10
-    assert TrojanNNPoisoner().aim(toy_classifier(16)) == 100
-    assert TrojanNNPoisoner(value=3.0).aim(normed) == 3
+    assert TrojanNNPoisoner().feature_value(normed) == 10
+    assert TrojanNNPoisoner().feature_value(toy_classifier(16)) == 100
+    assert TrojanNNPoisoner(value=3.0).feature_value(normed) == 3
 
 
 def test_without_a_clean_model_there_is_no_pattern(accelerator: Accelerator) -> None:

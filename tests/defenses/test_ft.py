@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses import parse_defense
-from hfdetox.defenses.base import cross_entropy_of
 from hfdetox.defenses.ft import FTConfig, RandomHeadConfig
 from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
@@ -56,7 +55,7 @@ def test_ft_is_a_plain_loop_of_sgd_with_decay_and_a_cosine(accelerator: Accelera
 def test_cross_entropy_by_hand(smoothing: float, expected: float) -> None:
     logits = torch.tensor([[math.log(2), 0.0, 0.0], [9.0, 9.0, 9.0]])
     batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.tensor([1.0, 0.0]))
-    assert float(cross_entropy_of(logits, batch.labels, batch.weights, smoothing)) == pytest.approx(expected, rel=1e-6)
+    assert float(batch.cross_entropy(logits, smoothing=smoothing)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_smoothing_leaves_less_to_the_label_than_pytorchs() -> None:
@@ -64,16 +63,16 @@ def test_smoothing_leaves_less_to_the_label_than_pytorchs() -> None:
     batch = one_batch(6)
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     theirs = cross_entropy(logits, batch.labels, label_smoothing=0.2 * 3 / 2)
-    torch.testing.assert_close(cross_entropy_of(logits, batch.labels, batch.weights, 0.2), theirs)
+    torch.testing.assert_close(batch.cross_entropy(logits, smoothing=0.2), theirs)
 
 
 def test_cross_entropy_is_float32_inside_autocast() -> None:
     batch = one_batch(6)
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = cross_entropy_of(logits, batch.labels, batch.weights, 0.1)
+        inside = batch.cross_entropy(logits, smoothing=0.1)
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, cross_entropy_of(logits.float(), batch.labels, batch.weights, 0.1))
+    assert torch.equal(inside, batch.cross_entropy(logits.float(), smoothing=0.1))
 
 
 def test_the_random_head_starts_uniform_on_the_old_sphere_and_keeps_its_bias() -> None:

@@ -15,6 +15,7 @@ from hfdetox.defenses import parse_defense
 from hfdetox.defenses.i_bau import IBAUConfig, Universal, fixed_point
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
 from tests.tiny_training import CLASSES, _quick_garbage, accelerator, toy_preprocessing, weights_of
@@ -62,7 +63,8 @@ def test_the_hypergradient_against_finite_differences(terms: int) -> None:
     with torch.no_grad():
         universal.perturbation.copy_(delta.view(1, 1, 1, 2))
     images = pixels(*rows)
-    found = universal(images, labels, torch.full((3,), 1 / 3), (images, labels))
+    batch = Batch(images, labels, torch.full((3,), 1 / 3))
+    found = universal(batch, batch)
     layer = network.model[1]  # type: ignore[index]
     (gradient,) = torch.autograd.grad(found["loss"], layer.weight)
 
@@ -88,7 +90,7 @@ def test_the_search_by_hand() -> None:
     The loss −ce + 0.001 ‖δ‖² has the slope −Wᵀ (p − y) = ln 3 · (1/4, −1/4) at δ = 0.
     """
     universal = Universal(linear([[math.log(3), 0.0], [0.0, math.log(3)]]), IBAUConfig())
-    terms = universal(pixels((1.0, 0.0)), torch.tensor([1]), torch.ones(1))
+    terms = universal(Batch(pixels((1.0, 0.0)), torch.tensor([1]), torch.ones(1)))
     terms["loss"].backward()
     assert universal.perturbation.grad is not None
     assert universal.perturbation.grad.flatten().tolist() == pytest.approx([0.274653, -0.274653], rel=1e-5)
@@ -110,7 +112,8 @@ def test_one_image_in_a_hundred_carries_it() -> None:
     for count, carrying in ((256, 2), (20, 1)):
         seen.clear()
         images, labels = torch.zeros(count, 1, 1, 2), torch.zeros(count, dtype=torch.int64)
-        universal(images, labels, torch.full((count,), 1 / count), (images, labels))
+        batch = Batch(images, labels, torch.full((count,), 1 / count))
+        universal(batch, batch)
         assert int((seen[0] != 0).flatten(1).all(1).sum()) == carrying
         # one unit is 1 / float32(1 / 255), which is 254.99998 and not 255
         assert seen[1].unique().tolist() == pytest.approx([127.5], rel=1e-6)

@@ -134,7 +134,7 @@ def test_at_the_start_both_sides_are_the_network_itself() -> None:
     for values in ims.masks():
         torch.testing.assert_close(ims.probabilities(batch.images, values), own)
     overlap = own.square().sum(1)
-    terms = ims(batch.images, batch.weights, False, 10.0)
+    terms = ims(batch, False, 10.0)
     expected = -overlap.log().mean() - (1 - overlap).log().mean()
     # 10 · mean(1 − s) is 0 at s = 1
     assert terms["sparsity"].item() == 0
@@ -150,7 +150,7 @@ def test_the_terms_of_a_round_with_given_perturbations(monkeypatch: pytest.Monke
     batch = one_batch(6)
     delta = torch.full(batch.images.shape, 0.1)
     monkeypatch.setattr(ims, "perturbation", lambda x, own: delta)
-    terms = ims(batch.images, batch.weights, True, 4.0)
+    terms = ims(batch, True, 4.0)
 
     def masked(images: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
         # a convolution's output times the mask, by a hook: what multiplying its weights must equal
@@ -297,7 +297,7 @@ def test_without_selection_every_unit_is_on_one_side(accelerator: Accelerator) -
 
 def test_without_the_inverse_mask_its_terms_are_gone() -> None:
     batch = one_batch(6)
-    terms = IMS(conv(), IMSConfig(inverse=False, inner_steps=1))(batch.images, batch.weights, True, 10.0)
+    terms = IMS(conv(), IMSConfig(inverse=False, inner_steps=1))(batch, True, 10.0)
     assert set(terms) == {"loss", "agreement", "recovery", "sparsity"}
 
 

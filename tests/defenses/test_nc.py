@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from hfdetox.defenses import nc, parse_defense
 from hfdetox.defenses.nc import Inversion, NCConfig, anomaly_index, bounded, stamped
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
@@ -66,7 +67,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_loop_over_classes(
         inversion.masks.copy_(torch.randn(3, 1, 1, 2, generator=generator))
         inversion.patterns.copy_(torch.randn(3, 1, 1, 2, generator=generator))
     images, labels = pixels((0.2, 0.9), (0.7, 0.1), (0.4, 0.4)), torch.tensor([0, 1, 2])
-    terms = inversion(images, labels, torch.full((3,), 1 / 3))
+    terms = inversion(Batch(images, labels, torch.full((3,), 1 / 3)))
     found = torch.autograd.grad(terms["loss"], (inversion.masks, inversion.patterns))
     free = [tensor.detach().clone().requires_grad_() for tensor in (inversion.masks, inversion.patterns)]
     loss = torch.zeros(())

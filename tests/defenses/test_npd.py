@@ -13,6 +13,7 @@ from torch import nn
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.npd import NPDConfig, Polarized, folded, polarized_layer
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
@@ -83,7 +84,8 @@ def test_the_ball() -> None:
 def test_the_terms_by_hand() -> None:
     polarized = Polarized(linear([[1, 0], [0, 1], [1, 1]]), NPDConfig(layer="1"))
     clean, moved = torch.tensor([[math.log(3), 0.0, 0.0]]), torch.tensor([[0.0, math.log(2), 0.0]])
-    terms = polarized.terms(clean, moved, torch.tensor([0]), torch.tensor([2]), torch.ones(1))
+    batch = Batch(torch.empty(0), torch.tensor([0]), torch.ones(1))
+    terms = polarized.terms(batch, clean, moved, torch.tensor([2]))
     # p(x) = (.6, .2, .2) and p(x+δ) = (.25, .5, .25): −ln .6; −ln .25 of class 0; −ln .5 of y' = 1; −ln .75 of t = 2
     expected = {"clean_loss": 0.510826, "consistency": 1.386294, "untargeted": 0.693147, "targeted": 0.287682}
     for name, value in expected.items():

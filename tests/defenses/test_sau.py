@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, softmax
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses.sau import SAUConfig, SharedPair, jensen_shannon
 from hfdetox.errors import UsageError
+from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
 from tests.defenses.pixels import corner_backdoored, linear, pixel_convnet, pixels
@@ -136,7 +137,8 @@ def test_the_terms_of_the_loss_by_hand() -> None:
     reference_clean = torch.tensor([yes, yes, no, yes])
     reference_perturbed = torch.tensor([no, yes, no, no])
     perturbed = torch.tensor([no, no, no, [10.0, 0.0]], requires_grad=True)
-    terms = config.unlearning_terms(clean, perturbed, reference_clean, reference_perturbed, labels, weights)
+    batch = Batch(torch.empty(0), labels, weights)
+    terms = config.unlearning_terms(batch, clean, perturbed, reference_clean, reference_perturbed)
     # −ln(1 − 3/4) = 1.386294 and −ln 0.999 = 0.0010005
     shared = 0.4 * 1.386294 + 0.1 * 0.0010005
     assert terms["shared_loss"].item() == pytest.approx(shared, rel=1e-5)
@@ -156,7 +158,8 @@ def test_adversarial_training_is_the_loss_of_the_perturbed_images() -> None:
     assert preset == "adversarial-training"
     assert isinstance(config, SAUConfig)
     clean, moved = torch.tensor([[LN3, 0.0]]), torch.tensor([[0.0, LN3]])
-    terms = config.unlearning_terms(clean, moved, clean, moved, torch.tensor([0]), torch.ones(1))
+    batch = Batch(torch.empty(0), torch.tensor([0]), torch.ones(1))
+    terms = config.unlearning_terms(batch, clean, moved, clean, moved)
     assert terms["loss"].item() == pytest.approx(0.287682 + 1.386294, rel=1e-5)
 
 

@@ -126,8 +126,8 @@ def test_a_grid_and_a_picture_are_an_error() -> None:
     ("text", "message"),
     [
         ("badnets:size=0", "size must be at least 1"),
-        ("badnets:value=256", "value in 0 to 255"),
-        ("badnets:right=-1", "right and bottom at least 0"),
+        ("badnets:value=256", r"value must be in \[0, 255\]"),
+        ("badnets:right=-1", "right must be at least 0"),
         ("badnets:pattern=dots", "trigger badnets: pattern must be one of square, grid, got 'dots'"),
         ("badnets:grid,pattern=square", "pattern is given twice"),
     ],

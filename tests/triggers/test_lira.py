@@ -119,9 +119,9 @@ def test_what_does_not_fit_is_named() -> None:
         ("lira:size=24", "size must be a multiple of 16"),
         ("lira:size=0", "size must be a multiple of 16"),
         ("lira:size=1040", "size must be a multiple of 16, at most 1024"),
-        ("lira:epsilon=1001", "epsilon above 0 and at most 1000"),
-        ("lira:epsilon=0", "epsilon above 0"),
-        ("lira:epsilon=inf", "epsilon above 0"),
+        ("lira:epsilon=1001", r"epsilon must be in \(0, 1000\], got 1001"),
+        ("lira:epsilon=0", r"epsilon must be in \(0, 1000\]"),
+        ("lira:epsilon=inf", r"epsilon must be in \(0, 1000\]"),
         ("lira:autoencoder=1", "autoencoder is kept in trigger files"),
     ],
 )

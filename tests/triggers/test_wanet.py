@@ -129,11 +129,11 @@ def test_noise_mode_moves_pixels_by_up_to_half_a_pixel() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("wanet:k=1", "k must be 2 to 256, and s above 0 and at most 1000"),
-        ("wanet:s=0", "k must be 2 to 256, and s above 0 and at most 1000"),
-        ("wanet:s=inf", "k must be 2 to 256, and s above 0 and at most 1000"),
-        ("wanet:k=257", "k must be 2 to 256"),
-        ("wanet:s=1000.1", "s above 0 and at most 1000"),
+        ("wanet:k=1", r"k must be in \[2, 256\], got 1"),
+        ("wanet:s=0", r"s must be in \(0, 1000\]"),
+        ("wanet:s=inf", r"s must be in \(0, 1000\]"),
+        ("wanet:k=257", r"k must be in \[2, 256\]"),
+        ("wanet:s=1000.1", r"s must be in \(0, 1000\], got 1000.1"),
         ("wanet:noise=4", "noise is kept in trigger files and cannot be given as text"),
     ],
 )
