@@ -56,7 +56,8 @@ ifneq ($(TORCH_INDEX),)
 	  print(*(d for d in deps if d.startswith("torch")), sep="\n")' | \
 	  $(BIN)/uv pip install --python $(LOWEST) --resolution lowest --no-deps --index-url $(TORCH_INDEX) --requirements -
 endif
-	$(BIN)/uv pip install --python $(LOWEST) --resolution lowest-direct --editable '.[test]'
+	$(BIN)/uv pip install --python $(LOWEST) --resolution lowest-direct \
+	  --reinstall-package setuptools --editable '.[test]'
 	@touch $@
 
 test-lowest: $(LOWEST_STAMP)

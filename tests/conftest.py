@@ -66,6 +66,13 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_ROOT, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Begin each test with the same random numbers, whatever ran before it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """The session's Hub, without faults, with an empty log and the accounts of the start. Repos stay between tests."""

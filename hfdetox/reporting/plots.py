@@ -105,9 +105,10 @@ def draw_before_after(report: Report) -> Figure | None:
             places = np.arange(len(bars)) + (state - 0.5) * 0.4
             measured = [rates[state] for rates in bars.values()]
             values, lows, highs = 100 * np.array([[rate.value, *rate.interval] for rate in measured]).T
-            # rounding in a hand-written report may put the value a hair outside its interval
+            # rounding in a hand-written report may put the value a hair outside its interval; a list, for older
+            # matplotlib asks NumPy whether an array of one is finite
             shown = axes.barh(places, values, 0.38, color=color, label=label, error_kw={"capsize": 2, "linewidth": 0.9},
-                              xerr=np.maximum(0, [values - lows, highs - values]), ecolor=INK)  # fmt: skip
+                              xerr=np.maximum(0, [values - lows, highs - values]).tolist(), ecolor=INK)  # fmt: skip
             axes.bar_label(shown, [f"{value:.1f} %" for value in values], padding=3, fontsize=7.5)
         axes.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 116), ylim=(len(bars) - 0.45, -0.55))
         axes.tick_params(axis="y", length=0)
