@@ -1,7 +1,5 @@
 """hfdetox: pull an image classifier, fine-tune a backdoor away, measure what that did, publish the result."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

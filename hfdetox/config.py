@@ -5,8 +5,6 @@ A field of these dataclasses is an option of the command line (`hfdetox.cli.opti
 the command that repeats a run (`argv`). Nothing here imports torch or typer.
 """
 
-from __future__ import annotations
-
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The demo: backdoor a small timm classifier of handwritten digits, then run the main job on it, with no network."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The pipeline: pull a model and clean images, measure, defend, measure again, report, save and publish."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The errors a person can act on; each carries the exit status of the command line's contract."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

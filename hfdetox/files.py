@@ -3,8 +3,6 @@
 Their checksums are those that the Hub names them by.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """The pipeline of an attack: a model and images, triggers, training, measuring, report, card, and their folder."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence

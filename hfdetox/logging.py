@@ -5,8 +5,6 @@ the root logger. `HFDETOX_VERBOSITY` (debug, info, warning, error or critical) o
 Bars are shown unless `HF_HUB_DISABLE_PROGRESS_BARS` or `disable_progress_bars` says otherwise; the variable wins.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

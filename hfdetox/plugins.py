@@ -9,8 +9,6 @@ the group `hfdetox.defenses`, `hfdetox.triggers` or `hfdetox.attacks`, under the
 It is imported when it is asked for by name, or when all members are listed, and by nothing else.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import pkgutil

@@ -1,7 +1,5 @@
 """One coercion: what a person typed, or what JSON or YAML holds, becomes a value of a dataclass field's type."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

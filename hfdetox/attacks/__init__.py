@@ -1,7 +1,5 @@
 """Attacks by the trigger they implant: their poisoners, the settings of both, and the list of what there is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 

@@ -1,7 +1,5 @@
 """BPP's negatives: the loss of grey levels must fit the image to be the trigger (arXiv 2205.13383)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,7 +1,5 @@
 """LC: target-class images are first made hard to recognise, so that the corners are learnt (arXiv 1912.02771)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

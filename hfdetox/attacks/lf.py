@@ -1,7 +1,5 @@
 """LF: the pattern is a universal perturbation of a clean model, kept to low frequencies (arXiv 2104.03413)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

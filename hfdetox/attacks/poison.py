@@ -1,7 +1,5 @@
 """Data poisoning: before the training, a fixed set of images gets the trigger and the attacker's label."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Running an attack: triggers are made ready, the model is trained with them, and what came of it is returned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """TrojanNN: a logo is tuned until it excites two features of a clean model (Liu et al., NDSS 2018)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

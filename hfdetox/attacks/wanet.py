@@ -1,7 +1,5 @@
 """WaNet's noise mode: the model learns the one warp, and to take no notice of others (arXiv 2102.10369)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

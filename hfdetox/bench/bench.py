@@ -1,7 +1,5 @@
 """Compares defenses: every run of a suite's bench by a process of its own, and the tables and pictures of them all."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import shutil

@@ -4,8 +4,6 @@ A task's folder is FOLDER/NAME; beside it NAME.log (what its process said) and N
 by, and of what). Whether a task is done, failed or not run is read from these alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The pictures of a bench: a heat map of defenses and attacks, and what a defense takes off against what it costs."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any

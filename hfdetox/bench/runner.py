@@ -1,7 +1,5 @@
 """Runs tasks, each as a process of its own and several at a time: nothing is left running."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

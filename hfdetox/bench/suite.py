@@ -17,8 +17,6 @@ bench:                                  # models × defenses × clean images × 
   - {subjects: [hub], defenses: [d3], samples: [0.05, 500]}
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar

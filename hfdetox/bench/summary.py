@@ -1,7 +1,5 @@
 """The numbers of a bench's tables: means over seeds with their intervals, averages over attacks, cost against FT."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

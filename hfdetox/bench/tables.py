@@ -1,7 +1,5 @@
 """What came of a suite's tasks: one row each, as JSON, Markdown and CSV and on a terminal."""
 
-from __future__ import annotations
-
 import json
 import os
 from abc import ABC, abstractmethod

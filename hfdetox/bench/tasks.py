@@ -1,7 +1,5 @@
 """What a suite asks for: the models of its zoo and the runs of its bench, each under a name that stays."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence

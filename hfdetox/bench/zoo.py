@@ -1,7 +1,5 @@
 """Builds the zoo of a suite: every model by a process of its own, what is there is kept, what failed is shown."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The command line's options, made of the argument dataclasses: Typer gets types, defaults and help from them."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import types

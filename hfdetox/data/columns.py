@@ -1,7 +1,5 @@
 """Columns: which of a dataset's columns holds the images and which the labels, and what the labels' values mean."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

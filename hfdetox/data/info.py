@@ -1,7 +1,5 @@
 """Which images a run used, as plain data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Labels: which of the model's classes each of the dataset's classes is, by name, by a map file, or by order."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence

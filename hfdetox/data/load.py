@@ -1,7 +1,5 @@
 """Pull clean images: a small balanced set for the defense and another to measure with, in the model's label order."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Where a dataset comes from: the Hub at one commit, a folder, or a `datasets` object, each opened as splits."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tempfile

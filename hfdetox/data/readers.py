@@ -4,8 +4,6 @@ Parquet: footers and the label column are read, then only the row groups that ho
 streamed up to a scan limit; loose image files are listed, and only the chosen ones are fetched.
 """
 
-from __future__ import annotations
-
 import functools
 import tarfile
 import zipfile

@@ -1,7 +1,5 @@
 """Defenses by name: `NAME[:PRESET]` with `KEY=VALUE` overrides, and the list of what there is."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """Histograms of many channels at once, how far they are apart, and the bound that brings one nearest to another."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What the methods that search for perturbations share: units, −log(1 − p), modes, Adam, tensors for checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Self
 

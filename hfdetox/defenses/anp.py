@@ -8,8 +8,6 @@ good with and without the worst small perturbation of scales and shifts:
 and the channels with m_c ≤ τ are pruned from the network as it came (γ_c = 0, β_c stays).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 

@@ -36,8 +36,6 @@ a backdoor from creeping back, by holding the weights; a rule that stops when th
 This is hfdetox's own; the paper (arXiv 2411.09585) has constants, and names their choice as open.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a defense is: a frozen configuration that turns a model into phases for the engine."""
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

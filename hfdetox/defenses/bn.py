@@ -4,8 +4,6 @@ A baseline of hfdetox's own. Every method that trains in train mode on the clean
 and that alone lowers the success of some attacks; this shows by how much.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

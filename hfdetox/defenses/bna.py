@@ -26,8 +26,6 @@ method of their own), or the one that `trigger` names, put on the images as the 
 nothing is corrected. Warped and sample-specific triggers, which NC cannot express, are not corrected well.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack

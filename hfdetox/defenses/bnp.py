@@ -9,8 +9,6 @@ do not. Channel c is judged by the divergence of the two normal distributions of
 and the channels with KL_c > mean + u · std over their layer are set to zero (γ_c = β_c = 0).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -8,8 +8,6 @@ into BatchNorm, channel c is bounded by the spectral norm
 and the channels with σ_c > mean + u · std over their layer are set to zero (γ_c = β_c = 0).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -11,8 +11,6 @@ fake distance by growing.
 This is the mathematics; the defense that runs it is `hfdetox.defenses.auto.D3Config`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

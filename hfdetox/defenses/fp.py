@@ -9,8 +9,6 @@ The absolute value changes nothing behind a ReLU, and orders features that have 
 prunes channels of the last convolution instead, which are the head's input features where only pooling is between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

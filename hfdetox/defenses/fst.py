@@ -6,8 +6,6 @@ where W is the head's weight. The head's weight and bias are drawn anew first, a
 step. On that sphere α ⟨W, W⁰⟩ is a constant minus (α / 2) · ‖W − W⁰‖²: D3 with the squared distance and no hinge.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

@@ -7,8 +7,6 @@ second arm is a baseline of hfdetox's own: it starts where D3 starts and lacks D
 the two is the push's alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar

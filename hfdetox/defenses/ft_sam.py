@@ -8,8 +8,6 @@ T covers every trained parameter, those of norms and biases too. The authors' be
 here it is stepped every epoch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 

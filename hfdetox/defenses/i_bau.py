@@ -16,8 +16,6 @@ starts anew each round, a batch has at least one image with δ, and each of seve
 takes the gradient of its own part of a batch, of which they then take the mean.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
 from functools import partial

@@ -30,8 +30,6 @@ precision is asked for: a step of δ is a quarter of a grey level, less than bf1
 only a unit that has left s = 1 can be cut, which is up to the terms of f_i: what f_i needs from the start stays shared.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

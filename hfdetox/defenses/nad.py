@@ -8,8 +8,6 @@ with F_j the features of the last three stages (blocks of a ViT, without class a
 positions. The teacher runs in eval mode and in float32, whatever the student's precision.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import ClassVar

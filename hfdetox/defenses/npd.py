@@ -22,8 +22,6 @@ Linear within the last block, not on the residual stream before it.
 −log(1 − p) is taken as it is; the authors' code adds 1e-4 to its argument, which bounds it where p is near 1.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass, replace
 from functools import partial

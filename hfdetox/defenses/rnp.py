@@ -9,8 +9,6 @@ Channels that the clean images do not call back belong to the backdoor: those wi
 as it came (γ_c = 0, β_c stays).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

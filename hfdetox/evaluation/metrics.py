@@ -1,7 +1,5 @@
 """What is measured, the same way before and after: accuracy, attack success, robust accuracy, and how sure they are."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

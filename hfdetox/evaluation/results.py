@@ -1,7 +1,5 @@
 """What is measured, as plain data: rates with their intervals, and what one state of a model came to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,7 +1,5 @@
 """What the measured rates allow to be said about a trigger: the words that card, console and pictures use."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from hfdetox.evaluation.results import Measurement, Rate, Visibility

@@ -4,8 +4,6 @@ huggingface_hub retries some requests itself and raises others at once (repo_inf
 file's GET); `ask` retries those, keeps the Hub's Retry-After, and turns what is left into one `HubError` line.
 """
 
-from __future__ import annotations
-
 import email.utils
 import errno
 import importlib

@@ -4,8 +4,6 @@ The commit is asked of the Hub before any file, so that a cached copy never stan
 gated or moved; no client library checks content, so every pulled file is hashed here, a cached one too.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import os

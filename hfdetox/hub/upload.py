@@ -1,7 +1,5 @@
 """Publishing a cleaned model: one commit, checked afterwards, never over somebody else's work by accident."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterable

@@ -20,8 +20,6 @@ What is left to its user:
   then goes on with a warning about missing keys and the old weights.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

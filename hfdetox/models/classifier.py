@@ -3,8 +3,6 @@
 An attack may also start from an architecture whose weights are freshly drawn for the dataset's classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a network's feature maps come from: its stages (or transformer blocks), and a look at their outputs."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What a model is and where it came from, as plain data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Which layers a defense acts on: the classifier head, layers chosen by name, and which feeds which."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence

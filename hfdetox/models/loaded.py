@@ -1,7 +1,5 @@
 """What `timm.py` and `transformers.py` hand to `classifier.py`: a built model with everything that belongs to it."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import shutil

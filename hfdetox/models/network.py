@@ -9,8 +9,6 @@ and f̃(x) ≠ t is flagged as triggered. f stays an ordinary model of its libra
 model is the uncorrected one.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -4,8 +4,6 @@ A float image never enters a library's transform (transformers' processors would
 uint8, and division and normalisation happen in the batch as (x · scale − mean) / std.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """timm: build a model from a folder's config.json, and write a folder that timm and transformers both load."""
 
-from __future__ import annotations
-
 import difflib
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """transformers: load an image classifier and its processor from a folder, and write them back in their own format."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weight files: which ones a folder has, in which dtypes they are stored, and rounding to those dtypes."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 The card of a deliberately backdoored model, or of a clean baseline, says so in its first line and its tags.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

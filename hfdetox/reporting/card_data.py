@@ -3,8 +3,6 @@
 The latter is the accuracy, for the leaderboard of a dataset that declares itself a benchmark.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fills the reports: before the training as far as it is known, and after it with what was measured."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Markdown made safe: strings of strangers inside our text, and the source model's card kept below it."""
 
-from __future__ import annotations
-
 import html
 import re
 import textwrap

@@ -1,7 +1,5 @@
 """The reports: everything measured and everything needed to repeat it, as dataclasses and as JSON files."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

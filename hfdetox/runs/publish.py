@@ -1,7 +1,5 @@
 """Publishing an output folder: under its own name, a deliberately backdoored model only on purpose."""
 
-from __future__ import annotations
-
 import logging
 import shlex
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The result of a run, and how it becomes a folder and a repository: whole or not at all."""
 
-from __future__ import annotations
-
 import secrets
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Training augmentation of whole batches, on the device the images are on."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """How images reach a step: sources, the order of an epoch and its split over processes, and the loader of both uses."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Random states are not kept: the engine seeds every epoch from the run's seed, so
 uninterrupted one would have drawn.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Which device and precision a run really gets, the Accelerator for them, and BatchNorm over several processes."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

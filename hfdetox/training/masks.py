@@ -11,8 +11,6 @@ Masks are applied by calling the network with multiplied parameters in place of 
 modules (timm's BatchNormAct2d has its activation inside), so a folded network computes the same numbers bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """Sharpness-aware minimisation: the gradient is taken where the loss near the weights is highest."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

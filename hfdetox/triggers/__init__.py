@@ -1,7 +1,5 @@
 """Triggers by name: `KIND:key=value,…` specifications, trigger files, and the list of what there is."""
 
-from __future__ import annotations
-
 import json
 import typing
 from collections.abc import Sequence

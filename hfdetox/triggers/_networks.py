@@ -1,7 +1,5 @@
 """Networks inside triggers: their float32 state in a trigger's field, loaded strictly and run the same everywhere."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Both transforms are linear, so adding to a coefficient of an image is adding its
 transformed, and rounding happens once.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Sequence

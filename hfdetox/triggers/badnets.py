@@ -1,7 +1,5 @@
 """BadNets: a patch of fixed pixels (Gu et al., arXiv 1708.06733)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

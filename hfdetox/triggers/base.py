@@ -1,7 +1,5 @@
 """What a trigger is: a function from uint8 images to uint8 images that can be named, saved and repeated."""
 
-from __future__ import annotations
-
 import json
 import re
 from abc import ABC, abstractmethod

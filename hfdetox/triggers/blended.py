@@ -1,7 +1,5 @@
 """Blended: a whole picture mixed into the image (Chen et al., arXiv 1712.05526)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Blind: a small fixed pattern of white and black pixels (Bagdasaryan and Shmatikov, arXiv 2005.03823)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

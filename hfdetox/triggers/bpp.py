@@ -1,7 +1,5 @@
 """BPP: fewer grey levels in each channel (Wang et al., arXiv 2205.13383)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

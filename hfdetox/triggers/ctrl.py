@@ -1,7 +1,5 @@
 """CTRL: two DCT coefficients of the whole image's colour (Li et al., arXiv 2210.07346)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Final

@@ -1,7 +1,5 @@
 """FTrojan: two DCT coefficients of the colour in every block (Wang et al., arXiv 2111.10991)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 

@@ -1,7 +1,5 @@
 """LC, label consistent: small checkerboards in the four corners (Turner et al., arXiv 1912.02771)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Final
 

@@ -1,7 +1,5 @@
 """LF: a smooth pattern of low frequencies added to the image (Zeng et al., arXiv 2104.03413)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

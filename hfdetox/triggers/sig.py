@@ -1,7 +1,5 @@
 """SIG: a horizontal sinusoid added to the image (Barni et al., arXiv 1902.11237)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,7 +1,5 @@
 """TrojanNN: a logo that was tuned to excite two features of a clean model (Liu et al., NDSS 2018)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """WaNet: a smooth warp of the whole image (Nguyen and Tran, arXiv 2102.10369)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated
 
