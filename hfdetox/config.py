@@ -61,6 +61,11 @@ def _check_share(flag: str, value: float) -> None:
         raise UsageError(f"{flag} {value}: a share of the images is above 0 and at most 1")
 
 
+def _check_points(flag: str, value: Any) -> None:
+    if not (isinstance(value, int | float) and 0 <= value <= 100):
+        raise UsageError(f"{flag} {value}: points of accuracy are a number from 0 to 100")
+
+
 def _check_rate(flag: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise UsageError(f"{flag} {value}: a rate is a fraction from 0 to 1, such as 0.9")
@@ -154,8 +159,15 @@ class PublishOptions(Options):
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        names = ("private", "create_pr", "overwrite", "public", "i_know_this_is_backdoored")
+        names = ("private", "create_pr", "overwrite", "public", "i_know_this_is_backdoored", "accept_accuracy_loss")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanedPublishOptions(PublishOptions):
+    """How a cleaned model is published."""
+
+    accept_accuracy_loss: bool = option(False, HUB, "Publish a model that was rejected for its accuracy.", anew=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +177,11 @@ class AttackPublishOptions(PublishOptions):
     i_know_this_is_backdoored: bool = option(False, HUB, "Needed to publish a backdoored model.", anew=True)
     public: bool = option(False, HUB, "Publish a backdoored model publicly; else a new repository is private.",
                           anew=True)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyPublishOptions(CleanedPublishOptions, AttackPublishOptions):
+    """How a folder is published, whatever is in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +218,7 @@ class TrainingOptions(PublishOptions, ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetoxOptions(TrainingOptions):
+class DetoxOptions(CleanedPublishOptions, TrainingOptions):
     """The options of `hfdetox MODEL`, the arguments of `detoxify`: what decides a cleaning run and where it goes."""
 
     COMMAND = "detox"
@@ -225,6 +242,10 @@ class DetoxOptions(TrainingOptions):
         "of your own class); `push_to` and what belongs to it may be new.",
     )  # fmt: skip
     keep_run: bool = option(False, RUN, "Keep the run folder after success.", anew=True)
+    max_accuracy_loss: float = option(
+        5.0, RUN, "Points of accuracy that the run may cost; a model that lost more is rejected.", metavar="POINTS",
+        check=_check_points, more="It did where the whole 95 % interval of the loss, paired by image, is beyond.",
+    )  # fmt: skip
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""
@@ -304,7 +325,7 @@ class AttackOptions(AttackPublishOptions, TrainingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushOptions(AttackPublishOptions):
+class PushOptions(AnyPublishOptions):
     """The options of `hfdetox push FOLDER REPO`, the arguments of `push_output`."""
 
     folder: Path = field(kw_only=False, metadata=about(HUB, "What hfdetox wrote (--output).", path="folder"))

@@ -13,6 +13,7 @@ from hfdetox.data.load import default_dataset, pin, pull_images
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
 from hfdetox.evaluation.results import EvalResult
+from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.hub.download import read_text_file, resolve, weight_files
 from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier, load_classifier
@@ -26,6 +27,7 @@ from hfdetox.runs.result import (
     DetoxResult,
     check_draft,
     draw_strip,
+    find_answers,
     gather_artifacts,
     publish,
     save_result,
@@ -56,7 +58,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         {arguments}
 
     Returns:
-        The cleaned model and its report, the same on every process.
+        The cleaned model and its report, the same on every process. One that lost too much accuracy is written too, and
+        its report says `rejected`; it is not pushed unless `accept_accuracy_loss`.
 
     Raises:
         UsageError: it cannot be run as asked. HubError: the Hub or the network. RunError: it ran and failed.
@@ -104,8 +107,12 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     after, uncorrected = evaluation.measure("after"), evaluation.measure_uncorrected("after, uncorrected")
 
     artifacts.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
-    artifacts.strip = draw_strip(evaluation, before, after)
-    report = close_report(report, method, record, before, after, uncorrected, memory)
+    artifacts.strip, artifacts.answers = draw_strip(evaluation, before, after), find_answers(evaluation, before, after)
+    report = close_report(report, method, record, before, after, uncorrected, memory, options.max_accuracy_loss / 100)
+    if report.accuracy_loss is not None and report.rejected:
+        notes.warn(f"the model is rejected: {describe_loss(report.accuracy_loss)}")
+        if not options.accept_accuracy_loss:
+            push_to, report = None, replace(report, output=replace(report.output, pushed_to=None))
     result = DetoxResult(report, classifier, artifacts)
     if options.output is not None:
         save_result(result, options, run)

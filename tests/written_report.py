@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfdetox.data.info import DatasetInfo
-from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
+from hfdetox.evaluation.results import Destination, Difference, Measurement, Rate, Rating, TriggerResult
 from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.card import build_card, validate_card
 from hfdetox.reporting.report import DefenseInfo, EnvironmentInfo, OutputInfo, Report
@@ -13,8 +13,12 @@ MODEL_COMMIT, DATA_COMMIT = "a1" * 20, "d2" * 20
 
 
 def trigger(attack: Rate, robust: Rate, spec: str = "badnets:size=3") -> TriggerResult:
-    """Return what was measured of a trigger with target 2."""
-    return TriggerResult("badnets", spec, "native", None, 2, attack, robust)
+    """Return what was measured of a trigger with target 2, to which most images go."""
+    without = Rate(0.03, 12, 400, (0.0156, 0.0518))
+    low, high = attack.interval
+    excess = Difference(attack.value - without.value, (low - 0.04, high - 0.02))
+    return TriggerResult("badnets", spec, "native", None, 2, attack, robust, Rate(0.93, 372, 400, (0.9004, 0.9531)),
+                         Destination(2, LABELS[2], attack, without, excess))  # fmt: skip
 
 
 def written_report(*, triggers: bool = True, library: str = "timm") -> Report:

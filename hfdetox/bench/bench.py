@@ -124,7 +124,8 @@ class Bench(TaskFolder[Run, BenchOptions]):
         """
         if returncode == UsageError.exit_status:
             self._forget(run)
-        if returncode == 0 and not self.made(run).get("kept"):
+        # a run that is rejected for its accuracy is a result too
+        if returncode in (0, RunError.exit_status) and not self.made(run).get("kept"):
             for weights in (self.folder / run.name).glob("*.safetensors"):
                 weights.unlink()
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from hfdetox.bench.summary import BEFORE, BenchTables, SummaryRow, averages, results
 from hfdetox.bench.tasks import PLOTS, folder_part
 from hfdetox.files import write_atomically
-from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, fit_text, house_style
+from hfdetox.reporting.markdown import fit_text
+from hfdetox.reporting.plots import DPI, FAINT, INK, WIDTH, house_style
 
 MISSING = "#dfe3e8"
 _LONGEST = 28  # letters of a name

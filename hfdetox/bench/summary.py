@@ -20,23 +20,32 @@ from hfdetox.bench.tables import Row, Tables, at_path, csv_table, redacted, rich
 from hfdetox.bench.tasks import BENCH_CSV, BENCH_FILES, BENCH_JSON, BENCH_MARKDOWN, TRIALS_CSV, Run
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
-from hfdetox.evaluation.verdict import percent
+from hfdetox.evaluation.verdict import Verdict, percent
 from hfdetox.reporting.report import Report
 
 BEFORE = "before"  # the line of a model as it came
 FINE_TUNING = "ft"  # the suite's name of the defense that costs are relative to
 # what terminals have room for that are narrower than all headings
-USUAL = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "seconds", "× ft")
+USUAL = ("defense", "seeds", "ACC", "ASR", "RA", "largest", "DER", "seconds", "× ft")
+FEWER = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "seconds", "× ft")
 NARROW = ("defense", "seeds", "ACC", "ASR", "DER", "× ft")
-HEADINGS = ("defense", "seeds", "ACC", "ASR", "RA", "DER", "worst", "spread", "seconds", "× ft", "memory")
+HEADINGS = ("defense", "seeds", "ACC", "ASR", "RA", "largest", "excess", "DER", "worst", "spread", "seconds", "× ft",
+            "memory")  # fmt: skip
 _UNBOUND = 1000  # columns, more than any table has
-RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
+RATES = ("accuracy", "attack_success", "robust_accuracy", "largest_share", "excess", "der", "worst_class", "spread")
+# which verdict is counted beside which rate
+REJECTED, REDIRECTED = (Verdict.REJECTED, "rejected"), (Verdict.REDIRECTED, "redirected")
+FLAGS = {"accuracy": ("accuracy_verdict", *REJECTED), "attack_success": ("verdict", *REDIRECTED)}
 # What a run's row says of its report, and where that lies there; rates are fractions in [0, 1].
 _STATES = {
     "accuracy": "accuracy.value",
     # means over the model's triggers, None for a model without
     "attack_success": "triggers.*.attack_success_rate.value",
     "robust_accuracy": "triggers.*.robust_accuracy.value",
+    # of what carries a trigger the largest share in any one class, and by how much the trigger raises that share; None
+    # in reports of schema versions 1 and 2, and so are the verdicts
+    "largest_share": "triggers.*.destination.rate.value",
+    "excess": "triggers.*.destination.excess.value",
     # lowest accuracy of a class, and the standard deviation of the accuracies over the classes
     "worst_class": "classes.worst.value",
     "spread": "classes.spread",
@@ -48,6 +57,7 @@ MEASURED = {
     "settings": "defense.parameters",
     **{f"{key}{when}": f"{state}.{path}" for key, path in _STATES.items()
        for when, state in (("_before", "before"), ("", "after"))},
+    "accuracy_verdict": "accuracy_loss.verdict",
     # defense effectiveness rating, mean over the triggers, with its 95 % interval over images
     "der": "defense_effectiveness_rating.mean.value",
     "der_low": "defense_effectiveness_rating.mean.interval.0",
@@ -82,6 +92,7 @@ class SummaryRow:
         seconds: mean.
         cost: seconds as a multiple of plain fine-tuning's, the median over attacks; None where that was not run.
         peak_memory: most bytes of any run.
+        flags: how many runs have a verdict of `FLAGS`, by its rate, such as `2 of 3 rejected`.
         missing: why there are no numbers, such as `1 failed, 2 not run`.
     """
 
@@ -94,6 +105,7 @@ class SummaryRow:
     seconds: float | None = None
     cost: float | None = None
     peak_memory: int | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
     missing: str | None = None
 
     @property
@@ -113,12 +125,13 @@ class SummaryRow:
     def _rate(self, key: str) -> str:
         found = self.scores.get(key)
         half = "" if found is None or found.half_width is None else f" ± {100 * found.half_width:.1f}"
-        return shown(found and percent(found.mean).removesuffix(" %")) + half
+        flag = f" ({self.flags[key]})" if key in self.flags else ""
+        return shown(found and percent(found.mean).removesuffix(" %")) + half + flag
 
     def document(self) -> dict[str, Any]:
         """Return the row as plain JSON types, each score under its own name."""
         plain = {**vars(self), "attacks": list(self.attacks)}
-        last = {key: plain.pop(key) for key in ("seconds", "cost", "peak_memory", "missing")}
+        last = {key: plain.pop(key) for key in ("seconds", "cost", "peak_memory", "flags", "missing")}
         return plain | {key: vars(score) for key, score in plain.pop("scores").items()} | last
 
 
@@ -177,17 +190,18 @@ def _line(row: SummaryRow, frame: pd.DataFrame) -> SummaryRow:
     models = done.groupby("seed")["subject"].nunique()
     whole = models.index[models == len(row.attacks)]
     row = replace(row, seeds=len(whole), seeds_asked=runs["seed"].nunique())
-    counts = runs["status"].value_counts()
-    if "failed" in counts or whole.empty:
-        missing = ", ".join(f"{counts[status]} {status}" for status in ("failed", "not run") if status in counts)
+    if "failed" in (statuses := runs["status"].value_counts()) or whole.empty:
+        missing = ", ".join(f"{statuses[status]} {status}" for status in ("failed", "not run") if status in statuses)
         return replace(row, missing=missing or "not the same seeds")
     done = done[done["seed"].isin(whole)]
     # the average over attacks is formed seed by seed: what is left to vary is the seed
     of_seeds = done[[*RATES, "accuracy_lost"]].dropna(axis="columns").groupby(done["seed"]).mean()
     half_widths = stdtrit(len(whole) - 1, 0.975) * of_seeds.sem() if len(whole) > 1 else {}
     scores = {key: Score(mean, half_widths.get(key)) for key, mean in of_seeds.mean().items()}
+    counts = {key: (done[column] == verdict).sum() for key, (column, verdict, _) in FLAGS.items()}
+    flags = {key: f"{count} of {len(done)} {FLAGS[key][2]}" for key, count in counts.items() if count}
     memory = done["peak_memory"].max()
-    return replace(row, scores=scores, seconds=float(done["seconds"].mean()), cost=_cost(done, frame),
+    return replace(row, scores=scores, flags=flags, seconds=float(done["seconds"].mean()), cost=_cost(done, frame),
                    peak_memory=None if np.isnan(memory) else int(memory))  # fmt: skip
 
 
@@ -221,13 +235,13 @@ class BenchTables(Tables):
         method, target = parse_defense(task.entry.defense, task.entry.settings)[0], task.target
         row = {"name": task.name, "subject": target.name, "model": target.model, "attack": target.attack,
                "defense": task.label, "samples": task.samples, "seed": task.seed, "clean": target.clean,
-               "status": status, "reason": reason, **dict.fromkeys(MEASURED),
+               "status": status, "reason": reason, **dict.fromkeys(MEASURED), "verdict": None,
                "method": method.name, "settings": method.settings()}  # fmt: skip
         if report is None or report.before is None or report.after is None:
             return row
         plain = report.to_dict()
         found = {column: at_path(plain, path) for column, path in MEASURED.items()}
-        return {**row, **found, "status": "done", "device": ", ".join(found["device"]),
+        return {**row, **found, "status": "done", "device": ", ".join(found["device"]), "verdict": report.verdict,
                 "dataset": redacted([str(found["dataset"])])[0]}  # fmt: skip
 
     @staticmethod
@@ -235,7 +249,8 @@ class BenchTables(Tables):
         """Return the rates after the defense, and its seconds."""
         rates = {"ACC": row["accuracy"], "ASR": row["attack_success"], "DER": row["der"]}
         found = [f"{name} {percent(rate)}" for name, rate in rates.items() if rate is not None]
-        return found if row["seconds"] is None else [*found, f"{row['seconds']:,.0f} s"]
+        seconds = [] if row["seconds"] is None else [f"{row['seconds']:,.0f} s"]
+        return found + seconds + [str(verdict) for column, verdict, _ in FLAGS.values() if row[column] == verdict]
 
     @cached_property
     def averages(self) -> list[SummaryRow]:
@@ -295,7 +310,7 @@ class BenchTables(Tables):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Show a table for each model and average, fewer columns on a narrow terminal, and what failed with reasons."""
-        for headings in (HEADINGS, USUAL, NARROW):
+        for headings in (HEADINGS, USUAL, FEWER, NARROW):
             tables = list(self._tables(headings))
             # numbers are never cut, and all tables have the same columns
             if all(console.measure(table, options=options.update_width(_UNBOUND)).maximum <= options.max_width

@@ -150,7 +150,7 @@ def at_path(found: Any, path: str) -> Any:
     first, _, rest = path.partition(".")
     if first == "*":
         values = [at_path(value, rest) for value in found.values()]
-        return sum(values) / len(values) if values else None
+        return sum(values) / len(values) if values and None not in values else None
     inner = found[int(first)] if isinstance(found, list | tuple) else found.get(first)
     return at_path(inner, rest) if rest and inner is not None else inner
 

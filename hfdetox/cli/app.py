@@ -32,7 +32,7 @@ from hfdetox.cli.options import (
     takes_line,
 )
 from hfdetox.errors import HfdetoxError
-from hfdetox.evaluation.verdict import describe_visibility
+from hfdetox.evaluation.verdict import describe_loss, describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
 
@@ -79,8 +79,12 @@ def detox(line: CommandLine) -> None:
             return
         result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
-        lines = [console.title(report.model, report.dataset), console.report_table(report)]
-        out.show(report.to_dict(), [*lines, *ends(result, "report and plots")])
+        first = [console.title(report.model, report.dataset)]
+        if report.rejected and report.accuracy_loss is not None:
+            first = [f"REJECTED: {describe_loss(report.accuracy_loss)}", *first]
+        out.show(report.to_dict(), [*first, console.report_table(report), *ends(result, "report and plots")])
+        if report.rejected:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hfdetox.data.info import DatasetInfo
-from hfdetox.evaluation.results import Measurement, Rate, Rating, Visibility
-from hfdetox.evaluation.verdict import describe_visibility, percent, trigger_verdicts
+from hfdetox.evaluation.results import AccuracyLoss, Measurement, Rate, Rating, Visibility
+from hfdetox.evaluation.verdict import describe_visibility, percent, points
 from hfdetox.files import REPORT_NAMES
 from hfdetox.models.info import ModelInfo
+from hfdetox.reporting.markdown import fit_text
 from hfdetox.reporting.report import SCRATCH, AttackReport, Report, describe_target, missed_goals
 
 if TYPE_CHECKING:
@@ -29,13 +30,18 @@ def estimate(number: Rate | Rating) -> str:
     return f"{percent(number.value)} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Mapping[str, str]] | None = None) -> Table:
+def measurement_table(
+    states: Mapping[str, Measurement], notes: Mapping[str, Mapping[str, str]] | None = None,
+    loss: AccuracyLoss | None = None,
+) -> Table:  # fmt: skip
     """Return one column a state (such as before and after), one row a rate.
 
     Args:
         states: at least one measurement by its heading; all of the same triggers and images.
         notes: by trigger name, rows of text to put under the last state.
+        loss: what the last state lost in accuracy.
     """
+    blanks = [""] * (len(states) - 1)
     first = next(iter(states.values()))
     table = Table(box=SIMPLE, caption="in brackets: 95 % interval", caption_justify="left")
     table.add_column("")
@@ -46,6 +52,9 @@ def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Map
     if all(state.classes is not None for state in states.values()):
         worst = (estimate(state.classes.worst) for state in states.values() if state.classes is not None)
         table.add_row("worst class", *worst, "")
+    if loss is not None:
+        table.add_row("points lost", *blanks, f"{points(loss.value)} ({' to '.join(map(points, loss.interval))})", "")
+        table.add_row("verdict", *blanks, loss.verdict, "")
     table.add_row("loss", *(f"{s.loss:.3f}" for s in states.values()), "")
     for name, trigger in first.triggers.items():
         results = [state.triggers[name] for state in states.values()]
@@ -57,8 +66,15 @@ def measurement_table(states: Mapping[str, Measurement], notes: Mapping[str, Map
             table.add_row(f"  {describe_target(trigger.target)}")
         table.add_row("  attack success", *(estimate(r.attack_success_rate) for r in results), count)
         table.add_row("  robust accuracy", *(estimate(r.robust_accuracy) for r in results), count)
+        if without := [r.accuracy_without for r in results if r.accuracy_without]:
+            table.add_row("    without trigger", *map(estimate, without), count)
+        if found := [r.destination for r in results if r.destination]:
+            # of a long name the first letters, and of each state its own class
+            table.add_row("  largest class", *(Text(fit_text(one.name, 19)) for one in found))
+            table.add_row("    its share", *(estimate(one.rate) for one in found))
+            table.add_row("    without trigger", *(estimate(one.without) for one in found))
         for label, note in (notes or {}).get(name, {}).items():
-            table.add_row(f"  {label}", *[""] * (len(states) - 1), Text(note))
+            table.add_row(f"  {label}", *blanks, Text(note))
     return table
 
 
@@ -67,10 +83,11 @@ def report_table(report: Report) -> Table:
     states = {"before": report.before, "after": report.after}
     ratings = report.defense_effectiveness_rating or {}
     notes: dict[str, dict[str, str]] = {}
-    for name, verdict in trigger_verdicts(report.before, report.after).items():
+    for name, verdict in report.verdicts.items():
         rating = {"DER": estimate(ratings[name])} if name in ratings else {}
         notes[name] = {**rating, "verdict": str(verdict)}
-    return measurement_table({heading: state for heading, state in states.items() if state is not None}, notes)
+    known = {heading: state for heading, state in states.items() if state is not None}
+    return measurement_table(known, notes, report.accuracy_loss)
 
 
 def attack_lines(report: AttackReport) -> list[str]:

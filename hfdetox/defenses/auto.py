@@ -133,10 +133,12 @@ class D3Config(D3Settings, TuningConfig):
         found = next((entry for entry in history if entry.get("phase") == _PROBE), None)
         if found is None or not self.automatic:
             return []
-        said = [f"Selected: {', '.join(self.layers)}, started from {self.initialization} weights of the old norm, "
-                + ("measured without the mean of its rows, " if self.centered else "")
-                + ("and with the scale of the norm before it fixed, whose sign could undo the turn."
-                   if found[_FIXED] else "with no norm before it whose sign could undo the turn.")]  # fmt: skip
+        said = [f"Selected: {', '.join(self.layers)}, which is turned away from its old weights. It started from "
+                f"{self.initialization} weights as large as the old ones. "
+                + ("How far it has turned is measured without the mean over the classes, which changes no answer. "
+                   if self.centered else "")
+                + ("The normalisation before it kept its scale, which could have undone the turn by changing its sign."
+                   if found[_FIXED] else "No normalisation stands before it that could undo the turn.")]  # fmt: skip
         if self.features == "auto":
             said.append("AdamW trained the features, for the network has no BatchNorm." if found[_ADAMW] else
                         "SGD trained the features, for the network has BatchNorm.")  # fmt: skip

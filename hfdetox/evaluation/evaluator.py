@@ -45,7 +45,8 @@ class Evaluator:
     def measure(self, title: str) -> Predictions:
         """Measure the classifier as it is now: float32, eval mode."""
         network = self.classifier.network.to(self.accelerator.device)
-        return measure(network, self.clean, self.views, self.accelerator, title=title, progress=self.progress)
+        return measure(network, self.clean, self.views, self.accelerator, labels=self.classifier.labels, title=title,
+                       progress=self.progress)  # fmt: skip
 
     def measure_plausible(self, title: str, warn: Callable[[str], None]) -> Predictions:
         """Measure a model as it came, and check the result as `check_plausible` does."""

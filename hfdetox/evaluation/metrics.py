@@ -1,6 +1,7 @@
 """What is measured, the same way before and after: accuracy, attack success, robust accuracy, and how sure they are."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,24 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError
-from hfdetox.evaluation.results import ClassAccuracies, Measurement, Rate, Rating, TriggerResult
+from hfdetox.evaluation.results import (
+    ClassAccuracies,
+    Destination,
+    Difference,
+    LabelRate,
+    Measurement,
+    Rate,
+    Rating,
+    TriggerResult,
+)
 from hfdetox.progress import progress_bar
 from hfdetox.training.batches import ImageSource, source_loader
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
 
 BATCH_SIZE = 256
 BOOTSTRAP_DRAWS = 2000
+Z_95 = 1.959963984540054
+LOWEST = 10  # classes that are named
 
 
 @dataclass(frozen=True)
@@ -127,25 +139,86 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     return SourcePredictions(predicted[places].numpy(), losses[places].numpy(), classes)
 
 
-def class_accuracies(truth: NDArray[np.int64], correct: NDArray[np.bool_], classes: int) -> ClassAccuracies:
+def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Difference:
+    """Return the share of the first outcomes less that of the second, of the same N ≥ 1 images.
+
+    The interval is the score interval of Tango (Statistics in Medicine 17, 1998, 891-908), which is sound for small
+    numbers and for outcomes that never differ. It depends on the images alone of which the outcomes differ.
+    """
+    more, fewer, count = int((first & ~second).sum()), int((second & ~first).sum()), len(first)
+    low, high = _tango_low(more, fewer, count), -_tango_low(fewer, more, count)
+    return Difference((more - fewer) / count, (low, high))
+
+
+def _tango_low(more: int, fewer: int, count: int) -> float:
+    """Return the least difference that a score test at 5 % does not reject, by bisection."""
+    low, high = -1.0, (more - fewer) / count
+    for _ in range(60):
+        difference = (low + high) / 2
+        # the likeliest share of pairs that differ the other way, given the difference
+        half = ((2 * count - more + fewer) * difference - more - fewer) / 2
+        root = math.sqrt(max(0.0, half**2 + 2 * count * fewer * difference * (1 - difference)))
+        variance = count * ((root - half) / count + difference * (1 - difference))
+        if more - fewer - count * difference > Z_95 * math.sqrt(max(0.0, variance)):
+            low = difference
+        else:
+            high = difference
+    return (low + high) / 2
+
+
+def shares_of_others(truth: NDArray[np.int64], answers: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+    """Return of each of `classes` labels the share, of the images of all other classes, that are answered with it."""
+    others = len(truth) - np.bincount(truth, minlength=classes)
+    return np.bincount(answers[answers != truth], minlength=classes) / np.maximum(1, others)
+
+
+def find_destination(
+    truth: NDArray[np.int64], triggered: NDArray[np.int64], clean: NDArray[np.int64], classes: int,
+    labels: Sequence[str] = (),
+) -> Destination:  # fmt: skip
+    """Return the class that most images go to with a trigger, of each class counted over the images of all others.
+
+    Args:
+        truth: the true labels of M images that a trigger was put on.
+        triggered: the labels given to them with the trigger.
+        clean: the labels given to them without it.
+        classes: how many labels there are.
+        labels: their names; without, a class is called by its index.
+    """
+    label = int(shares_of_others(truth, triggered, classes).argmax())
+    others = truth != label
+    there, without = triggered[others] == label, clean[others] == label
+    return Destination(label, labels[label] if labels else str(label), rate(int(there.sum()), len(there)),
+                       rate(int(without.sum()), len(there)), paired_difference(there, without))  # fmt: skip
+
+
+def class_accuracies(
+    truth: NDArray[np.int64], correct: NDArray[np.bool_], classes: int, labels: Sequence[str] = ()
+) -> ClassAccuracies:
     """Return the accuracy on the images of each of `classes` labels, from labels and outcomes of N ≥ 1 images.
 
-    The worst of several equal ones is that with the lowest index.
+    The worst of several equal ones is that with the lowest index. Without `labels` a class is called by its index.
     """
     shown = np.bincount(truth, minlength=classes)
     right = np.bincount(truth[correct], minlength=classes)
     present = shown > 0
     shares = np.where(present, right / np.maximum(1, shown), np.inf)
     worst = int(shares.argmin())
+    # what is 0 of 5 is worse than what is 0 of 1
+    lowest = [int(label) for label in np.lexsort((-shown, shares))[:LOWEST] if present[label]]
     return ClassAccuracies(
         [float(share) if there else None for share, there in zip(shares, present, strict=True)],
         worst, rate(int(right[worst]), int(shown[worst])), float(shares[present].std()),
+        [LabelRate(i, labels[i] if labels else str(i), rate(int(right[i]), int(shown[i]))) for i in lowest],
     )  # fmt: skip
 
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
-            title: str = "measure", progress: bool = False) -> Predictions:  # fmt: skip
+            labels: Sequence[str] = (), title: str = "measure", progress: bool = False) -> Predictions:  # fmt: skip
     """Measure accuracy and loss on the clean images, and each trigger on its view of some of them.
+
+    Args:
+        labels: the model's label names, for what names a class; without, it is called by its index.
 
     Raises:
         RunError: the network's answers are not finite numbers.
@@ -162,17 +235,21 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
     for view in views:
         name = view.trigger.name
         answers = predict(network, view.source, accelerator, title=f"{title}: {name}", progress=progress).predicted
-        hit = answers == view.wanted()
+        hit, own = answers == view.wanted(), view.source.labels.cpu().numpy()
+        shown = np.array([places[position] for position in view.source.positions.tolist()])
+        unmoved = clean.predicted[shown]
         results[name] = TriggerResult(
             kind=view.trigger.kind, spec=view.trigger.recorded(), mode=view.trigger.mode, target=view.target,
             file_sha256=hashlib.sha256(view.trigger.file_bytes()).hexdigest(),
             attack_success_rate=rate(int(hit.sum()), len(hit)),
-            robust_accuracy=rate(int((answers == view.source.labels.cpu().numpy()).sum()), len(hit)),
+            robust_accuracy=rate(int((answers == own).sum()), len(hit)),
+            accuracy_without=rate(int((unmoved == own).sum()), len(hit)),
+            destination=find_destination(own, answers, unmoved, clean.classes, labels),
         )  # fmt: skip
-        hits[name] = (np.array([places[position] for position in view.source.positions.tolist()]), hit)
+        hits[name] = (shown, hit)
         triggered[name] = answers
     measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results,
-                              class_accuracies(truth, correct, clean.classes))  # fmt: skip
+                              class_accuracies(truth, correct, clean.classes, labels))  # fmt: skip
     return Predictions(measurement, correct, hits, clean.predicted, triggered)
 
 

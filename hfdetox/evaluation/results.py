@@ -29,6 +29,61 @@ class Rating:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A difference of two shares of the same images, as a fraction in [-1, 1].
+
+    Attributes:
+        value: the first share less the second.
+        interval: low and high end of the paired 95 % (Tango) interval.
+    """
+
+    value: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AccuracyLoss(Difference):
+    """What a run cost: the accuracy before less that after, on the same images.
+
+    Attributes:
+        allowed: the most that it may cost, a fraction (`--max-accuracy-loss`).
+        verdict: `accepted`, where the interval's high end is within that; `rejected: accuracy`, where its low end is
+            beyond; else `inconclusive`.
+    """
+
+    allowed: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class LabelRate:
+    """A rate of one class.
+
+    Attributes:
+        label: its index in the model's label order.
+        name: its label.
+    """
+
+    label: int
+    name: str
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class Destination(LabelRate):
+    """The class that most triggered images go to, counted for each class over the images of all others.
+
+    Attributes:
+        rate: share of the triggered images, of other classes than this one, that are classified as this one.
+        without: share of those same images that are classified as this one without the trigger.
+        excess: the first less the second: what the trigger moves there.
+    """
+
+    without: Rate
+    excess: Difference
+
+
+@dataclass(frozen=True)
 class TriggerResult:
     """One trigger's effect on one state of the model.
 
@@ -40,6 +95,8 @@ class TriggerResult:
         target: a label index, or `all-to-all`.
         attack_success_rate: share of triggered images of other classes that are classified as the target.
         robust_accuracy: share of those same images that are classified as their true class.
+        accuracy_without: share of those same images that are classified as their true class without the trigger.
+        destination: the class that most of them go to. It and the above are None in reports of schema versions 1 and 2.
     """
 
     kind: str
@@ -49,6 +106,8 @@ class TriggerResult:
     target: int | str
     attack_success_rate: Rate
     robust_accuracy: Rate
+    accuracy_without: Rate | None = None
+    destination: Destination | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +119,14 @@ class ClassAccuracies:
         worst_label: index of the label with the lowest.
         worst: its accuracy.
         spread: standard deviation of the accuracies over the classes, as a fraction.
+        lowest: the ten classes with the lowest accuracies (of equal ones that with more images), the worst first.
     """
 
     accuracies: list[float | None]
     worst_label: int
     worst: Rate
     spread: float
+    lowest: list[LabelRate] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,15 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Rate, Rating
-from hfdetox.evaluation.verdict import MITIGATED_AT_MOST, WORKS_ABOVE, percent, run_verdict, trigger_verdicts
+from hfdetox.evaluation.verdict import (
+    MITIGATED_AT_MOST,
+    MOVES_ABOVE,
+    WORKS_ABOVE,
+    describe_loss,
+    percent,
+    run_verdict,
+    trigger_verdicts,
+)
 from hfdetox.reporting import markdown
 from hfdetox.reporting.card_data import LIBRARY_TAGS, PENDING, card_data, hub_id, licence_of, shown_id, split_card
 from hfdetox.reporting.report import SCRATCH, AttackReport, Report, RunReport, describe_target, missed_goals
@@ -32,6 +40,7 @@ BACKDOOR_TAGS = ("hfdetox", "backdoor", "backdoored", DELIBERATE, "not-for-produ
 BASELINE_TAGS = ("hfdetox", "backdoor-defense", "clean-baseline", "not-for-production")
 TEXT_FIELDS = ("base_model", "base_model_relation", "library_name", "license_name", "license_link", "pipeline_tag")
 LIST_FIELDS = ("license", "tags", "datasets", "metrics")
+LONGEST_NAME = 60  # letters of a class's name
 _SOURCE_MARK = re.compile(f"^{re.escape(markdown.SOURCE_MARK)}$", re.MULTILINE)
 
 
@@ -85,7 +94,7 @@ def shown_target(target: int | str, labels: Sequence[str] | None) -> str:
     """Return a target as Markdown: its label (its index without `labels`), or what `all-to-all` means."""
     # only names are a stranger's words; `written_targets` finds them by their code span
     words = describe_target(target, labels)
-    return markdown.code(words) if isinstance(target, int) else words
+    return markdown.code(markdown.fit_text(words, LONGEST_NAME)) if isinstance(target, int) else words
 
 
 def _render(
@@ -130,8 +139,8 @@ def _defense_values(report: Report) -> dict[str, Any]:
     pins = [f"{option} {revision}" for option, revision in revisions.items()
             if command and revision and not re.search(rf"(^|\s){option}[ =]", command)]  # fmt: skip
     return {"defense": report.defense, "states": states, "pins": " ".join(pins),
-            "judged": trigger_verdicts(before, report.published),
-            "corrected": trigger_verdicts(before, report.after)}  # fmt: skip
+            "judged": trigger_verdicts(before, report.published, report.accuracy_loss),
+            "corrected": report.verdicts}  # fmt: skip
 
 
 def _attack_values(report: AttackReport) -> dict[str, Any]:
@@ -204,10 +213,11 @@ def templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters.update(
         code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced, pct=percent,
-        rate=describe_rate, count="{:,}".format, literal=json.dumps,
-        json=partial(json.dumps, ensure_ascii=False, default=str),
+        name=partial(markdown.fit_text, letters=LONGEST_NAME), rate=describe_rate, count="{:,}".format,
+        literal=json.dumps, json=partial(json.dumps, ensure_ascii=False, default=str),
     )  # fmt: skip
-    environment.globals.update(verdict_of=run_verdict, works_above=WORKS_ABOVE, mitigated_at_most=MITIGATED_AT_MOST)
+    environment.globals.update(verdict_of=run_verdict, works_above=WORKS_ABOVE, mitigated_at_most=MITIGATED_AT_MOST,
+                               moves_above=MOVES_ABOVE, describe_loss=describe_loss)  # fmt: skip
     return environment
 
 

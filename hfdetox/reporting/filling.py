@@ -13,8 +13,9 @@ from hfdetox.config import AttackOptions, DetoxOptions, TrainingOptions
 from hfdetox.data.info import DatasetInfo
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
-from hfdetox.evaluation.metrics import Predictions, ratings
+from hfdetox.evaluation.metrics import Predictions, paired_difference, ratings
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
+from hfdetox.evaluation.verdict import judge_accuracy
 from hfdetox.models.classifier import Classifier, InitialModel
 from hfdetox.reporting import report as schema
 from hfdetox.reporting.environment import describe_environment
@@ -49,7 +50,7 @@ def open_report(
 
 def close_report(
     report: schema.Report, method: DefenseConfig, record: TrainingRecord, before: Predictions, after: Predictions,
-    uncorrected: Measurement | None, memory: int | None,
+    uncorrected: Measurement | None, memory: int | None, allowed: float,
 ) -> schema.Report:  # fmt: skip
     """Return the report with what the training was and what the measurement after it found.
 
@@ -59,11 +60,13 @@ def close_report(
         before, after: what was measured, of the same images and triggers.
         uncorrected: of a model with a correction, what timm or transformers gives; else None.
         memory: most bytes that one process held, None where unknown.
+        allowed: the most that the run may cost in accuracy, a fraction.
     """
     done = replace(report.defense, **_training(record), peak_memory=memory, choices=method.choices(record.history))
     rating = ratings(before, after, seed=report.environment.seed) or None
+    loss = judge_accuracy(paired_difference(before.correct, after.correct), allowed)
     return replace(report, defense=done, after=after.measurement, uncorrected=uncorrected, history=record.history,
-                   defense_effectiveness_rating=rating)  # fmt: skip
+                   defense_effectiveness_rating=rating, accuracy_loss=loss)  # fmt: skip
 
 
 def open_attack_report(

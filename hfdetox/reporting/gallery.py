@@ -19,7 +19,8 @@ from hfdetox.evaluation.metrics import Predictions, TriggerView
 from hfdetox.evaluation.results import Visibility
 from hfdetox.evaluation.verdict import describe_visibility, percent
 from hfdetox.files import write_atomically
-from hfdetox.reporting.plots import DPI, INK, WRONG, empty_figure, fit_text, house_style, short_label, show_image
+from hfdetox.reporting.markdown import fit_text
+from hfdetox.reporting.plots import DPI, INK, MARKS, empty_figure, house_style, marked, short_label, show_image
 from hfdetox.reporting.report import describe_target
 from hfdetox.triggers.base import Trigger
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 IMAGES = 3
 # what a difference is multiplied by; a half, for one from black to white would need 511 levels
 FACTORS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 100)
-RIGHT_MARK, WRONG_MARK, TARGET_MARK = "✓", "✗", "⚑"
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ def draw_bands(bands: Sequence[GalleryBand]) -> Figure:
     """Return the figure; to be drawn and saved within `plots.house_style`."""
     tall = [0.85 + 0.6 * min(1.5, band.clean.shape[1] / band.clean.shape[2]) for band in bands]
     figure = empty_figure(0.3 + sum(tall))
-    figure.suptitle(f"Clean, triggered, and their difference (grey: no change).   {RIGHT_MARK} right   "
-                    f"{WRONG_MARK} wrong   {TARGET_MARK} what the attacker wants", fontsize=7.5, x=0.01,
+    figure.suptitle(f"Clean, triggered, and their difference (grey: no change).   {MARKS}", fontsize=7.5, x=0.01,
                     ha="left")  # fmt: skip
     for part, band in zip(np.atleast_1d(figure.subfigures(len(bands), height_ratios=tall)), bands, strict=True):
         part.suptitle(f"{fit_text(band.title, 70)}\n", fontweight="bold", fontsize=8.5, x=0.01, ha="left",
@@ -126,7 +125,7 @@ def draw_bands(bands: Sequence[GalleryBand]) -> Figure:
         for axes in places:
             axes.set_axis_off()
         for i, truth in enumerate(band.labels):
-            before, after = (_answer(answer, truth, band.wanted[i]) for answer in (band.before[i], band.after[i]))
+            before, after = (marked(word, truth, band.wanted[i], 11) for word in (band.before[i], band.after[i]))
             pictures = (
                 (band.clean, [("clean", INK), before]),
                 (band.triggered, [("triggered", INK), after]),
@@ -139,11 +138,6 @@ def draw_bands(bands: Sequence[GalleryBand]) -> Figure:
             # it may stand above the next pictures, and must not move them away
             name.set_in_layout(False)
     return figure
-
-
-def _answer(answer: str, truth: str, wanted: str) -> tuple[str, str]:
-    mark = RIGHT_MARK if answer == truth else TARGET_MARK if answer == wanted else WRONG_MARK
-    return f"{mark} {short_label(answer, 11)}", INK if answer == truth else WRONG
 
 
 def _of_different_classes(clean: Pixels, positions: Sequence[int]) -> list[int]:

@@ -29,6 +29,12 @@ def one_line(value: object) -> str:
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", str(value)).strip()
 
 
+def fit_text(value: str, letters: int) -> str:
+    """Return a text on one line, at most `letters` long."""
+    value = one_line(value)
+    return value if len(value) <= letters else value[: max(1, letters - 1)].rstrip() + "…"
+
+
 def code(value: object) -> str:
     """Return an inline code span that shows `value` literally, whatever backticks it holds ("(empty)" when empty)."""
     text = one_line(value)

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfdetox.errors import RunError
-from hfdetox.reporting.markdown import one_line
+from hfdetox.reporting.markdown import fit_text
 from hfdetox.reporting.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOT_FILES = ("before_after.png", "training.png", "weight_changes.png", "samples.png")
+PLOT_FILES = ("before_after.png", "destinations.png", "training.png", "weight_changes.png", "samples.png")
 WIDTH, DPI = 6.5, 200  # inches × dots: 1300 pixels, twice the 650 CSS pixels of a Hub page
 BEFORE, AFTER, INK, FAINT, PANEL = "#c8651b", "#2468b0", "#1f2933", "#9aa5b1", "#f7f8fa"
 WRONG = "#b3261e"
-MAX_COLUMNS, MAX_LAYERS = 6, 6
+RIGHT_MARK, WRONG_MARK, TARGET_MARK = "✓", "✗", "⚑"
+MARKS = f"{RIGHT_MARK} right   {WRONG_MARK} wrong   {TARGET_MARK} what the attacker wants"
+MAX_COLUMNS, MAX_LAYERS, MAX_CLASSES = 6, 6, 5
 # matplotlib ships DejaVu Sans only; labels in other scripts need one of these from the system
 FALLBACK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS",
@@ -46,6 +48,7 @@ class StripRow:
         images: uint8, n×H×W×3, range 0 to 255.
         labels: the n true label names.
         before, after: the n predicted label names before and after.
+        wanted: the n label names that the attacker wants; none of clean images.
     """
 
     title: str
@@ -53,11 +56,30 @@ class StripRow:
     labels: Sequence[str]
     before: Sequence[str]
     after: Sequence[str]
+    wanted: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers to the images with a trigger, before and after, and after without it.
+
+    Attributes:
+        title: the trigger's name.
+        labels: the K label names.
+        before, after, without: of each label the share of the images, of other classes, that are classified as it (K).
+    """
+
+    title: str
+    labels: Sequence[str]
+    before: np.ndarray[Any, Any]
+    after: np.ndarray[Any, Any]
+    without: np.ndarray[Any, Any]
 
 
 def draw_plots(
-    report: Report, folder: Path, *, weight_changes: Mapping[str, np.ndarray[Any, Any]], strip: Sequence[StripRow]
-) -> list[str]:
+    report: Report, folder: Path, *, weight_changes: Mapping[str, np.ndarray[Any, Any]], strip: Sequence[StripRow],
+    answers: Sequence[Answers] = (),
+) -> list[str]:  # fmt: skip
     """Draw what there is data for into `folder` and return the paths, relative to the folder's parent.
 
     Args:
@@ -65,6 +87,7 @@ def draw_plots(
         folder: created when missing; `OUTPUT/plots` by the contract.
         weight_changes: layer name to the weights after minus before (any shape); gives weight_changes.png.
         strip: rows of samples.png; of each the first MAX_COLUMNS images are shown.
+        answers: of each trigger where its images go; gives destinations.png.
 
     Raises RunError when a file cannot be written.
     """
@@ -72,8 +95,8 @@ def draw_plots(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with house_style():
-            figures = (draw_before_after(report), draw_training(report), draw_weight_changes(weight_changes),
-                       draw_samples(strip))  # fmt: skip
+            figures = (draw_before_after(report), draw_destinations(answers), draw_training(report),
+                       draw_weight_changes(weight_changes), draw_samples(strip))  # fmt: skip
             for name, figure in zip(PLOT_FILES, figures, strict=True):
                 if figure is not None:
                     figure.savefig(folder / name, dpi=DPI)
@@ -85,17 +108,20 @@ def draw_plots(
 
 
 def draw_before_after(report: Report) -> Figure | None:
-    """Return horizontal bars with 95 % intervals of accuracy and of each trigger's ASR and RA; None until measured."""
+    """Return horizontal bars with 95 % intervals of accuracy and of each trigger's ASR and RA; None until measured.
+    RA stands above the accuracy on the same images without the trigger, which it can reach.
+    """
     before, after = report.before, report.after
     if before is None or after is None:
         return None
     panels = [("Accuracy", {"ACC, higher is better": [before.accuracy, after.accuracy]})]
     for name, old in before.triggers.items():
         if new := after.triggers.get(name):
-            panels.append((f"Trigger {name}", {
-                "ASR, lower is better": [old.attack_success_rate, new.attack_success_rate],
-                "RA, higher is better": [old.robust_accuracy, new.robust_accuracy],
-            }))  # fmt: skip
+            bars = {"ASR, lower is better": [old.attack_success_rate, new.attack_success_rate],
+                    "RA, higher is better": [old.robust_accuracy, new.robust_accuracy]}  # fmt: skip
+            if old.accuracy_without and new.accuracy_without:
+                bars["ACC of the same, no trigger"] = [old.accuracy_without, new.accuracy_without]
+            panels.append((f"Trigger {name}", bars))
     figure = empty_figure(0.8 + sum(0.4 + 0.34 * len(bars) for _, bars in panels))
     all_axes = figure.subplots(len(panels), squeeze=False, sharex=True,
                                height_ratios=[len(bars) + 0.3 for _, bars in panels])  # fmt: skip
@@ -116,6 +142,35 @@ def draw_before_after(report: Report) -> Figure | None:
     axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
     axes.set_xlabel("share of images, with 95 % intervals")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def draw_destinations(answers: Sequence[Answers]) -> Figure | None:
+    """Return for each trigger the classes that most of its images go to, before and after; None without triggers.
+
+    A mark is the share of the class among the same images without the trigger. Of many classes MAX_CLASSES are shown.
+    """
+    if not answers:
+        return None
+    most = [np.argsort(-np.maximum(one.before, one.after), kind="stable")[:MAX_CLASSES] for one in answers]
+    figure = empty_figure(0.8 + sum(0.4 + 0.34 * len(chosen) for chosen in most))
+    all_axes = figure.subplots(len(answers), squeeze=False, sharex=True, height_ratios=[len(m) + 0.3 for m in most])
+    for axes, one, chosen in zip(all_axes.flat, answers, most, strict=True):
+        axes.set_title(f"Where images with trigger {fit_text(one.title, 40)} go")
+        lines = np.arange(len(chosen))
+        for state, (color, label, shares) in enumerate(((BEFORE, "before", one.before), (AFTER, "after", one.after))):
+            bars = axes.barh(lines + (state - 0.5) * 0.4, 100 * shares[chosen], 0.38, color=color, label=label)
+            axes.bar_label(bars, [f"{100 * share:.1f} %" for share in shares[chosen]], padding=3, fontsize=7.5)
+        axes.plot(100 * one.without[chosen], lines + 0.2, "|", color=INK, markersize=9, markeredgewidth=1.8,
+                  label="after, without the trigger")  # fmt: skip
+        axes.set(yticks=lines, yticklabels=[short_label(one.labels[i], 24) for i in chosen], xlim=(0, 116),
+                 ylim=(len(chosen) - 0.45, -0.55))  # fmt: skip
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+    axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
+    axes.set_xlabel("share of the images of all other classes")
+    (mark, *bars), (words, *states) = axes.get_legend_handles_labels()
+    figure.legend([*bars, mark], [*states, words], loc="outside upper right", ncols=3)
     return figure
 
 
@@ -186,14 +241,16 @@ def draw_samples(strip: Sequence[StripRow]) -> Figure | None:
     figure = empty_figure(len(strip) * (0.75 + WIDTH / (columns + 0.6) * min(1.5, height / width)))
     for part, row in zip(np.atleast_1d(figure.subfigures(len(strip))), strip, strict=True):
         part.suptitle(fit_text(row.title, 80), fontweight="bold", fontsize=8.5, x=0.01, ha="left")
+        if any(one.wanted for one in strip) and row is strip[0]:
+            part.text(0.99, 0.97, MARKS, fontsize=7.5, va="top", ha="right")
         places = part.subplots(1, columns)
         write_below(places[0], [(word, INK) for word in ("true", "before", "after")], -0.45, "left")
         for axes in places:
             axes.set_axis_off()
-        for axes, image, truth, *answers in zip(places, row.images, row.labels, row.before, row.after, strict=False):
-            marked = [(f"{'✓' if label == truth else '✗'} {short_label(label)}", INK if label == truth else WRONG)
-                      for label in answers]  # fmt: skip
-            show_image(axes, image, [(short_label(truth), INK), *marked])
+        wants = [*row.wanted, *[None] * len(row.images)]
+        shown = zip(places, row.images, row.labels, wants, row.before, row.after, strict=False)
+        for axes, image, truth, wanted, *answers in shown:
+            show_image(axes, image, [(short_label(truth), INK), *(marked(answer, truth, wanted) for answer in answers)])
     return figure
 
 
@@ -221,6 +278,7 @@ def empty_figure(height: float) -> Figure:
 def show_image(axes: Axes, image: np.ndarray[Any, Any], lines: Sequence[tuple[str, str]]) -> None:
     """Fill the axes with an image (uint8, H×W×3; small ones are enlarged pixel by pixel), (words, colour) below it."""
     axes.imshow(image, interpolation="nearest" if len(image) < 96 else "antialiased", aspect="equal")
+    axes.set_anchor("N")  # close to its heading
     axes.set_axis_off()
     write_below(axes, lines, 0.5, "center")
 
@@ -232,15 +290,15 @@ def write_below(axes: Axes, lines: Sequence[tuple[str, str]], x: float, align: s
                       textcoords="offset points", fontsize=6.8, color=color)  # fmt: skip
 
 
+def marked(answer: str, truth: str, wanted: str | None, letters: int = 16) -> tuple[str, str]:
+    """Return an answer with its mark (right, wrong, or what the attacker wants), and its colour."""
+    mark = RIGHT_MARK if answer == truth else TARGET_MARK if answer == wanted else WRONG_MARK
+    return f"{mark} {short_label(answer, letters)}", INK if answer == truth else WRONG
+
+
 def short_label(label: str, letters: int = 16) -> str:
     """Return a label on one line: of ImageNet's synonyms the first."""
     return fit_text(label.split(",")[0], letters)
-
-
-def fit_text(text: str, letters: int) -> str:
-    """Return `text` on one line, at most `letters` long."""
-    text = one_line(text)
-    return text if len(text) <= letters else text[: max(1, letters - 1)].rstrip() + "…"
 
 
 def _number(value: Any) -> float:

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Final, Self, cast
 
 from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError, located
-from hfdetox.evaluation.results import Measurement, Rate, Rating
-from hfdetox.evaluation.verdict import percent
+from hfdetox.evaluation.results import AccuracyLoss, Measurement, Rate, Rating
+from hfdetox.evaluation.verdict import Verdict, percent, run_verdict, trigger_verdicts
 from hfdetox.files import ATTACK_REPORT_NAME as ATTACK_REPORT_NAME
 from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
 from hfdetox.values import read_fields, read_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # where an attack starts that draws its own weights
 SCRATCH: Final = "scratch"
 
@@ -181,12 +181,30 @@ class Report(RunReport):
     Attributes:
         defense_effectiveness_rating: of each trigger by its name, and `mean`; None without triggers, and until it is
             known.
+        accuracy_loss: what the run cost, and whether that is too much; None until it is known, and in reports of schema
+            versions 1 and 2.
     """
 
     NAME: ClassVar[str] = REPORT_NAME
 
     defense: DefenseInfo
     defense_effectiveness_rating: dict[str, Rating] | None
+    accuracy_loss: AccuracyLoss | None = None
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the run cost more accuracy than it may: its model is published only on purpose."""
+        return self.accuracy_loss is not None and self.accuracy_loss.verdict == Verdict.REJECTED
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The worst of what may be said of its triggers; None where none was measured."""
+        return run_verdict(self.before, self.after, self.accuracy_loss)
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """What may be said of each trigger, by its name; empty before the first measurement."""
+        return trigger_verdicts(self.before, self.after, self.accuracy_loss)
 
     @property
     def triggers(self) -> Mapping[str, Any]:

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from hfdetox._version import __version__
-from hfdetox.config import AttackPublishOptions
+from hfdetox.config import AnyPublishOptions
 from hfdetox.errors import HubError, UsageError
+from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, locked
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
@@ -23,7 +24,7 @@ def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -
     """Find out before any work whether `push_output` with these options could succeed; nothing is changed.
 
     Args:
-        how: the options of `AttackPublishOptions`.
+        how: the options of `AnyPublishOptions`.
 
     Returns:
         The whole id of the repository: a name alone is the user's own, a moved repository has its new name.
@@ -32,7 +33,7 @@ def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -
         UsageError: the options do not fit the model (see `push_output`) or the repository.
         HubError: token or network.
     """
-    return check_repo(repo_id, **_policy(backdoored, AttackPublishOptions(**how)))
+    return check_repo(repo_id, **_policy(backdoored, AnyPublishOptions(**how)))
 
 
 def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
@@ -44,7 +45,7 @@ def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
     `public`, which is refused for other models.
 
     Args:
-        how: the options of `AttackPublishOptions`.
+        how: the options of `AnyPublishOptions`.
 
     Raises:
         UsageError: not such a folder, another process works on it, the repository exists and was not made by hfdetox,
@@ -53,10 +54,11 @@ def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
         HubError: see `push_folder`; the line ends with the command that repeats the push.
     """
     backdoored = is_backdoored(folder)
-    policy, message = _policy(backdoored, AttackPublishOptions(**how)), _commit_message(folder, backdoored=backdoored)
+    options, message = AnyPublishOptions(**how), _commit_message(folder, backdoored=backdoored)
+    policy, retarget = _policy(backdoored, options), partial(_retarget, folder, accept=options.accept_accuracy_loss)
     with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
         try:
-            pushed = push_folder(folder, repo_id, message=message, retarget=partial(_retarget, folder), **policy)
+            pushed = push_folder(folder, repo_id, message=message, retarget=retarget, **policy)
         except HubError as error:
             command = push_command(folder, repo_id, **how)
             raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
@@ -104,9 +106,15 @@ def load_report(folder: Path) -> Report | AttackReport:
     return AttackReport.load(folder) if (folder / ATTACK_REPORT_NAME).exists() else Report.load(folder)
 
 
-def _retarget(folder: Path, repo_id: str) -> list[str]:
-    """Make card and report name `repo_id`, and return their names; nothing is written where they do already."""
+def _retarget(folder: Path, repo_id: str, *, accept: bool) -> list[str]:
+    """Make card and report name `repo_id`, and return their names; nothing is written where they do already.
+
+    UsageError for a model that was rejected for its accuracy, unless that is accepted.
+    """
     report = load_report(folder)
+    if isinstance(report, Report) and report.accuracy_loss is not None and report.rejected and not accept:
+        raise UsageError(f"{folder} was rejected: {describe_loss(report.accuracy_loss)}; it is pushed only with "
+                         "--accept-accuracy-loss (in Python accept_accuracy_loss=True)")  # fmt: skip
     try:
         card = (folder / CARD_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +134,7 @@ def _retarget(folder: Path, repo_id: str) -> list[str]:
     return [CARD_NAME, report.NAME]
 
 
-def _policy(backdoored: bool, how: AttackPublishOptions) -> dict[str, bool]:
+def _policy(backdoored: bool, how: AnyPublishOptions) -> dict[str, bool]:
     """Return what the Hub's room is to do, a model to hide included; UsageError for options that do not fit it."""
     if backdoored and not how.i_know_this_is_backdoored:
         raise UsageError("this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "

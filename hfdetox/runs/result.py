@@ -17,11 +17,12 @@ from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from hfdetox.config import DetoxOptions, PublishOptions
+from hfdetox.data.cache import Pixels
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.errors import RunError, on_disk
 from hfdetox.evaluation.evaluator import Evaluator
-from hfdetox.evaluation.metrics import Predictions
+from hfdetox.evaluation.metrics import Predictions, shares_of_others
 from hfdetox.evaluation.results import Visibility
 from hfdetox.files import locked
 from hfdetox.hub.download import read_text_file
@@ -31,7 +32,7 @@ from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import CARD_NAME, build_card, validate_card
 from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.gallery import draw_gallery
-from hfdetox.reporting.plots import PLOT_FILES, StripRow, draw_plots
+from hfdetox.reporting.plots import PLOT_FILES, Answers, StripRow, draw_plots
 from hfdetox.reporting.report import AttackReport, Report
 from hfdetox.runs.folder import RunFolder, check_output, publish_folder, write_manifest
 from hfdetox.runs.publish import push_output
@@ -53,6 +54,7 @@ class Artifacts:
 
     weight_changes: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     strip: list[StripRow] = field(default_factory=list)
+    answers: list[Answers] = field(default_factory=list)
     triggers: Sequence[Trigger] = ()
     source_card: str | None = None
     dataset_eval_yaml: str | None = None
@@ -173,21 +175,25 @@ class DetoxResult(SavedResult[Report, Artifacts]):
     """A cleaned model and what was measured, such as `report.after.accuracy.value`."""
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False
-    ) -> PushResult:
+        self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
+        accept_accuracy_loss: bool = False,
+    ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
         Of several processes only the main one pushes; the others return at once, with an empty commit.
 
         Raises:
-            UsageError: the repository exists and was not made by hfdetox.
+            UsageError: the repository exists and was not made by hfdetox, or the model was rejected for its accuracy
+                and `accept_accuracy_loss` does not say that it is pushed all the same.
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
-        return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite)
+        return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite,
+                          accept_accuracy_loss=accept_accuracy_loss)  # fmt: skip
 
     def _draw(self, folder: Path) -> list[str]:
         shown = self.artifacts
-        draw_plots(self.report, folder / "plots", weight_changes=shown.weight_changes, strip=shown.strip)
+        draw_plots(self.report, folder / "plots", weight_changes=shown.weight_changes, strip=shown.strip,
+                   answers=shown.answers)  # fmt: skip
         stated = eval_results(self.report, shown.dataset_eval_yaml, whole_split=shown.whole_split)
         for name, text in stated.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -289,18 +295,30 @@ def draw_strip(evaluation: Evaluator, before: Predictions, after: Predictions) -
     shared = evaluation.common_positions()
     chosen = shared or clean.positions.tolist()
     chosen = chosen[:: max(1, len(chosen) // STRIP_COLUMNS)][:STRIP_COLUMNS]
-    rows = [_row("Clean images", clean, chosen, labels, before.predicted, after.predicted)]
+    rows = [_row("Clean images", clean, chosen, labels, clean.labels.cpu().numpy(), before.predicted, after.predicted)]
     for view in evaluation.views[: STRIP_ROWS - 1] if shared else []:
         old, new = (state.triggered[view.trigger.name] for state in (before, after))
-        rows.append(_row(f"Trigger {view.trigger.name}", view.source, chosen, labels, old, new))
+        rows.append(_row(f"Trigger {view.trigger.name}", view.source, chosen, labels, view.wanted(), old, new))
     return rows
 
 
-def _row(title: str, pixels: Any, chosen: Sequence[int], labels: Sequence[str], before: NDArray[np.int64],
-         after: NDArray[np.int64]) -> StripRow:  # fmt: skip
+def _row(title: str, pixels: Pixels, chosen: Sequence[int], labels: Sequence[str],
+         *answers: NDArray[np.int64]) -> StripRow:  # fmt: skip
     items, pictures, truth = pixels.pictures(chosen)
-    names = ([labels[i] for i in found] for found in (truth, before[items], after[items]))
-    return StripRow(title, pictures, *names)
+    wanted, before, after = ([labels[i] for i in found[items]] for found in answers)
+    return StripRow(title, pictures, [labels[i] for i in truth], before, after, wanted)
+
+
+def find_answers(evaluation: Evaluator, before: Predictions, after: Predictions) -> list[Answers]:
+    """Return where the images with each trigger go, before and after, and after without the trigger."""
+    found = []
+    for view in evaluation.views:
+        name, truth = view.trigger.name, view.source.labels.cpu().numpy()
+        clean = after.predicted[after.hits[name][0]]
+        shares = (shares_of_others(truth, answers, view.classes)
+                  for answers in (before.triggered[name], after.triggered[name], clean))  # fmt: skip
+        found.append(Answers(name, evaluation.classifier.labels, *shares))
+    return found
 
 
 class AttackResult(SavedResult[AttackReport, AttackArtifacts]):

@@ -19,6 +19,8 @@ DONE = {
     "samples": 0.05, "seed": 0, "clean": False, "status": "done", "reason": None, "method": "ft",
     "settings": {"epochs": 2, "layers": ["head"]}, "accuracy_before": 0.9, "accuracy": 0.8,
     "attack_success_before": 1.0, "attack_success": 0.5, "robust_accuracy_before": 0.0, "robust_accuracy": 0.4,
+    "largest_share_before": 1.0, "largest_share": 0.55, "excess_before": 0.95, "excess": 0.45,
+    "verdict": "not mitigated", "accuracy_verdict": "inconclusive",
     "der": 0.7, "der_low": 0.6, "der_high": 0.8, "worst_class_before": 0.5, "worst_class": 0.4, "spread_before": 0.1,
     "spread": 0.2, "epochs": 2, "steps": 20, "seconds": 10.0, "images_per_second": 100.0, "peak_memory": 2**30,
     "precision": "bf16", "device": "cpu", "dataset": "pictures", "clean_images": 2500, "eval_images": 10000,
@@ -60,11 +62,13 @@ def test_one_model_with_several_defenses_and_seeds():
     second = row(defense="d3", seed=1, accuracy=0.9, attack_success=0.3, seconds=50.0, peak_memory=3 * 2**30)
     rows = [row(seconds=10.0), first, second]
     before, tuned, pushed = results(rows)
-    assert before.cells() == ["before", "–", "90.0", "100.0", "0.0", "–", "50.0", "10.0", "–", "–", "–"]
-    assert tuned.cells() == ["ft", "1", "80.0", "50.0", "40.0", "70.0", "40.0", "20.0", "10", "1.0", "1.0 GiB"]
+    assert before.cells() == ["before", "–", "90.0", "100.0", "0.0", "100.0", "95.0", "–", "50.0", "10.0", "–", "–",
+                              "–"]  # fmt: skip
+    assert tuned.cells() == ["ft", "1", "80.0", "50.0", "40.0", "55.0", "45.0", "70.0", "40.0", "20.0", "10", "1.0",
+                             "1.0 GiB"]  # fmt: skip
     # mean of 0.7 and 0.9, ± 12.706 · 0.1; 40 s are four times 10 s; the most memory is the larger one
-    assert pushed.cells() == ["d3", "2", "80.0 ± 127.1", "20.0 ± 127.1", "40.0 ± 0.0", "70.0 ± 0.0", "40.0 ± 0.0",
-                              "20.0 ± 0.0", "40", "4.0", "3.0 GiB"]  # fmt: skip
+    assert pushed.cells() == ["d3", "2", "80.0 ± 127.1", "20.0 ± 127.1", "40.0 ± 0.0", "55.0 ± 0.0", "45.0 ± 0.0",
+                              "70.0 ± 0.0", "40.0 ± 0.0", "20.0 ± 0.0", "40", "4.0", "3.0 GiB"]  # fmt: skip
     assert pushed.document()["accuracy"]["mean"] == pytest.approx(0.8)
 
 
@@ -113,21 +117,21 @@ def test_a_cost_needs_plain_fine_tuning_on_the_same_model_and_images():
     other = row(defense="d3-n50", method="d3", samples=50, seconds=3.0)
     lonely = row("b", "d3", seconds=3.0)
     found = texts(results([tuned, few, other, lonely]))
-    assert [found[key][9] for key in (("m: a", "d3-n50"), ("m: a", "ft-n50"), ("m: b", "d3"))] == ["1.5", "1.0", "–"]
+    assert [found[key][11] for key in (("m: a", "d3-n50"), ("m: a", "ft-n50"), ("m: b", "d3"))] == ["1.5", "1.0", "–"]
 
 
 def test_a_cost_is_against_the_defense_that_is_called_ft() -> None:
     """A variant of the same method, such as with class weights, is no base: 30 s are three times 10 s."""
     rows = [row(seconds=10.0), row(defense="ft-class", method="ft", seconds=30.0)]
     found = texts(results(rows))
-    assert [found["m: a", name][9] for name in ("ft", "ft-class")] == ["1.0", "3.0"]
+    assert [found["m: a", name][11] for name in ("ft", "ft-class")] == ["1.0", "3.0"]
 
 
 def test_the_cost_on_average_is_the_median_over_attacks() -> None:
     """The machine was busy during one of the runs: 3, 3 and 90 times plain fine-tuning are 3 times."""
     seconds = {("a", "ft"): 10.0, ("b", "ft"): 10.0, ("c", "ft"): 10.0, ("a", "d3"): 30.0, ("b", "d3"): 30.0}
     rows = [row(attack, name, seconds=seconds.get((attack, name), 900.0)) for attack in "abc" for name in ("ft", "d3")]
-    assert texts(averages(rows))["m: a, b, c", "d3"][9] == "3.0"
+    assert texts(averages(rows))["m: a, b, c", "d3"][11] == "3.0"
 
 
 def test_before_is_of_the_same_seeds_as_after() -> None:
@@ -142,11 +146,31 @@ def test_before_is_of_the_same_seeds_as_after() -> None:
 
 
 def test_clean_baselines_have_a_line_and_are_in_no_average():
-    measured = ("attack_success_before", "attack_success", "robust_accuracy_before", "robust_accuracy", "der")
+    measured = ("attack_success_before", "attack_success", "robust_accuracy_before", "robust_accuracy", "der",
+                "largest_share_before", "largest_share", "excess_before", "excess", "verdict")  # fmt: skip
     gone = dict.fromkeys(measured)
     rows = [row("a"), row("b"), row("clean-s1", clean=True, **gone)]
     assert [line.attacks for line in averages(rows)] == [("a", "b")] * 2
     assert texts(results(rows))["m: clean-s1", "ft"][2:6] == ["80.0", "–", "–", "–"]
+
+
+def test_a_rejected_and_a_redirected_run_are_results_with_a_flag(tmp_path):
+    """They are in every mean, and in no list of what failed."""
+    lost = {"accuracy": 0.2, "accuracy_verdict": "rejected: accuracy", "verdict": "rejected: accuracy"}
+    rows = [row("a"), row("b", **lost), row("b", seed=1, verdict="redirected, not mitigated"), row("a", seed=1)]
+    outcome = BenchTables(tmp_path, "suite.yaml", rows)
+    assert (outcome.exit_status, outcome.problems()) == (0, None)
+    assert BenchTables.line(rows[1]).endswith(", 10 s, rejected: accuracy")
+    assert BenchTables.line(rows[2]).endswith(", 10 s, redirected, not mitigated")
+    (_, average) = averages(rows)
+    # seed 0: (0.8 + 0.2) / 2, seed 1: 0.8
+    assert average.cells()[2].startswith("65.0 ± ")
+    assert average.cells()[2].endswith(" (1 of 4 rejected)")
+    assert average.cells()[3] == "50.0 ± 0.0 (1 of 4 redirected)"
+    assert "1 of 4 rejected" in outcome.markdown()
+    assert "Failed or not run" not in outcome.markdown()
+    found = {line["attacks"][0]: line["flags"] for line in outcome.document()["results"] if line["defense"] == "ft"}
+    assert found == {"a": {}, "b": {"accuracy": "1 of 2 rejected", "attack_success": "1 of 2 redirected"}}
 
 
 def test_the_files_say_what_failed_and_what_was_not_run(tmp_path):
@@ -236,20 +260,23 @@ def test_no_number_is_cut_on_the_terminal(tmp_path, width):
     [
         (80, "defense seeds ACC ASR DER × ft"),
         (110, "defense seeds ACC ASR RA DER seconds × ft"),
-        (120, "defense seeds ACC ASR RA DER seconds × ft"),
-        (160, "defense seeds ACC ASR RA DER worst spread seconds × ft memory"),
+        (120, "defense seeds ACC ASR RA largest DER seconds × ft"),
+        (160, "defense seeds ACC ASR RA largest DER seconds × ft"),
+        (220, "defense seeds ACC ASR RA largest excess DER worst spread seconds × ft memory"),
     ],
 )
 def test_a_terminal_shows_as_many_columns_as_have_room(tmp_path, width, headings):
     """Every rate has an interval as wide as two seeds can make it; neither a name nor a number is cut."""
-    rates = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
+    rates = ("accuracy", "attack_success", "robust_accuracy", "largest_share", "excess", "der", "worst_class", "spread")
     rows = [row(defense="d3-wasserstein", method="d3", seed=seed, seconds=12345.0, **dict.fromkeys(rates, 1.0 * seed))
             for seed in (0, 1)]  # fmt: skip
     text = printed(BenchTables(tmp_path, "s.yaml", rows), width)
     (line,) = (line for line in text.splitlines() if "d3-wasserstein " in line and "±" in line)
     # 0 and 1: mean 0.5, ± 12.706 · 0.5
     shown = headings.split()
-    assert line.count("50.0 ± 635.3") == sum(word in shown for word in ("ACC", "ASR", "RA", "DER", "worst", "spread"))
+    assert line.count("50.0 ± 635.3") == sum(
+        word in shown for word in ("ACC", "ASR", "RA", "largest", "excess", "DER", "worst", "spread")
+    )
     assert " ".join(next(x for x in text.splitlines() if x.strip().startswith("defense")).split()) == headings
     assert ("12,345" in line, "1.0 GiB" in line) == ("seconds" in shown, "memory" in shown)
 
@@ -258,7 +285,7 @@ def test_a_bench_of_one_attack_has_a_table_too(tmp_path):
     text = printed(BenchTables(tmp_path, "s.yaml", [row(), undone("failed", "[red]no[/red]", defense="clp")]), 80)
     assert "m: a" in text
     assert [line.split() for line in text.splitlines() if line.split()[:1] == ["ft"]] == [
-        ["ft", "1", "80.0", "50.0", "40.0", "70.0", "10", "1.0"]
+        ["ft", "1", "80.0", "50.0", "40.0", "55.0", "70.0", "10", "1.0"]
     ]
     assert "1 failed" in text
     assert "[red]no[/red]" in text

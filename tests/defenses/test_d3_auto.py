@@ -317,8 +317,11 @@ def test_what_was_chosen_is_said_with_its_reason(accelerator: Accelerator) -> No
     record = run(config, mlp(), accelerator)
     where, features, augmentation, epsilon, length, hard, *short = config.choices(record.history)
     look, values = record.history[0], [entry["lambda"] for entry in record.history[1:]]
-    assert where.startswith("Selected: head, started from random weights of the old norm, measured without the mean")
-    assert where.endswith("with no norm before it whose sign could undo the turn.")
+    assert where.startswith(
+        "Selected: head, which is turned away from its old weights. It started from random weights as large as"
+    )
+    assert "measured without the mean over the classes" in where
+    assert where.endswith("No normalisation stands before it that could undo the turn.")
     assert features == "AdamW trained the features, for the network has no BatchNorm."
     assert augmentation.startswith(f"Augmentation {chosen_augmentation(look)}: ")
     assert f"none {100 * look['accuracy_none']:.1f} %" in augmentation

@@ -27,7 +27,7 @@ from hfdetox.evaluation.metrics import (
     rate,
     ratings,
 )
-from hfdetox.evaluation.results import Measurement
+from hfdetox.evaluation.results import LabelRate, Measurement
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
@@ -190,6 +190,11 @@ def test_measure_by_hand(accelerator: Accelerator) -> None:
     patch = found.triggers["patch"]
     assert (patch.attack_success_rate.successes, patch.attack_success_rate.samples) == (6, 6)
     assert (patch.robust_accuracy.successes, patch.robust_accuracy.samples) == (0, 6)
+    # without it 4 of these 6 are right; it moves all of them to its target, where one goes anyway
+    assert patch.accuracy_without == rate(4, 6)
+    assert patch.destination is not None
+    assert (patch.destination.label, patch.destination.rate, patch.destination.without) == (0, rate(6, 6), rate(1, 6))
+    assert patch.destination.excess.value == pytest.approx(5 / 6)
     assert (patch.kind, patch.mode, patch.target) == ("badnets", "input", 0)
     assert patch.spec == "badnets:name=patch,target=0,mode=input"
     assert patch.file_sha256 == hashlib.sha256(trigger.file_bytes()).hexdigest()
@@ -211,6 +216,15 @@ def test_a_class_without_images_has_no_accuracy() -> None:
     found = class_accuracies(np.array([3, 3, 0]), np.array([True, False, True]), 5)
     assert found.accuracies == [1.0, None, None, 0.5, None]
     assert (found.worst_label, found.worst.value, found.spread) == (3, 0.5, 0.25)
+    assert [(one.label, one.name, one.rate) for one in found.lowest] == [(3, "3", rate(1, 2)), (0, "0", rate(1, 1))]
+
+
+def test_the_ten_worst_of_many_classes_are_named() -> None:
+    """Of equal ones that with more images: none of two is worse than none of one."""
+    truth = np.repeat(np.arange(1000), 1 + (np.arange(1000) % 3 == 0))
+    found = class_accuracies(truth, truth >= 30, 1000, [f"class {i}" for i in range(1000)])
+    assert [one.label for one in found.lowest] == list(range(0, 30, 3))
+    assert found.lowest[1] == LabelRate(3, "class 3", rate(0, 2))
 
 
 def test_images_of_the_target_class_never_count_as_a_success(accelerator: Accelerator) -> None:

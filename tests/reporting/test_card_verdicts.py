@@ -53,11 +53,11 @@ def with_attack(report: Report, before: Rate, after: Rate) -> Report:
     """Return the report with one trigger, `badnets`, of these attack success rates."""
     assert report.before
     assert report.after
-    old, new = report.before.triggers["badnets"], report.after.triggers["badnets"]
+    robust = report.after.triggers["badnets"].robust_accuracy
     return replace(
         report,
-        before=replace(report.before, triggers={"badnets": replace(old, attack_success_rate=before)}),
-        after=replace(report.after, triggers={"badnets": replace(new, attack_success_rate=after)}),
+        before=replace(report.before, triggers={"badnets": trigger(before, robust)}),
+        after=replace(report.after, triggers={"badnets": trigger(after, robust)}),
     )
 
 

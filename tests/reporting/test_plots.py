@@ -20,7 +20,9 @@ from hfdetox.reporting.plots import (
     PANEL,
     PLOT_FILES,
     WIDTH,
+    Answers,
     StripRow,
+    draw_destinations,
     draw_plots,
     draw_samples,
     draw_training,
@@ -75,12 +77,15 @@ def strip(rows: int, columns: int, size: tuple[int, int] = (32, 32)) -> list[Str
 def test_every_plot_is_whole(tmp_path: Path, triggers: int, layers: int, columns: int) -> None:
     rng = np.random.default_rng(0)
     changes = {f"layers.{i}.{LONG}": rng.normal(0, 0.1, (10, 64)) for i in range(layers)}
+    names = [f"{i} {LONG} {'x' * 200}" for i in range(1000)]
+    answers = [Answers(LONG, names, *rng.dirichlet(np.full(1000, 0.01), 3)) for _ in range(triggers)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         written = draw_plots(
-            with_triggers(triggers), tmp_path / "plots", weight_changes=changes, strip=strip(1 + triggers, columns)
-        )
-    assert written == [f"plots/{name}" for name in PLOT_FILES]
+            with_triggers(triggers), tmp_path / "plots", weight_changes=changes, strip=strip(1 + triggers, columns),
+            answers=answers,
+        )  # fmt: skip
+    assert written == [f"plots/{name}" for name in PLOT_FILES if triggers or name != "destinations.png"]
     for name in written:
         picture = pixels(tmp_path / name)
         height, width = picture.shape[:2]
@@ -129,6 +134,31 @@ def test_the_layers_that_changed_most_are_shown_in_their_order() -> None:
     assert [axes.get_title().strip() for axes in figure.axes] == [f"layer{i}" for i in range(3, 9)]
     assert figure.get_supxlabel().endswith("(6 of 9 layers, those that changed most)")
     assert figure.axes[1].texts[0].get_text() == "4 weights, root mean square 4"
+
+
+def test_of_many_classes_those_are_shown_that_most_images_go_to() -> None:
+    before, after, without = np.zeros(1000), np.zeros(1000), np.zeros(1000)
+    before[7], after[[3, 900]], without[3] = 0.95, (0.84, 0.06), 0.02
+    names = [f"class {i}, a synonym" for i in range(1000)]
+    figure = draw_destinations([Answers("badnets", names, before, after, without)])
+    assert figure is not None
+    [axes] = figure.axes
+    assert axes.get_title() == "Where images with trigger badnets go"
+    assert [text.get_text() for text in axes.get_yticklabels()][:3] == ["class 7", "class 3", "class 900"]
+    assert len(axes.get_yticklabels()) == 5
+    shown = [text.get_text() for text in axes.texts]
+    assert (shown[:3], shown[5:8]) == (["95.0 %", "0.0 %", "0.0 %"], ["0.0 %", "84.0 %", "6.0 %"])
+    assert axes.lines[0].get_xdata().tolist() == [0.0, 2.0, 0.0, 0.0, 0.0]
+    assert draw_destinations([]) is None
+
+
+def test_the_strip_marks_what_the_attacker_wants_as_the_gallery_does() -> None:
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    row = StripRow("badnets", images, ["cat"] * 2, ["dog", "elk"], ["cat", "dog"], ["dog"] * 2)
+    figure = draw_samples([row])
+    assert figure is not None
+    words = [[text.get_text() for text in axes.texts][-3:] for axes in figure.subfigs[0].axes[:2]]
+    assert words == [["cat", "⚑ dog", "✓ cat"], ["cat", "✗ elk", "⚑ dog"]]
 
 
 def test_the_strip_marks_right_and_wrong() -> None:

@@ -15,6 +15,7 @@ from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import Measurement, Rate, Rating, TriggerResult
 from hfdetox.models.classifier import ModelInfo  # fmt: skip
+from hfdetox.reporting.card import build_card, validate_card
 from hfdetox.reporting.report import DefenseInfo, EnvironmentInfo, OutputInfo, Report, describe_target
 from tests.written_report import written_report
 
@@ -79,10 +80,11 @@ def test_round_trip_of_a_report_with_gaps(changes: dict[str, Any], tmp_path: Pat
 def test_the_keys_are_those_of_the_contract() -> None:
     plain = json.loads(json.dumps(full_report().to_dict()))
     assert list(plain)[:2] == ["schema_version", "hfdetox_version"]
-    assert plain["schema_version"] == 2
+    assert plain["schema_version"] == 3
     assert set(plain) - {"warnings"} == {
         "schema_version", "hfdetox_version", "model", "dataset", "defense", "before", "after",
         "defense_effectiveness_rating", "history", "output", "environment", "uncorrected",
+        "accuracy_loss",
     }  # fmt: skip
     assert set(plain["model"]) == {
         "id", "revision", "library", "architecture", "num_labels", "parameters", "dtype", "weights_sha256",
@@ -99,6 +101,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert set(plain["before"]["accuracy"]) == {"value", "successes", "samples", "interval"}
     assert set(plain["before"]["triggers"]["patch"]) == {
         "kind", "spec", "mode", "file_sha256", "target", "attack_success_rate", "robust_accuracy",
+        "accuracy_without", "destination",
     }  # fmt: skip
     assert set(plain["defense_effectiveness_rating"]["mean"]) == {"value", "interval"}
     assert set(plain["output"]) == {"weights_sha256", "pushed_to", "commit"}
@@ -127,19 +130,26 @@ def test_targets_in_words() -> None:
     assert describe_target("all-to-all") == "every class to the next one"
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", True, 1.0, None])
+@pytest.mark.parametrize("version", [0, 4, "1", True, 1.0, None])
 def test_another_schema_version_is_refused(version: object) -> None:
     plain = {**full_report().to_dict(), "schema_version": version}
-    with pytest.raises(UsageError, match=f"schema version {version!r}; this hfdetox reads 1 to 2"):
+    with pytest.raises(UsageError, match=f"schema version {version!r}; this hfdetox reads 1 to 3"):
         Report.from_dict(plain)
 
 
 def test_a_report_of_an_earlier_version_is_read() -> None:
     again = Report.load(VERSION_1)
     assert json.loads((VERSION_1 / "detox_report.json").read_text())["schema_version"] == 1
-    now = written_report()
-    assert again == replace(now, defense=replace(now.defense, description=""))
-    assert again.schema_version == 2
+    now, old = written_report(), {"accuracy_without": None, "destination": None}
+    before, after = (
+        replace(one, triggers={name: replace(trigger, **old) for name, trigger in one.triggers.items()})
+        for one in (now.before, now.after) if one is not None
+    )  # fmt: skip
+    assert again == replace(now, defense=replace(now.defense, description=""), before=before, after=after)
+    assert again.schema_version == 3
+    # where its images go was not measured, so that less can be said
+    assert again.verdicts["badnets"] == "inconclusive"
+    validate_card(build_card(again, source_card=None, repo_id=None))
 
 
 @pytest.mark.parametrize("part", ["", "model", "before", "output"])
