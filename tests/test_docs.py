@@ -136,7 +136,8 @@ def test_tutorial_runs(tmp_path: Path) -> None:
         )
         command = re.sub(r"^hfdetox ", f"{shlex.quote(sys.executable)} -m hfdetox ", command, flags=re.MULTILINE)
         done = subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        # a rejected run ends with 1, as the page says
+        assert done.returncode == ("REJECTED: " in done.stdout), done.stderr
         printed += done.stdout
     rates = [float(rate) for rate in re.findall(r"attack success +(?:[\d.]+ % \S+ +)?([\d.]+) %", printed)]
     assert len(rates) == 4

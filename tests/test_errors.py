@@ -188,8 +188,8 @@ def test_an_earlier_result_is_replaced_only_when_asked(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    command = [str(made.timm), "--dataset", str(made.digits), "--samples", "100", "--eval-samples", "50", "--output",
-               str(output)]  # fmt: skip
+    command = [str(made.timm), "--dataset", str(made.digits), "--samples", "100", "--eval-samples", "50",
+               "--max-accuracy-loss", "100", "--output", str(output)]  # fmt: skip
     assert cli.run([*command, "--epochs", "1"]) == 0
     capsys.readouterr()
     for more in ([], ["--dry-run"]):
@@ -280,7 +280,7 @@ def test_offline_a_run_needs_the_cache_and_nothing_else(
     hub.create_repo(dataset, "dataset")
     hub.commit_folder(dataset, made.digits, repo_type="dataset")
     options = ["--samples", "100", "--eval-samples", "100", "--trigger", TRIGGER, "--target", TARGET, "--epochs", "1",
-               "--json", "--output"]  # fmt: skip
+               "--max-accuracy-loss", "100", "--json", "--output"]  # fmt: skip
     command = [model, "--dataset", dataset, *options]
     assert cli.run([*command, str(tmp_path / "online")]) == 0
     online = json.loads(capsys.readouterr().out)

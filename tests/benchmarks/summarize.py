@@ -18,7 +18,8 @@ from typing import Any
 COLUMNS = (
     "model", "attack", "defense", "seed", "clean_images", "accuracy_before", "accuracy", "attack_success_before",
     "attack_success", "robust_accuracy_before", "robust_accuracy", "der", "worst_class_before", "worst_class",
-    "spread_before", "spread", "steps", "seconds",
+    "spread_before", "spread", "steps", "seconds", "largest_share_before", "largest_share", "excess", "verdict",
+    "accuracy_verdict",
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def summary(bench: dict[str, Any], command: str) -> dict[str, Any]:
         "hfdetox_version": bench["hfdetox_version"],
         "asked": len(runs),
         "columns": list(COLUMNS),
-        "rows": [[short(run[name]) for name in COLUMNS] for run in done],
+        "rows": [[short(run.get(name)) for name in COLUMNS] for run in done],
     }
 
 

@@ -33,6 +33,7 @@ SEVEN = ("badnets-0.1", "blended-0.1", "wanet-0.1", "lf-0.1", "inputaware-0.1", 
 HELDOUT = tuple(f"{name}-to-3-0.1-s1" for name in ("grid", "noise", "wanet", "lf", "inputaware", "sig", "ssba"))
 BLENDED_ALL, BLENDED_SAM = "noise-all-to-all-0.1-s1", "noise-adaptive-to-3-0.1-sam_rho=1-s1"
 RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
+UNKNOWN = "; largest class not measured"
 
 
 def read(name: str) -> Any:
@@ -60,6 +61,8 @@ def source(*names: str) -> list[str]:
         result = read(name)
         asked = f"; {len(result['rows'])} of the suite's {result['asked']} runs" if "asked" in result else ""
         version = result.get("hfdetox_version", "0.1.0")
+        # of a bench; other results have no column for it
+        asked += UNKNOWN if "columns" in result and "largest_share" not in result["columns"] else ""
         lines += ["", f"*hfdetox {version}, {made[name]}{asked}:* `{result['command']}`"]
     return lines
 
@@ -116,18 +119,21 @@ def comparison(
         extra: further rows below the first.
     """
     frame = frame[frame["attack"].isin(attacks)]
+    rates = [key for key in (*RATES, "largest_share") if key in frame]
+    columns = [*columns, *rates[len(RATES) :]]
     headings = {"accuracy": "ACC", "attack_success": "ASR", "robust_accuracy": "RA", "der": "DER",
-                "worst_class": "worst class", "spread": "spread", "cost": "× FT", "highest": "highest ASR"}  # fmt: skip
+                "worst_class": "worst class", "spread": "spread", "cost": "× FT", "highest": "highest ASR",
+                "largest_share": "largest class"}  # fmt: skip
     first = frame.drop_duplicates("attack").set_index("attack").loc[list(attacks)]
     before = [percent(first.at[attack, "attack_success_before"]) for attack in attacks]
-    known = [key for key in RATES if key != "der"]
+    known = [key for key in rates if key != "der"]
     before += [percent(first[f"{key}_before"].mean()) if key in known else "–" for key in columns]
     found = []
     for defense, group in frame.groupby("defense", sort=False):
         group = whole_seeds(group, attacks)
         if group.empty:
             continue
-        seeds = group.groupby("seed")[list(RATES)].mean()
+        seeds = group.groupby("seed")[rates].mean()
         each = group.groupby("attack")["attack_success"].mean()
         cells = [percent(each[attack]) for attack in attacks]
         for key in columns:
