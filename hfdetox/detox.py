@@ -109,8 +109,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     artifacts.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     artifacts.strip, artifacts.answers = draw_strip(evaluation, before, after), find_answers(evaluation, before, after)
     report = close_report(report, method, record, before, after, uncorrected, memory, options.max_accuracy_loss / 100)
-    if report.accuracy_loss is not None and report.rejected:
-        notes.warn(f"the model is rejected: {describe_loss(report.accuracy_loss)}")
+    if report.rejected:
+        notes.warn(f"the model is rejected: {describe_loss(report.rejected)}")
         if not options.accept_accuracy_loss:
             push_to, report = None, replace(report, output=replace(report.output, pushed_to=None))
     result = DetoxResult(report, classifier, artifacts)

@@ -32,7 +32,7 @@ from hfdetox.cli.options import (
     takes_line,
 )
 from hfdetox.errors import HfdetoxError
-from hfdetox.evaluation.verdict import describe_loss, describe_visibility
+from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
 
@@ -79,10 +79,8 @@ def detox(line: CommandLine) -> None:
             return
         result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
-        first = [console.title(report.model, report.dataset)]
-        if report.rejected and report.accuracy_loss is not None:
-            first = [f"REJECTED: {describe_loss(report.accuracy_loss)}", *first]
-        out.show(report.to_dict(), [*first, console.report_table(report), *ends(result, "report and plots")])
+        lines = [*console.rejection(report), console.title(report.model, report.dataset), console.report_table(report)]
+        out.show(report.to_dict(), [*lines, *ends(result, "report and plots")])
         if report.rejected:
             raise typer.Exit(1)
 
@@ -192,8 +190,11 @@ def demo(
 
         reports = run_demo(seed, output, say=say, compare=compare, progress=shows_progress(shown))
         for method, report in reports.items():
-            say(*([f"with --defense {method}:"] if compare else []), console.report_table(report))
+            say(*([f"with --defense {method}:"] if compare else []), *console.rejection(report),
+                console.report_table(report))  # fmt: skip
         say(f"model, card (README.md), report and plots: {output / 'cleaned'}{os.sep}")
+        if reports[config.DEFAULT_DEFENSE].rejected:
+            raise typer.Exit(1)
 
 
 @app.command(name="list")

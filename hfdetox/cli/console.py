@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import AccuracyLoss, Measurement, Rate, Rating, Visibility
-from hfdetox.evaluation.verdict import describe_visibility, percent, points
+from hfdetox.evaluation.verdict import describe_loss, describe_visibility, percent, points
 from hfdetox.files import REPORT_NAMES
 from hfdetox.models.info import ModelInfo
 from hfdetox.reporting.markdown import fit_text
@@ -88,6 +88,11 @@ def report_table(report: Report) -> Table:
         notes[name] = {**rating, "verdict": str(verdict)}
     known = {heading: state for heading, state in states.items() if state is not None}
     return measurement_table(known, notes, report.accuracy_loss)
+
+
+def rejection(report: Report) -> list[str]:
+    """Return the first line of a run that cost too much accuracy, none of others."""
+    return [f"REJECTED: {describe_loss(report.rejected)}"] if report.rejected else []
 
 
 def attack_lines(report: AttackReport) -> list[str]:

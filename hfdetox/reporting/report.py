@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from hfdetox.values import read_fields, read_json
 SCHEMA_VERSION = 3
 # where an attack starts that draws its own weights
 SCRATCH: Final = "scratch"
+# a text has no line breaks of its own in JSON
+_NUMBERS = re.compile(r"\[\n(?: +(?:null|[-+.\deE]+),?\n)+ +\]")
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,9 @@ class RunReport:
         return path
 
     def to_json(self) -> str:
-        """Return the text of the file."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the text of the file; a list of numbers, such as a class's accuracy each, is one line."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return _NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
 
     @property
     def triggers(self) -> Mapping[str, Any]:
@@ -192,9 +196,9 @@ class Report(RunReport):
     accuracy_loss: AccuracyLoss | None = None
 
     @property
-    def rejected(self) -> bool:
-        """Whether the run cost more accuracy than it may: its model is published only on purpose."""
-        return self.accuracy_loss is not None and self.accuracy_loss.verdict == Verdict.REJECTED
+    def rejected(self) -> AccuracyLoss | None:
+        """The loss of a run that cost more accuracy than it may (published on purpose only), else None."""
+        return self.accuracy_loss if self.accuracy_loss and self.accuracy_loss.verdict == Verdict.REJECTED else None
 
     @property
     def verdict(self) -> Verdict | None:

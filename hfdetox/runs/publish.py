@@ -112,8 +112,8 @@ def _retarget(folder: Path, repo_id: str, *, accept: bool) -> list[str]:
     UsageError for a model that was rejected for its accuracy, unless that is accepted.
     """
     report = load_report(folder)
-    if isinstance(report, Report) and report.accuracy_loss is not None and report.rejected and not accept:
-        raise UsageError(f"{folder} was rejected: {describe_loss(report.accuracy_loss)}; it is pushed only with "
+    if isinstance(report, Report) and report.rejected and not accept:
+        raise UsageError(f"{folder} was rejected: {describe_loss(report.rejected)}; it is pushed only with "
                          "--accept-accuracy-loss (in Python accept_accuracy_loss=True)")  # fmt: skip
     try:
         card = (folder / CARD_NAME).read_text(encoding="utf-8")
