@@ -67,12 +67,12 @@ def measurement_table(
         table.add_row("  attack success", *(estimate(r.attack_success_rate) for r in results), count)
         table.add_row("  robust accuracy", *(estimate(r.robust_accuracy) for r in results), count)
         if without := [r.accuracy_without for r in results if r.accuracy_without]:
-            table.add_row("    without trigger", *map(estimate, without), count)
+            table.add_row("    without it", *map(estimate, without), count)
         if found := [r.destination for r in results if r.destination]:
             # of a long name the first letters, and of each state its own class
             table.add_row("  largest class", *(Text(fit_text(one.name, 19)) for one in found))
             table.add_row("    its share", *(estimate(one.rate) for one in found))
-            table.add_row("    without trigger", *(estimate(one.without) for one in found))
+            table.add_row("    without it", *(estimate(one.without) for one in found))
         for label, note in (notes or {}).get(name, {}).items():
             table.add_row(f"  {label}", *blanks, Text(note))
     return table
