@@ -5,6 +5,7 @@ A field of these dataclasses is an option of the command line (`hfdetox.cli.opti
 the command that repeats a run (`argv`). Nothing here imports torch or typer.
 """
 
+import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,17 @@ def check_samples(flag: str, value: Any) -> None:
         raise UsageError(f"{flag} {value} is not a fraction above 0 and up to 1.0; a count has no point")
 
 
+def check_pixel_range(flag: str, value: str) -> tuple[float, float]:
+    """Return the values of black and white that `LOW,HIGH`, or HIGH alone, names; UsageError for what is no range."""
+    try:
+        low, high = map(float, value.split(",") if "," in value else ("0", value))
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"{flag} {value}: give the values of black and white, such as 0,4095")
+    return low, high
+
+
 def _check_share(flag: str, value: float) -> None:
     if not 0 < value <= 1:
         raise UsageError(f"{flag} {value}: a share of the images is above 0 and at most 1")
@@ -88,6 +100,11 @@ class ImageOptions(Options):
     eval_split: str | None = option(None, IMAGES, "Split that is measured.")
     image_column: str | None = option(None, IMAGES, "The column of the images.")
     label_column: str | None = option(None, IMAGES, "The column of the labels.")
+    pixel_range: str | None = option(
+        None, IMAGES, "Stored values of black and white, such as 0,4095.", metavar="LOW,HIGH", check=check_pixel_range,
+        shown="0,255, or what the values of wider types tell",
+        more="None takes that of 8 bits, and for wider types the least usual range that has all values.",
+    )  # fmt: skip
     eval_samples: int | None = option(None, IMAGES, "Measure on so many images.", least=1,
                                       more="They are drawn uniformly; None measures on the whole split.")  # fmt: skip
     label_map: str | Path | None = option(None, IMAGES, "JSON or YAML file: the dataset's label names to the model's.",

@@ -59,14 +59,15 @@ def write_folders(root, split, count, first=0):
         path.write_bytes(png(first + i))
 
 
-def write_tar(path, count, first=0, extra=None):
+def write_tar(path, count, first=0, extra=None, label=True, name="{:05}"):
     """Write a webdataset of images and labels; `extra` are more members of each example by their ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for i in range(count):
-            members = {"png": png(first + i), "cls": str(i % 3).encode(), **(extra or {})}
+            members = {"png": png(first + i), **({"cls": str(i % 3).encode()} if label else {}), **(extra or {})}
             for ending, content in members.items():
-                entry = tarfile.TarInfo(f"{i:05}.{ending}")
+                content = content(i) if callable(content) else content
+                entry = tarfile.TarInfo(f"{name.format(i)}.{ending}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
 

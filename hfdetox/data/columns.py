@@ -1,17 +1,21 @@
 """Columns: which of a dataset's columns holds the images and which the labels, and what the labels' values mean."""
 
+import re
+import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from datasets import ClassLabel, Features, Image, Value
+from datasets import Array2D, Array3D, ClassLabel, Features, Image, LargeList, List, Value
 
+from hfdetox.data.labels import count_matches, list_names
 from hfdetox.errors import UsageError
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category", "fine_label", "coarse_label", "y")
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes")
 UNLABELLED = -1
+_NUMBER = re.compile(r"\d+(\.0+)?")
 _TEXTS, _BYTES = ("string", "large_string", "string_view"), ("binary", "large_binary")
 
 
@@ -29,19 +33,54 @@ class Columns:
     names: tuple[str, ...] | None = None
 
 
-def find_columns(features: Features, *, image_column: str | None = None, label_column: str | None = None) -> Columns:
+def find_columns(
+    features: Features, *, image_column: str | None = None, label_column: str | None = None,
+    labels: Sequence[str] = (), values: Callable[[str], Collection[str]] = lambda _: (),
+) -> Columns:  # fmt: skip
     """Find the image and the label column from the features, or take the named ones.
+
+    The label column is the one that is called so or whose values are the model's labels, best both; then the one of
+    type ClassLabel.
+
+    Args:
+        labels: the model's labels, or none where they are not known.
+        values: gives some of the values of a column of text.
 
     Raises ColumnError when there is none, more than one, or when a named one does not exist or holds something else.
     """
-    image = _one("image", "not images", image_column, features, _is_image, lambda name, feature: (
-        0 if isinstance(feature, Image) else 1 if name in IMAGE_NAMES else None))  # fmt: skip
-    label = _one("label", "not one label an image", label_column, features, _is_label, lambda name, feature: (
-        0 if isinstance(feature, ClassLabel) else 1 if name in LABEL_NAMES else None))  # fmt: skip
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    typed = [name for name in images if isinstance(features[name], Image)]
+    image = _one("image", "not images", image_column, features, images,
+                 typed or [name for name in images if name.lower() in IMAGE_NAMES])  # fmt: skip
+    fitting = [name for name, feature in features.items() if _is_label(feature)]
+    label = _one("label", "not one label an image", label_column, features, fitting,
+                 _label_candidates(features, fitting, labels, values) if label_column is None else [])  # fmt: skip
     feature = features[label]
     if isinstance(feature, ClassLabel):
         return Columns(image, label, "class", tuple(feature.names))
     return Columns(image, label, "text" if feature.dtype in _TEXTS else "integer")
+
+
+def _label_candidates(
+    features: Features, fitting: Sequence[str], labels: Sequence[str], values: Callable[[str], Collection[str]]
+) -> list[str]:
+    """Return the columns that may well hold the labels; more than one where nobody can tell."""
+    named = [name for name in fitting if name.lower() in LABEL_NAMES]
+    typed = [name for name in fitting if isinstance(features[name], ClassLabel)]
+
+    def told(name: str) -> bool:
+        text = name not in typed and features[name].dtype in _TEXTS
+        found = features[name].names if name in typed else sorted(set(values(name))) if text else []
+        return bool(found) and count_matches(found, labels) > len(found) / 2
+
+    sure = [name for name in named if name in typed]
+    if not labels or (len(sure) == 1 and told(sure[0])):
+        return sure if len(sure) == 1 else named or typed
+    by_values = [name for name in fitting if told(name)]
+    both = [name for name in by_values if name in named]
+    if by_values:
+        return both if len(both) == 1 else [*by_values, *(name for name in named if name not in by_values)]
+    return sure if len(sure) == 1 else named or typed
 
 
 class LabelReader:
@@ -52,63 +91,72 @@ class LabelReader:
     """
 
     def __init__(self, columns: Columns, seen: Collection[str] = ()) -> None:
-        """`seen` are all values of a text column; those of whole numbers count as plain integers."""
-        self.names: tuple[str, ...] | None = columns.names
-        if columns.kind == "text" and not (seen and all(text.isdecimal() for text in seen)):
-            self.names = tuple(sorted(set(seen)))
-        self._codes = {name: i for i, name in enumerate(self.names or ())}
+        """`seen` are all values of a text column; "3.0" among numbers is the name "3"."""
+        self._numbers = columns.kind == "text" and all(_NUMBER.fullmatch(text) for text in seen)
+        self.names = columns.names if columns.kind != "text" else tuple(sorted({self._name(text) for text in seen}))
+        self._codes = {unicodedata.normalize("NFC", name): i for i, name in enumerate(self.names or ())}
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Return int64 indices (N,) of stored values (integers, text, None)."""
+        """Return int64 indices (N,) of stored values (integers, floats that are whole, text, None)."""
         if isinstance(values, np.ndarray) and values.dtype.kind in "iub":
             return np.maximum(values.astype(np.int64), UNLABELLED)
         return np.array([self._index(value) for value in values], dtype=np.int64)
 
     def _index(self, value: Any) -> int:
-        if value is None or value == "":
+        if value is None or value == "" or value != value:  # NaN is not itself
             return UNLABELLED
-        if value in self._codes:
-            return self._codes[value]
-        if isinstance(value, str) and not value.isdecimal():
-            raise ColumnError(f"label {value[:40]!r} is not among the dataset's class names; its metadata is wrong")
+        if isinstance(value, str):
+            name = self._name(value)
+            if name not in self._codes and not name.isdecimal():
+                raise ColumnError(f"label {value[:40]!r} is not among the dataset's class names; its metadata is wrong")
+            return self._codes[name] if name in self._codes else int(name)
+        if not isinstance(value, (int, float)) or value != int(value):
+            raise ColumnError(f"the label {str(value)[:40]!r} is no whole number; name another --label-column")
         return max(int(value), UNLABELLED)
+
+    def _name(self, text: str) -> str:
+        return str(int(float(text))) if self._numbers else unicodedata.normalize("NFC", text)
 
 
 def _one(
-    what: str, not_it: str, named: str | None, features: Mapping[str, Any], fits: Callable[[Any], bool],
-    rank: Callable[[str, Any], int | None],
+    what: str, not_it: str, named: str | None, features: Mapping[str, Any], fitting: Sequence[str],
+    candidates: Sequence[str],
 ) -> str:  # fmt: skip
-    """Return the named column, or the one of the lowest rank among those that fit."""
+    """Return the named column if it fits, or the one candidate."""
     if named is not None:
         if named not in features:
             raise ColumnError(f"the dataset has no column {named!r} for --{what}-column; it has {_all(features)}")
-        if not fits(features[named]):
+        if named not in fitting:
             found = _kind(features[named])
             raise ColumnError(f"column {named!r} holds {found}, {not_it}; give --{what}-column (of {_all(features)})")
         return named
-    ranks = {name: rank(name.lower(), feature) for name, feature in features.items() if fits(feature)}
-    best = min((found for found in ranks.values() if found is not None), default=None)
-    if best is None:
+    if not candidates:
         raise ColumnError(
             f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
             f"name one with --{what}-column, or choose another dataset")  # fmt: skip
-    candidates = [name for name, found in ranks.items() if found == best]
     if len(candidates) > 1:
-        raise ColumnError(f"several columns may hold the {what}: {', '.join(candidates)}; choose with --{what}-column")
+        names = list_names(candidates, 12)
+        raise ColumnError(f"several columns may hold the {what}: {names}; choose with --{what}-column")
     return candidates[0]
 
 
 def _is_image(feature: Any) -> bool:
-    """Return whether a column may hold encoded images: the Image type, bytes, or the struct that they are kept in."""
+    """Return whether a column may hold images: the Image type, bytes, the struct these are kept in, or arrays."""
     if isinstance(feature, dict):
         feature = feature.get("bytes")
+    if isinstance(feature, Array2D | Array3D):
+        return True
+    inner = getattr(feature, "feature", None)  # of lists of lists of numbers
+    if isinstance(inner, List | LargeList):
+        return isinstance(getattr(inner, "feature", None), Value | List | LargeList)
     return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in _BYTES)
 
 
 def _is_label(feature: Any) -> bool:
     if not isinstance(feature, Value):
         return isinstance(feature, ClassLabel)
-    return feature.dtype in (*_TEXTS, "bool") or feature.dtype.lstrip("u").startswith("int")
+    # whole numbers are often stored as floats
+    return feature.dtype in (*_TEXTS, "bool") or feature.dtype.lstrip("u").startswith(("int", "float"))
 
 
 def _kind(feature: Any) -> str:

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from hfdetox.errors import HfdetoxError, RunError, one_line
+from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
 
 MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here and not a warning
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
@@ -31,6 +31,11 @@ KEPT_BYTES = 256 * 1024**2
 _PROBE = 32
 _THREADS_PAY_SECONDS = 0.001
 
+# the highest values that images are stored with: of shares, and of 8, 10, 12, 14, 16, 24, 31 and 32 bits
+_TOPS = (1, 255, 1023, 4095, 16383, 65535, 2**24 - 1, 2**31 - 1, 2**32 - 1)
+_BYTE, _MOST_CHANNELS = 255, 4
+ARRAY_MAGIC = b"\x93NUMPY"
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -38,6 +43,17 @@ Progress = Callable[[int, int], None]
 # a file's bytes, its path, or an image that is already decoded; and what gives one when it is wanted
 Encoded = bytes | str | Image.Image
 EncodedImages = Sequence[Encoded | Callable[[], Encoded]]
+
+
+Range = tuple[float, float]  # the stored values of black and white
+
+
+class Extremes(NamedTuple):
+    """The lowest and the highest value that an image is stored with, and the type."""
+
+    low: float
+    high: float
+    kind: str
 
 
 class BrokenImageError(RunError):
@@ -82,7 +98,10 @@ class ImageSet:
         indices: the row of each image in its source split, ascending.
         split: the source split's name.
         channels: 3 for RGB, 1 for grey images.
+        pixel_range: the stored values of black and white, see `decode_image`.
     """
+
+    pixel_range: Range | None = None
 
     def __init__(
         self, encoded: EncodedImages, labels: Sequence[int] | np.ndarray, indices: Sequence[int], *,
@@ -110,20 +129,28 @@ class ImageSet:
         place = self._places[position]
         if place in self._decoded:
             return self._decoded[place]
+        decode = functools.partial(decode_image, channels=self.channels, pixel_range=self.pixel_range)
+        image = self._read(position, decode)
+        size = image.width * image.height * self.channels
+        if size <= self._room:
+            self._room -= size
+            self._decoded[place] = image
+        return image
+
+    def extremes(self, position: int) -> Extremes | None:
+        """Return what `pixel_extremes` does of one image; raises BrokenImageError."""
+        return self._read(position, pixel_extremes)
+
+    def _read(self, position: int, function: Callable[[Encoded], Result]) -> Result:
+        encoded = self._encoded[self._places[position]]
         try:
-            encoded = self._encoded[place]
-            image = decode_image(encoded() if callable(encoded) else encoded, channels=self.channels)
+            return function(encoded() if callable(encoded) else encoded)
         except HfdetoxError:
             raise
         except Exception as error:  # PIL raises anything for a broken or hostile file
             reason = one_line(error)[:120] or type(error).__name__
             raise BrokenImageError(f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason});"
                                    " repair or remove it, or choose another split or seed") from error  # fmt: skip
-        size = image.width * image.height * self.channels
-        if size <= self._room:
-            self._room -= size
-            self._decoded[place] = image
-        return image
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """Return the images at `positions` as a set of their own; nothing is copied."""
@@ -132,6 +159,12 @@ class ImageSet:
         part._places = [self._places[p] for p in chosen]
         # its own: what it decodes further goes with it
         part._decoded = {place: self._decoded[place] for place in part._places if place in self._decoded}
+        return part
+
+    def relabelled(self, labels: np.ndarray) -> ImageSet:
+        """Return the same images, of which those of label i have the label `labels[i]`; nothing is copied."""
+        part = self.subset(range(len(self)))
+        part.labels = torch.as_tensor(labels)[part.labels]
         return part
 
     @property
@@ -173,39 +206,99 @@ def parallel_map(
     return results
 
 
-def decode_image(encoded: Encoded, *, channels: int = 3) -> Image.Image:
+def decode_image(encoded: Encoded, *, channels: int = 3, pixel_range: Range | None = None) -> Image.Image:
     """Return an upright 8-bit RGB (or L, for `channels` 1) image.
 
-    Grey, palette, RGBA, CMYK and 16-bit images are converted; transparency is dropped, as the two model libraries do;
-    16-bit values are scaled to 8 bit (65535 becomes 255), not clipped. Raises what PIL raises for a broken file,
-    DecompressionBombError for more than MAX_PIXELS pixels, ValueError for a missing image or a mode without a
-    defined range (32-bit float).
+    Grey, palette, RGBA, CMYK, Lab and other images are converted; transparency is dropped, as the two model libraries
+    do. Numbers of other types (16 and 32 bits, floats, arrays with the channels first or last) are scaled from
+    `pixel_range`, the values of black and white; None takes the range from this image's own values. A range within 0 to
+    255 scales 8-bit images too.
+
+    Raises what PIL raises for a broken file, DecompressionBombError for more than MAX_PIXELS pixels, ValueError for a
+    missing image or for what is no image, UsageError for values that no usual range has.
     """
-    image = encoded if isinstance(encoded, Image.Image) else _opened(encoded)
+    image = _opened(encoded)
+    if isinstance(image, Image.Image) and pixel_range is not None and pixel_range[1] <= _BYTE:
+        image = np.asarray(_to_mode(image, "RGB"))
+    if isinstance(image, np.ndarray):
+        low, high = pixel_range or usual_range([_extremes_of(image)])
+        scaled = (image.astype(np.float64) - low) * (_BYTE / (high - low))
+        image = Image.fromarray(np.rint(scaled).clip(0, _BYTE).astype(np.uint8))
+    return _to_mode(image, "L" if channels == 1 else "RGB")
+
+
+def pixel_extremes(encoded: Encoded) -> Extremes | None:
+    """Return the lowest and highest value of an image whose type does not say its range; None for 8-bit images."""
+    found = _opened(encoded, upright=False)
+    return _extremes_of(found) if isinstance(found, np.ndarray) else None
+
+
+def usual_range(found: Sequence[Extremes]) -> Range:
+    """Return the values of black and white that stored values stand for: the least usual range that has them all.
+
+    Usual are 0 to 1, -1 to 1 for numbers with a point, all of 8, 10, 12, 14, 16, 24, 31 or 32 bits, and all of a signed
+    byte. Raises UsageError for others: they have to be named.
+    """
+    low, high = min(one.low for one in found), max(one.high for one in found)
+    if all(one.kind == "int8" for one in found):
+        return (-128.0 if low < 0 else 0.0, 127.0)
+    if low < 0 and not (low >= -1 and high <= 1):
+        raise UsageError(f"pixels from {low:g} to {high:g} are in no usual range; name it with --pixel-range LOW,HIGH")
+    # numbers with a point may pass their end by a rounding
+    top = next((top for top in _TOPS if high <= top * 1.001), None)
+    if top is None or not np.isfinite(low):
+        raise UsageError(f"pixels up to {high:g} are in no usual range; name it with --pixel-range LOW,HIGH")
+    return (-1.0 if low < 0 else 0.0, float(top))
+
+
+def _extremes_of(values: np.ndarray) -> Extremes:
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    return Extremes(low, high, str(values.dtype))
+
+
+def _opened(encoded: Encoded, *, upright: bool = True) -> Image.Image | np.ndarray:
+    """Return an image of 8 bits, or the numbers of one whose type does not say their range."""
+    if isinstance(encoded, Image.Image):
+        image = encoded
+    elif not encoded:
+        raise ValueError("there is no image in this row")
+    else:
+        content = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
+        if content.startswith(ARRAY_MAGIC):
+            return _upright_array(np.load(io.BytesIO(content), allow_pickle=False))
+        Image.init()
+        try:
+            image = Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError("not an image in a known format") from None  # PIL's text shows an address
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are read")
-    return _to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    return np.asarray(image) if image.mode.startswith(("I", "F")) else image
 
 
-def _opened(encoded: bytes | str) -> Image.Image:
-    """Return the image of a file's bytes, or of the file at a path, not loaded."""
-    if not encoded:
-        raise ValueError("there is no image in this row")
-    Image.init()
-    content = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
-    try:
-        return Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN])
-    except UnidentifiedImageError:
-        raise UnidentifiedImageError("not an image in a known format") from None  # PIL's text shows an address
+def _upright_array(values: np.ndarray) -> Image.Image | np.ndarray:
+    """Return an array as H×W or H×W×3, without transparency; one of 8 bits as an image."""
+    if values.ndim == 3 and values.shape[-1] > _MOST_CHANNELS >= values.shape[0]:
+        values = np.moveaxis(values, 0, -1)
+    channels = values.shape[2] if values.ndim == 3 else 1
+    if values.dtype.kind not in "biuf" or values.ndim not in (2, 3) or not 0 < channels <= _MOST_CHANNELS:
+        raise ValueError(f"an array of {values.dtype} and shape {values.shape} is no image")
+    if values.size > MAX_PIXELS * channels:
+        raise Image.DecompressionBombError(f"an array of shape {values.shape}; at most {MAX_PIXELS} pixels are read")
+    values = values[..., :3] if channels > 2 else values.reshape(*values.shape[:2], channels)[..., 0]
+    if values.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(values))
+    return values.astype(np.uint8) if values.dtype == bool else values
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels have no defined range; save it as 8 or 16 bit")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        top = 65535 if values.size == 0 or values.max() <= 65535 else 2**31 - 1
-        image = Image.fromarray(np.rint(values.clip(0, top) * (255.0 / top)).astype(np.uint8))
+    if image.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, rgb, "LAB", "RGB")) or image
     elif image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")  # PIL warns about palettes with transparency on the way to RGB
+    elif image.mode == "La":
+        image = image.convert("LA")  # the one way from premultiplied grey
     return image if image.mode == mode else image.convert(mode)

@@ -19,6 +19,7 @@ class DatasetInfo:
         indices_sha256: SHA-256 over the row numbers of the clean images in their split.
         eval_indices_sha256: the same of the images that are measured.
         label_map: dataset name to model name where the two differ; empty text for a class that was left out.
+        pixel_range: the stored values of black and white; None where every image has 8 bits, 0 to 255.
         named_by_card: whether nobody named it but the model's own card, whose author so chose the images.
     """
 
@@ -33,6 +34,7 @@ class DatasetInfo:
     indices_sha256: str
     eval_indices_sha256: str
     label_map: dict[str, str]
+    pixel_range: tuple[float, float] | None = None
     named_by_card: bool = False
 
     def described(self) -> str:

@@ -1,6 +1,10 @@
 """Labels: which of the model's classes each of the dataset's classes is, by name, by a map file, or by order."""
 
+from __future__ import annotations
+
+import functools
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 
 from hfdetox.errors import UsageError, located
 from hfdetox.values import read_json, read_yaml
 
 DROPPED = -1
 _SHOWN = 8
+_WORDNET_ID = re.compile(r"n\d{8}")
 _GENERIC = re.compile(r"(label|class)[\s_-]*\d+", re.IGNORECASE)
 
 
@@ -34,54 +40,67 @@ class Alignment:
         mapping: for each dataset label (its index) the model's label index, or `DROPPED` (-1) for a class left out.
         note: what a person must know about how they were aligned (the order was used), or None.
         label_map: dataset name to model name where the two are not spelt the same; "" for a class left out.
+        other: the classes in the order of their names, where only an order says which is which and that is another one.
     """
 
     mapping: list[int]
     note: str | None = None
     label_map: dict[str, str] = field(default_factory=dict)
+    other: Alignment | None = None
 
 
 def align_labels(
     dataset_names: Sequence[str] | None, model_labels: Sequence[str],
-    label_map: Path | str | Mapping[str, Any] | None = None,
+    label_map: Path | str | Mapping[str, Any] | None = None, aliases: Sequence[Sequence[str]] = (),
 ) -> Alignment:  # fmt: skip
     """Align the dataset's classes (`dataset_names`, or None when its labels are plain integers) with the model's.
 
-    Names are compared without case, spaces, underscores and hyphens, then by the synonyms of comma-separated lists
-    ("tench, Tinca tinca"). `label_map` (a JSON or YAML file, or a dict) says for dataset names which model name or
+    Names are compared in one Unicode form without case, spaces, underscores and hyphens, then by the synonyms of
+    comma-separated lists ("tench, Tinca tinca"), of `aliases` (other names of each of the model's labels) and of
+    ImageNet's WordNet ids. `label_map` (a JSON or YAML file, or a dict) says for dataset names which model name or
     index they are, null to leave a class out; it wins over names, and only it may merge several classes into one.
-    The dataset may have fewer classes than the model. If no name matches but the counts agree, the order is used
-    and the note says so.
+    The dataset may have fewer classes than the model. Numbers that are no names are indices, or begin at 1 and end at
+    the number of labels. If no name matches but the counts agree, the order is used; the note says both.
 
     Raises LabelMismatchError with the names unmatched on both sides, LabelMapError for a map that does not fit.
     """
-    chosen, plain = _read_map(label_map), dataset_names is None
-    names = list(dataset_names) if dataset_names is not None else _numbers(chosen, len(model_labels))
+    chosen, count = _read_map(label_map), len(model_labels)
+    names = list(dataset_names) if dataset_names is not None else _numbers(chosen, count)
     fixed = _apply_map(chosen, names, model_labels)
     note, rest = None, {i: name for i, name in enumerate(names) if i not in fixed}
-    if plain:
-        # integers are the model's names where those are all integers; beyond its labels only the map can name them
-        rest = {i: name for i, name in rest.items() if i < len(model_labels)}
-        if set(model_labels) == set(names[: len(model_labels)]):
-            found = {i: model_labels.index(name) for i, name in rest.items()}
-        else:
-            found = {i: i for i in rest}
-            if len(fixed) < len(model_labels):
-                note = "the dataset's labels are plain integers; they were taken as the model's label order"
-    else:
-        found = _match(rest, {m: label for m, label in enumerate(model_labels) if m not in fixed.values()})
-        if rest and not found and not fixed and len(names) == len(model_labels):
-            found = {i: i for i in rest}
-            note = (f"none of the dataset's class names ({list_names(names, 3)}) is among the model's labels "
-                    f"({list_names(model_labels, 3)}); both have {len(names)}, so their order was used")  # fmt: skip
-        elif len(found) < len(rest):
-            used = {*found.values(), *fixed.values()}
-            raise _mismatch([name for i, name in rest.items() if i not in found],
-                            [label for m, label in enumerate(model_labels) if m not in used], model_labels)  # fmt: skip
+    if dataset_names is None:
+        # beyond the model's labels only the map can name integers
+        rest = {i: name for i, name in rest.items() if i < count}
+    labels = {m: label for m, label in enumerate(model_labels) if dataset_names is None or m not in fixed.values()}
+    found = _match(rest, labels, aliases)
+    numbers = {i: int(name) for i, name in rest.items() if name.isdecimal()}
+    ordered = len(found) < len(rest) and len(numbers) == len(rest)
+    if ordered:
+        first = int(dataset_names is not None and min(numbers.values()) == 1 and max(numbers.values()) == count)
+        found = {i: number - first for i, number in numbers.items() if number - first < count}
+        note = "the dataset's labels are plain integers; they were taken as the model's label order"
+    elif rest and not found and not fixed and len(names) == count:
+        ordered, found = True, {i: i for i in rest}
+        note = (f"none of the dataset's class names ({list_names(names, 3)}) is among the model's labels "
+                f"({list_names(model_labels, 3)}); both have {count}, so their order was used")  # fmt: skip
+    if len(found) < len(rest):
+        used = {*found.values(), *fixed.values()}
+        raise _mismatch([name for i, name in rest.items() if i not in found],
+                        [label for m, label in labels.items() if m not in used], model_labels)  # fmt: skip
     mapping = [{**found, **fixed}.get(i, DROPPED) for i in range(len(names))]
-    pairs = {names[i]: "" if mapping[i] == DROPPED else model_labels[mapping[i]]
-             for i in (sorted(fixed) if plain else range(len(names)))}  # fmt: skip
-    return Alignment(mapping, note, {name: label for name, label in pairs.items() if name != label})
+    other, by_name = None, sorted(range(len(names)), key=names.__getitem__)
+    if dataset_names is not None and not fixed and len(names) == count and (ordered or len(numbers) == count):
+        ranks = [by_name.index(i) for i in range(count)]
+        other = Alignment(ranks, note, _renamed(names, ranks, model_labels)) if ranks != mapping else None
+    recorded = mapping if dataset_names is not None else {i: mapping[i] for i in sorted(fixed)}
+    return Alignment(mapping, note, _renamed(names, recorded, model_labels), other)
+
+
+def _renamed(names: Sequence[str], mapping: Sequence[int] | Mapping[int, int], labels: Sequence[str]) -> dict[str, str]:
+    """Return the dataset's names of which the model's is another."""
+    pairs = mapping.items() if isinstance(mapping, Mapping) else enumerate(mapping)
+    found = {names[i]: "" if m == DROPPED else labels[m] for i, m in pairs}
+    return {name: label for name, label in found.items() if name != label}
 
 
 def accuracy_hint(confusion: np.ndarray) -> float:
@@ -105,14 +124,23 @@ def _numbers(chosen: Mapping[str, Any], count: int) -> list[str]:
     return list(map(str, range(highest + 1)))
 
 
-def _match(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
+def _match(
+    dataset: Mapping[int, str], model: Mapping[int, str], aliases: Sequence[Sequence[str]] = ()
+) -> dict[int, int]:
     """Return dataset index to model index for every name that has one clear partner, whole names first."""
     found: dict[int, int] = {}
-    for pair in (partial(_in_order, key=str), partial(_in_order, key=_plain), _by_synonyms):
+    every = {m: ",".join([name, *aliases[m]]) if aliases else name for m, name in model.items()}
+    for pair in (partial(_in_order, key=str), partial(_in_order, key=_plain), partial(_in_order, key=_described),
+                 _by_synonyms, _by_beginning):  # fmt: skip
         rest_d = {i: name for i, name in dataset.items() if i not in found}
-        rest_m = {m: name for m, name in model.items() if m not in found.values()}
+        rest_m = {m: (every if pair is _by_synonyms else model)[m] for m in model if m not in found.values()}
         found |= pair(rest_d, rest_m)
     return found
+
+
+def count_matches(names: Sequence[str], labels: Sequence[str]) -> int:
+    """Return how many of the names are among the model's labels."""
+    return len(_match(dict(enumerate(names)), dict(enumerate(labels))))
 
 
 def _in_order(dataset: Mapping[int, str], model: Mapping[int, str], key: Callable[[str], str]) -> dict[int, int]:
@@ -136,6 +164,17 @@ def _by_synonyms(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[i
     return {i: m for i, m in partners.items() if claims[m] == 1}
 
 
+def _by_beginning(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[int, int]:
+    """Pair, in order, a name that one side has several times with those that begin so on the other: crane, crane2."""
+    found: dict[int, int] = {}
+    for many, few in ((model, dataset), (dataset, model)):
+        for name, same in _places(many, lambda name: {_plain(name)}).items():
+            begun = [i for i, other in few.items() if _plain(other).startswith(name)]
+            if len(same) == len(begun) > 1:
+                found |= dict(zip(begun, same, strict=True) if many is model else zip(same, begun, strict=True))
+    return found
+
+
 def _places(names: Mapping[int, str], keys: Callable[[str], set[str]]) -> defaultdict[str, list[int]]:
     """Return the indices of the names that have a key, ascending, by the key."""
     found = defaultdict[str, list[int]](list)
@@ -146,12 +185,30 @@ def _places(names: Mapping[int, str], keys: Callable[[str], set[str]]) -> defaul
 
 
 def _plain(name: str) -> str:
-    """Return `name` without case, and with runs of spaces, underscores and hyphens as nothing."""
-    return re.sub(r"[\s_\-]+", "", name.casefold())
+    """Return `name` in one Unicode form without case, and with runs of spaces, underscores and hyphens as nothing."""
+    return re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _described(name: str) -> str:
+    """Return the plain form of a name, of a WordNet id that of what ImageNet calls it."""
+    match = _WORDNET_ID.match(name)
+    return _plain(_wordnet().get(match.group(), name) if match else name)
 
 
 def _synonyms(name: str) -> set[str]:
-    return {_plain(part) for part in name.split(",")} - {""}
+    ids = [match.group() for part in name.split(",") if (match := _WORDNET_ID.match(part.strip()))]
+    parts = [name, *(_wordnet().get(one, "") for one in ids), *ids]
+    # of n02085620-Chihuahua the name too
+    return {_plain(_WORDNET_ID.sub("", part) or part) for part in ",".join(parts).split(",")} - {""} | set(ids)
+
+
+@functools.cache
+def _wordnet() -> dict[str, str]:
+    """Return ImageNet's names of each WordNet id, a list with commas; timm brings them."""
+    known: dict[str, str] = {}
+    for subset in ("imagenet-22k", "imagenet-1k"):
+        known |= timm.data.ImageNetInfo(subset).label_descriptions(as_dict=True)
+    return known
 
 
 def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:

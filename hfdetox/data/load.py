@@ -1,9 +1,9 @@
 """Pull clean images: a small balanced set for the defense and another to measure with, in the model's label order."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,31 +13,22 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hfdetox.arguments import renames
-from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions, check_samples
-from hfdetox.data.columns import ColumnError, LabelReader
-from hfdetox.data.images import ImageSet, Progress, parallel_map
+from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions, check_pixel_range, check_samples
+from hfdetox.data.columns import ColumnError
+from hfdetox.data.images import ImageSet, Progress, parallel_map, usual_range
 from hfdetox.data.info import DatasetInfo
-from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
-from hfdetox.data.opened import open_dataset
-from hfdetox.data.readers import SCAN_LIMIT, Block, SplitReader
-from hfdetox.data.sampling import Selection, choose_balanced, choose_uniform, sample_count
+from hfdetox.data.labels import DROPPED, Alignment, list_names
+from hfdetox.data.opened import OpenedDataset, card_header, open_dataset
+from hfdetox.data.readers import SplitReader
+from hfdetox.data.sampling import Chooser, Selection, TooFewImagesError, label_reader
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier
 from hfdetox.progress import progress_bar, updates
-from hfdetox.values import parse_yaml
 
 Options = TypeVar("Options", bound=ImageOptions)
 
-# of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
-_EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
 _TRAIN_NAMES = ("train", "training")
-# where DROPPED (-1) is a class left out
-_UNLABELLED = -2
 _EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
-
-
-class TooFewImagesError(UsageError):
-    """Fewer images than asked for, or a class without any."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +36,40 @@ class Images:
     """`clean` images for the defense, `evaluation` images for measuring (no image is in both), and their record.
 
     `whole_split` says that the evaluation images are every row of a split that the clean ones are not from, each with
-    a label of its own among the model's: only then is the accuracy on them the split's.
+    a label of its own among the model's: only then is the accuracy on them the split's. `other` are the same images
+    with the labels in the other usual order, where only an order says which class is which.
     """
 
     clean: ImageSet
     evaluation: ImageSet
     info: DatasetInfo
     whole_split: bool
+    other: Images | None = None
+
+    def relabelled(self, alignment: Alignment) -> Images:
+        """Return the same images with the labels of `alignment.other`."""
+        other = cast(Alignment, alignment.other)
+        table = np.argsort(alignment.mapping)  # both are orders of the same classes
+        clean, measured = (part.relabelled(np.array(other.mapping)[table]) for part in (self.clean, self.evaluation))
+        return Images(clean, measured, replace(self.info, label_map=other.label_map), self.whole_split)
 
 
 @renames(samples="clean_samples", config="dataset_config")
 def load_images(
-    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str],
+    dataset: str | Path | Dataset | DatasetDict, *, labels: Sequence[str], aliases: Sequence[Sequence[str]] = (),
     clean_samples: int | float | None = DEFAULT_SAMPLES, eval_samples: int | None = None,
     dataset_config: str | None = None, split: str | None = None, eval_split: str | None = None,
     image_column: str | None = None, label_column: str | None = None, revision: str | None = None,
     label_map: Path | Mapping[str, Any] | None = None, seed: int = 0, channels: int = 3,
-    allow_missing_classes: bool = False, warn: Callable[[str], None] = lambda _: None,
-    progress: Progress | None = None, hub_only: bool = False,
+    allow_missing_classes: bool = False, pixel_range: str | None = None,
+    warn: Callable[[str], None] = lambda _: None, progress: Progress | None = None, hub_only: bool = False,
 ) -> Images:  # fmt: skip
     """Choose, fetch and check clean images of a Hub dataset, a folder or a `datasets` object.
 
     Args:
         dataset: a folder that exists, else a Hub id; or a loaded `Dataset`/`DatasetDict`.
         labels: the model's label names in index order; all labels returned are indices into it.
+        aliases: other names of each label, such as WordNet ids.
         clean_samples: images for the defense: an int is a count, a float a fraction of the split (at most 5000
             images); as balanced over the classes as they allow. None is the whole split, as an attacker has it.
         eval_samples: images for measuring, drawn uniformly; None is the whole evaluation split.
@@ -77,6 +78,7 @@ def load_images(
         seed: decides every choice; the same seed and revision give the same images.
         channels: 3 decodes to RGB, 1 to grey.
         allow_missing_classes: go on when a class of the model has no image.
+        pixel_range: stored values of black and white, `LOW,HIGH`; None takes what the values of all images tell.
         warn: called with each line a person should know of.
         progress: called with (done, total) while the images are decoded once, to find broken ones and duplicates.
         hub_only: never take `dataset` for a folder; for names that come from elsewhere than the person who runs this.
@@ -88,33 +90,43 @@ def load_images(
         dataset_config=dataset_config, split=split, eval_split=eval_split, image_column=image_column,
         label_column=label_column, eval_samples=eval_samples, dataset_revision=revision,
         label_map=cast(Any, label_map), allow_missing_classes=allow_missing_classes, seed=seed,
+        pixel_range=pixel_range,
     )  # fmt: skip
-    return _load(dataset, labels, clean_samples, options, channels=channels, warn=warn, progress=progress,
+    return _load(dataset, labels, aliases, clean_samples, options, channels=channels, warn=warn, progress=progress,
                  hub_only=hub_only)  # fmt: skip
 
 
 def _load(
-    dataset: Any, labels: Sequence[str], clean_samples: int | float | None, options: ImageOptions, *, channels: int,
-    warn: Callable[[str], None], progress: Progress | None, hub_only: bool,
+    dataset: Any, labels: Sequence[str], aliases: Sequence[Sequence[str]], clean_samples: int | float | None,
+    options: ImageOptions, *, channels: int, warn: Callable[[str], None], progress: Progress | None, hub_only: bool,
 ) -> Images:  # fmt: skip
     """Do what `load_images` says, with `options` for most of its arguments."""
     if clean_samples is not None:
         check_samples("--samples", clean_samples)
-    origin = open_dataset(dataset, options, warn=warn, hub_only=hub_only)
+    origin = open_dataset(dataset, options, labels, warn=warn, hub_only=hub_only)
     train, measures = _split_names(origin.splits, options.split, options.eval_split)
     source = origin.open(train)
-    evaluation = source if measures[0] == train else origin.open(measures[0])
-    reader = _label_reader(source, evaluation)
-    alignment = align_labels(reader.names, labels, options.label_map)
+    empty = list[str]()
+    # without labels anywhere else a part of the training split is measured
+    for name in measures if options.eval_split is not None else dict.fromkeys([*measures, train]):
+        evaluation = source if name == train else _open_labelled(origin, name, options)
+        if evaluation is not None:
+            chooser = Chooser.of(source, evaluation, labels, aliases, clean_samples, options, warn)
+            eval_rows = chooser.apart(source) if evaluation is source else chooser.measured(evaluation)
+            if len(eval_rows.indices):
+                break
+        empty.append(name)
+    else:
+        raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
+    if empty:
+        instead = f"a part of {train} is measured" if evaluation is source else f"{name} is used for measuring"
+        warn(f"split {' and '.join(empty)} has no labels; {instead}")
+    alignment = chooser.alignment
     if alignment.note:
         warn(alignment.note)
-    chooser = _Chooser(labels, clean_samples, options, warn, reader, alignment)
-    if evaluation is source:
-        clean_rows, eval_rows = chooser.disjoint(source)
-    else:
-        evaluation, eval_rows = chooser.measured(chain([evaluation], map(origin.open, measures[1:])))
-        clean_rows = chooser.clean(source)
+    clean_rows = chooser.clean(source, eval_rows.indices if evaluation is source else ())
     clean, measured = _image_set(source, clean_rows, channels), _image_set(evaluation, eval_rows, channels)
+    pixel_range = _settle_range(clean, measured, options.pixel_range, warn)
     measured = _without_duplicates(clean, measured, warn, progress)
     one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
     everything = len(measured) == evaluation.rows and not evaluation.limited
@@ -122,9 +134,10 @@ def _load(
         id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
         source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
         indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
-        label_map=alignment.label_map,
+        label_map=alignment.label_map, pixel_range=pixel_range,
     )  # fmt: skip
-    return Images(clean, measured, info, evaluation is not source and one_to_one and everything)
+    images = Images(clean, measured, info, evaluation is not source and one_to_one and everything)
+    return images if alignment.other is None else replace(images, other=images.relabelled(alignment))
 
 
 def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
@@ -132,122 +145,32 @@ def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
     return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=channels)
 
 
-def _label_reader(*sources: SplitReader) -> LabelReader:
-    columns, other = sources[0].columns, sources[-1].columns
-    if (columns.kind, columns.names) != (other.kind, other.names):
-        raise ColumnError(f"split {sources[-1].split} has other classes than {sources[0].split}; give --eval-split")
-    blocks = chain(*(source.scan() for source in sources)) if columns.kind == "text" else ()
-    return LabelReader(columns, {value for _, values in blocks for value in values if value})
+def _open_labelled(origin: OpenedDataset, split: str, options: ImageOptions) -> SplitReader | None:
+    """Return a split to measure with; None for one without a column of labels, unless it was asked for."""
+    try:
+        return origin.open(split)
+    except ColumnError as error:
+        if options.eval_split is None:
+            return None
+        raise ColumnError(f"split {split}: {error}") from error
 
 
-@dataclass(frozen=True)
-class _Chooser:
-    """Chooses rows for one call of `load_images`."""
-
-    labels: Sequence[str]
-    samples: int | float | None
-    options: ImageOptions
-    warn: Callable[[str], None]
-    reader: LabelReader
-    alignment: Alignment
-
-    def _scan(self, source: SplitReader, rng: np.random.Generator | None = None) -> Iterator[Block]:
-        """Yield blocks of row numbers and the model's labels: -1 where a class is left out, -2 where there is none."""
-        mapping = np.array([*self.alignment.mapping, _UNLABELLED])  # index -1 is a row without a label
-        for indices, values in source.scan(rng):
-            found = self.reader.read(values)
-            if len(found) and found.max() >= len(mapping) - 1:
-                raise LabelMismatchError(f"split {source.split} has the label {found.max()} and the model "
-                                         f"{len(self.labels)} labels; give --label-column or --label-map")  # fmt: skip
-            yield indices, mapping[found]
-
-    def _all_rows(self, source: SplitReader) -> Selection:
-        """Return every usable row of a split with its label."""
-        empty = np.zeros(0, np.int64)
-        indices, labels = zip((empty, empty), *self._scan(source), strict=True)
-        rows = Selection(np.concatenate(indices), np.concatenate(labels))
-        unlabelled, total = int((rows.labels == _UNLABELLED).sum()), len(rows.labels)
-        if 0 < unlabelled < total:
-            self.warn(f"{unlabelled} of {total} rows of split {source.split} have no label and were left out")
-        if source.limited:
-            self.warn(f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not")
-        return rows.where(rows.labels >= 0)
-
-    def clean(self, source: SplitReader, taken: Sequence[int] | np.ndarray = ()) -> Selection:
-        """Choose the clean images, none of the rows in `taken`."""
-        if self.samples is None:
-            rows = self._all_rows(source)
-            rows = rows.where(~np.isin(rows.indices, taken))
-            self._check_classes(rows.labels, f"split {source.split}")
-            return rows
-        rng = np.random.default_rng([self.options.seed, 1])
-        if source.rows is None and isinstance(self.samples, float):
-            for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
-                pass
-        blocks = ((indices, np.where(np.isin(indices, taken), -1, labels))
-                  for indices, labels in self._scan(source, rng))  # fmt: skip
-        count = sample_count(self.samples, source.rows or 0)
-        chosen, seen = choose_balanced(blocks, count, sorted(set(self.alignment.mapping) - {DROPPED}), rng)
-        self._check_balance(source, chosen, seen, count)
-        return chosen
-
-    def _check_balance(self, source: SplitReader, chosen: Selection, seen: dict[int, int], wanted: int) -> None:
-        """Raise TooFewImagesError, or warn, where the chosen images are not what was asked for."""
-        where = f"split {source.split}" + (f" (its first {SCAN_LIMIT} rows, the scan limit)" if source.limited else "")
-        available = sum(seen.values())
-        if available < wanted and not (isinstance(self.samples, float) and available):
-            raise TooFewImagesError(f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer")
-        if available < wanted:
-            self.warn(f"{where} has only {available} usable images; all were taken")
-        present = [c for c, number in seen.items() if number]
-        if wanted < len(present) and not self.options.allow_missing_classes:
-            raise TooFewImagesError(f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} "
-                                    f"classes; give --samples {len(present)} or more")  # fmt: skip
-        counts = self._check_classes(chosen.labels, where)
-        counts = counts[counts > 0]
-        if counts.max() - counts.min() > 1:
-            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} a class, as {where} allows")
-
-    def _check_classes(self, labels: np.ndarray, where: str) -> np.ndarray:
-        """Return how many images of each of the model's classes there are; TooFewImagesError for a class without."""
-        took = np.bincount(labels, minlength=len(self.labels))
-        missing = [self.labels[c] for c in range(len(self.labels)) if not took[c]]
-        if missing:
-            which = f"{len(missing)} of the model's {len(self.labels)} classes ({list_names(missing, 5)})"
-            if not self.options.allow_missing_classes:
-                raise TooFewImagesError(f"{where} has no image of {which}; go on with --allow-missing-classes")
-            self.warn(f"there is no clean image of {which}")
-        return took
-
-    def disjoint(self, source: SplitReader) -> tuple[Selection, Selection]:
-        """Choose both sets from one split: first, uniformly, the images to measure with, then the clean ones."""
-        rows = self._all_rows(source)
-        total = len(rows.indices)
-        count = self.options.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
-        if count >= total:
-            raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and {count} "
-                                    "for measuring leave none for the defense; lower --eval-samples")  # fmt: skip
-        measured = choose_uniform(rows, count, np.random.default_rng([self.options.seed, 2]))
-        self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
-        return self.clean(source, measured.indices), measured
-
-    def measured(self, sources: Iterable[SplitReader]) -> tuple[SplitReader, Selection]:
-        """Choose the evaluation rows of the first of `sources` with labels."""
-        empty = list[str]()
-        for source in sources:
-            rows = self._all_rows(source)
-            total = len(rows.indices)
-            if total:
-                break
-            empty.append(source.split)
-        else:
-            raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
-        if empty:
-            self.warn(f"split {' and '.join(empty)} has no labels; {source.split} is used for measuring")
-        wanted = self.options.eval_samples
-        if wanted is not None and wanted > total:
-            self.warn(f"--eval-samples {wanted}: split {source.split} has {total} images; all are used")
-        return source, choose_uniform(rows, wanted, np.random.default_rng([self.options.seed, 2]))
+def _settle_range(
+    clean: ImageSet, measured: ImageSet, named: str | None, warn: Callable[[str], None]
+) -> tuple[float, float] | None:
+    """Give both sets the range of their stored pixels: the one that is named, else what all their values tell."""
+    every = [(images, position) for images in (clean, measured) for position in range(len(images))]
+    if named is not None:
+        chosen = check_pixel_range("--pixel-range", named)
+    elif found := [one for one in parallel_map(lambda one: one[0].extremes(one[1]), every) if one is not None]:
+        chosen = usual_range(found)
+        warn(f"pixels of {len(found)} images are stored as numbers from {min(one.low for one in found):g} to "
+             f"{max(one.high for one in found):g}, and {chosen[0]:g} was taken for black, {chosen[1]:g} for white; "
+             "--pixel-range names others")  # fmt: skip
+    else:
+        return None
+    clean.pixel_range = measured.pixel_range = chosen
+    return chosen
 
 
 def _without_duplicates(
@@ -275,7 +198,7 @@ def class_names(dataset: Any, options: ImageOptions) -> tuple[str, ...] | int:
     origin = open_dataset(dataset, options, warn=lambda _: None)
     train, _ = _split_names(origin.splits, options.split, None)
     source = origin.open(train)
-    reader = _label_reader(source)
+    reader = label_reader(source)
     if reader.names is not None:
         return reader.names
     return 1 + max((int(reader.read(values).max(initial=-1)) for _, values in source.scan()), default=-1)
@@ -287,12 +210,10 @@ def default_dataset(card_text: str | None) -> str:
     The card is a stranger's: load what it names with `hub_only`, or it could choose a folder of this machine.
     """
     advice = "give --dataset ID"
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card_text or "", re.DOTALL)
     try:
-        header = parse_yaml(match.group(1)) if match else None
+        named = card_header(card_text).get("datasets")
     except ValueError as error:
-        raise UsageError(f"the YAML of the model's card cannot be read; {advice}") from error
-    named = header.get("datasets") if isinstance(header, dict) else None
+        raise UsageError(f"the YAML of the model's card cannot be read ({error}); {advice}") from error
     listed = named if isinstance(named, list) else [named]
     ids = sorted({name.strip() for name in listed if isinstance(name, str)} - {""})
     if not ids:
@@ -339,7 +260,7 @@ def pull_images(
     with progress_bar("read images", None, "image", shown=progress) as bar:
         images = _load(
             # what is only measured sets the same images aside
-            chosen, classifier.labels, getattr(options, "clean_samples", DEFAULT_SAMPLES), options,
+            chosen, classifier.labels, (), getattr(options, "clean_samples", DEFAULT_SAMPLES), options,
             channels=classifier.preprocessing.input_size[0], warn=warn, progress=updates(bar),
             # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
             hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),

@@ -2,33 +2,49 @@
 
 import contextlib
 import re
+import tarfile
 import tempfile
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetBuilder, DatasetDict, Features, IterableDataset, IterableDatasetDict
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+)  # fmt: skip
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder as ImageFolderBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
-from huggingface_hub import HfFileSystem
 
 from hfdetox.config import ImageOptions
-from hfdetox.data.columns import Columns, find_columns
-from hfdetox.data.readers import DatasetError, LocalFiles, ParquetReader, Result, SplitReader, StreamReader, TableReader
-from hfdetox.errors import HubError, one_line
-from hfdetox.hub.client import ask
-from hfdetox.hub.download import fetch, resolve, snapshot_folder
+from hfdetox.data.columns import ColumnError, Columns, find_columns
+from hfdetox.data.files import DamagedFileError, DatasetError, HubFiles, LocalFiles
+from hfdetox.data.folders import METADATA_NAMES, ImageFolder, arrange
+from hfdetox.data.labels import list_names
+from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader
+from hfdetox.errors import HubError, located, one_line, refusing
+from hfdetox.hub.client import ask, transport_error
+from hfdetox.hub.download import resolve, snapshot_folder
+from hfdetox.values import parse_yaml, read_json
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
+_LOOK = 100  # rows that are looked at to tell which column holds the labels
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w.]+)")
 
 
@@ -37,7 +53,7 @@ class OpenedDataset:
     """An opened dataset: what it is called, what it is read from, and one `SplitReader` per split.
 
     Attributes:
-        data: a folder or Hub repository that `datasets` knows how to read, or tables that a caller holds or saved.
+        data: what `datasets` reads a folder or Hub repository by, an image folder, or tables by their split.
         files: the data files that it may name.
     """
 
@@ -50,16 +66,33 @@ class OpenedDataset:
     files: LocalFiles
     image_column: str | None = None
     label_column: str | None = None
+    labels: Sequence[str] = ()
 
     def columns(self, split: str) -> Columns:
         """Return the image and label columns of a split; raises ColumnError when they cannot be told."""
-        return find_columns(self._features(split), image_column=self.image_column, label_column=self.label_column)
+        if isinstance(self.data, ImageFolder) and not self.data.classes and self.label_column is None:
+            raise ColumnError(f"no image of dataset {self.id} lies in a folder of its class: make one of each class's "
+                              "name, or a metadata.csv with the columns file_name and label")  # fmt: skip
+        try:
+            return find_columns(self._features(split), image_column=self.image_column, label_column=self.label_column,
+                                labels=self.labels, values=lambda column: self._values(split, column))  # fmt: skip
+        except (ColumnError, DamagedFileError) as error:
+            dotted = self._dotted(split) if isinstance(self.data, WebDataset) else None
+            if dotted is None:
+                raise
+            line = f"names such as {dotted[-60:]} in the tar files of dataset {self.id} have a dot before the ending"
+            raise DatasetError(f"{line}, which WebDataset takes for part of the column's name; rename them") from error
 
     def open(self, split: str) -> SplitReader:
         """Open one split: tables in place, parquet by row groups, everything else as a stream."""
         columns = self.columns(split)
+        return self.files.guard(f"split {split} of dataset {self.id}", lambda: self._reader(split, columns))
+
+    def _reader(self, split: str, columns: Columns) -> SplitReader:
         if isinstance(self.data, Mapping):
             return TableReader(self.data[split], columns, split, self.files)
+        if isinstance(self.data, ImageFolder):
+            return FolderReader(self.data.splits[split], columns, split, self.files)
         if isinstance(self.data, Parquet):
             return ParquetReader(split, self._names(split), self.files, columns)
         known = (self.data.info.splits or {}).get(split)
@@ -70,6 +103,9 @@ class OpenedDataset:
         """Return a split's features: a table's own, or from the card, the parquet schema, or the first rows."""
         if isinstance(self.data, Mapping):
             return self.data[split].features
+        if isinstance(self.data, ImageFolder):
+            label = {"label": ClassLabel(names=list(self.data.classes))} if self.data.classes else {}
+            return Features({"image": Image(), **label})
         if self.data.info.features is not None:
             return self.data.info.features
         if isinstance(self.data, Parquet):
@@ -90,6 +126,29 @@ class OpenedDataset:
         with self.files.open(name) as source:
             return Features.from_arrow_schema(pq.read_schema(source))
 
+    def _dotted(self, split: str) -> str | None:
+        """Return the name of a file in a split's first tar that has more dots than that of its ending."""
+        with self.files.open(self._names(split)[0]) as source, tarfile.open(fileobj=source, mode="r|*") as archive:
+            names = [PurePosixPath(member.name).name for member in islice(archive, 20)]
+        return next((name for name in names if name.count(".") > 1), None)
+
+    def _values(self, split: str, column: str) -> set[str]:
+        """Return values of a column of text, those of the first rows."""
+        if isinstance(self.data, Mapping):
+            rows = self.data[split].with_format(None).select_columns([column])[:_LOOK][column]
+        elif isinstance(self.data, Parquet):
+            name = self._names(split)[0]
+            rows = self.files.guard(name, lambda: self._parquet_values(name, column))
+        else:
+            stream = self._stream(split).select_columns([column]).take(_LOOK)
+            rows = self.files.guard(f"split {split}", lambda: [row[column] for row in stream])
+        return {str(value) for value in rows if value}
+
+    def _parquet_values(self, name: str, column: str) -> list[Any]:
+        with self.files.open(name) as source:
+            rows = next(pq.ParquetFile(source).iter_batches(_LOOK, row_groups=[0], columns=[column]), None)
+            return [] if rows is None else rows.column(0).to_pylist()
+
     def _stream(self, split: str) -> IterableDataset:
         return self.files.guard(f"dataset {self.id}", lambda: self.data.as_streaming_dataset(split=split))
 
@@ -107,52 +166,14 @@ class _PlainWebDataset(WebDataset):
     DECODERS: ClassVar = {ending: WebDataset.DECODERS[ending] for ending in _LABEL_ENDINGS}
 
 
-class HubFiles(LocalFiles):
-    """Data files of a dataset repository at one commit; names are `hf://datasets/ID@SHA/PATH`."""
-
-    readers = 8
-
-    def __init__(self, state: Any) -> None:
-        self._state, self._prefix = state, f"hf://datasets/{state.id}@{state.sha}/"
-        self._system, self._downloaded = HfFileSystem(), dict[str, str]()
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file that is downloaded, or one whose reads are range requests of exactly the bytes asked for."""
-        self._inside(name)
-        if name in self._downloaded:
-            return open(self._downloaded[name], "rb")
-        return self._system.open(name, "rb", cache_type="none")
-
-    def path(self, name: str) -> str:
-        """Download a file into the Hub cache, its hash checked, and return where it lies there."""
-        if name not in self._downloaded:
-            self._downloaded[name] = str(fetch(self._state, self._inside(name)))
-        return self._downloaded[name]
-
-    def size(self, name: str) -> int:
-        """Return the size in bytes that the Hub's listing gives."""
-        return int(self._state.files[self._inside(name)].size)
-
-    def guard(self, what: str, call: Callable[[], Result]) -> Result:
-        """Return `call()`, repeated where that may help; raises HubError."""
-        return ask(lambda: super(HubFiles, self).guard(what, call), f"dataset {self._state.id}")
-
-    def _inside(self, name: str) -> str:
-        path = name.removeprefix(self._prefix)
-        if path == name or path not in self._state.files:
-            raise DatasetError(f"dataset {self._state.id} leads to {name[:200]}, outside its repository at this "
-                               "commit; choose another")  # fmt: skip
-        return path
-
-
 def open_dataset(
-    dataset: str | Path | Dataset | DatasetDict, options: ImageOptions, *, warn: Callable[[str], None],
-    hub_only: bool = False,
+    dataset: str | Path | Dataset | DatasetDict, options: ImageOptions, labels: Sequence[str] = (), *,
+    warn: Callable[[str], None], hub_only: bool = False,
 ) -> OpenedDataset:  # fmt: skip
     """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
 
-    `options` say the configuration, the revision and the columns. With `hub_only` a name is a Hub id even where a
-    folder of that name lies here.
+    `options` say the configuration, the revision and the columns; the model's `labels` help to tell the classes. With
+    `hub_only` a name is a Hub id even where a folder of that name lies here.
 
     Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
@@ -166,8 +187,84 @@ def open_dataset(
         origin = _from_hub(str(dataset), config, revision, warn)
     if revision is not None and origin.source != "hub":
         raise DatasetError(f"--dataset-revision {revision}: only a dataset on the Hub has revisions; leave it out")
-    origin.image_column, origin.label_column = options.image_column, options.label_column
+    origin.image_column, origin.label_column, origin.labels = options.image_column, options.label_column, labels
+    if isinstance(origin.data, DatasetBuilder):
+        _look_at_files(origin, warn)
     return origin
+
+
+def _look_at_files(origin: OpenedDataset, warn: Callable[[str], None]) -> None:
+    """Compare the files that `datasets` uses with those that are there; those of an image folder are arranged here.
+
+    Raises DatasetError for a file of two splits.
+    """
+    config, listing, what = origin.data.config, origin.files.listing(), f"dataset {origin.id}"
+    used = {name: str(split) for split, names in config.data_files.items() for name in names}
+    twice = [name for name, count in Counter(chain(*config.data_files.values())).items() if count > 1]
+    told = config.name != "default" or "configs" in _header(origin.files, listing, what)
+    loose = isinstance(origin.data, ImageFolderBuilder) and not config.drop_labels and not any(
+        name.lower().endswith(_ARCHIVES) for name in used)  # fmt: skip
+    if twice and (told or not loose):
+        where = [split for split, names in config.data_files.items() if twice[0] in names]
+        raise DatasetError(f"{what}: {PurePosixPath(twice[0]).name} is in the splits {' and '.join(map(str, where))}; "
+                           "say in the card which files each has, or rename them")  # fmt: skip
+    if loose:
+        _arrange(origin, listing, used if told else None, warn)
+    elif not told:
+        endings = {PurePosixPath(name).suffix for name in used}
+        unused = [path for path, name in listing.items() if name not in used and PurePosixPath(path).suffix in endings]
+        if unused:
+            warn(f"{len(unused)} files of {what} are in no split and are not used: {list_names(unused, 3)}")
+
+
+def _arrange(
+    origin: OpenedDataset, listing: Mapping[str, str], used: Mapping[str, str] | None, warn: Callable[[str], None]
+) -> None:
+    """Take the splits and classes of an image folder from where its files lie, or the labels of its metadata files."""
+    images = {path: name for path, name in listing.items()
+              if PurePosixPath(path).suffix.lower() in ImageFolderBuilder.EXTENSIONS
+              and (used is None or name in used)}  # fmt: skip
+    assigned = None if used is None else {path: used[name] for path, name in images.items()}
+    folder = arrange(images, origin.labels, assigned)
+    named = {split: [(images[path], label) for path, label in found] for split, found in folder.splits.items()}
+    if folder.left_out:
+        warn(f"{len(folder.left_out)} images of dataset {origin.id} lie beside the folders of classes, and are left "
+             f"out: {list_names(folder.left_out, 3)}")  # fmt: skip
+    metadata = [path for path in listing if PurePosixPath(path).name in METADATA_NAMES]
+    described = {split: [name for name, _ in found] for split, found in named.items()}
+    for path in metadata:
+        beside = "" if "/" not in path else f"{PurePosixPath(path).parent}/"
+        owners = {split for split, found in folder.splits.items() if any(one.startswith(beside) for one, _ in found)}
+        if len(owners) == 1:
+            described[owners.pop()].append(listing[path])
+    origin.splits, origin.data.config.data_files = list(named), described
+    if metadata and (origin.label_column is not None or _has_labels(origin)):
+        return
+    if metadata:
+        warn(f"{metadata[0]} of dataset {origin.id} has no label column: the folders' names are the labels")
+    origin.data = replace(folder, splits=named)
+
+
+def _has_labels(origin: OpenedDataset) -> bool:
+    try:
+        return bool(origin.columns(origin.splits[0]))
+    except ColumnError:
+        return False
+
+
+def _header(files: LocalFiles, listing: Mapping[str, str], what: str) -> dict[str, Any]:
+    """Return the YAML of a dataset's card; DatasetError where it cannot be read."""
+    if "README.md" not in listing:
+        return {}
+    with refusing(f"the card (README.md) of {what} cannot be read", kind=DatasetError):
+        return card_header(Path(files.path(listing["README.md"])).read_text(encoding="utf-8", errors="replace"))
+
+
+def card_header(text: str | None) -> dict[str, Any]:
+    """Return the YAML at the head of a card, whoever wrote it; ValueError where it cannot be read."""
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text or "", re.DOTALL)
+    header = parse_yaml(match.group(1)) if match else {}
+    return header if isinstance(header, dict) else {}
 
 
 def _from_object(dataset: Any) -> OpenedDataset:
@@ -188,7 +285,13 @@ def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
         raise DatasetError(f"dataset {folder} {wrong}")
     name, files = folder.resolve().name, LocalFiles(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        origin = replace(_from_object(datasets.load_from_disk(str(folder))), id=name, source="folder", files=files)
+        for file in chain(folder.glob("*.json"), folder.glob("*/*.json")):
+            with located(f"dataset {folder}", DatasetError):
+                read_json(file)
+        newer = f"dataset {folder} cannot be read, it may be of a newer version of `datasets` or cut off"
+        with refusing(newer, kind=DatasetError):
+            tables = datasets.load_from_disk(str(folder))
+        origin = replace(_from_object(tables), id=name, source="folder", files=files)
         for table in origin.data.values():
             for file in table.cache_files:
                 files.path(file["filename"])
@@ -252,16 +355,18 @@ def _builder(path: str, what: str, **options: Any) -> DatasetBuilder:
     """Return the builder of a folder or repository, with the errors that a person can act on as one line."""
     try:
         return datasets.load_dataset_builder(path, **options)
-    except (ValueError, RuntimeError, OSError) as error:
-        line = one_line(error)
+    except Exception as error:
+        if (found := transport_error(error)) is not None:
+            raise found from error
+        line, places = one_line(error), [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, (EmptyDatasetError, DataFilesNotFoundError)):
             line = "has no data files that hfdetox reads (parquet, image folder, webdataset)"
+        elif any("yaml" in place or "card" in place for place in places):
+            line = f"its card (README.md) cannot be read: {line}"
         elif isinstance(error, ValueError) and "onfig" in line:
             line = f"{line}; choose with --config"
         elif "scripts are no longer supported" in line:
             line = "is a loading script, which hfdetox does not run; try --dataset-revision refs/convert/parquet"
-        else:
-            raise
         raise DatasetError(f"{what}: {line}") from error
 
 

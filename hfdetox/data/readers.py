@@ -5,17 +5,12 @@ streamed up to a scan limit; loose image files are listed, and only the chosen o
 """
 
 import functools
-import tarfile
-import zipfile
-import zlib
+import io
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain, islice
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,59 +18,15 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
-from hfdetox.data.images import EncodedImages, Item, Result, Spool
-from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
-from hfdetox.files import is_inside
+from hfdetox.data.files import DamagedFileError, LocalFiles
+from hfdetox.data.images import EncodedImages, Result, Spool
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
 _WHOLE_FILE_SHARE = 0.5  # of a remote file's rows; beyond it one download is cheaper than many ranges
 _SMALL_SPLIT = 64 * 1024**2  # bytes; a remote split up to this size is downloaded whole, and so cached
 
-_DAMAGE = (pa.ArrowException, tarfile.TarError, zipfile.BadZipFile, zlib.error)
-
-Block = tuple[np.ndarray, Sequence[Any]]  # row numbers (int64) and the label column's stored values
-
-
-class DatasetError(UsageError):
-    """The dataset cannot be opened as asked: no data files, an unknown configuration, a loading script."""
-
-
-class DamagedFileError(RunError):
-    """A data file that cannot be read as what it is said to be."""
-
-
-class LocalFiles:
-    """Data files under one folder of this machine; `readers` is how many are read at a time."""
-
-    readers = 1
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
-
-    def path(self, name: str) -> str:
-        """Return where the file lies on this machine; DatasetError for one, or a link to one, outside the folder."""
-        if not is_inside(Path(name), self._folder):
-            raise DatasetError(f"{name[:200]} is outside the dataset's folder, and the dataset names it; do not use it")
-        return name
-
-    def size(self, name: str) -> int:
-        """Return the file's size in bytes."""
-        return Path(name).stat().st_size
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading at any place."""
-        return open(self.path(name), "rb")
-
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Return `function` of each item, `readers` at a time."""
-        with ThreadPoolExecutor(self.readers, thread_name_prefix="hfdetox-read") as pool:
-            return list(pool.map(function, items))
-
-    def guard(self, what: str, call: Callable[[], Result]) -> Result:
-        """Return `call()`, what it says of a damaged file as DamagedFileError; remote files repeat it if need be."""
-        with _damage(what):
-            return call()
+Block = tuple[np.ndarray, Sequence[Any] | np.ndarray]  # row numbers (int64) and the label column's stored values
 
 
 class SplitReader(ABC):
@@ -113,6 +64,21 @@ class TableReader(SplitReader):
     def _image(self, row: int) -> bytes | str:
         stored = _stored(self._table[row][self.columns.image])
         return self._files.path(stored) if isinstance(stored, str) else stored
+
+
+class FolderReader(SplitReader):
+    """Loose image files of one split, with the index of each one's class or -1."""
+
+    def __init__(self, images: Sequence[tuple[str, int]], columns: Columns, split: str, files: LocalFiles) -> None:
+        self.split, self.rows, self.columns, self._files, self._images = split, len(images), columns, files, images
+
+    def scan(self, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield all files as one block."""
+        yield np.arange(len(self._images)), np.array([label for _, label in self._images], dtype=np.int64)
+
+    def fetch(self, indices: Sequence[int]) -> EncodedImages:
+        """Return where the chosen files lie, fetched if need be."""
+        return self._files.map(self._files.path, [self._images[i][0] for i in indices])
 
 
 class _Group(NamedTuple):
@@ -258,23 +224,15 @@ def _undecoded(table: Any, columns: Columns) -> Any:
     return table
 
 
-@contextmanager
-def _damage(what: str) -> Iterator[None]:
-    """Raise what pyarrow, tarfile and datasets say of a damaged file as DamagedFileError; network errors pass."""
-    try:
-        yield
-    except HfdetoxError:
-        raise
-    except (ValueError, TypeError, KeyError, EOFError, OSError, *_DAMAGE) as error:
-        # Arrow's own errors of input are plain OSErrors without a number; those of files and sockets have one
-        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
-            raise
-        reason = one_line(error)[:160]
-        raise DamagedFileError(f"{what} cannot be read ({reason}); get the dataset anew") from error
-
-
 def _stored(value: Any) -> bytes | str:
-    """Return an image column's value: the bytes, the path of an image that its row names and does not hold, or b""."""
+    """Return an image column's value: the bytes, the path of an image that its row names and does not hold, or b"".
+
+    An array becomes the bytes of a file of NumPy's.
+    """
+    if isinstance(value, list):
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(value), allow_pickle=False)
+        return buffer.getvalue()
     if isinstance(value, dict):
         value = value.get("bytes") or str(value.get("path") or "") or b""
     return bytes(value) if isinstance(value, (bytearray, memoryview)) else value or b""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
+from hfdetox.config import ImageOptions
+from hfdetox.data.columns import ColumnError, LabelReader
+from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
+from hfdetox.data.readers import SCAN_LIMIT, Block, SplitReader
+from hfdetox.errors import UsageError
+
 MAX_FRACTION_SAMPLES = 5000
+# of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
+_EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
+# where DROPPED (-1) is a class left out
+_UNLABELLED = -2
+
+
+class TooFewImagesError(UsageError):
+    """Fewer images than asked for, or a class without any."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +94,120 @@ def choose_uniform(rows: Selection, count: int | None, rng: np.random.Generator)
         return rows
     picked = np.sort(rng.choice(len(rows.indices), size=count, replace=False))
     return Selection(rows.indices[picked], rows.labels[picked])
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses rows for one call of `load_images`: see there what its fields mean."""
+
+    labels: Sequence[str]
+    samples: int | float | None
+    options: ImageOptions
+    warn: Callable[[str], None]
+    reader: LabelReader
+    alignment: Alignment
+
+    @classmethod
+    def of(
+        cls, source: SplitReader, evaluation: SplitReader, labels: Sequence[str], aliases: Sequence[Sequence[str]],
+        samples: int | float | None, options: ImageOptions, warn: Callable[[str], None],
+    ) -> Chooser:  # fmt: skip
+        """Align the labels of two splits with the model's."""
+        reader = label_reader(source, evaluation)
+        alignment = align_labels(reader.names, labels, options.label_map, aliases)
+        return cls(labels, samples, options, warn, reader, alignment)
+
+    def _scan(self, source: SplitReader, rng: np.random.Generator | None = None) -> Iterator[Block]:
+        """Yield blocks of row numbers and the model's labels: -1 where a class is left out, -2 where there is none."""
+        mapping = np.array([*self.alignment.mapping, _UNLABELLED])  # index -1 is a row without a label
+        for indices, values in source.scan(rng):
+            found = self.reader.read(values)
+            if len(found) and found.max() >= len(mapping) - 1:
+                raise LabelMismatchError(f"split {source.split} has the label {found.max()} and the model "
+                                         f"{len(self.labels)} labels; give --label-column or --label-map")  # fmt: skip
+            yield indices, mapping[found]
+
+    def _all_rows(self, source: SplitReader) -> Selection:
+        """Return every usable row of a split with its label."""
+        empty = np.zeros(0, np.int64)
+        indices, labels = zip((empty, empty), *self._scan(source), strict=True)
+        rows = Selection(np.concatenate(indices), np.concatenate(labels))
+        unlabelled, total = int((rows.labels == _UNLABELLED).sum()), len(rows.labels)
+        if 0 < unlabelled < total:
+            self.warn(f"{unlabelled} of {total} rows of split {source.split} have no label and were left out")
+        if source.limited:
+            self.warn(f"split {source.split} is a stream: its first {SCAN_LIMIT} rows were read, the rest was not")
+        return rows.where(rows.labels >= 0)
+
+    def clean(self, source: SplitReader, taken: Sequence[int] | np.ndarray = ()) -> Selection:
+        """Choose the clean images, none of the rows in `taken`."""
+        if self.samples is None:
+            rows = self._all_rows(source)
+            rows = rows.where(~np.isin(rows.indices, taken))
+            self._check_classes(rows.labels, f"split {source.split}")
+            return rows
+        rng = np.random.default_rng([self.options.seed, 1])
+        if source.rows is None and isinstance(self.samples, float):
+            for _ in source.scan():  # a fraction of a stream is a fraction of what can be read of it
+                pass
+        blocks = ((indices, np.where(np.isin(indices, taken), -1, labels))
+                  for indices, labels in self._scan(source, rng))  # fmt: skip
+        count = sample_count(self.samples, source.rows or 0)
+        chosen, seen = choose_balanced(blocks, count, sorted(set(self.alignment.mapping) - {DROPPED}), rng)
+        self._check_balance(source, chosen, seen, count)
+        return chosen
+
+    def _check_balance(self, source: SplitReader, chosen: Selection, seen: dict[int, int], wanted: int) -> None:
+        """Raise TooFewImagesError, or warn, where the chosen images are not what was asked for."""
+        where = f"split {source.split}" + (f" (its first {SCAN_LIMIT} rows, the scan limit)" if source.limited else "")
+        available = sum(seen.values())
+        if available < wanted and not (isinstance(self.samples, float) and available):
+            raise TooFewImagesError(f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer")
+        if available < wanted:
+            self.warn(f"{where} has only {available} usable images; all were taken")
+        present = [c for c, number in seen.items() if number]
+        if wanted < len(present) and not self.options.allow_missing_classes:
+            raise TooFewImagesError(f"--samples {self.samples} gives {wanted} images, fewer than the {len(present)} "
+                                    f"classes; give --samples {len(present)} or more")  # fmt: skip
+        counts = self._check_classes(chosen.labels, where)
+        counts = counts[counts > 0]
+        if counts.max() - counts.min() > 1:
+            self.warn(f"the clean images are not balanced: {counts.min()} to {counts.max()} a class, as {where} allows")
+
+    def _check_classes(self, labels: np.ndarray, where: str) -> np.ndarray:
+        """Return how many images of each of the model's classes there are; TooFewImagesError for a class without."""
+        took = np.bincount(labels, minlength=len(self.labels))
+        missing = [self.labels[c] for c in range(len(self.labels)) if not took[c]]
+        if missing:
+            which = f"{len(missing)} of the model's {len(self.labels)} classes ({list_names(missing, 5)})"
+            if not self.options.allow_missing_classes:
+                raise TooFewImagesError(f"{where} has no image of {which}; go on with --allow-missing-classes")
+            self.warn(f"there is no clean image of {which}")
+        return took
+
+    def apart(self, source: SplitReader) -> Selection:
+        """Choose, uniformly, the evaluation rows of a split that the clean images are from too."""
+        rows = self._all_rows(source)
+        total = len(rows.indices)
+        count = self.options.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
+        if count >= total:
+            raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and {count} "
+                                    "for measuring leave none for the defense; lower --eval-samples")  # fmt: skip
+        self.warn(f"split {source.split} serves for both sets: {count} of its {total} images are kept for measuring")
+        return choose_uniform(rows, count, np.random.default_rng([self.options.seed, 2]))
+
+    def measured(self, source: SplitReader) -> Selection:
+        """Choose the evaluation rows of a split of their own; none where it has no labels."""
+        rows, wanted = self._all_rows(source), self.options.eval_samples
+        if wanted is not None and wanted > len(rows.indices) > 0:
+            self.warn(f"--eval-samples {wanted}: split {source.split} has {len(rows.indices)} images; all are used")
+        return choose_uniform(rows, wanted, np.random.default_rng([self.options.seed, 2]))
+
+
+def label_reader(*sources: SplitReader) -> LabelReader:
+    """Return what reads the labels of one or two splits; ColumnError where the second has other classes."""
+    columns, other = sources[0].columns, sources[-1].columns
+    if (columns.kind, columns.names) != (other.kind, other.names):
+        raise ColumnError(f"split {sources[-1].split} has other classes than {sources[0].split}; give --eval-split")
+    blocks = chain(*(source.scan() for source in sources)) if columns.kind == "text" else ()
+    return LabelReader(columns, {value for _, values in blocks for value in values if value})

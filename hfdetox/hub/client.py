@@ -105,6 +105,21 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, ConnectionError) or "Error while uploading" in str(error) or _is_cut_file(error)
 
 
+def transport_error(error: BaseException | None) -> BaseException | None:
+    """Return what, among an error and those that led to it, is the Hub's, the way's to it or a full disk's, or None.
+
+    Everything else that a library raises over a file of strangers is about what is in the file.
+    """
+    own = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, http.HTTPError)
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        page = isinstance(error, json.JSONDecodeError) and _is_foreseen(error)
+        if isinstance(error, own) or _is_network(error) or _is_cut_file(error) or full or page:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def asked_delay(error: BaseException) -> float | None:
     """Return how many seconds the Hub asks to wait (Retry-After in either form, RateLimit), or None."""
     if not isinstance(error, errors.HfHubHTTPError):

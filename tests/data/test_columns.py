@@ -14,6 +14,7 @@ from hfdetox.data import readers as sources
 from hfdetox.data.columns import ColumnError
 from hfdetox.data.labels import LabelMismatchError
 from hfdetox.data.opened import DatasetError
+from hfdetox.errors import UsageError
 from tests.image_data import (
     NAMES,
     cycle,
@@ -23,6 +24,7 @@ from tests.image_data import (
     table,
     write_dataset,
     write_parquet,
+    write_tar,
 )
 
 
@@ -120,3 +122,109 @@ def test_dataset_objects(tmp_path):
     assert load(tmp_path / "saved")[0].info.indices_sha256 == images.info.indices_sha256
     with pytest.raises(DatasetError, match="streaming"):
         load(both["train"].to_iterable_dataset())
+
+
+# the wrong column
+
+
+def lesions(**columns):
+    """Training and test tables with a text column `dx` of the model's labels beside others."""
+    features = {"class": lambda names: datasets.ClassLabel(names=names), "text": lambda _: datasets.Value("string"),
+                "int": lambda _: datasets.Value("int64"), "float": lambda _: datasets.Value("float32")}  # fmt: skip
+
+    def part(count, first):
+        made = {"image": pictures(count, first)}
+        for name, (kind, names, values) in columns.items():
+            made[name] = (features[kind](names), [values[i % len(values)] for i in range(count)])
+        return table(**made)
+
+    return datasets.DatasetDict(train=part(60, 0), test=part(30, 500))
+
+
+SEX = ("class", ["female", "male", "unknown"], [0, 0, 1, 2])
+
+
+@pytest.mark.parametrize("others", [
+    {"sex": SEX, "label": ("text", None, NAMES)},
+    # the name, whatever the type
+    {"sex": SEX, "label": ("int", None, [0, 1, 2])},
+    {"sex": SEX, "Label": ("float", None, [0.0, 1.0, 2.0])},
+    # the values, whatever the name
+    {"sex": SEX, "dx": ("text", None, NAMES)},
+    {"sex": SEX, "dx": ("class", NAMES, [0, 1, 2]), "note": ("text", None, ["a", "b"])},
+    {"dx": ("text", None, ["Horse", "DOG", "cat"]), "place": ("text", None, ["arm", "leg", "back"])},
+    # the name and the values before the name alone
+    {"fine_label": ("class", NAMES, [0, 1, 2]), "coarse_label": ("class", ["pet", "farm"], [0, 0, 1])},
+    {"category": ("text", None, ["x", "y"]), "label": ("text", None, NAMES)},
+    {"label": ("class", NAMES, [0, 1, 2]), "label_text": ("text", None, NAMES)},
+])  # fmt: skip
+def test_the_label_column_is_told_by_its_name_and_by_the_models_labels(others):
+    images, _ = load(lesions(**others))
+    truth = [2, 1, 0] if others.get("dx", ("", "", ""))[2] == ["Horse", "DOG", "cat"] else [0, 1, 2]
+    assert [truth[row % 3] for row in images.evaluation.indices] == images.evaluation.labels.tolist()
+
+
+@pytest.mark.parametrize(("others", "asked"), [
+    ({"dx": ("text", None, NAMES), "guess": ("text", None, NAMES[::-1])}, "dx, guess"),
+    ({"dx": ("text", None, NAMES), "label": ("int", None, [0, 1, 2])}, "dx, label"),
+    ({"sex": SEX, "side": ("class", ["left", "right"], [0, 1])}, "sex, side"),
+    ({"target": ("int", None, [0, 1, 2]), "y": ("int", None, [2, 1, 0])}, "target, y"),
+])  # fmt: skip
+def test_two_columns_that_may_hold_the_labels_are_asked_about(others, asked):
+    with pytest.raises(ColumnError, match=f"several columns may hold the label: {asked}; choose with --label-column"):
+        load(lesions(**others))
+
+
+@pytest.mark.parametrize("how", ["parquet", "webdataset", "folder on disk"])
+def test_the_values_of_a_column_are_looked_at_in_every_format(tmp_path, how):
+    both = lesions(sex=SEX, dx=("text", None, NAMES))
+    if how == "parquet":
+        for name, part in both.items():
+            (tmp_path / "d").mkdir(exist_ok=True)
+            part.to_parquet(tmp_path / "d" / f"{name}.parquet")
+    elif how == "folder on disk":
+        both.save_to_disk(tmp_path / "d")
+    else:
+        for name, count, first in (("train", 60, 0), ("test", 30, 500)):
+            kinds = {"txt": lambda i: NAMES[i % 3].encode(), "sex.txt": lambda i: b"male" if i % 2 else b"female"}
+            write_tar(tmp_path / "d" / f"{name}-0.tar", count, first, extra=kinds, label=False)
+    images, _ = load(tmp_path / "d")
+    assert [row % 3 for row in images.evaluation.indices] == images.evaluation.labels.tolist()
+
+
+@pytest.mark.parametrize(("kind", "values"), [
+    ("float", [0.0, 1.0, 2.0, None, float("nan"), -1.0]), ("text", ["0", "1.0", "2", "", None]),
+])  # fmt: skip
+def test_whole_numbers_are_integers_however_they_are_stored(kind, values):
+    images, notes = load(lesions(label=(kind, None, values)), clean_samples=9)
+    rows = [values[row % len(values)] for row in images.evaluation.indices]
+    assert [int(float(value)) for value in rows] == images.evaluation.labels.tolist()
+    assert any("plain integers" in note for note in notes)
+
+
+def test_a_label_that_is_no_whole_number_is_none():
+    with pytest.raises(ColumnError, match=r"the label '0.5' is no whole number; name another --label-column"):
+        load(lesions(label=("float", None, [0.0, 0.5])))
+
+
+@pytest.mark.parametrize("kind", ["absent", "null", "all missing"])
+def test_a_test_split_without_a_label_column_gives_way(tmp_path, kind):
+    for split, count, first in (("train", 30, 0), ("validation", 9, 500), ("test", 12, 600)):
+        rows = {"image": [{"bytes": png(first + i), "path": None} for i in range(count)],
+                "label": [NAMES[i % 3] for i in range(count)]}  # fmt: skip
+        if split == "test":
+            rows |= {"label": pa.array([None] * count, pa.null() if kind == "null" else pa.string())}
+            if kind == "absent":
+                del rows["label"]
+        (tmp_path / "d").mkdir(exist_ok=True)
+        pq.write_table(pa.table(rows), tmp_path / "d" / f"{split}.parquet")
+    images, notes = load(tmp_path / "d")
+    assert (images.info.eval_split, len(images.evaluation)) == ("validation", 9)
+    assert any("split test has no labels; validation is used for measuring" in note for note in notes)
+    (tmp_path / "d" / "validation.parquet").unlink()
+    images, notes = load(tmp_path / "d")
+    assert (images.info.eval_split, len(images.evaluation)) == ("train", 6)
+    assert any("split test has no labels; a part of train is measured" in note for note in notes)
+    assert not set(images.clean.indices) & set(images.evaluation.indices)
+    with pytest.raises(UsageError, match="split test"):
+        load(tmp_path / "d", eval_split="test")

@@ -15,8 +15,8 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 
 from hfdetox.config import DetoxOptions
-from hfdetox.data import load as data_module
 from hfdetox.data import readers as sources
+from hfdetox.data import sampling as data_module
 from hfdetox.data.columns import Columns
 from hfdetox.data.load import TooFewImagesError, pull_images
 from hfdetox.data.opened import DatasetError, LocalFiles

@@ -1,0 +1,102 @@
+"""Image folders: of which split and class each image is, told from where it lies.
+
+`datasets` takes every folder and file with a split's word in its name for that split, a class called "train" too.
+"""
+
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from hfdetox.data.labels import count_matches
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLITS = {
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}  # fmt: skip
+_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
+_Folders = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder by where they lie.
+
+    Attributes:
+        classes: the names of the classes, sorted.
+        splits: of each split its images, sorted: the path, and the index of its class or -1.
+        left_out: images that lie beside the folders of classes.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[tuple[str, int]]]
+    left_out: list[str]
+
+
+def arrange(paths: Iterable[str], labels: Sequence[str], assigned: Mapping[str, str] | None = None) -> ImageFolder:
+    """Arrange the images of a folder by split and class.
+
+    The outermost folders are splits where all are called so, or where one is and others have the same folders in them;
+    otherwise all images are of the split `train`. Of the folders inside, the classes are those that the model's labels
+    name, else the innermost where all images lie equally deep, else the outermost.
+
+    Args:
+        paths: the images, relative to the folder, with slashes.
+        labels: the model's labels, or none where they are not known.
+        assigned: the split of each image, where the dataset's card says it.
+    """
+    folders = {path: tuple(unicodedata.normalize("NFC", part) for part in PurePosixPath(path).parts[:-1])
+               for path in sorted(paths)}  # fmt: skip
+    folders = _without_common(folders)
+    if assigned is not None:
+        splits = {path: assigned[path] for path in folders}
+    elif _are_splits(folders.values()):
+        splits = {path: _WORDS.get(parts[0].casefold(), parts[0]) for path, parts in folders.items() if parts}
+        folders = _without_common({path: parts[1:] for path, parts in folders.items()})
+    else:
+        splits = dict.fromkeys(folders, "train")
+    level = _level([parts for parts in folders.values() if parts], labels)
+    names = {path: parts[level] for path, parts in folders.items() if parts and path in splits}
+    found = {split: {names[path] for path in names if splits[path] == split} for split in splits.values()}
+    # one folder alone, that no other split has, is no class: tiny-imagenet's val/images
+    lone = {split for split, own in found.items() if len(own) == 1 and len(found) > 1
+            and not own & set().union(*(others for other, others in found.items() if other != split))}  # fmt: skip
+    classes = sorted({name for split, own in found.items() if split not in lone for name in own})
+    images: dict[str, list[tuple[str, int]]] = {split: [] for split in sorted(found, key=lambda name: name != "train")}
+    left_out = [path for path in folders if path not in splits]
+    for path, split in splits.items():
+        if path in names or not found[split]:
+            known = path in names and split not in lone
+            images[split].append((path, classes.index(names[path]) if known else -1))
+        else:
+            left_out.append(path)
+    return ImageFolder(tuple(classes), images, left_out)
+
+
+def _without_common(folders: Mapping[str, _Folders]) -> dict[str, _Folders]:
+    """Leave out the outer folders that all images lie in, unless they are called as a split or are the innermost."""
+    found = dict(folders)
+    while found and all(len(parts) > 1 for parts in found.values()):
+        first = {parts[0] for parts in found.values()}
+        if len(first) > 1 or first.pop().casefold() in _WORDS:
+            break
+        found = {path: parts[1:] for path, parts in found.items()}
+    return found
+
+
+def _are_splits(folders: Collection[_Folders]) -> bool:
+    inside: dict[str, set[str]] = {parts[0]: set() for parts in folders if parts}
+    for parts in folders:
+        if len(parts) > 1:
+            inside[parts[0]].add(parts[1])
+    words = [top for top in inside if top.casefold() in _WORDS]
+    shared = (inside[word] & inside[other] for word in words for other in inside if other != word)
+    return bool(words) and (len(words) == len(inside) or any(len(both) > 1 for both in shared))
+
+
+def _level(folders: Collection[_Folders], labels: Sequence[str]) -> int:
+    outer, inner = {parts[0] for parts in folders}, {parts[-1] for parts in folders}
+    by_labels = count_matches(sorted(inner), labels) - count_matches(sorted(outer), labels)
+    level = len({len(parts) for parts in folders}) == 1 and len(inner) > 1
+    return -1 if by_labels > 0 or (by_labels == 0 and level) else 0
