@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import head_layers, match_layers, norms_before_head
+from hfdetox.models.layers import head_layers, match_layers, norms_before_head, scales
 
 Initialization = Literal["near", "middle", "far", "noise", "random"]
 
@@ -79,7 +79,7 @@ class D3:
         self.centered = set(head_layers(model)) & set(self.weights) if config.centered else set()
         self.initial = {name: self._centred(name, w.detach().float()).clone() for name, w in self.weights.items()}
         norms = norms_before_head(model) if config.freeze_norm else []
-        self.frozen_scales = [model.get_parameter(f"{norm}.weight") for norm in norms]
+        self.frozen_scales = [scale for norm in norms for scale in scales(model.get_submodule(norm))]
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -58,7 +58,7 @@ def last_stages(model: nn.Module, count: int, input_size: tuple[int, int, int] |
     listed = _listed_by_timm(inner, modules)
     rows = [[name for name in row if _has_weights(modules[name], heads)] for row in _rows(modules)]
     names = sorted({name for row in (listed, *rows) for name in row})
-    with probing(inner, input_size) as images, captured(inner, names) as outputs:
+    with probing(model, input_size) as (images, _), captured(inner, names) as outputs:
         if images is not None:
             library_logits(inner, images)
     chosen = _stages(inner, listed, outputs)

@@ -2,19 +2,25 @@
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from hfdetox.errors import UsageError
-from hfdetox.models.network import Network, evaluating, library_logits, norms_of
+from hfdetox.models.network import Network, evaluating, library_logits
 from hfdetox.models.preprocessing import timm_data_config
 
 HEAD = "head"
+# what is left of a change that rounding alone makes
+_NOTHING = 1e-3
+# how many norms that do not feed the head directly are tried
+_TRIES = 4
+_MIXING = (nn.Linear, _ConvNd)
 # A convolutional network takes any; the others are usual sizes of those that take one only.
 _SIDES = (64, 32, 224, 28, 48, 56, 96, 112, 128, 160, 192, 256, 299, 384, 448, 512)
 
@@ -26,17 +32,21 @@ class LayerPatternError(UsageError):
 def head_layers(model: nn.Module) -> list[str]:
     """Return the names of the Linear and Conv2d modules that give the logits, in the model's order.
 
-    Of timm models: all inside `get_classifier()`; of transformers models: the last with num_labels outputs outside the
-    backbone (two for distilled ones); of the timm wrapper: those of its timm model; else the last Linear (or Conv2d).
+    Of timm models: those of `get_classifier()` and of their configuration's `classifier`; of transformers models: the
+    last with num_labels outputs of each part outside the backbone; of the timm wrapper: those of its timm model; else
+    the last Linear (or Conv2d). Of several, those of whose weights each row makes one logit: no hidden layers.
     Raises LayerPatternError when the model has none.
     """
     prefix, inner = unwrapped(model)
     layers = _layers(inner)
     if hasattr(inner, "get_classifier") and hasattr(inner, "pretrained_cfg"):
-        classifier = inner.get_classifier()
+        classifier, named = inner.get_classifier(), inner.pretrained_cfg.get("classifier") or ()
         parts = classifier if isinstance(classifier, tuple | list) else (classifier,)
         inside = {module for part in parts for module in part.modules()}
-        names = [name for name, layer in layers.items() if layer in inside]
+        # auxiliary heads are in the configuration alone
+        paths = (named,) if isinstance(named, str) else named
+        names = [name for name, layer in layers.items()
+                 if layer in inside or any(_matches(name, path) for path in paths)]  # fmt: skip
     elif hasattr(inner, "config") and hasattr(inner, "base_model_prefix"):
         fitting = [name for name, layer in layers.items() if layer.weight.shape[0] == inner.config.num_labels]
         outside = [name for name in fitting if name.split(".")[0] != inner.base_model_prefix]
@@ -48,7 +58,27 @@ def head_layers(model: nn.Module) -> list[str]:
     if not names:
         raise LayerPatternError(f"{type(inner).__name__} has no classifier layer that can be found; name layers by "
                                 f"pattern: {_selectable(inner)}")  # fmt: skip
+    _refuse_computed(inner, names)
+    if len(names) > 1:
+        with probing(model) as (images, logits):
+            if images is not None and logits is not None:
+                names = [name for name in names if _makes_logits(inner, name, images, logits)] or names
     return [prefix + name for name in names]
+
+
+def _refuse_computed(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        if "weight" not in model.get_submodule(name)._parameters:
+            raise LayerPatternError(f"{name} is weight- or spectral-normed and cannot be selected; make it plain "
+                                    "with torch.nn.utils.parametrize.remove_parametrizations")  # fmt: skip
+
+
+def _makes_logits(model: nn.Module, name: str, images: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Tell whether each row of a layer's weight makes one logit: a change of the first one moves no other logit."""
+    weight = model.get_parameter(f"{name}.weight").clone()
+    weight[0] += 1
+    moved = (library_logits(model, images, {f"{name}.weight": weight}) - logits).abs().amax(0)
+    return len(weight) == len(moved) and bool(moved[1:].max() < _NOTHING * moved[0])
 
 
 def classes_of(model: nn.Module) -> int:
@@ -75,6 +105,7 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         if not found:
             raise LayerPatternError(f"no Linear or Conv2d layer matches {pattern!r}; use {HEAD} or patterns of: "
                                     f"{_selectable(model)}")  # fmt: skip
+        _refuse_computed(model, found)
         chosen.update(found)
     return [name for name in names if name in chosen]
 
@@ -83,17 +114,67 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     """Return the names of the affine norms that feed the head directly (of ResNets none: ReLU and pooling lie between).
 
     With such a norm (W, γ, β) → (−W, −γ, −β) is the same function, so D3's distance would reward a change of nothing.
-    The model itself is asked: of each head layer the last norm that runs before it has its signs flipped together with
-    the head's, and where the logits stay, it is such a norm. `input_size` is (C, H, W); without it, the model's own or
-    usual sizes are tried. Parameters and modes are bit for bit as before afterwards.
+    The model itself is asked: from the head backwards, each module that has only scales and shifts has its signs
+    flipped (several together, where none does it alone), and where that turns what the head is given, it is such a
+    norm. `input_size` is (C, H, W); without it, the model's own or usual sizes are tried. Parameters and modes are bit
+    for bit as before afterwards.
     """
     prefix, inner = unwrapped(model)
-    heads = head_layers(inner)
-    with probing(inner, input_size) as images:
+    heads = [name.removeprefix(prefix) for name in head_layers(model)]
+    leaves = [name for name, module in inner.named_modules() if scales(module)]
+    with probing(model, input_size) as (images, _):
         if images is None:
             return []
-        groups = _last_norms(inner, heads, images)
-        return [prefix + name for name, group in groups.items() if _flips_cancel(inner, group, name, images)]
+        given = _inputs(inner, [*leaves, *heads], images)
+        before = {name: given[name] for name in heads if name in given}
+        feeding, found = list[str](), list[str]()
+        for name in reversed([name for name in given if name not in before]):
+            turns = _turns(inner, before, [name], images)
+            if turns:
+                found.append(name)
+            elif turns is False:
+                feeding.append(name)
+                if found or len(feeding) == _TRIES:
+                    break
+        together = (feeding[:count] for count in range(2, len(feeding) + 1))
+        found = found or next((names for names in together if _turns(inner, before, names, images)), [])
+    return [prefix + name for name in leaves if name in found]
+
+
+def scales(module: nn.Module) -> list[nn.Parameter]:
+    """Return the scales of a module that multiplies and shifts channels and does no more; of others nothing."""
+    own = dict(module.named_parameters(recurse=False))
+    vectors = all(p.numel() == max(p.shape, default=1) for p in own.values()) and not isinstance(module, _MIXING)
+    if not vectors or len(own) < len(list(module.parameters())):
+        return []
+    return [p for name, p in own.items() if name not in ("bias", "beta")]
+
+
+def _inputs(model: nn.Module, names: Iterable[str], images: torch.Tensor,
+            flipped: Iterable[str] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Return what the named modules are given in their last runs, in this order, under flipped signs of some norms."""
+    given: dict[str, torch.Tensor] = {}
+
+    def note(name: str, features: torch.Tensor) -> None:
+        given.pop(name, None)
+        given[name] = features
+
+    signs = {f"{norm}.{name}": -p for norm in flipped for name, p in model.get_submodule(norm).named_parameters()}
+    with on_inputs(model, names, note):
+        library_logits(model, images, signs)
+    return given
+
+
+def _turns(model: nn.Module, before: Mapping[str, torch.Tensor], norms: Sequence[str],
+           images: torch.Tensor) -> bool | None:  # fmt: skip
+    """Tell whether flipped signs of norms turn what heads are given, if they change it at all; None where not.
+
+    Up to a constant, which the bias of a layer between (CoaT's aggregation) leaves, and the head's own bias takes up.
+    """
+    after = _inputs(model, before, images, norms)
+    changed = [(x, after[name]) for name, x in before.items() if not torch.equal(after[name], x)]
+    left = [((x + turned).std(0).max(), x.std(0).max()) for x, turned in changed]
+    return all(bool(rest < _NOTHING * scale) for rest, scale in left) if changed else None
 
 
 def direct_sources(model: nn.Module, producers: Iterable[str], consumers: Iterable[str]) -> dict[str, str]:
@@ -117,11 +198,11 @@ def direct_sources(model: nn.Module, producers: Iterable[str], consumers: Iterab
         same = output is not None and (given._version, given.numel()) == (version, output.numel())
         seen[consumer].add(name if same else None)
 
-    with probing(model) as images, on_inputs(model, consumers, look), ExitStack() as hooks:
+    with probing(model) as (images, _), on_inputs(model, consumers, look), ExitStack() as hooks:
         for module in names:
             hooks.enter_context(module.register_forward_hook(note))
         if images is not None:
-            library_logits(model, images)
+            library_logits(unwrapped(model)[1], images)
     # a layer that runs several times must get the same producer's output each time
     single = {name: next(iter(found)) for name, found in seen.items() if len(found) == 1}
     return {name: producer for name, producer in single.items() if producer is not None}
@@ -153,64 +234,46 @@ def _selectable(model: nn.Module) -> str:
 
 
 @contextmanager
-def probing(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Iterator[torch.Tensor | None]:
-    """Give two images of noise in a size that the model takes, or None when none of the usual sizes fits.
+def probing(model: nn.Module, input_size: tuple[int, int, int] | None = None,
+            ) -> Iterator[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:  # fmt: skip
+    """Give two images of noise in a size that the model takes, and its logits; None twice when no usual size fits.
 
     While inside, the model is in eval mode and no gradients are kept.
     """
-    parameter, generator = next(model.parameters()), torch.Generator().manual_seed(0)
-    with evaluating(model), torch.no_grad():
+    inner: nn.Module = unwrapped(model)[1]
+    parameter, generator = next(inner.parameters()), torch.Generator().manual_seed(0)
+    with evaluating(inner), torch.no_grad():
         for size in _candidate_sizes(model, input_size):
             images = torch.randn(2, *size, generator=generator).to(parameter.device, parameter.dtype)
             # a wrong size shows in as many ways as there are models
             with suppress(RuntimeError, ValueError, AssertionError, IndexError):
-                library_logits(model, images)
+                logits = library_logits(inner, images)
                 break
         else:
-            images = None
-        yield images
+            yield None, None
+            return
+        yield images, logits
 
 
-def _candidate_sizes(model: Any, input_size: tuple[int, int, int] | None) -> Iterator[tuple[int, int, int]]:
-    if input_size is not None:
-        yield input_size
-        return
+def _candidate_sizes(model: nn.Module, input_size: tuple[int, int, int] | None) -> Iterator[tuple[int, int, int]]:
     inner = unwrapped(model)[1]
+    if input_size is not None or isinstance(model, Network):
+        yield input_size or model.input_size  # type: ignore[misc]
+        return
     if hasattr(inner, "pretrained_cfg"):
         yield timm_data_config(inner)["input_size"]
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    convolution = next((m for m in inner.modules() if isinstance(m, nn.Conv2d)), None)
     channels = convolution.in_channels if convolution is not None else 3
-    for holder in (getattr(model, "config", None), model):
+    config = getattr(inner, "config", None)
+    for holder in (getattr(config, "vision_config", None), config, inner):
         size = getattr(holder, "image_size", None)
-        if size is not None:
-            yield (channels, size, size) if isinstance(size, int) else (channels, *size)
+        if isinstance(size, int):
+            yield channels, size, size
+        elif size is not None:
+            height, width = size.values() if isinstance(size, Mapping) else size
+            yield channels, height, width
     for side in _SIDES:
         yield channels, side, side
-
-
-def _last_norms(model: nn.Module, heads: Sequence[str], images: torch.Tensor) -> dict[str, list[str]]:
-    """Run the model and group the head layers by the affine norm that ran last before each."""
-    order: list[str] = []
-    with on_inputs(model, [*norms_of(model), *heads], lambda name, _: order.append(name)):
-        library_logits(model, images)
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    last = None
-    for name in order:
-        if name not in heads:
-            last = name
-        elif last is not None:
-            groups[last].append(name)
-    return groups
-
-
-def _flips_cancel(model: nn.Module, heads: Sequence[str], norm: str, images: torch.Tensor) -> bool:
-    """Tell whether flipping the norm's signs undoes flipping those of the head's weights (its biases stay)."""
-    flipped = {f"{head}.weight": -model.get_parameter(f"{head}.weight") for head in heads}
-    before, only_head = library_logits(model, images), library_logits(model, images, flipped)
-    flipped |= {f"{norm}.{name}": -p for name, p in model.get_submodule(norm).named_parameters(recurse=False)}
-    both = library_logits(model, images, flipped)
-    moved = (only_head - before).abs().max()
-    return bool(moved > 0 and (both - before).abs().max() < 1e-3 * moved)
 
 
 @contextmanager

@@ -97,19 +97,25 @@ def library_logits(model: nn.Module, images: torch.Tensor,
     keyword = getattr(model, "main_input_name", None) == "pixel_values"
     args, kwargs = ((), {"pixel_values": images}) if keyword else ((images,), {})
     output: Any = functional_call(model, changed, args, kwargs) if changed else model(*args, **kwargs)
-    # of a transformers or torchvision tuple the logits
-    return output if isinstance(output, torch.Tensor) else output.logits
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, tuple) and not hasattr(output, "logits"):
+        return output[0]  # timm's Inception v3 gives auxiliary logits too
+    # transformers' PP-LCNet gives its logits by the name of features
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Tell whether channels_last pays: convolutions that overlap (so not patch embeddings), and no attention."""
-    overlapping = False
-    for module in model.modules():
-        if "attention" in type(module).__name__.lower():
-            return False
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
-            overlapping = overlapping or tuple(module.kernel_size) != tuple(module.stride)
-    return overlapping
+    """Tell whether channels_last pays: convolutions that overlap (so not patch embeddings), and no attention.
+
+    Nor any strided 1×1 convolution of two to seven channels, whose backward pass on CPUs then writes beyond its memory
+    (oneDNN on AVX2, torch 2.15; docs/development.md has a reproduction).
+    """
+    if any("attention" in type(module).__name__.lower() for module in model.modules()):
+        return False
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    crashes = any(max(c.kernel_size) == 1 < max(c.stride) and 1 < c.in_channels < 8 for c in convolutions)
+    return not crashes and any(max(c.kernel_size) > 1 and tuple(c.kernel_size) != tuple(c.stride) for c in convolutions)
 
 
 @dataclass

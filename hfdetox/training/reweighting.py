@@ -236,6 +236,7 @@ class _Seen:
     def __init__(self, *, asked: bool) -> None:
         """Look at positions and labels; with `asked` also at the network's answers and features."""
         self.asked, self.outputs = asked, 0
+        self.head: list[str] = []
         self.batches: list[tuple[torch.Tensor, ...]] = []
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
@@ -243,7 +244,8 @@ class _Seen:
         found: tuple[torch.Tensor, ...] = (batch.positions, batch.labels.cpu())
         if self.asked:
             features: list[torch.Tensor] = []
-            with on_inputs(network, head_layers(network)[-1:], lambda _, given: features.append(given)):
+            self.head = self.head or head_layers(network)[-1:]
+            with on_inputs(network, self.head, lambda _, given: features.append(given)):
                 logits = network(batch.images)
             self.outputs = logits.shape[1]
             flat = features[-1].float()

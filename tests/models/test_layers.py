@@ -8,12 +8,41 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers as tf
 from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.layers import LayerPatternError, head_layers, match_layers, norms_before_head
 from tests.tiny_models import timm_folder, timm_model, transformers_model
+
+# neither usual sizes, nor widths of anything else
+_TOWER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
+          "image_size": 40, "patch_size": 8}  # fmt: skip
+SIGLIP_NORM = "vision_model.post_layernorm"
+
+
+def towered(kind, classes):
+    """Return an image classifier of a family that has its image part in `vision_config`."""
+    config = getattr(tf, f"{kind}Config")(vision_config=_TOWER, num_labels=classes)
+    return getattr(tf, f"{kind}ForImageClassification")(config)
+
+
+class TwoNorms(nn.Module):
+    """What MobileNetV5's head is: two RMSNorms in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 8),
+            nn.RMSNorm(8),
+            nn.RMSNorm(8),
+            nn.Linear(8, 5),
+        )
+
+    def forward(self, images):
+        return self.head(self.second(self.first(self.stem(images).mean((2, 3)))))
+
 
 # model, head layers, norms that feed the head directly
 CASES = {
@@ -30,6 +59,13 @@ CASES = {
         lambda: timm_model("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=24, depth=1),
         ["head", "head_dist"], ["norm"],
     ),
+    "timm volo, auxiliary head": (lambda: timm_model("volo_d1_224", img_size=32), ["aux_head", "head"], ["norm"]),
+    "timm resmlp, affine": (lambda: timm_model("resmlp_12_224", img_size=32), ["head"], ["norm"]),
+    "timm hgnet, affine block": (lambda: timm_model("hgnetv2_b0"), ["head.fc"], ["head.last_conv.2"]),
+    "timm coat, a layer between": (lambda: timm_model("coat_mini"), ["head"], ["norm2", "norm3", "norm4"]),
+    "two norms in a row": (TwoNorms, ["head"], ["first", "second"]),
+    "timm inception, auxiliary logits": (lambda: timm_model("inception_v3", aux_logits=True), ["fc"], []),
+    "transformers siglip, unused pooling": (lambda: towered("Siglip", 5), ["classifier"], [SIGLIP_NORM]),
     "transformers vit": (lambda: transformers_model("vit"), ["classifier"], ["vit.layernorm"]),
     "transformers deit": (lambda: transformers_model("deit"), ["classifier"], ["deit.layernorm"]),
     "transformers deit, distilled": (
@@ -119,6 +155,41 @@ def test_hidden_layers_of_as_many_outputs_as_labels_are_no_heads():
     model.config.num_labels = 16
     model.classifier = nn.Linear(16, 16)
     assert head_layers(model) == ["classifier"]
+
+
+@pytest.mark.parametrize("classes", [24, 40])
+@pytest.mark.parametrize("kind", ["Siglip", "CLIP", "MetaClip2"])
+def test_as_many_classes_as_a_hidden_width_has(kind, classes):
+    assert head_layers(towered(kind, classes)) == ["classifier"]
+
+
+@pytest.mark.parametrize("classes", [8, 16, 24, 32])
+def test_as_many_classes_as_a_stage_has_channels(classes):
+    config = tf.HGNetV2Config(
+        embedding_size=8, depths=[1] * 4, hidden_sizes=[8, 16, 16, 32], stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 16, 16, 24], stage_mid_channels=[8] * 4, stage_out_channels=[16, 16, 24, 32],
+        stage_num_blocks=[1] * 4, stage_numb_of_layers=[1] * 4, num_labels=classes,
+    )  # fmt: skip
+    assert head_layers(tf.HGNetV2ForImageClassification(config)) == ["fc"]
+
+
+def test_a_size_in_words_is_a_size():
+    config = tf.PvtV2Config(
+        image_size={"height": 32, "width": 64}, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2], num_labels=5,
+    )  # fmt: skip
+    assert head_layers(model := tf.PvtV2ForImageClassification(config)) == ["classifier"]
+    assert norms_before_head(model) == ["pvt_v2.encoder.layers.3.layer_norm"]
+
+
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
+                                    nn.utils.weight_norm, nn.utils.spectral_norm])  # fmt: skip
+def test_a_head_whose_weight_is_computed_is_refused_in_one_line(normed):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), normed(nn.Linear(8, 3)))
+    for find in (head_layers, norms_before_head, lambda model: match_layers(model, ["3"])):
+        with pytest.raises(LayerPatternError, match=r"^3 is weight- or spectral-normed .*remove_parametrizations$"):
+            find(model)
+    assert match_layers(model, ["1"]) == ["1"]
 
 
 def test_patterns_select_by_name_or_by_the_module_around():
