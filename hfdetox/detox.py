@@ -1,5 +1,6 @@
 """The pipeline: pull a model and clean images, measure, defend, measure again, report, save and publish."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from hfdetox.training.devices import (
     resolve_precision,
 )
 from hfdetox.training.engine import Engine, TrainingRecord
+from hfdetox.training.unusual import tamed
 from hfdetox.triggers import parse_triggers, reload_triggers
 
 __all__ = ["DetoxResult", "detoxify", "evaluate", "plan"]
@@ -100,7 +102,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
 
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
-    record, memory = train(classifier, method, pixels, accelerator, options, run=run, progress=progress)
+    record, memory = train(classifier, method, pixels, accelerator, options, run=run, progress=progress,
+                           warn=notes.warn)  # fmt: skip
     if any(entry.get("unchanged") == 1 for entry in record.history):
         notes.warn(f"{method.name} found nothing that it would change, and returns the model as it came")
     classifier.round_weights()
@@ -154,7 +157,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
 
 def train(
     classifier: Classifier, method: DefenseConfig, source: ImageSource, accelerator: Accelerator, options: DetoxOptions,
-    *, run: RunFolder | None, progress: bool,
+    *, run: RunFolder | None, progress: bool, warn: Callable[[str], None],
 ) -> tuple[TrainingRecord, int | None]:  # fmt: skip
     """Run the defense's phases on the classifier in place, from the run's last checkpoint if there is one.
 
@@ -166,7 +169,8 @@ def train(
         accelerator.init_trackers("hfdetox", config={k: str(v) for k, v in method.settings().items()})
     checkpoints = run.checkpoints if run is not None else None
     engine = Engine(accelerator, source, seed=options.seed, checkpoints=checkpoints, progress=progress)
-    record = engine.run(classifier.network, method.phases(classifier.network))
+    with tamed(classifier.network, method.phases(classifier.network), warn) as phases:
+        record = engine.run(classifier.network, phases)
     # `end_training` would also end the process group, which the rest of the run needs
     for tracker in accelerator.trackers if options.log_with is not None else ():
         tracker.finish()

@@ -235,7 +235,11 @@ def check_plausible(
         hint = (f"; with its labels in another order it would reach {best:.1%}, so the labels are probably permuted: "
                 "give the right pairs with --label-map")  # fmt: skip
     chance = 1 / count
-    if accuracy.interval[0] <= chance + CHANCE_MARGIN * (1 - chance):
+    least = chance + CHANCE_MARGIN * (1 - chance)
+    if accuracy.interval[0] <= least < accuracy.value:
+        raise RunError(f"{said}, but on {accuracy.samples} images that cannot be told from chance ({chance:.1%}); "
+                       f"measure more of them (--eval-samples){hint}")  # fmt: skip
+    if accuracy.value <= least:
         raise RunError(f"{said}, near chance ({chance:.1%}): its labels or its preprocessing are probably wrong for "
                        f"this dataset{hint}")  # fmt: skip
     if hint:

@@ -3,7 +3,9 @@
 An attack may also start from an architecture whose weights are freshly drawn for the dataset's classes.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hfdetox.hub.download import PulledRepo, pull_model
 from hfdetox.models import weights as _weights
 from hfdetox.models.info import ModelInfo
 from hfdetox.models.loaded import Loaded, check_links, check_num_labels, label_names, library_of
-from hfdetox.models.network import Network, load_correction
+from hfdetox.models.network import Network, library_logits, load_correction
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
 
 ARCHITECTURE = "timm-arch:"
@@ -243,14 +245,22 @@ def assemble(
 
 @torch.no_grad()
 def _check_output(classifier: Classifier) -> None:
-    """Run one black image through the network: a wrong input size or label count fails here, not after an hour."""
+    """Give the network one image: a wrong input size or label count fails here, not after an hour."""
     pixels = torch.zeros(1, *classifier.preprocessing.input_size, dtype=classifier.preprocessing.dtype)
     device = next(iter(classifier.model.parameters()), pixels).device
-    size = "×".join(map(str, pixels.shape[1:]))
-    with refusing(f"{classifier.info.id} does not take the {size} images of its own preprocessing"):
-        logits = classifier.network.to(device)(pixels.to(device))
-    if logits.shape != (1, len(classifier.labels)):
-        raise LabelsError(f"{classifier.info.id} gives outputs of shape {tuple(logits.shape)} for one image and "
+    network, found, expected = classifier.network.to(device), None, (1, len(classifier.labels))
+    # by shapes alone, which takes no time, and does not read weights that are mapped into memory
+    with suppress(Exception):
+        tensors = [*network.model.parameters(), *network.model.buffers()]
+        bare = {id(t): nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+        shapes = library_logits(copy.deepcopy(network.model, bare), torch.zeros(pixels.shape, device="meta"))
+        found = tuple(shapes.shape)
+    if found != expected:
+        size = "×".join(map(str, pixels.shape[1:]))
+        with refusing(f"{classifier.info.id} does not take the {size} images of its own preprocessing"):
+            found = tuple(network(pixels.to(device)).shape)
+    if found != expected:
+        raise LabelsError(f"{classifier.info.id} gives outputs of shape {found} for one image and "
                           f"{len(classifier.labels)} labels; hfdetox handles one logit per label")  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -122,13 +122,13 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     prefix, inner = unwrapped(model)
     heads = [name.removeprefix(prefix) for name in head_layers(model)]
     leaves = [name for name, module in inner.named_modules() if scales(module)]
-    with probing(model, input_size) as (images, _):
+    given: dict[str, torch.Tensor] = {}
+    with on_last_inputs(inner, [*leaves, *heads], given), probing(model, input_size) as (images, _):
         if images is None:
             return []
-        given = _inputs(inner, [*leaves, *heads], images)
-        before = {name: given[name] for name in heads if name in given}
+        order, before = list(given), {name: given[name] for name in heads if name in given}
         feeding, found = list[str](), list[str]()
-        for name in reversed([name for name in given if name not in before]):
+        for name in reversed([name for name in order if name not in before]):
             turns = _turns(inner, before, [name], images)
             if turns:
                 found.append(name)
@@ -150,28 +150,16 @@ def scales(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in own.items() if name not in ("bias", "beta")]
 
 
-def _inputs(model: nn.Module, names: Iterable[str], images: torch.Tensor,
-            flipped: Iterable[str] = ()) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Return what the named modules are given in their last runs, in this order, under flipped signs of some norms."""
-    given: dict[str, torch.Tensor] = {}
-
-    def note(name: str, features: torch.Tensor) -> None:
-        given.pop(name, None)
-        given[name] = features
-
-    signs = {f"{norm}.{name}": -p for norm in flipped for name, p in model.get_submodule(norm).named_parameters()}
-    with on_inputs(model, names, note):
-        library_logits(model, images, signs)
-    return given
-
-
 def _turns(model: nn.Module, before: Mapping[str, torch.Tensor], norms: Sequence[str],
            images: torch.Tensor) -> bool | None:  # fmt: skip
     """Tell whether flipped signs of norms turn what heads are given, if they change it at all; None where not.
 
     Up to a constant, which the bias of a layer between (CoaT's aggregation) leaves, and the head's own bias takes up.
     """
-    after = _inputs(model, before, images, norms)
+    after: dict[str, torch.Tensor] = {}
+    signs = {f"{norm}.{name}": -p for norm in norms for name, p in model.get_submodule(norm).named_parameters()}
+    with on_last_inputs(model, before, after):
+        library_logits(model, images, signs)
     changed = [(x, after[name]) for name, x in before.items() if not torch.equal(after[name], x)]
     left = [((x + turned).std(0).max(), x.std(0).max()) for x, turned in changed]
     return all(bool(rest < _NOTHING * scale) for rest, scale in left) if changed else None
@@ -276,6 +264,17 @@ def _candidate_sizes(model: nn.Module, input_size: tuple[int, int, int] | None) 
         yield channels, side, side
 
 
+def on_last_inputs(model: nn.Module, names: Iterable[str],
+                   given: dict[str, torch.Tensor]) -> AbstractContextManager[None]:  # fmt: skip
+    """Note in `given` what these modules are given in their last runs, in the order of these."""
+
+    def note(name: str, features: torch.Tensor) -> None:
+        given.pop(name, None)
+        given[name] = features
+
+    return on_inputs(model, names, note)
+
+
 @contextmanager
 def on_inputs(model: nn.Module, names: Iterable[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call `see(name, input)` with what these modules of `model` are given, at each of their runs while inside."""
@@ -283,7 +282,8 @@ def on_inputs(model: nn.Module, names: Iterable[str], see: Callable[[str, torch.
         for name in names:
 
             def look(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-                see(name, inputs[0])
+                if inputs:
+                    see(name, inputs[0])
 
             hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(look))
         yield

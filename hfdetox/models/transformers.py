@@ -117,6 +117,11 @@ def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}") from error
 
 
+# image classifiers whose images are no pixels, and what they take
+_NO_PIXELS = {"imagegpt": "colours as a row of tokens", "siglip2": "patches of any number",
+              "shieldgemma2": "a question in words beside each image"}  # fmt: skip
+
+
 def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
     """Refuse what is not a classifier of one label per image, before its weights are read."""
     # with its own code trusted, any config may belong to a classifier; loading decides
@@ -130,6 +135,9 @@ def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
         if config.architectures and not names & set(config.architectures):
             raise NotAClassifierError(f"{name} is not an image classifier but a {config.architectures[0]}; give a "
                                       "model with a trained classification head")  # fmt: skip
+    if taken := _NO_PIXELS.get(config.model_type):
+        raise NotAClassifierError(f"{name} is a {config.model_type} model, which takes {taken}; hfdetox handles models "
+                                  "that take pixels of one size")  # fmt: skip
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
         raise NotAClassifierError(f"{name} is a {config.problem_type} model; hfdetox handles one label per image")
     if getattr(config, "quantization_config", None) is not None:

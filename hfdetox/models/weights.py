@@ -20,6 +20,14 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN_KEYS = 5
+# what stands in checkpoints that are not a model's own, by how the names begin
+_ADVICE = {
+    "loss": "it holds a tensor of the training's loss: save the model without it",
+    "criterion": "it holds a tensor of the training's loss: save the model without it",
+    "_orig_mod.": "torch.compile put _orig_mod. before the names: save the model inside (`model._orig_mod`)",
+    "module.": "DataParallel put module. before the names: save the model inside (`model.module`)",
+    "model.": "a wrapper put model. before the names: save the model inside",
+}
 
 
 class WeightsMismatchError(UsageError):
@@ -164,8 +172,9 @@ def raise_for_keys(where: str, missing: Iterable[str], unexpected: Iterable[str]
                   if tuple(found) != tuple(wanted)]  # fmt: skip
     kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(mismatched)}
     if parts := [f"{kind}: {_shorten(names)}" for kind, names in kinds.items() if names]:
-        raise WeightsMismatchError(f"the weights of {where} do not fit its config.json ({'; '.join(parts)}); hfdetox "
-                                   "loads complete checkpoints only")  # fmt: skip
+        advice = next((text for start, text in _ADVICE.items() if any(name.startswith(start) for name in unexpected)),
+                      "hfdetox loads complete checkpoints only")  # fmt: skip
+        raise WeightsMismatchError(f"the weights of {where} do not fit its config.json ({'; '.join(parts)}); {advice}")
 
 
 def _shorten(names: list[str]) -> str:

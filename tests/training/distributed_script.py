@@ -150,7 +150,7 @@ def tracked(folder: Path, device: str) -> bool:
     accelerator = make_accelerator(device, "no", "tensorboard", str(folder / "logs"))
     options = DetoxOptions("m", log_with="tensorboard")
     source: Any = ToyImages(24)
-    train(toy_classifier(), CONFIG, source, accelerator, options, run=None, progress=False)
+    train(toy_classifier(), CONFIG, source, accelerator, options, run=None, progress=False, warn=print)
     everyone: list[int] = gather_object([accelerator.process_index])
     return everyone == list(range(accelerator.num_processes)) and any(folder.glob("logs/**/events.*"))
 
