@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
@@ -234,3 +235,70 @@ def test_a_config_that_is_no_json_object_is_one_line(content: str, tmp_path: Pat
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(UsageError, match=r"is not JSON|is not a JSON object"):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("rename", "advice"),
+    [
+        (lambda name: f"module.{name}", r"DataParallel put module\. before the names"),
+        (lambda name: f"_orig_mod.{name}", r"torch\.compile put _orig_mod\. before the names"),
+        (lambda name: f"model.{name}", r"a wrapper put model\. before the names"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["transformers/vit", "transformers/resnet"])
+def test_names_behind_a_wrapper_are_told(tmp_path, kind, rename, advice):
+    source = make_folder(tmp_path / "source", kind)
+    edit_weights(source, lambda state: {rename(name): tensor for name, tensor in state.items()})
+    with pytest.raises(UsageError, match=advice) as caught:
+        load_classifier(source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_timm_takes_the_names_of_two_wrappers_off(tmp_path, prefix):
+    source = make_folder(tmp_path / "source", "timm/resnet")
+    plain = load_classifier(source)
+    edit_weights(source, lambda state: {prefix + name: tensor for name, tensor in state.items()})
+    pixels = pixels_for(plain)
+    with torch.no_grad():
+        assert_same(load_classifier(source).network(pixels), plain.network(pixels))
+
+
+@pytest.mark.parametrize("kind", ["timm/vit", "transformers/vit"])
+@pytest.mark.parametrize("name", ["loss_fct.weight", "criterion.weight"])
+def test_a_tensor_of_the_loss_is_told(tmp_path, kind, name):
+    source = make_folder(tmp_path / "source", kind)
+    edit_weights(source, lambda state: state | {name: torch.ones(5)})
+    with pytest.raises(UsageError, match=rf"unexpected: {name}\); it holds a tensor of the training's loss"):
+        load_classifier(source)
+
+
+SIGLIP2 = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+           "num_patches": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "taken"),
+    [
+        (tf.ImageGPTConfig(n_embd=16, n_layer=1, n_head=2), tf.ImageGPTImageProcessor(), "colours as a row"),
+        (tf.Siglip2Config(vision_config=SIGLIP2), tf.Siglip2ImageProcessor(), "patches of any number"),
+    ],
+    ids=["imagegpt", "siglip2"],
+)
+def test_models_that_take_no_pixels_say_so(tmp_path, config, processor, taken):
+    config.num_labels = 5
+    tf.AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(NotAClassifierError, match=rf"takes {taken}.*; hfdetox handles models that take pixels of one"):
+        load_classifier(tmp_path)
+
+
+def test_logits_by_the_name_of_features_and_beside_auxiliary_ones(tmp_path):
+    tf.PPLCNetForImageClassification(tf.PPLCNetConfig(scale=0.25, num_labels=5)).save_pretrained(tmp_path / "lcnet")
+    square = {"height": 32, "width": 32}
+    tf.ViTImageProcessor(size=square).save_pretrained(tmp_path / "lcnet")
+    assert load_classifier(tmp_path / "lcnet").network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 5)
+    inception = timm.create_model("inception_v3", num_classes=5, aux_logits=True,
+                                  pretrained_cfg_overlay={"input_size": (3, 128, 128)})  # fmt: skip
+    classifier = load_classifier(inception)
+    assert classifier.network.train()(torch.zeros(2, 3, 128, 128, dtype=torch.uint8)).shape == (2, 5)
