@@ -299,6 +299,6 @@ def test_logits_by_the_name_of_features_and_beside_auxiliary_ones(tmp_path):
     tf.ViTImageProcessor(size=square).save_pretrained(tmp_path / "lcnet")
     assert load_classifier(tmp_path / "lcnet").network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 5)
     inception = timm.create_model("inception_v3", num_classes=5, aux_logits=True,
-                                  pretrained_cfg_overlay={"input_size": (3, 128, 128)})  # fmt: skip
+                                  pretrained_cfg_overlay={"input_size": (3, 299, 299)})  # fmt: skip
     classifier = load_classifier(inception)
-    assert classifier.network.train()(torch.zeros(2, 3, 128, 128, dtype=torch.uint8)).shape == (2, 5)
+    assert classifier.network.train()(torch.zeros(2, 3, 299, 299, dtype=torch.uint8)).shape == (2, 5)
