@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.architectures OUT.jsonl [--only PATTERN] [--seconds 240]
 
-writes one JSON line a case and skips what is there, so that it goes on where it was stopped; `--table` writes the
-lines as the JSON that `tables.py` reads. Weights are random: tiny configurations of all image-classification types of
+writes one JSON line a case and skips what is there, so that it goes on where it was stopped; `--result` writes what
+`tables.py` reads of them. Weights are random: tiny configurations of all image-classification types of
 transformers, and the smallest variant of every module of timm at the smallest size that it takes. Each case is a
 process of its own, so that one that crashes or hangs is a result.
 """
@@ -187,7 +187,7 @@ class Noise:
         return self.positions[items], self.images[items], self.labels[items]
 
 
-def run(name: str, write: Callable[[Path], None], folder: Path) -> Iterator[dict[str, Any]]:
+def run(write: Callable[[Path], None], folder: Path) -> Iterator[dict[str, Any]]:
     """Take one case through the job; yields what is known after each step."""
     write(folder / "before")
     yield {"step": "load"}
@@ -244,7 +244,7 @@ def piped(classifier: Any, folder: Path) -> dict[str, Any]:
     return {"pipeline": max(abs(scores[label] - wanted[label]) for label in scores)}
 
 
-def in_child(name: str, write: Callable[[Path], None], pipe: Any) -> None:
+def in_child(write: Callable[[Path], None], pipe: Any) -> None:
     """Run one case and send what is found, step by step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -252,7 +252,7 @@ def in_child(name: str, write: Callable[[Path], None], pipe: Any) -> None:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            for found in run(name, write, Path(scratch)):
+            for found in run(write, Path(scratch)):
                 pipe.send(found)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the case's result)
             pipe.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
@@ -264,7 +264,7 @@ def measured(name: str, write: Callable[[Path], None]) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     begin = time.perf_counter()
-    child = context.Process(target=in_child, args=(name, write, sender))
+    child = context.Process(target=in_child, args=(write, sender))
     child.start()
     sender.close()
     found: dict[str, Any] = {"case": name, "step": "write"}
@@ -295,6 +295,21 @@ def in_order(line: dict[str, Any]) -> bool:
         line["head_is_whole"] and line["trained"] and line["restored"] and not line["wrong_widths"])  # fmt: skip
 
 
+def write_result(lines: dict[str, dict[str, Any]], path: Path) -> None:
+    """Write the lines of all cases as a result of the benchmarks, a line each."""
+    kept = ("case", "architecture", "parameters", "input_size", "head", "norms", "own", "wrapper", "pipeline", "widths",
+            "wrong_widths", "seconds", "peak_mib", "error")  # fmt: skip
+    rows = []
+    for name in cases():
+        line = {key: lines[name][key] for key in kept if key in lines[name]} | {"in_order": in_order(lines[name])}
+        line |= {key: float(f"{line[key]:.1g}") for key in ("own", "wrapper", "pipeline") if key in line}
+        rows.append(json.dumps(line))
+    versions = f"timm {timm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    head = {"command": "python -m tests.benchmarks.architectures OUT.jsonl", "versions": versions}
+    body = ",\n  ".join(rows)
+    path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n  {body}\n]}}\n', encoding="utf-8")
+
+
 def main() -> None:
     """Run the cases that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -302,7 +317,11 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="a shell pattern of cases")
     parser.add_argument("--again", action="store_true", help="also those that are there and not in order")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument("--result", type=Path, help="run nothing; write the lines that are there to this file")
     options = parser.parse_args()
+    if options.result:
+        write_result(read_lines(options.output), options.result)
+        return
     begin, there = time.perf_counter(), read_lines(options.output)
     for name, write in cases().items():
         due = name not in there or (options.again and not in_order(there[name]))

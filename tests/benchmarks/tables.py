@@ -1,9 +1,11 @@
-"""Every table of docs/benchmarks.md, from the JSON in results/: `make tables` writes them, a test compares.
+"""Every table of docs/benchmarks.md and docs/reference/architectures.md, from the JSON in results/.
 
-    python -m tests.benchmarks.tables            # writes the page anew
+`make tables` writes them, a test compares.
+
+    python -m tests.benchmarks.tables            # writes the pages anew
     python -m tests.benchmarks.tables --check    # exit status 1 if that would change it
 
-The page holds the text; a table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+The pages hold the text; a table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = (DOCS / "benchmarks.md", DOCS / "reference" / "architectures.md")
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # as papers write them
 ATTACKS = {"badnets": "BadNets", "grid": "BadNets", "blended": "Blended", "noise": "Blended", "wanet": "WaNet",
@@ -214,36 +217,15 @@ def reweighting() -> list[str]:
     frame = runs("line_up")
     frame = frame[(frame["model"] == "resnet") & (frame["seed"] == 0)].set_index(["attack", "defense"])
     rows = []
+    before = ("accuracy_before", "attack_success_before", "worst_class_before", "spread_before")
     for attack in ("badnets-0.1", "blended-0.1"):
         first = frame.loc[(attack, "d3")]
-        rows.append(
-            [
-                ATTACKS[attack.split("-")[0]],
-                "before",
-                *map(
-                    percent,
-                    (
-                        first["accuracy_before"],
-                        first["attack_success_before"],
-                        first["worst_class_before"],
-                        first["spread_before"],
-                    ),
-                ),
-            ]
-        )
+        rows.append([ATTACKS[attack.split("-")[0]], "before", *(percent(first[key]) for key in before)])
         for name in ("d3", "d3-class", "d3-wasserstein", "ft", "ft-class"):
             one = frame.loc[(attack, name)]
-            rows.append(
-                [
-                    "",
-                    f"`{name}`",
-                    *map(percent, (one["accuracy"], one["attack_success"], one["worst_class"], one["spread"])),
-                ]
-            )
-    return [
-        *table(["backdoor", "defense", "ACC", "ASR", "worst class", "spread"], rows, text_columns=2),
-        *source("line_up"),
-    ]
+            rows.append(["", f"`{name}`", *(percent(one[key.removesuffix("_before")]) for key in before)])
+    header = ["backdoor", "defense", "ACC", "ASR", "worst class", "spread"]
+    return [*table(header, rows, text_columns=2), *source("line_up")]
 
 
 def heldout(name: str, model: str, attacks: Sequence[str], *, images: int = 2500, clean: bool = False) -> list[str]:
@@ -336,22 +318,32 @@ def speed() -> list[str]:
     found = read("speed_cpu")
     times = found["times_faster"]
     rows = [
-        [
-            "D3 as research code writes it (PIL transforms an image, float32): training only",
-            f"{times['training']:.1f} times faster",
-        ],
+        ["D3 as research code writes it (PIL transforms an image, float32): training only",
+         f"{times['training']:.1f} times faster"],
         ["… the whole job with the same evaluations", f"{times['same_evaluations']:.1f} times faster"],
-        [
-            "… with that code's habit of evaluating both test sets after every epoch",
-            f"{times['research_habit']:.1f} times faster",
-        ],
-        [
-            "the bare step (forward, backward, SGD on a ready tensor, same precision)",
-            f"{100 * found['engine_share_of_bare']:.0f} % of its images a second",
-        ],
+        ["… with that code's habit of evaluating both test sets after every epoch",
+         f"{times['research_habit']:.1f} times faster"],
+        ["the bare step (forward, backward, SGD on a ready tensor, same precision)",
+         f"{100 * found['engine_share_of_bare']:.0f} % of its images a second"],
         ["model, optimizer and cached images: memory beyond them", f"{found['memory']['rest_mb'] / 1000:.2f} GB"],
-    ]
+    ]  # fmt: skip
     return [*table(["against", "hfdetox"], rows), *source("speed_cpu")]
+
+
+def architectures(library: str) -> list[str]:
+    """Return the sweep over every architecture of a library (architectures.py)."""
+    rows = []
+    for row in read("architectures")["rows"]:
+        kind, _, name = row["case"].partition("/")
+        variant = f" ({row['architecture']})" if kind == "timm" and "architecture" in row else ""
+        layers = [", ".join(f"`{layer}`" for layer in row.get(part, ())) or "–" for part in ("head", "norms")]
+        worst = [row[part] for part in ("own", "wrapper", "pipeline") if part in row]
+        size = "×".join(map(str, row.get("input_size", ["–"] * 2)[-2:]))
+        again = "yes" if row["in_order"] else "no"
+        cells = [f"`{name}`{variant}", *layers, again, size, f"{max(worst):.0e}" if worst else "–"]
+        rows += [cells] if kind == library else []
+    header = ["architecture", "head", "norms before it", "in order", "pixels", "largest difference"]
+    return [*table(header, rows, text_columns=4), *source("architectures")]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -375,6 +367,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ideas": ideas,
     "recount": recount,
     "speed": speed,
+    "architectures_transformers": lambda: architectures("transformers"),
+    "architectures_timm": lambda: architectures("timm"),
 }
 
 
@@ -384,15 +378,16 @@ def render(page: str) -> str:
 
 
 def main() -> None:
-    """Write the page, or tell whether it is what it should be."""
+    """Write the pages, or tell whether they are what they should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page would change")
     arguments = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    made = render(page)
-    if arguments.check:
-        sys.exit(made != page)
-    PAGE.write_text(made, encoding="utf-8")
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        made = render(page)
+        if arguments.check and made != page:
+            sys.exit(1)
+        path.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":
