@@ -237,6 +237,16 @@ def test_random_answers_are_near_chance_and_no_order_of_labels_is_suggested() ->
     assert "permuted" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("images", "right", "said"), [(6, 3, r"50\.0%"), (4, 2, r"50\.0%"), (10, 4, r"40\.0%")])
+def test_few_images_say_that_they_are_few(images: int, right: int, said: str) -> None:
+    truth = [i % 5 for i in range(images)]
+    answers = [t if i < right else (t + 1) % 5 for i, t in enumerate(truth)]
+    with pytest.raises(
+        RunError, match=rf"{said}, but on {images} images that cannot be told from chance \(20\.0%\); mea"
+    ):
+        check(answers, truth, count=5)
+
+
 def test_permuted_labels_are_recognised() -> None:
     with pytest.raises(RunError, match=r"is 0\.0%, near chance .*in another order it would reach 100\.0%.*--label-map"):
         check([(t + 3) % 10 for t in TRUTH], TRUTH)
