@@ -211,7 +211,8 @@ def run(write: Callable[[Path], None], folder: Path) -> Iterator[dict[str, Any]]
     with torch.no_grad():
         expected = classifier.network(source.images[:2])
     yield {"step": "again"}
-    yield again(classifier, folder / "after", pixels, expected) | {"step": "pipeline"}
+    found = again(classifier, folder / "after", pixels, expected)
+    yield found | {"job_seconds": round(time.perf_counter() - begin, 1), "step": "pipeline"}
     yield piped(classifier, folder / "after") | {"step": "widths"}
     timm_like = hasattr(inner, "reset_classifier")
     yield wrong_widths(inner, None if timm_like else model.config, images) | {"step": "done"}
@@ -298,7 +299,7 @@ def in_order(line: dict[str, Any]) -> bool:
 def write_result(lines: dict[str, dict[str, Any]], path: Path) -> None:
     """Write the lines of all cases as a result of the benchmarks, a line each."""
     kept = ("case", "architecture", "parameters", "input_size", "head", "norms", "own", "wrapper", "pipeline", "widths",
-            "wrong_widths", "seconds", "peak_mib", "error")  # fmt: skip
+            "wrong_widths", "load_seconds", "job_seconds", "peak_mib", "error")  # fmt: skip
     rows = []
     for name in cases():
         line = {key: lines[name][key] for key in kept if key in lines[name]} | {"in_order": in_order(lines[name])}
