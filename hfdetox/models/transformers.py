@@ -136,7 +136,7 @@ def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
             raise NotAClassifierError(f"{name} is not an image classifier but a {config.architectures[0]}; give a "
                                       "model with a trained classification head")  # fmt: skip
     if taken := _NO_PIXELS.get(config.model_type):
-        raise NotAClassifierError(f"{name} is a {config.model_type} model, which takes {taken}; hfdetox handles models "
+        raise NotAClassifierError(f"{name} is of type {config.model_type}, which takes {taken}; hfdetox handles models "
                                   "that take pixels of one size")  # fmt: skip
     if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
         raise NotAClassifierError(f"{name} is a {config.problem_type} model; hfdetox handles one label per image")

@@ -70,6 +70,11 @@ def cases() -> dict[str, Callable[[Path], None]]:
 def write_transformers(folder: Path, kind: str, options: dict[str, Any], architecture: Any) -> None:
     """Write a tiny model of a type and its image processor as transformers does."""
     torch.manual_seed(0)
+    if kind == "timm_wrapper":
+        write_timm(folder / "timm", "test_resnet")
+        for kept in (transformers.AutoModelForImageClassification, transformers.AutoImageProcessor):
+            kept.from_pretrained(folder / "timm").save_pretrained(folder)
+        return
     names = {index: f"class {index}" for index in range(CLASSES)}
     labels = {"num_labels": CLASSES, "id2label": names, "label2id": {name: i for i, name in names.items()}}
     config = CONFIG_MAPPING[kind](**options | labels)
@@ -77,8 +82,7 @@ def write_transformers(folder: Path, kind: str, options: dict[str, Any], archite
     model.save_pretrained(folder)
     side = 64 if kind in ("levit", "mobilevitv2") else 32
     kinds = IMAGE_PROCESSOR_MAPPING.get(type(config), None) or {}
-    made = {"pretrained_cfg": config.pretrained_cfg} if kind == "timm_wrapper" else {}
-    processor = (kinds.get("torchvision") or kinds.get("pil") or transformers.ViTImageProcessor)(**made)
+    processor = (kinds.get("torchvision") or kinds.get("pil") or transformers.ViTImageProcessor)()
     square = {"height": side, "width": side}
     if hasattr(processor, "size"):
         processor.size = {"shortest_edge": side} if "shortest_edge" in (processor.size or {}) else square

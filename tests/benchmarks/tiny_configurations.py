@@ -152,7 +152,7 @@ TINY: dict[str, dict[str, Any]] = {
         "conv_layer_strides": [[1], [2], [2], [2]],
         "hidden_sizes": [8, 8, 16, 16, 32],
     },
-    "timm_wrapper": {"architecture": "test_resnet"},
+    "timm_wrapper": {},
     "vit": _VIT,
     "vit_msn": _VIT,
 }
