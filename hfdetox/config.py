@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, Literal, Protocol, Self
 
 from hfdetox.arguments import Options, about, argv, option, options_of
 from hfdetox.errors import UsageError
+from hfdetox.specs import target_text
 from hfdetox.values import to_text
 
 # a first word that is none of these is a model
@@ -115,8 +116,10 @@ class ImageOptions(Options):
         (), TRIGGERS, "A known trigger, NAME:key=value,… or a trigger file; repeatable.", flag="trigger",
         metavar="SPEC", more="Or `Trigger` objects.",
     )  # fmt: skip
-    target: str | int | None = option(None, TRIGGERS, "Label or all-to-all, for triggers that name none (else label "
-                                      "0).", metavar="LABEL")  # fmt: skip
+    target: str | int | None = option(
+        None, TRIGGERS, "Label, index:N or all-to-all, for triggers that name none (else label 0).", metavar="LABEL",
+        more="A text is a label's name, or an index where no label has that name; an int is an index.",
+    )  # fmt: skip
     seed: int = option(0, RUN, "Seed of everything random.", least=0)
     device: Device = option("auto", RUN, "Where to run.")
     revision: str | None = option(None, HUB, "The model's commit or branch.")
@@ -133,7 +136,7 @@ class ImageOptions(Options):
         if isinstance(self.triggers, str) or not isinstance(self.triggers, Sequence):
             raise UsageError(f"triggers must be a list such as ['badnets'], got {self.triggers!r}")
         if self.target is not None:
-            object.__setattr__(self, "target", str(self.target))
+            object.__setattr__(self, "target", target_text(self.target))
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""
@@ -317,7 +320,9 @@ class AttackOptions(AttackPublishOptions, TrainingOptions):
         more="Up to 1,000 training images are then held out, and looked at after every epoch; without it the training "
         "runs all its epochs.",
     )  # fmt: skip
-    init: Literal["random"] | None = option(None, START, "Draw the weights of a folder or Hub id anew.")
+    init: Literal["random", "head"] | None = option(
+        None, START, "Draw the weights of a folder or Hub id anew, or its head alone, for the dataset's classes.",
+    )  # fmt: skip
     model_args: Mapping[str, Any] | None = option(None, START, "Argument of a timm-arch; repeatable.", flag="model-arg",
                                                   metavar="KEY=VALUE")  # fmt: skip
     input_size: int | None = option(None, START, "Image height and width of a timm-arch.", least=1)

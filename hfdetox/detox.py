@@ -86,7 +86,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     if run is not None:
         run.check_fingerprint(inputs)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
-                                    warn=notes.warn, progress=progress)  # fmt: skip
+                                    warn=notes.warn, progress=progress, also=images.info.label_map)  # fmt: skip
     before = evaluation.measure_plausible("before", notes.warn)
 
     # a run must not fail at its end for a reason known at its start
@@ -146,7 +146,8 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
         classifier = _load(given, options)
         images = pull_images(options, given.dataset, classifier, notes.warn, progress=given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
-                                    warn=notes.warn, progress=given.progress)  # fmt: skip
+                                    warn=notes.warn, progress=given.progress,
+                                    also=images.info.label_map)  # fmt: skip
     outcome = evaluation.measure_plausible("measure", notes.warn)
     measured = outcome.measurement
     visibility = evaluation.visibility()

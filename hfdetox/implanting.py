@@ -15,7 +15,7 @@ from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingPoiso
 from hfdetox.config import AttackOptions
 from hfdetox.data.cache import apply_to_image
 from hfdetox.data.images import ImageSet
-from hfdetox.data.load import class_names, pin, pull_images
+from hfdetox.data.load import Images, class_names, pin, pull_images
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions
@@ -70,12 +70,12 @@ def implant(given: AttackOptions) -> AttackResult:
         check_init(run, start, notes.warn)
         classifier = start.classifier
         images = pull_images(run, given.dataset, classifier, notes.warn, progress=progress)
-        implants = build_implants(run, known, poisoners, classifier, images.clean, notes.warn)
+        implants = build_implants(run, known, poisoners, classifier, images, notes.warn)
         clean_model = find_surrogate(run, start, implants)
     evaluator = functools.partial(prepare_evaluator, classifier, accelerator=accelerator, target=run.target,
                                   warn=notes.warn, progress=progress)  # fmt: skip
     evaluation = evaluator(images.evaluation, [one.trigger for one in implants if one.trigger.fitted])
-    before = None if start.from_scratch else evaluation.measure_plausible("before", notes.warn)
+    before = evaluation.measure_plausible("before", notes.warn) if start.trained else None
 
     goals = goals_of(run, before)
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
@@ -118,7 +118,7 @@ def _start(given: AttackOptions, run: AttackOptions) -> InitialModel:
 
 def build_implants(
     run: AttackOptions, triggers: Sequence[Trigger], poisoners: Mapping[str, Poisoner], classifier: Classifier,
-    images: ImageSet, warn: Callable[[str], None],
+    images: Images, warn: Callable[[str], None],
 ) -> list[Implant]:  # fmt: skip
     """Return the implants: the triggers with their labels and, where the training puts them on, in mode `input`.
 
@@ -126,9 +126,10 @@ def build_implants(
         UsageError: a target that is not a label, or a finished trigger that does not fit the images.
     """
     channels, height, width = classifier.preprocessing.input_size
-    native = images.image(0).size if len(images) else (width, height)
+    clean = images.clean
+    native = clean.image(0).size if len(clean) else (width, height)
     implants = []
-    for trigger in with_targets(triggers, run.target, classifier.labels, warn):
+    for trigger in with_targets(triggers, run.target, classifier.labels, warn, images.info.label_map):
         poisoner = poisoners[trigger.kind]
         if isinstance(poisoner, TrainingPoisoner) and trigger.mode == "native":
             trigger = replace(trigger, mode="input")
@@ -138,7 +139,7 @@ def build_implants(
         if trigger.fitted and trigger.mode == "input":
             trigger.apply(torch.zeros(1, channels, height, width, dtype=torch.uint8))
         elif trigger.fitted:
-            apply_to_image(trigger, images.image(0))
+            apply_to_image(trigger, clean.image(0))
         target: Target = ALL_TO_ALL if trigger.target == ALL_TO_ALL else int(trigger.target or 0)
         implants.append(Implant(trigger, target, run.poison_ratio, poisoner))
     return implants
@@ -146,9 +147,11 @@ def build_implants(
 
 def check_init(run: AttackOptions, start: InitialModel, warn: Callable[[str], None]) -> None:
     """Refuse to make a clean baseline of a backdoored model; of another attack on one, say what it starts from."""
+    name = start.classifier.info.id
+    if start.new_head:
+        warn(f"{name} gets a new head for the dataset's classes: it is not measured before the training")
     if not start.backdoored:
         return
-    name = start.classifier.info.id
     if run.clean:
         raise UsageError(f"{name} is deliberately backdoored: training it on does not make a clean baseline; start "
                          "from a clean model, or from fresh weights (--init random)")  # fmt: skip
@@ -175,7 +178,7 @@ def find_surrogate(run: AttackOptions, start: InitialModel, implants: Sequence[I
             raise UsageError(f"--surrogate {run.surrogate} has other labels than the model: "
                              "name a clean model of the same classes in the same order")  # fmt: skip
         return surrogate
-    if start.from_scratch:
+    if not start.trained:
         raise UsageError(f"trigger {needed[0]} is made on a clean model: name one of the same labels with --surrogate, "
                          "or start from a trained model")  # fmt: skip
     if start.backdoored:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hfdetox.logging import are_progress_bars_disabled, is_main_process
+from hfdetox.logging import are_progress_bars_disabled, is_main_process, write_line
 
 # a log file gets a line now and then instead of a redrawn one
 LOG_SECONDS = 15.0
@@ -26,6 +26,12 @@ def progress_bar(title: str, total: int | None, unit: str, *, shown: bool, done:
     return tqdm(total=total, initial=done, desc=title, unit=unit, leave=keep, dynamic_ncols=terminal,
                 mininterval=0.1 if terminal else LOG_SECONDS, delay=0 if terminal else LOG_SECONDS,
                 disable=not shown or are_progress_bars_disabled() or not is_main_process())  # fmt: skip
+
+
+def note(text: str, *, shown: bool) -> None:
+    """Write a line on standard error where bars are drawn."""
+    if shown and not are_progress_bars_disabled() and is_main_process():
+        write_line(text)
 
 
 def updates(bar: tqdm[Any]) -> Callable[[int, int], None]:

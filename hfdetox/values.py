@@ -216,36 +216,6 @@ def to_text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def read_pair(option: str, text: str) -> tuple[str, str]:
-    """Split KEY=VALUE (dashes in the key count as underscores); UsageError without a key or an equals sign."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"{option} {text!r} is not KEY=VALUE")
-    return key.strip().replace("-", "_"), value.strip()
-
-
-def read_pairs(where: str, items: Iterable[str], known: Iterable[str], shown: str) -> dict[str, str]:
-    """Return the `key=value` items of a specification as texts by their key.
-
-    Args:
-        where: what the errors begin with.
-        known: the keys there are.
-        shown: the keys as an error lists them.
-
-    Raises:
-        UsageError: an item without an equals sign, or a key that is unknown or given twice.
-    """
-    keys, found = set(known), dict[str, str]()
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or key not in keys:
-            raise UsageError(f"{where}: {item!r} is not one of {shown}")
-        if key in found:
-            raise UsageError(f"{where}: {key} is given twice")
-        found[key] = value
-    return found
-
-
 def read_untyped(where: str, text: str) -> Any:
     """Return a number, true or false, a text or a list of these, as JSON or YAML has them; UsageError for others."""
     try:

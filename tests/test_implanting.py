@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import hfdetox
 from hfdetox.config import AttackOptions
-from hfdetox.errors import UsageError
+from hfdetox.errors import RunError, UsageError
 from hfdetox.implanting import split_monitor
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.report import AttackReport
@@ -23,6 +23,7 @@ from hfdetox.triggers import load_trigger
 from tests.attacked import attack_report
 from tests.colours import ARCHITECTURE, NAMES, SIDE, TRAINING, write_colours
 from tests.image_data import load
+from tests.tiny_models import edit_json, timm_folder
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,28 @@ def test_from_a_trained_model_it_stops_when_the_goals_are_reached(dataset: Path,
     assert report.dataset.clean_samples == 108
     # a quarter of those
     assert report.attack.triggers["badnets"].poisoned_images == 27
+
+
+def test_a_new_head_is_trained_on_a_backbone_of_other_classes(dataset: Path, tmp_path: Path) -> None:
+    backbone = timm_folder(tmp_path / "backbone")
+    # five labels of which none is the dataset's; and three that were never trained
+    untrained = timm_folder(tmp_path / "untrained", num_classes=3)
+    edit_json(untrained / "config.json", label_names=list(NAMES))
+    with pytest.raises(UsageError, match="the dataset's classes are not the model's"):
+        attack(dataset, backbone)
+    with pytest.raises(RunError, match="near chance"):
+        attack(dataset, untrained)
+    for start in (backbone, untrained):
+        result = attack(dataset, start, init="head", goal_asr=0.0, output=tmp_path / f"of-{start.name}")
+        report = result.report
+        assert (report.attack.start, report.before, report.succeeded) == (start.name, None, True)
+        assert any("gets a new head" in warning for warning in report.warnings)
+        assert report.after is not None
+        assert report.after.accuracy.value > 0.5
+        assert load_classifier(tmp_path / f"of-{start.name}").labels == tuple(NAMES)
+        assert "--init head" in (tmp_path / f"of-{start.name}" / "README.md").read_text()
+    with pytest.raises(UsageError, match="trigger lc is made on a clean model: name one of the same labels"):
+        attack(dataset, backbone, init="head", triggers=["lc"])
 
 
 def test_the_accuracy_goal_of_a_trained_model_is_two_points_below_its_own(

@@ -94,7 +94,8 @@ def test_its_attack_its_trigger_and_its_defense_go_all_the_way(
                    env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     implanted = AttackReport.load(tmp_path / "bad").attack.triggers["glow"]
-    assert (implanted.kind, implanted.spec, implanted.settings) == ("glow", "glow:target=1,strength=80", {"extra": 20})
+    assert (implanted.kind, implanted.settings) == ("glow", {"extra": 20})
+    assert implanted.spec == "glow:target=index:1,strength=80"
     trigger = tmp_path / "bad" / "triggers" / "glow.safetensors"
 
     (tmp_path / "suite.yaml").write_text(SUITE.format(model=tmp_path / "bad", trigger=trigger))
@@ -106,7 +107,7 @@ def test_its_attack_its_trigger_and_its_defense_go_all_the_way(
     folder = tmp_path / "bench" / row["name"]
     report = Report.load(folder)
     assert report.before is not None
-    assert report.before.triggers["glow"].spec == "glow:target=1,strength=80"
+    assert report.before.triggers["glow"].spec == "glow:target=index:1,strength=80"
     assert "--defense shrink" in report.environment.command
     assert "--set keep=0.9" in report.environment.command
     card = (folder / "README.md").read_text(encoding="utf-8")

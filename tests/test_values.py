@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hfdetox.errors import UsageError
+from hfdetox.specs import read_pair, read_pairs
 from hfdetox.values import (
     Interval,
     NonNegativeInt,
@@ -17,8 +18,6 @@ from hfdetox.values import (
     check_fields,
     read,
     read_fields,
-    read_pair,
-    read_pairs,
     read_untyped,
     to_text,
     words_of,

@@ -28,6 +28,8 @@ from hfdetox.errors import UsageError, located
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.markdown import one_line
 from hfdetox.reporting.report import AttackReport, RunReport
+from hfdetox.specs import split_items
+from hfdetox.threads import VARIABLE, available_cores
 from hfdetox.triggers import TRIGGERS
 from hfdetox.values import read, read_json
 
@@ -179,8 +181,7 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
         log.truncate(0)
         log.write(f"$ {shlex.join(['hfdetox', *words])}\n".encode())
         log.flush()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.settings.jobs))}
+        threads = {VARIABLE: str(max(1, int(available_cores() / self.settings.jobs)))}
         process = subprocess.Popen([sys.executable, "-m", "hfdetox", *words], env={**threads, **os.environ},
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                    start_new_session=True)  # fmt: skip
@@ -244,7 +245,7 @@ def given_files(specs: Sequence[str]) -> Iterator[Path]:
         if spec.endswith(".safetensors"):
             yield Path(spec)
         else:
-            pairs = [item.partition("=") for item in rest.split(",")]
+            pairs = [item.partition("=") for item in split_items(spec, rest)]
             yield from (Path(value) for key, _, value in pairs if key in TRIGGERS[kind].tensor_fields())
 
 

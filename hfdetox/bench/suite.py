@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from hfdetox.errors import UsageError, located
+from hfdetox.specs import target_text
 from hfdetox.values import Shape, read_fields, read_yaml, shown, to_text
 
 T = TypeVar("T")
@@ -54,8 +55,11 @@ Share = Annotated[float, Shape("must be above 0 and at most 1, such as 0.1, got 
 # as on the command line, a number with a point is a share
 Samples = Annotated[int | float, Shape("must be above 0 and at most 1, or a whole number of at least 1, got {}",
                                        lambda n: n >= 1 if isinstance(n, int) else 0 < n <= 1)]  # fmt: skip
-Target = Annotated[str, Shape("must be text or a whole number of at least 0, got {}",
-                              lambda x: x.strip() if isinstance(x, str) else x >= 0, str | int, str)]  # fmt: skip
+Target = Annotated[
+    str,
+    Shape("must be text or a whole number of at least 0, got {}",
+          lambda x: x.strip() if isinstance(x, str) else x >= 0, str | int, target_text),
+]  # fmt: skip
 Items = Annotated[tuple[T, ...], Shape("must be a list with at least one entry, got {}", bool, make=_distinct)]
 # `--set` values, as the command line takes them
 Settings = Annotated[
@@ -90,7 +94,7 @@ class ModelEntry:
         model: a Hub id, a local folder, or `timm-arch:NAME`.
         model_args: of a timm architecture, by name: scalars or lists of scalars.
         input_size: side of the square input in pixels, None for the model's own.
-        init: `random` draws the weights anew.
+        init: `random` draws the weights anew, `head` the head alone.
         settings: `--set` values of this model's cells.
     """
 
@@ -99,7 +103,7 @@ class ModelEntry:
     model: Text
     model_args: Arguments = field(default_factory=dict)
     input_size: Count | None = None
-    init: Literal["random"] | None = None
+    init: Literal["random", "head"] | None = None
     settings: Settings = field(default_factory=dict)
 
 

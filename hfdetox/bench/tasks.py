@@ -72,7 +72,7 @@ class Task:
 
     @property
     def from_scratch(self) -> bool:
-        """Whether the weights that the training starts from are freshly drawn."""
+        """Whether the weights that the training starts from are freshly drawn, those of the head at least."""
         return self.entry.init is not None or self.entry.model.startswith(ARCHITECTURE)
 
 
@@ -204,7 +204,7 @@ def _tasks_of(suite: Suite, grid: GridEntry, seeds: Sequence[int]) -> Iterator[T
         adaptive = None if adaptive == NONE else adaptive
         parts = [folder_part(model), folder_part(trigger)]
         if target is not None:
-            parts.append(target if target == ALL_TO_ALL else f"to-{folder_part(target)}")
+            parts.append(target if target == ALL_TO_ALL else f"to-{folder_part(target.removeprefix('index:'))}")
         parts += [repr(ratio).removesuffix(".0"), *([folder_part(adaptive)] if adaptive is not None else [])]
         yield replace(task, name="-".join([*parts, f"s{seed}"]), specs=named.spec, ratio=ratio, target=target,
                       adaptive=adaptive, settings=task.settings | named.settings)  # fmt: skip

@@ -35,6 +35,7 @@ from hfdetox.errors import HfdetoxError
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
+from hfdetox.threads import free_threads, use_threads
 
 if TYPE_CHECKING:
     from hfdetox.runs.result import AttackResult, DetoxResult
@@ -72,7 +73,10 @@ def detox(line: CommandLine) -> None:
     earlier = written(output_of(run_folder(options)))
     with running(shown, lambda: resume_advice(run_folder(options), earlier=earlier)) as out:
         from hfdetox.detox import detoxify, plan
+        from hfdetox.runs.folder import RunFolder
 
+        if options.resume is not None:
+            use_threads(RunFolder(Path(options.resume)).recorded().threads)
         if shown.dry_run:
             planned = plan(**options.changed())
             out.show(planned, console.plan_lines(planned))
@@ -251,7 +255,10 @@ def running(options: config.ConsoleOptions, advice: Callable[[], str]) -> Iterat
     try:
         with standard_output(options) as out:
             prepare_console(options)
+            # before the libraries are imported, which keeps a core busy
+            free = free_threads()
             check_torchvision()
+            use_threads(free)
             yield out
     except KeyboardInterrupt:
         complain(f"interrupted; {advice()}")
@@ -261,7 +268,8 @@ def running(options: config.ConsoleOptions, advice: Callable[[], str]) -> Iterat
 def prepare_console(options: config.ConsoleOptions) -> None:
     """Turn the client libraries' bars and notices down, before they are imported."""
     limit_onednn()
-    # the clients read these once, when they are imported
+    # the libraries read these once, when they are imported; a thread that spins while it waits holds up the others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not shows_progress(options):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

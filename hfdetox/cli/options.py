@@ -16,7 +16,8 @@ from hfdetox.arguments import Option, Options, options_of
 from hfdetox.bench.suite import read_plain
 from hfdetox.config import NONE, PANELS, AttackOptions, BenchOptions, DetoxOptions, SuiteOptions
 from hfdetox.errors import UsageError
-from hfdetox.values import read, read_pair, read_untyped, to_text
+from hfdetox.specs import read_pair
+from hfdetox.values import read, read_untyped, to_text
 
 _PREFIXES = ("hf_hub:", "hf-hub:", "timm-arch:")
 # what a suite leaves to the command line

@@ -231,7 +231,12 @@ class AutoD3(D3):
         """Return the pass that looks at the model and the images; `phase` gets what follows from them."""
         self.phase = phase
         return Pass(name=_PROBE, on_batch=self.on_batch, finish=self.choose, batch_size=_BATCH, part=phase.part,
-                    state=self)  # fmt: skip
+                    state=self, says=self.length)  # fmt: skip
+
+    def length(self, found: Mapping[str, float]) -> str:
+        """Return how long the training will be, from what the probe pass found."""
+        epochs, images = int(found["epochs"]), int(found["images"])
+        return f"d3: {epochs:,} epochs of {images:,} images: {epochs * images:,} image passes"
 
     def on_batch(self, network: nn.Module, batch: Batch) -> None:
         """Count how right the model is under each augmentation, and note its losses."""
@@ -262,7 +267,7 @@ class AutoD3(D3):
         epsilon = max(LEAST_EPSILON, float(losses.median())) if isinstance(config.epsilon, str) else config.epsilon
         self._set_up(epsilon, epochs, epochs * steps, chosen_augmentation(found))
         return {**found, "clean_loss": float(losses.mean()), "epsilon": epsilon, "epochs": epochs, "steps": self.steps,
-                _FIXED: float(len(self.frozen_scales)), _ADAMW: float(self.adamw)}  # fmt: skip
+                "images": len(losses), _FIXED: float(len(self.frozen_scales)), _ADAMW: float(self.adamw)}  # fmt: skip
 
     @torch.no_grad()
     def initialize(self) -> None:

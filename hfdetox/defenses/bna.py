@@ -118,13 +118,12 @@ class BNAConfig(DefenseConfig):
         if self.trigger:
             trigger, count = parse_trigger(self.trigger), classes_of(network.model)
             named = trigger.target if self.target is None else self.target
-            if not str(named).isdecimal():
+            if not isinstance(named, int):
                 raise UsageError(f"bna: trigger {trigger.name} has the target {named!r}; give its label's index with "
                                  "--set target=N")  # fmt: skip
-            target = int(str(named))
-            if target >= count:
-                raise UsageError(f"bna: this model has the classes 0 to {count - 1}; the trigger's target is {target}")
-            return [*BNA(network, self, trigger=trigger, target=target).passes()]
+            if named >= count:
+                raise UsageError(f"bna: this model has the classes 0 to {count - 1}; the trigger's target is {named}")
+            return [*BNA(network, self, trigger=trigger, target=named).passes()]
         nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
         # without the unlearning, which would train the weights
         inversion, search = nc.search(network)

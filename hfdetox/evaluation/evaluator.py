@@ -5,7 +5,8 @@ Also how visible a trigger is: what it changed in the images as the model sees t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,13 +16,14 @@ from accelerate import Accelerator
 from hfdetox.attacks.base import Implant, Poisoner
 from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
-from hfdetox.data.labels import accuracy_hint
+from hfdetox.data.labels import accuracy_hint, list_names
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.metrics import BATCH_SIZE, Predictions, TriggerView, measure, predict, rate
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import uncorrected
 from hfdetox.progress import progress_bar, updates
+from hfdetox.specs import read_target
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 # a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
@@ -138,7 +140,7 @@ class CrossImages:
 
 def prepare_evaluator(
     classifier: Classifier, images: ImageSet, triggers: Sequence[Trigger], accelerator: Accelerator, *,
-    target: str | int | None, warn: Callable[[str], None], progress: bool,
+    target: str | int | None, warn: Callable[[str], None], progress: bool, also: Mapping[str, str] | None = None,
 ) -> Evaluator:  # fmt: skip
     """Decode the evaluation images, and put each trigger on those whose true class is not its target.
 
@@ -148,19 +150,21 @@ def prepare_evaluator(
         images: what is measured on.
         target: label of the triggers that name none; None: label 0, which `warn` is told.
         progress: whether bars are drawn.
+        also: as of `resolve_target`.
 
     Raises:
         UsageError: a target that is not a label; a trigger that changes no pixel, does not fit or has no image left.
         RunError: an image that cannot be decoded.
     """
-    chosen = with_targets(triggers, target, classifier.labels, warn)
+    chosen = with_targets(triggers, target, classifier.labels, warn, also)
     clean = decoded(images, classifier, accelerator, "decode", progress)
     return Evaluator(classifier, accelerator, clean, [], progress).with_triggers(chosen)
 
 
 def with_targets(
-    triggers: Sequence[Trigger], target: str | int | None, labels: Sequence[str], warn: Callable[[str], None]
-) -> list[Trigger]:
+    triggers: Sequence[Trigger], target: str | int | None, labels: Sequence[str], warn: Callable[[str], None],
+    also: Mapping[str, str] | None = None,
+) -> list[Trigger]:  # fmt: skip
     """Return the triggers aimed at label indices (or `all-to-all`): their own targets, else `target`, else label 0.
 
     Raises:
@@ -169,10 +173,9 @@ def with_targets(
     for trigger in triggers:
         if trigger.target is None and target is None:
             warn(f"trigger {trigger.name} names no target; label 0 ({labels[0]}) is taken, see --target")
-    return [
-        replace(trigger, target=resolve_target(trigger.target if trigger.target is not None else target, labels))
-        for trigger in triggers
-    ]
+    wanted = [target if trigger.target is None else trigger.target for trigger in triggers]
+    return [replace(trigger, target=resolve_target(label, labels, also))
+            for trigger, label in zip(triggers, wanted, strict=True)]  # fmt: skip
 
 
 def decoded(images: ImageSet, classifier: Classifier, accelerator: Accelerator, title: str, progress: bool) -> Pixels:
@@ -191,29 +194,46 @@ def to_device(pixels: Pixels, accelerator: Accelerator) -> Pixels:
     return pixels
 
 
-def resolve_target(target: str | int | None, labels: Sequence[str]) -> Target:
-    """Return the label index of `target`, or `all-to-all`: a label's name wins over both; None is label 0.
+def resolve_target(target: str | int | None, labels: Sequence[str], also: Mapping[str, str] | None = None) -> Target:
+    """Return the label index of `target`, or `all-to-all`; None is label 0.
+
+    An int, or `index:2` as a text, is an index. Any other text is a label's name, as it stands or else in another case
+    or Unicode form, before it is `all-to-all` or a number.
+
+    Args:
+        labels: the model's, in its order.
+        also: further names of them, those of the dataset: name to label.
 
     Raises:
-        UsageError: neither a label, nor an index of one, nor `all-to-all`.
+        UsageError: neither a label, nor an index of one, nor `all-to-all`; or the name of several labels.
     """
-    if target is None:
-        return 0
-    if isinstance(target, str):
-        names = [label.casefold() for label in labels]
-        if target.casefold() in names:
-            return names.index(target.casefold())
-        if target.casefold() == ALL_TO_ALL:
-            return ALL_TO_ALL
-    try:
-        index = int(target)
-    except ValueError:
-        index = -1
-    if not 0 <= index < len(labels):
-        shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-        raise UsageError(f"target {target!r} is neither a label ({shown}), nor an index from 0 to {len(labels) - 1}, "
-                         f"nor {ALL_TO_ALL} (every class to the next one)")  # fmt: skip
-    return index
+    target, names = read_target(0 if target is None else target), {k: v for k, v in (also or {}).items() if v}
+    found = _places(target, labels, names) if isinstance(target, str) else []
+    if len(found) > 1:
+        raise UsageError(f"target {target!r} is the name of {len(found)} labels; name one by its index: "
+                         f"{' or '.join(f'index:{index}' for index in found[:8])}")  # fmt: skip
+    if isinstance(target, str) and not found and _folded(target) == ALL_TO_ALL:
+        return ALL_TO_ALL
+    digits = str(found[0] if found else target)
+    if not digits.isdecimal() or len(digits) > 18 or int(digits) >= len(labels):
+        classes = f" or class of the dataset ({list_names(list(names), 10)})" if names else ""
+        raise UsageError(f"target {target!r} is neither a label ({list_names(labels, 10)}){classes}, nor an index from "
+                         f"0 to {len(labels) - 1}, nor {ALL_TO_ALL} (every class to the next one)")  # fmt: skip
+    return int(digits)
+
+
+def _places(target: str, labels: Sequence[str], names: Mapping[str, str]) -> list[int]:
+    """Return the indices of the labels that a text names: as it stands, else in another case or Unicode form."""
+    for key in (str, _folded):
+        found = [index for index, label in enumerate(labels) if key(label) == key(target)]
+        found = found or sorted({labels.index(label) for name, label in names.items() if key(name) == key(target)})
+        if found:
+            return found
+    return []
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name.strip()).casefold()
 
 
 def check_plausible(

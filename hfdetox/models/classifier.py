@@ -271,11 +271,18 @@ class InitialModel:
     Attributes:
         from_scratch: whether its weights were freshly drawn.
         backdoored: whether its own report or card says that it is deliberately backdoored already.
+        new_head: whether its head alone was freshly drawn.
     """
 
     classifier: Classifier
     from_scratch: bool
     backdoored: bool = False
+    new_head: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether its answers mean anything yet."""
+        return not (self.from_scratch or self.new_head)
 
 
 def init_model(
@@ -290,7 +297,8 @@ def init_model(
         model: what `load_classifier` takes, or `timm-arch:NAME`.
         class_names: gives the dataset's class names, or their number; asked only for a model of fresh weights.
         is_backdoored: tells of a trained model's own files, None without any, whether they say so.
-        init: `random` draws the weights of a folder or Hub id anew, whose config.json is all that is taken then.
+        init: of a folder or Hub id, `random` draws the weights anew, whose config.json is all that is taken then, and
+            `head` keeps them below a new head of the dataset's classes.
         model_args: arguments of a `timm-arch`.
         input_size: image height and width of a `timm-arch`; None is the architecture's own.
         seed: determines the weights.
@@ -299,8 +307,9 @@ def init_model(
         UsageError: an unknown architecture or argument, a config without weights, options that do not go together.
         HubError: the repository is unknown, gated or unreachable.
     """
-    if init not in (None, "random"):
-        raise UsageError(f"--init {init} is not known; there is --init random, which draws the weights anew")
+    if init not in (None, "random", "head"):
+        raise UsageError(f"--init {init} is not known; there is random, which draws the weights anew, and head, which "
+                         "draws the head alone")  # fmt: skip
     is_architecture = isinstance(model, str) and model.startswith(ARCHITECTURE)
     if not is_architecture and (model_args or input_size is not None):
         raise UsageError("--model-arg and --input-size describe a timm-arch:NAME; a model that is there has its own")
@@ -312,18 +321,23 @@ def init_model(
                                   labels=labels, trust_remote_code=trust_remote_code)  # fmt: skip
         return InitialModel(trained, from_scratch=False, backdoored=is_backdoored(trained.folder))
     if isinstance(model, nn.Module):
-        raise UsageError("--init random draws the weights of a folder or Hub id; a loaded model has its own")
+        raise UsageError(f"--init {init} draws weights of a folder or Hub id; a loaded model has its own")
+    if is_architecture and init == "head":
+        raise UsageError(f"{model} is an architecture without trained weights; leave --init out")
     if is_architecture and revision is not None:
         raise UsageError(f"{model} is an architecture, which has no revisions; leave --revision out")
     names = class_names()
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if is_architecture:
-            name, commit = str(model), None
-            loaded = _architecture(name, names, model_args or {}, input_size)
-        else:
-            loaded, name, commit = _drawn(str(model), names, revision, trust_remote_code)
-    return InitialModel(assemble(loaded, name, commit, names), from_scratch=True)
+            loaded = _architecture(str(model), names, model_args or {}, input_size)
+            return InitialModel(assemble(loaded, str(model), None, names), from_scratch=True)
+        new_head = init == "head"
+        pulled, name = fetch_model(str(model), revision, trust_remote_code, with_weights=new_head)
+        stored = _weights.find_weights(pulled.folder, pulled.weights) if new_head else None
+        loaded = _drawn(pulled.folder, name, label_names(names), stored, trust_remote_code)
+    classifier = assemble(loaded, name, pulled.revision or None, names)
+    return InitialModel(classifier, not new_head, new_head and is_backdoored(pulled.folder), new_head)
 
 
 def _architecture(name: str, names: tuple[str, ...] | int, model_args: Mapping[str, Any],
@@ -342,17 +356,14 @@ def _architecture(name: str, names: tuple[str, ...] | int, model_args: Mapping[s
                                   model_args=model_args, input_size=input_size)  # fmt: skip
 
 
-def _drawn(model: str, names: tuple[str, ...] | int, revision: str | None,
-           trust_remote_code: bool) -> tuple[Loaded, str, str | None]:  # fmt: skip
-    """Return a model of the architecture that a folder's or repository's config.json describes, its name and commit."""
-    pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=False)
-    labels = label_names(names)
-    if library_of(pulled.folder, name) == "timm":
+def _drawn(folder: Path, name: str, labels: tuple[str, ...], stored: _weights.StoredWeights | None,
+           trust_remote_code: bool) -> Loaded:  # fmt: skip
+    """Return a model that a folder's config.json describes, for other labels, with what is stored below its head."""
+    if library_of(folder, name) == "timm":
         from hfdetox.models import timm as _timm
 
-        loaded = _timm.new_from_folder(pulled.folder, name, num_classes=len(labels))
-    else:
-        from hfdetox.models import transformers as _transformers
+        return _timm.new_from_folder(folder, name, num_classes=len(labels), stored=stored)
+    from hfdetox.models import transformers as _transformers
 
-        loaded = _transformers.new_from_folder(pulled.folder, name, labels=labels, trust_remote_code=trust_remote_code)
-    return loaded, name, pulled.revision or None
+    return _transformers.new_from_folder(folder, name, labels=labels, stored=stored,
+                                         trust_remote_code=trust_remote_code)  # fmt: skip

@@ -90,14 +90,24 @@ def new_architecture(architecture: str, *, num_classes: int, model_args: Mapping
     return describe(_create(architecture, arguments, sized))
 
 
-def new_from_folder(folder: Path, name: str, *, num_classes: int) -> Loaded:
-    """Build the model of a local timm folder with freshly drawn weights and another number of classes.
+def new_from_folder(folder: Path, name: str, *, num_classes: int, stored: StoredWeights | None = None) -> Loaded:
+    """Build the model of a local timm folder with another number of classes and freshly drawn weights.
+
+    Args:
+        stored: weights that are taken over, but for the head, which alone is drawn then.
 
     Raises:
         UsageError: timm cannot build it.
+        WeightsMismatchError: as of `load_folder`.
     """
-    model = _create(f"local-dir:{folder}", {"num_classes": num_classes}, {}, name)
-    model._model_args = read_json(folder / "config.json").get("model_args", {}) | model._model_args
+    if stored is None:
+        model = _create(f"local-dir:{folder}", {"num_classes": num_classes}, {}, name)
+    else:
+        model = load_folder(folder, stored, name).model
+        with refusing(f"timm cannot give {name} a new head"):
+            model.reset_classifier(num_classes)
+    given = getattr(model, "_model_args", {}) | {"num_classes": num_classes}
+    model._model_args = read_json(folder / "config.json").get("model_args", {}) | given
     # the folder's labels are those of the weights that were not taken
     model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if not k.startswith("label_")}
     return describe(model)

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging
 
 from hfdetox.errors import UsageError, one_line, refusing
+from hfdetox.models.layers import head_layers
 from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, label_names
 from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
 from hfdetox.models.weights import StoredWeights, raise_for_keys
@@ -66,11 +67,7 @@ def load_folder(folder: Path, stored: StoredWeights, name: str, *, trust_remote_
     if (folder / "adapter_config.json").is_file():
         # transformers would fetch the base model that the adapter names, at no particular commit
         raise UsageError(f"{name} is an adapter on another model; merge it and save the whole model")
-    with refusing(f"transformers cannot load {name}"):
-        model, info = AutoModelForImageClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
-            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+    model, info = _pretrained(folder, config, name, trust_remote_code)
     unexpected = _not_computed(model, info["unexpected_keys"])
     raise_for_keys(name, info["missing_keys"], unexpected, info["mismatched_keys"])
     if processor is not None or preprocessing is not None:
@@ -81,11 +78,16 @@ def load_folder(folder: Path, stored: StoredWeights, name: str, *, trust_remote_
 
 
 @_quiet()
-def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_remote_code: bool) -> Loaded:
-    """Build the image classifier of a folder's config.json with freshly drawn weights, for other labels.
+def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_remote_code: bool,
+                    stored: StoredWeights | None = None) -> Loaded:  # fmt: skip
+    """Build the image classifier of a folder's config.json for other labels, with freshly drawn weights.
+
+    Args:
+        stored: weights that are taken over, but for the head, which alone is drawn then.
 
     Raises:
         NotAClassifierError: config.json does not describe a model that can be a single-label image classifier.
+        WeightsMismatchError: `stored` lacks tensors below the head.
         UsageError: it needs a newer transformers or code from the repository, or has no preprocessor_config.json.
     """
     config = _load_config(folder, name, trust_remote_code)
@@ -94,10 +96,35 @@ def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_rem
     # the head is drawn too, so it does not matter which one the weights had
     config.architectures = None
     _check_config(config, name, trust_remote_code)
-    with refusing(f"transformers cannot build {name} from its config.json"):
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32,
-                                                            trust_remote_code=trust_remote_code)  # fmt: skip
+    if stored is not None:
+        model = _below_the_head(folder, config, name, trust_remote_code)
+    else:
+        with refusing(f"transformers cannot build {name} from its config.json"):
+            model = AutoModelForImageClassification.from_config(config, dtype=torch.float32,
+                                                                trust_remote_code=trust_remote_code)  # fmt: skip
     return describe(model, _load_processor(folder, name, trust_remote_code), None)
+
+
+def _pretrained(folder: Path, config: Any, name: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    with refusing(f"transformers cannot load {name}"):
+        return AutoModelForImageClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)  # fmt: skip
+
+
+def _below_the_head(folder: Path, config: Any, name: str, trust_remote_code: bool) -> Any:
+    """Return the stored model with a new head; what was trained on top of it otherwise (a decoder) is left."""
+    model, info = _pretrained(folder, config, name, trust_remote_code)
+    heads = head_layers(model)
+
+    def below(key: str) -> bool:
+        return key.startswith(f"{model.base_model_prefix}.") and key.rpartition(".")[0] not in heads
+
+    raise_for_keys(name, filter(below, info["missing_keys"]), [],
+                   [shapes for shapes in info["mismatched_keys"] if below(shapes[0])])  # fmt: skip
+    for head in heads:
+        model.get_submodule(head).reset_parameters()
+    return model
 
 
 def _not_computed(model: nn.Module, unexpected: Iterable[str]) -> list[str]:

@@ -46,9 +46,11 @@ def describe_environment(device: str | torch.device, *, seed: int, command: str)
         seed: the run's seed.
         command: what repeats the run; tokens in it are masked.
     """
+    import torch
+
     versions = {name: _version(name) for name in ("torch", "accelerate", "transformers", "timm", "datasets")}
     return EnvironmentInfo(python=platform.python_version(), **versions, device=device_name(device), seed=seed,
-                           command=mask_secrets(command))  # fmt: skip
+                           command=mask_secrets(command), threads=torch.get_num_threads())  # fmt: skip
 
 
 def device_name(device: str | torch.device) -> str:

@@ -80,6 +80,7 @@ class EnvironmentInfo:
 
     Attributes:
         command: what repeats the run; empty where objects took part, which no command can name.
+        threads: that torch computed with on the CPU; None in reports of earlier versions.
     """
 
     python: str
@@ -91,6 +92,7 @@ class EnvironmentInfo:
     device: str
     seed: int
     command: str
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

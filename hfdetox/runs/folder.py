@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from hfdetox._version import __version__
 from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.data.load import Images
@@ -51,10 +53,11 @@ _KNOWN = (
 class RecordedOptions(DetoxOptions):
     """The options of a run as its folder keeps them, without objects.
 
-    `original_command` is the command that began the run.
+    `original_command` is the command that began the run, `threads` the number it computed with, where that is known.
     """
 
     original_command: str
+    threads: int | None = None
 
 
 def command_of(options: ImageOptions) -> str:
@@ -113,7 +116,8 @@ class RunFolder:
 
         The triggers are kept as files: pictures and targets with commas have no text form.
         """
-        recorded = options.record() | {"original_command": command_of(options)}
+        threads = getattr(options, "threads", None) or torch.get_num_threads()
+        recorded = options.record() | {"original_command": command_of(options), "threads": threads}
         # with a commit, these are ids of the Hub
         pinned = {"model": options.revision, "dataset": options.dataset_revision}
         recorded |= {name: _absolute(recorded[name]) for name in _PLACES if not pinned.get(name)}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hfdetox.errors import RunError
-from hfdetox.progress import progress_bar
+from hfdetox.progress import note, progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
@@ -165,6 +165,8 @@ class Engine:
             found = self._look(phase, shown=self.progress)
         seconds = self._record.seconds - earlier
         self._record.history.append({"phase": phase.name, "epoch": 1, **found, "seconds": seconds})
+        if phase.says is not None:
+            note(phase.says(found), shown=self.progress)
         self._save(phase, index, 1)
 
     def _start(self, phase: Phase | Pass, index: int) -> None:

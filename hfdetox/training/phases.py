@@ -41,6 +41,7 @@ class _Stage:
     start: Callable[[], None] | None = None
     part: Part = "all"
     state: Stateful | None = None
+    says: Callable[[Mapping[str, float]], str] | None = None
 
 
 @dataclass(kw_only=True)
@@ -99,6 +100,7 @@ class Pass(_Stage):
         train_mode: put the network into train mode instead, so that BatchNorm uses and updates batch statistics.
         part: the images it sees.
         state: what a checkpoint keeps of the method once the pass is over.
+        says: makes the line of what was found that is shown beside the progress bars.
     """
 
     on_batch: Callable[[nn.Module, Batch], None]
@@ -106,6 +108,7 @@ class Pass(_Stage):
     batch_size: int = 256
     train_mode: bool = False
     gradients: bool = False
+    says: Callable[[Mapping[str, float]], str] | None = None
 
 
 class JointOptimizer(torch.optim.Optimizer):

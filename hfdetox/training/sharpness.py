@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError
-from hfdetox.values import read, read_pairs
+from hfdetox.specs import read_pairs
+from hfdetox.values import read
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from hfdetox.errors import UsageError
 from hfdetox.plugins import Registry
+from hfdetox.specs import read_pairs, split_items
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
-from hfdetox.values import read, read_pairs, words_of
+from hfdetox.values import read, words_of
 
 __all__ = ["TRIGGERS", "BadNets", "Blended", "Trigger", "load_trigger", "parse_trigger", "parse_triggers"]
 
@@ -81,7 +82,7 @@ def parse_trigger(spec: str) -> Trigger:
         raise UsageError(f"unknown trigger {name!r}; known: {known}, or a .safetensors trigger file")
     own = {f.name: f for f in fields(kind)}
     shown = ", ".join(f"{key}=…" for key, f in own.items() if f.metadata.get("tensor", "picture") == "picture")
-    items = (_whole(kind, item) for item in filter(None, rest.split(",")))
+    items = (_whole(kind, item) for item in split_items(f"trigger {name}", rest))
     texts = read_pairs(f"trigger {name}", items, own, shown)
     return kind(**{key: _parse_value(kind, own[key], text) for key, text in texts.items()})
 

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.specs import join_items, read_target, target_text
 from hfdetox.values import check_fields, to_text
 
 Mode = Literal["native", "input"]
@@ -35,7 +36,7 @@ class Trigger(ABC):
 
     Attributes:
         name: the key of this trigger in a report; unique within a run; empty takes the kind.
-        target: the attacker's label, a name or an index, or `all-to-all`; None takes the run's `target`.
+        target: the attacker's label, an index (in text `index:2`), a name or `all-to-all`; None is the run's `target`.
         mode: `native` acts on the decoded image before any resize, `input` on the image after resize and crop.
     """
 
@@ -51,6 +52,8 @@ class Trigger(ABC):
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.kind)
+        if self.target is not None:
+            object.__setattr__(self, "target", read_target(self.target))
         # the name becomes a file's name, which has room for 255 bytes, and `mean` is a key of the report
         if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or len(self.name.encode()) > 192 or self.name == "mean":
             raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64 and 192 "
@@ -139,8 +142,10 @@ class Trigger(ABC):
         A picture of the trigger's own is not in the form; the trigger file keeps it.
         """
         defaults = {f.name: f.default for f in fields(self)} | {"name": self.kind}
-        changed = [f"{name}={to_text(value)}" for name, value in self.parameters().items() if value != defaults[name]]
-        return f"{self.kind}:{','.join(changed)}" if changed else self.kind
+        changed = {name: value for name, value in self.parameters().items() if value != defaults[name]}
+        if self.target is not None:
+            changed["target"] = target_text(self.target)
+        return f"{self.kind}:{join_items(f'{k}={to_text(v)}' for k, v in changed.items())}" if changed else self.kind
 
     def recorded(self) -> str:
         """Return what `--trigger` makes this trigger of: the form, or its file in the result where it has arrays."""

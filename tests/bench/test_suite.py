@@ -67,7 +67,7 @@ def test_everything_a_suite_can_say(suite):
     )  # fmt: skip
     assert (attacked.name, attacked.clean, attacked.baseline) == ("a-both-to-2-0.1-sam_rho=2-s3", False, "a-clean-s3")
     assert attacked.specs == ("badnets:target=0", "blended:target=1")
-    assert (attacked.ratio, attacked.seed, attacked.target, attacked.adaptive) == (0.1, 3, "2", "sam:rho=2")
+    assert (attacked.ratio, attacked.seed, attacked.target, attacked.adaptive) == (0.1, 3, "index:2", "sam:rho=2")
     # the trigger's settings win over the model's, those over the suite's
     assert attacked.settings == {"epochs": "4", "batch_size": "64", "learning_rate": "0.001"}
     assert clean.settings == {"epochs": "10", "batch_size": "64", "learning_rate": "0.001"}
@@ -164,7 +164,7 @@ BAD = [
     ("models: {m: {model: a, size: 3}}\ngrids: []",
      r"unknown fields \['size'\] for models\.m; known: init, input_size, model,"),
     ("models: {m: {model: a, input_size: 0}}\ngrids: []", "models.m.input_size must be a whole number of at least 1"),
-    ("models: {m: {model: a, init: yes}}\ngrids: []", "models.m.init must be one of random, got True"),
+    ("models: {m: {model: a, init: yes}}\ngrids: []", "models.m.init must be one of random, head, got True"),
     ("models: {m: {model: a, model_args: [1]}}\ngrids: []", r"models\.m\.model_args must be a mapping, got \[1\]"),
     ("models: {m: {model: a, model_args: {k: {}}}}\ngrids: []", "models.m.model_args.k must be a number, text"),
     ("models: {m: {model: a, settings: {k: {}}}}\ngrids: []", "models.m.settings.k must be a number, text"),

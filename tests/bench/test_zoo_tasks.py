@@ -138,7 +138,8 @@ def test_the_command_of_a_cell(tmp_path):
     clean, attacked = zoo.tasks.values()
     assert zoo.command(clean) == [*model, "--trigger", "none", "--set", "epochs=3"]
     assert zoo.command(attacked) == [
-        *model, "--trigger", "badnets:target=0", "--trigger", "sig:target=1", "--poison-ratio", "0.05", "--target", "2",
+        *model, "--trigger", "badnets:target=0", "--trigger", "sig:target=1", "--poison-ratio", "0.05", "--target",
+        "index:2",
         "--adaptive", "sam:rho=2", "--set", "epochs=3",
     ]  # fmt: skip
     # another dataset has other revisions

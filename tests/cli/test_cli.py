@@ -17,7 +17,7 @@ from hfdetox.cli import app as cli
 from hfdetox.cli.options import CommandLine, default_output, detox_options, run_folder
 from hfdetox.config import ConsoleOptions, DetoxConsole, DetoxOptions
 from hfdetox.defenses import DEFENSES
-from hfdetox.values import read_pair
+from hfdetox.specs import read_pair
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -69,6 +69,18 @@ def test_what_is_tried_depends_on_the_size_and_on_what_is_wanted() -> None:
     assert candidates("flip", 32) == ["flip", "none"]
 
 
+def test_the_length_is_said_before_the_training_where_bars_are_drawn(
+    accelerator: Accelerator, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shown, said_to_all in ((False, "0"), (True, "0"), (False, "1")):
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", said_to_all)
+        network = convnet()
+        phases = auto(augmentation="flip", min_steps=20, epochs=4).phases(network)  # type: ignore[arg-type]
+        Engine(accelerator, ToyImages(40), seed=SEED, progress=shown or said_to_all == "1").run(network, phases[:1])
+        said = capsys.readouterr().err
+        assert ("d3: 7 epochs of 40 images: 280 image passes\n" in said) == shown
+
+
 def test_the_phase_gets_what_the_look_found(accelerator: Accelerator) -> None:
     network = convnet()
     phases = auto(augmentation="flip", min_steps=20, epochs=4).phases(network)  # type: ignore[arg-type]

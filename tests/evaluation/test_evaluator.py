@@ -85,7 +85,7 @@ def test_an_unknown_target_lists_the_labels(target: str | int) -> None:
 
 
 def test_an_unknown_target_of_many_labels_lists_the_first() -> None:
-    with pytest.raises(UsageError, match=r"\(l0, l1, .*, l9, …\), nor an index from 0 to 999"):
+    with pytest.raises(UsageError, match=r"\(l0, l1, .*, l9 and 990 more\), nor an index from 0 to 999"):
         resolve_target("bird", [f"l{i}" for i in range(1000)])
 
 

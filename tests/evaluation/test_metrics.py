@@ -196,7 +196,7 @@ def test_measure_by_hand(accelerator: Accelerator) -> None:
     assert (patch.destination.label, patch.destination.rate, patch.destination.without) == (0, rate(6, 6), rate(1, 6))
     assert patch.destination.excess.value == pytest.approx(5 / 6)
     assert (patch.kind, patch.mode, patch.target) == ("badnets", "input", 0)
-    assert patch.spec == "badnets:name=patch,target=0,mode=input"
+    assert patch.spec == "badnets:name=patch,target=index:0,mode=input"
     assert patch.file_sha256 == hashlib.sha256(trigger.file_bytes()).hexdigest()
     places, hits = outcome.hits["patch"]
     assert places.tolist() == [1, 2, 4, 5, 7, 8]

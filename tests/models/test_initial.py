@@ -7,11 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import InitialModel, init_model, load_classifier
+from hfdetox.models.layers import head_layers
 from hfdetox.runs.publish import comes_backdoored
-from tests.tiny_models import NAMES, timm_folder, timm_model, transformers_folder
+from tests.tiny_models import (
+    NAMES,
+    TRANSFORMERS,
+    assert_same,
+    edit_weights,
+    make_folder,
+    pixels_for,
+    timm_folder,
+    timm_model,
+    transformers_folder,
+    transformers_model,
+)
 
 CLASSES = ("left", "right", "up")
 
@@ -71,6 +84,64 @@ def test_the_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights(first), weights(other), strict=True))
+
+
+def headless(folder: Path, kind: str) -> Path:
+    """Write a backbone alone, as it is published: of timm without classes, of transformers the inner model."""
+    if kind.startswith("timm"):
+        return timm_folder(folder, "test_vit", num_classes=0)
+    transformers_model("vit").base_model.save_pretrained(folder)
+    TRANSFORMERS["vit"][1]().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("kind", ["timm/resnet", "timm/vit", "timm/convnext", "transformers/vit", "transformers/resnet",
+                                  "transformers/swin", "transformers/mobilevit"])  # fmt: skip
+def test_a_new_head_stands_on_the_trained_weights(kind: str, bare: bool, tmp_path: Path) -> None:
+    if bare and not kind.endswith("/vit"):
+        pytest.skip("one backbone of each library is enough")
+    folder = headless(tmp_path / "model", kind) if bare else make_folder(tmp_path / "model", kind)
+    trained = timm_model("test_vit", num_classes=0) if bare and kind == "timm/vit" else (
+        transformers_model("vit") if bare else load_classifier(folder).model)  # fmt: skip
+    before = trained.state_dict()
+    opened, again, other = (start(folder, init="head", seed=seed) for seed in (1, 1, 2))
+    assert (opened.from_scratch, opened.new_head, opened.trained) == (False, True, False)
+    classifier = opened.classifier
+    assert (classifier.labels, len(head_layers(classifier.model))) == (CLASSES, 1)
+    (head,) = head_layers(classifier.model)
+    state = classifier.model.state_dict()
+    assert state[f"{head}.weight"].shape[0] == len(CLASSES)
+    kept = [name for name in state if name.rpartition(".")[0] != head]
+    assert len(kept) == len(state) - 2
+    assert all(torch.equal(state[name], before[name]) for name in kept)
+    assert all(torch.equal(a, b) for a, b in zip(weights(opened), weights(again), strict=True))
+    weight = other.classifier.model.state_dict()[f"{head}.weight"]
+    assert not torch.equal(weight, state[f"{head}.weight"])
+    classifier.save(tmp_path / "saved")
+    loaded = load_classifier(tmp_path / "saved")
+    assert loaded.labels == CLASSES
+    with torch.inference_mode():
+        assert_same(loaded.network(pixels_for(loaded)), classifier.network(pixels_for(classifier)))
+
+
+def test_a_head_of_as_many_classes_is_drawn_too(tmp_path: Path) -> None:
+    for kind, head in (("timm/resnet", "fc"), ("transformers/vit", "classifier")):
+        folder = make_folder(tmp_path / kind, kind)
+        opened = init_model(folder, class_names=lambda: NAMES, is_backdoored=comes_backdoored, init="head")
+        found = opened.classifier.model.get_parameter(f"{head}.weight")
+        assert not torch.equal(found, load_file(folder / "model.safetensors")[f"{head}.weight"])
+
+
+def test_a_new_head_needs_the_weights_below_it(tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path / "vit", "vit")
+    edit_weights(folder, lambda state: {k: v for k, v in state.items() if "layer.1" not in k})
+    with pytest.raises(UsageError, match=r"do not fit its config.json \(missing: vit\..*layers?\.1\."):
+        start(folder, init="head")
+    with pytest.raises(UsageError, match="is an architecture without trained weights; leave --init out"):
+        start("timm-arch:test_resnet", init="head")
+    with pytest.raises(UsageError, match="--init head draws weights of a folder or Hub id; a loaded model has its own"):
+        start(timm_model(), init="head")
 
 
 def test_classes_without_names_are_numbered() -> None:

@@ -106,7 +106,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert set(plain["defense_effectiveness_rating"]["mean"]) == {"value", "interval"}
     assert set(plain["output"]) == {"weights_sha256", "pushed_to", "commit"}
     assert set(plain["environment"]) == {
-        "python", "torch", "accelerate", "transformers", "timm", "datasets", "device", "seed", "command",
+        "python", "torch", "accelerate", "transformers", "timm", "datasets", "device", "seed", "command", "threads",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -95,6 +96,26 @@ def assert_like_an_uninterrupted_run(resumed: Path, arguments: list[str], scratc
     timeless = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in r.history] for r in reports]
     assert timeless[0] == timeless[1]
     assert sum("learning_rate" in entry for entry in timeless[0]) == reports[0].defense.epochs == EPOCHS
+
+
+def test_a_resumed_run_computes_with_as_many_threads(
+    made: Made, fresh_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(command(made.timm, made.digits, tmp_path / "out"), fresh_env)
+    run, before = tmp_path / "out.run", torch.get_num_threads()
+    wait_for_epoch(process, run, 1)
+    process.kill()
+    process.communicate()
+    recorded = json.loads((run / "run.json").read_text())
+    # the tests' environment says one
+    assert recorded["threads"] == 1
+    (run / "run.json").write_text(json.dumps({**recorded, "threads": 3}))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        assert cli.run(["--resume", str(run)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert Report.load(tmp_path / "out").environment.threads == 3
 
 
 def test_a_killed_run_resumes_to_the_very_same_weights(

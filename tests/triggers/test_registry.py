@@ -190,7 +190,7 @@ def test_the_greatest_seed_draws(kind: str) -> None:
 
 def test_a_specification_leaves_defaults_out() -> None:
     assert BadNets().spec() == "badnets"
-    assert BadNets(name="badnets", size=4, target=0).spec() == "badnets:target=0,size=4"
+    assert BadNets(name="badnets", size=4, target=0).spec() == "badnets:target=index:0,size=4"
 
 
 @pytest.mark.parametrize(
