@@ -41,9 +41,12 @@ def run(seed: int) -> dict[str, Any]:
     rates = {"accuracy": (report.before.accuracy, report.after.accuracy)}
     for name in ("attack_success_rate", "robust_accuracy"):
         rates[name] = tuple(getattr(state.triggers["badnets"], name) for state in (report.before, report.after))
+    moved = [state.triggers["badnets"].destination for state in (report.before, report.after)]
+    rates["largest_class"] = tuple(one.rate for one in moved if one is not None)
     return {
         "seed": seed, "seconds": round(seconds, 1), "bare_seconds": round(bare, 1), "ratio": round(seconds / bare, 2),
         **{name: {"before": before.value, "after": after.value} for name, (before, after) in rates.items()},
+        "verdict": report.verdict,
     }  # fmt: skip
 
 

@@ -64,8 +64,10 @@ def source(*names: str) -> list[str]:
         result = read(name)
         asked = f"; {len(result['rows'])} of the suite's {result['asked']} runs" if "asked" in result else ""
         version = result.get("hfdetox_version", "0.1.0")
-        # of a bench; other results have no column for it
-        asked += UNKNOWN if "columns" in result and "largest_share" not in result["columns"] else ""
+        # of a bench and of the demo; other results have no column for it
+        known = "largest_share" in result.get("columns", ["largest_share"])
+        known = known and all("largest_class" in run for run in result.get("runs", []))
+        asked += "" if known else UNKNOWN
         lines += ["", f"*hfdetox {version}, {made[name]}{asked}:* `{result['command']}`"]
     return lines
 
@@ -161,10 +163,11 @@ def cost(group: pd.DataFrame, frame: pd.DataFrame) -> float:
 
 def demo() -> list[str]:
     """Return the demo's table over seeds."""
-    keys = ("accuracy", "attack_success_rate", "robust_accuracy")
     found = read("demo_seeds")["runs"]
+    keys = {"accuracy": "ACC", "attack_success_rate": "ASR", "robust_accuracy": "RA", "largest_class": "largest class"}
+    keys = {key: heading for key, heading in keys.items() if all(key in run for run in found)}
     rows = [[str(run["seed"]), *(arrow(*run[key].values()) for key in keys), f"{run['ratio']:.1f}"] for run in found]
-    return [*table(["seed", "ACC", "ASR", "RA", "× bare steps"], rows), *source("demo_seeds")]
+    return [*table(["seed", *keys.values(), "× bare steps"], rows), *source("demo_seeds")]
 
 
 def zoo() -> list[str]:
