@@ -112,6 +112,24 @@ def test_cards_and_reports_stay_and_the_weights_go_unless_they_are_kept(ran, zoo
     assert (tmp_path / "kept" / CLEAN / "bn-s0" / "model.safetensors").is_file()
 
 
+def test_a_run_that_is_rejected_for_its_accuracy_is_a_result(zoo, tmp_path):
+    """Its process ends with status 1, and the bench is done all the same."""
+    lost = "defenses: {lost: {defense: ft, settings: {epochs: 1, batch_size: 16, learning_rate: 20}}}"
+    entry = "bench: [{models: [tiny], triggers: [badnets], ratios: [0.2], defenses: [lost], samples: [40]}]"
+    suite = write(tmp_path, f"{SUITE.split('defenses:')[0]}{lost}\n{entry}\n")
+    outcome = run_bench(suite, output=tmp_path / "bench", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    name = f"{BADNETS}/lost-n40-s0"
+    assert (statuses(outcome), outcome.exit_status) == ({name: "done"}, 0)
+    (row,) = outcome.rows
+    assert row["accuracy_verdict"] == "rejected: accuracy"
+    assert Report.load(tmp_path / "bench" / name).rejected
+    assert list((tmp_path / "bench" / name).glob("*.safetensors")) == []
+    assert "(1 of 1 rejected)" in (tmp_path / "bench" / "bench.md").read_text()
+    # it is there, and is not run again
+    again = run_bench(suite, output=tmp_path / "bench", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
+    assert again.rows == outcome.rows
+
+
 def test_the_pictures_are_drawn(ran, tmp_path):
     _, bench, outcome = ran
     sizes = [Image.open(bench / "plots" / f"{kind}-tiny.png").size for kind in ("heatmap", "scatter")]
