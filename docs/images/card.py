@@ -18,7 +18,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from PIL import Image
 
-WIDTH, HEIGHT = 900, 1108
+WIDTH, HEIGHT = 900, 1044
 STYLE = """
 body { margin: 24px 32px; font: 15px/1.5 sans-serif; color: #1f2328; background: #fff }
 h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: .2em } h1 { font-size: 25px } h2 { font-size: 20px }
