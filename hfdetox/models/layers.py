@@ -1,6 +1,7 @@
 """Which layers a defense acts on: the classifier head, layers chosen by name, and which feeds which."""
 
 import fnmatch
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -14,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network, evaluating, library_logits
 from hfdetox.models.preprocessing import timm_data_config
+
+logger = logging.getLogger(__name__)
 
 HEAD = "head"
 # what is left of a change that rounding alone makes
@@ -125,6 +128,8 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
     given: dict[str, torch.Tensor] = {}
     with on_last_inputs(inner, [*leaves, *heads], given), probing(model, input_size) as (images, _):
         if images is None:
+            logger.warning(f"{type(inner).__name__} takes no usual size of images; norms before its head are unknown: "
+                           "set its attribute image_size to (height, width)")  # fmt: skip
             return []
         order, before = list(given), {name: given[name] for name in heads if name in given}
         feeding, found = list[str](), list[str]()

@@ -14,6 +14,8 @@ from transformers import AutoModelForImageClassification
 
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.layers import LayerPatternError, head_layers, match_layers, norms_before_head
+from hfdetox.models.network import Network
+from hfdetox.models.preprocessing import CallablePreprocessing
 from tests.tiny_models import timm_folder, timm_model, transformers_model
 
 # neither usual sizes, nor widths of anything else
@@ -180,6 +182,26 @@ def test_a_size_in_words_is_a_size():
     )  # fmt: skip
     assert head_layers(model := tf.PvtV2ForImageClassification(config)) == ["classifier"]
     assert norms_before_head(model) == ["pvt_v2.encoder.layers.3.layer_norm"]
+
+
+class Narrow(TwoNorms):
+    """Takes one size, which is none of the usual ones."""
+
+    def forward(self, images):
+        if images.shape[1:] != (3, 40, 72):
+            raise ValueError("another size")
+        return super().forward(images)
+
+
+def test_a_size_that_nobody_guesses_is_asked_for(caplog):
+    model = Narrow()
+    assert norms_before_head(model) == []
+    assert "Narrow takes no usual size of images" in caplog.text
+    model.image_size = (40, 72)
+    assert norms_before_head(model) == ["first", "second"]
+    del model.image_size
+    prepared = CallablePreprocessing(lambda image: torch.zeros(3, 40, 72))
+    assert norms_before_head(Network(model, prepared)) == ["model.first", "model.second"]
 
 
 @pytest.mark.parametrize("normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
