@@ -281,8 +281,8 @@ def _from_object(dataset: Any) -> OpenedDataset:
 
 def _from_folder(folder: Path, config: str | None) -> OpenedDataset:
     if not folder.is_dir():
-        wrong = "is a file; give the folder that holds it" if folder.exists() else "is missing: no such folder"
-        raise DatasetError(f"dataset {folder} {wrong}")
+        wrong = " is a file; give the folder that holds it" if folder.exists() else ": no such folder"
+        raise DatasetError(f"dataset {folder}{wrong}")
     name, files = folder.resolve().name, LocalFiles(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         for file in chain(folder.glob("*.json"), folder.glob("*/*.json")):

@@ -65,5 +65,5 @@ def test_other_inputs_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=rf"began with other inputs: {name} \(.*, now other\) changed since"):
             run.check_fingerprint({**began, name: "other"})
     (tmp_path / FINGERPRINT_FILE).write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=f"{FINGERPRINT_FILE} is not valid JSON"):
         run.check_fingerprint(began)
