@@ -5,10 +5,14 @@
 #   TORCH_INDEX  a package index with PyTorch builds for your device (such as the CPU-only ones): torch and torchvision are
 #                then both taken from it. Without it they come from wherever your pip takes packages.
 #   JOBS         test processes at a time
+#   CIFAR10      a folder with CIFAR-10 as parquet, train-*.parquet and test-*.parquet (`make gpu-bundle`)
+#   PART         the parts that `make gpu` runs: tests correctness speed loop; or paper
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
 TORCH_INDEX ?=
+CIFAR10 ?= ../shared/data/cifar10
+PART ?=
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
 
 BIN := $(VENV)/bin
@@ -20,13 +24,16 @@ PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 # uv trusts the certificates that this machine trusts, as pip does
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help test test-lowest demo docs tables style quality clean
+.PHONY: help test test-lowest demo gpu-bundle gpu gpu-paper docs tables style quality clean
 
 help:
 	@echo "make demo         clean a backdoored classifier of digits, without any network (some minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make quality      check format, lint, types, the order of the floors, and that newer Pythons find versions"
+	@echo "make gpu-bundle   put what the machine with a GPU lacks into build/gpu-bundle: wheels, images (CIFAR10=DIR)"
+	@echo "make gpu          there, without an environment or a network: GPU tests, CPU against GPU, speed (8 minutes)"
+	@echo "make gpu-paper    there: the paper's setting; goes on where it stopped (9 minutes)"
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make tables       write the tables of docs/benchmarks.md from tests/benchmarks/results"
 	@echo "make style        format, and mend what lint can mend"
@@ -65,6 +72,16 @@ test-lowest: $(LOWEST_STAMP)
 
 demo: $(STAMP)
 	$(BIN)/hfdetox demo $(ARGS)
+
+gpu-bundle: $(STAMP)
+	$(BIN)/python -m tests.gpu.bundle --cifar $(CIFAR10) --output build/gpu-bundle $(ARGS)
+
+# from here on the interpreter of the machine, which has PyTorch, and the bundle
+gpu:
+	$(PYTHON) -m tests.gpu $(if $(PART),--part $(PART)) $(ARGS)
+
+gpu-paper:
+	$(PYTHON) -m tests.gpu --part paper $(ARGS)
 
 # what builds the pages is installed when they are built
 $(DOCS_STAMP): $(STAMP)

@@ -73,6 +73,18 @@ def _seeded() -> None:
         torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """The session's Hub, without faults, with an empty log and the accounts of the start. Repos stay between tests."""

@@ -109,9 +109,9 @@ class PoisonedPixels:
     def __getitems__(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (positions in the image set, images, labels) of the items (0 to len - 1), already collated."""
         places = torch.tensor(items, dtype=torch.int64)
-        labels = self.labels[places.to(self.labels.device)]
+        labels = self.labels[places.to(self.labels.device, non_blocking=True)]
         if self.images is not None:
-            return self.positions[places], self.images[places.to(self.images.device)], labels
+            return self.positions[places], self.images[places.to(self.images.device, non_blocking=True)], labels
         preprocessing = self._sources[0].preprocessing
         images = torch.empty((len(places), *preprocessing.input_size), dtype=preprocessing.dtype)
         for number, source in enumerate(self._sources):

@@ -63,7 +63,7 @@ class Pixels(Dataset[Batch]):
         places = torch.as_tensor(np.asarray(items, dtype=np.int64))
         positions = self.positions[places]
         if self.images is not None:
-            on_device = places.to(self.images.device)
+            on_device = places.to(self.images.device, non_blocking=True)
             return positions, self.images[on_device], self.labels[on_device]
         prepared = torch.stack([self._prepare(position) for position in positions.tolist()])
         return positions, self._finish(prepared), self.labels[places.to(self.labels.device)]

@@ -171,7 +171,7 @@ class D3Config(D3Settings, TuningConfig):
             if not self.mixup:
                 return d3.terms(model(batch.images), batch.labels, batch.weights)
             share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
-            others = torch.randperm(len(batch.labels)).to(batch.labels.device)
+            others = torch.randperm(len(batch.labels)).to(batch.labels.device, non_blocking=True)
             images = torch.lerp(batch.images[others].float(), batch.images.float(), share)
             return d3.terms(model(images), batch.labels, batch.weights, batch.labels[others], share)
 

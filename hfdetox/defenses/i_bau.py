@@ -124,7 +124,7 @@ class Universal(FrozenMethod):
         delta = self.perturbation.detach().clone().requires_grad_()
         carrying = torch.zeros(len(x), 1, 1, 1)
         carrying[torch.randperm(len(x))[: max(1, int(self.config.share * len(x)))]] = 1
-        stamped = x + carrying.to(x.device) * self.unit * delta
+        stamped = x + carrying.to(x.device, non_blocking=True) * self.unit * delta
         outer = batch.cross_entropy(self.network(stamped))
         errors = cross_entropy(self.network(first.images.float() + self.unit * delta).float(), first.labels)
         inner = _DECAY * delta.square().sum() - errors

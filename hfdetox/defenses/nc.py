@@ -100,7 +100,7 @@ class NCConfig(TuningConfig):
         search = replace(self, reweight="none").phase(
             name="nc-inversion", network=inversion, parameters=[inversion.masks, inversion.patterns], optimizer=adam,
             loss=operator.call, epochs=self.inversion_epochs, schedule="constant", augmentation="none",
-            max_grad_norm=None, stop=inversion.end_epoch, state=state)  # fmt: skip
+            max_grad_norm=None, start=inversion.active, stop=inversion.end_epoch, state=state)  # fmt: skip
         return inversion, [search, Pass(name="nc-verdict", batch_size=self.batch_size, on_batch=inversion.on_batch,
                                         finish=inversion.judge, state=state)]  # fmt: skip
 
@@ -216,7 +216,7 @@ class Inversion(FrozenMethod):
         index = anomaly_index(self.best_norm)
         small = self.best_norm < self.best_norm.quantile(0.5)
         self.flagged.copy_((index > self.config.anomaly) & small)
-        self._flagged = None
+        self._flagged = self.flagged.nonzero().flatten()
         found = int(self.flagged.sum())
         columns = {"mask_norm": self.best_norm, "anomaly_index": index,
                    "success": accelerator.reduce(self.hits, reduction="mean")}  # fmt: skip
@@ -234,10 +234,10 @@ class Inversion(FrozenMethod):
         flagged = self._flagged
         odds = len(flagged) * self.config.share
         chosen = torch.rand(len(images)) < odds / (odds + 1 - self.config.share)
-        which = flagged[torch.randint(len(flagged), (len(images),)).to(flagged.device)]
+        which = flagged[torch.randint(len(flagged), (len(images),)).to(flagged.device, non_blocking=True)]
         masks, patterns = self.best_masks[which], self.best_patterns[which]
         x = images.float()
-        stamp = chosen.to(images.device).view(-1, 1, 1, 1) * masks
+        stamp = chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1) * masks
         return x + stamp * (PIXEL * patterns - x), labels
 
 

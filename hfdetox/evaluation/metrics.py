@@ -25,11 +25,14 @@ from hfdetox.evaluation.results import (
     Rating,
     TriggerResult,
 )
+from hfdetox.models.network import exact_float32
 from hfdetox.progress import progress_bar
 from hfdetox.training.batches import ImageSource, source_loader
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
 
 BATCH_SIZE = 256
+# pixel values of a batch on a GPU, about those of 256 images of 224×224, and images at most
+GPU_VALUES, GPU_IMAGES = 2**25, 4096
 BOOTSTRAP_DRAWS = 2000
 Z_95 = 1.959963984540054
 LOWEST = 10  # classes that are named
@@ -119,11 +122,10 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     places = source.positions.cpu()
     predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
     losses = torch.zeros(len(predicted), dtype=torch.float64)
-    loader = accelerator.prepare(source_loader(source, BATCH_SIZE, device))
+    loader = accelerator.prepare(source_loader(source, batch_size(source, device), device))
     bar = progress_bar(title, len(source), "image", shown=progress)
     chunks, classes = [], 0
-    # TF32 convolutions are on by default and would make "float32" untrue on recent GPUs
-    with bar, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with bar, exact_float32():
         for positions, images, labels in loader:
             logits = network(images).float()
             classes = logits.shape[1]
@@ -137,6 +139,13 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     accelerator.free_memory()
     network.train(training)
     return SourcePredictions(predicted[places].numpy(), losses[places].numpy(), classes)
+
+
+def batch_size(source: ImageSource, device: torch.device) -> int:
+    """Return how many images are measured at once: more of small ones on a GPU, which 256 would not fill."""
+    if device.type != "cuda" or source.images is None:
+        return BATCH_SIZE
+    return min(max(BATCH_SIZE, GPU_VALUES // source.images[0].numel()), GPU_IMAGES)
 
 
 def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Difference:

@@ -87,6 +87,31 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Multiply and convolve float32 as such (no TF32), whatever the process allows; undone at the end."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = products.fp32_precision, convolutions.fp32_precision
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # set by its newer name, which the older ones refuse to know
+        precision = None
+    if precision is None:
+        products.fp32_precision = "ieee"
+    elif precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before[1]
+        if precision is None:
+            products.fp32_precision = before[0]
+        elif precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
 def library_logits(model: nn.Module, images: torch.Tensor,
                    changed: dict[str, torch.Tensor] | None = None) -> torch.Tensor:  # fmt: skip
     """Return the logits (N×K) that a library's own model gives for images it takes as they are (normalised already).

@@ -14,7 +14,12 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.state import AcceleratorState, GradientState, PartialState, SharedDict
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    gather_object,
+)
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -131,6 +136,7 @@ def make_accelerator(device: str = "auto", precision: str = "auto", log_with: st
             mixed_precision=mixed, cpu=kind == "cpu", log_with=log_with, project_dir=logging_dir,
             # the engine accumulates by itself; a launcher's setting would divide the loss a second time
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
             # some classifiers have parameters their logits do not use (mask tokens), which DDP would wait for
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )  # fmt: skip

@@ -38,7 +38,7 @@ class _Stage:
     """What a phase and a pass both have; their own docstrings say what it is."""
 
     name: str
-    start: Callable[[], None] | None = None
+    start: Callable[[], object] | None = None
     part: Part = "all"
     state: Stateful | None = None
     says: Callable[[Mapping[str, float]], str] | None = None

@@ -85,7 +85,7 @@ class Reweighting:
 
     def weighted(self, batch: Batch) -> Batch:
         """Return the batch with the images' w as factors of its weights."""
-        factors = self.weights[batch.positions].float().to(batch.weights.device)
+        factors = self.weights[batch.positions].float().to(batch.weights.device, non_blocking=True)
         return replace(batch, weights=batch.weights * factors)
 
     def probes(self, part: Part) -> Callable[[], Sequence[Pass]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
+from hfdetox.models.network import exact_float32
 from hfdetox.triggers.base import Trigger
 
 # pixels a side at which a trigger's networks may run: a small file must not ask for gigabytes
@@ -142,6 +143,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
             return
         cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=True, allow_tf32=False,
-                         fp32_precision="ieee"):  # fmt: skip
-            yield
+        deterministic, cudnn.deterministic = cudnn.deterministic, True
+        try:
+            with exact_float32():
+                yield
+        finally:
+            cudnn.deterministic = deterministic

@@ -35,7 +35,8 @@ class Blind(Trigger):
             raise UsageError(f"blind: its pattern of {columns}×{rows} pixels at row {top}, column {left} does not fit "
                              f"an image of {width}×{height}")  # fmt: skip
         key = (rows, columns, images.device)
-        pattern = self.remember(key, lambda: grow(torch.tensor(PATTERN).float(), rows, columns).to(images.device))
+        pattern = self.remember(key, lambda: grow(torch.tensor(PATTERN).float(), rows, columns)
+                                .to(images.device, non_blocking=True))  # fmt: skip
         stamped = images.clone()
         place = stamped[..., top : top + rows, left : left + columns]
         place.copy_(torch.where(pattern < 0, place, (255 * pattern).to(torch.uint8)))

@@ -71,14 +71,14 @@ class WaNet(Trigger):
         height, width = images.shape[-2:]
         device = images.device if generator is None else generator.device
         drawn = torch.rand(len(images), height, width, 2, generator=generator, device=device).to(images.device) * 2 - 1
-        key = (height, width, images.device)
-        sides = self.remember(("sides", *key), lambda: torch.tensor([width, height], device=images.device))
+        sides = self.remember(("sides", height, width, images.device), lambda: torch.tensor([width, height])
+                              .to(images.device, non_blocking=True))  # fmt: skip
         return _sampled(images, (self._grid_on(images) + drawn / sides).clamp(-1, 1))
 
     def _grid_on(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         key = (height, width, images.device)
-        return self.remember(key, lambda: self.grid(height, width).to(images.device))
+        return self.remember(key, lambda: self.grid(height, width).to(images.device, non_blocking=True))
 
 
 @torch.no_grad()

@@ -60,9 +60,11 @@ class ResearchImages(Dataset[Any]):
 
 def research(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, config: D3Config) -> dict[str, Any]:
     """Run D3 as research code would; returns seconds and rates. One evaluation is both test sets."""
-    network, preprocessing = classifier.model, classifier.preprocessing
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network, preprocessing = classifier.model.to(device), classifier.preprocessing
     normalize = [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
-    train = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *normalize])
+    crop = transforms.RandomCrop(preprocessing.input_size[1:], padding=4)
+    train = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *normalize])
     test = transforms.Compose(normalize)
     workers = os.cpu_count() or 1
     decoding = time.perf_counter()
@@ -77,7 +79,7 @@ def research(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, conf
         rates = []
         with torch.no_grad():
             for one in sets:
-                hits = sum(int((network(x).argmax(1) == y).sum()) for x, y in one)
+                hits = sum(int((network(x.to(device)).argmax(1) == y.to(device)).sum()) for x, y in one)
                 rates.append(hits / len(one.dataset))  # type: ignore[arg-type]
         return rates
 
@@ -101,6 +103,7 @@ def research(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, conf
     for _ in range(config.epochs):
         network.train()
         for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
             penalty = relu(cross_entropy(network(images), labels, reduction="none") - config.epsilon).mean()
             loss = (config.lambda_ * penalty - (head - old).norm()) / (config.lambda_ + 1)
             optimizer.zero_grad()
@@ -109,6 +112,7 @@ def research(classifier: Classifier, clean: ImageSet, evaluation: ImageSet, conf
             with torch.no_grad():
                 head.mul_(radius / head.norm())
         schedule.step()
+    _finish(device)
     training = time.perf_counter() - begin
     after = evaluate()
     return {
@@ -202,9 +206,13 @@ def _images_per_second(step: Any, steps: int, device: torch.device) -> float:
     begin = time.perf_counter()
     for _ in range(steps):
         step()
+    _finish(device)
+    return steps * BATCH / (time.perf_counter() - begin)
+
+
+def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return steps * BATCH / (time.perf_counter() - begin)
 
 
 def _timed(evaluation: Any) -> tuple[list[float], float]:

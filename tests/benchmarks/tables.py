@@ -11,83 +11,33 @@ The pages hold the text; a table stands between `<!-- table: NAME -->` and `<!--
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-RESULTS = Path(__file__).parent / "results"
+from tests.benchmarks import gpu_tables
+from tests.benchmarks.markdown import ATTACKS, RESULTS, arrow, percent, read, source, table, with_interval
+
+__all__ = ["RESULTS", "read"]
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "reference" / "architectures.md")
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# as papers write them
-ATTACKS = {"badnets": "BadNets", "grid": "BadNets", "blended": "Blended", "noise": "Blended", "wanet": "WaNet",
-           "lf": "LF", "inputaware": "Input-aware", "sig": "SIG", "ssba": "SSBA", "none": "none (clean)",
-           "blended-adaptive": "Blended, SAM", "noise-adaptive": "Blended, SAM"}  # fmt: skip
 MODELS = {"resnet": "ResNet", "convnext": "ConvNeXt", "vit": "ViT", "convnextv2": "ConvNeXt V2", "vit-mean": "ViT"}
 SEVEN = ("badnets-0.1", "blended-0.1", "wanet-0.1", "lf-0.1", "inputaware-0.1", "sig-0.1", "ssba-0.1")
 HELDOUT = tuple(f"{name}-to-3-0.1-s1" for name in ("grid", "noise", "wanet", "lf", "inputaware", "sig", "ssba"))
 BLENDED_ALL, BLENDED_SAM = "noise-all-to-all-0.1-s1", "noise-adaptive-to-3-0.1-sam_rho=1-s1"
 RATES = ("accuracy", "attack_success", "robust_accuracy", "der", "worst_class", "spread")
-UNKNOWN = "; largest class not measured"
-
-
-def read(name: str) -> Any:
-    """Return the JSON of a result."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def runs(name: str) -> pd.DataFrame:
     """Return the runs of a bench that `summarize.py` kept."""
     document = read(name)
     return pd.DataFrame(document["rows"], columns=document["columns"])
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> list[str]:
-    """Return the lines of a Markdown table; all but the first columns are numbers, and stand to the right."""
-    line = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return [f"| {' | '.join(cells)} |" for cells in (header, line, *rows)]
-
-
-def source(*names: str) -> list[str]:
-    """Return the lines that say who made the numbers, and the commands that repeat them."""
-    made = read("made")
-    lines = []
-    for name in names:
-        result = read(name)
-        asked = f"; {len(result['rows'])} of the suite's {result['asked']} runs" if "asked" in result else ""
-        version = result.get("hfdetox_version", "0.1.0")
-        # of a bench and of the demo; other results have no column for it
-        known = "largest_share" in result.get("columns", ["largest_share"])
-        known = known and all("largest_class" in run for run in result.get("runs", []))
-        asked += "" if known else UNKNOWN
-        lines += ["", f"*hfdetox {version}, {made[name]}{asked}:* `{result['command']}`"]
-    return lines
-
-
-def percent(value: float | None) -> str:
-    """Return a fraction in percent with one decimal, a dash for None."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def arrow(*values: float) -> str:
-    """Return fractions before and after."""
-    return " → ".join(map(percent, values))
-
-
-def with_interval(values: Sequence[float]) -> str:
-    """Return a mean over seeds in percent with half of its 95 % interval (Student's t), alone for one seed."""
-    if len(values) == 1:
-        return percent(values[0])
-    half = float(stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{percent(float(np.mean(values)))} ± {100 * half:.1f}"
 
 
 def whole_seeds(frame: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
@@ -372,6 +322,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "speed": speed,
     "architectures_transformers": lambda: architectures("transformers"),
     "architectures_timm": lambda: architectures("timm"),
+    **gpu_tables.TABLES,
 }
 
 

@@ -170,11 +170,9 @@ def test_what_the_method_does_not_change_is_bit_identical(name: str) -> None:
     assert changed == []
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_in_mixed_precision(name: str, precision: str) -> None:
-    if precision == "fp16" and not torch.cuda.is_available():
-        pytest.skip("fp16 needs a GPU")
     net = network(name)
     seen: set[torch.dtype] = set()
     # copies of the network that a method makes carry the hook along

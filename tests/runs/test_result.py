@@ -23,8 +23,6 @@ from tests.reporting.test_report import full_report
 from tests.tiny_models import REMOTE_CODE, edit_json, timm_model, transformers_folder
 from tests.tiny_training import toy_preprocessing, toy_set
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def result_of(classifier: Classifier) -> DetoxResult:
     """Return a result of the classifier with a probe of two grey images."""
@@ -73,7 +71,7 @@ def test_who_may_read_the_folder_is_the_umasks_business(umask: int, tmp_path: Pa
     assert (output / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_saving_leaves_the_callers_model_where_and_as_it_is(device: str, tmp_path: Path) -> None:
     model = timm_model()
     result = result_of(load_classifier(model))

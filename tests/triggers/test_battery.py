@@ -138,7 +138,7 @@ def test_grey_images_for_a_trigger_of_colours_are_one_line(kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gpu_gives_the_same_within_one_grey_level(name: str, size: tuple[int, int]) -> None:

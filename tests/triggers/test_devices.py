@@ -56,7 +56,7 @@ def test_a_batch_on_another_device_leaves_the_networks_where_they_are(kind: str)
     assert torch.equal(trigger.apply(images), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(every_trigger()))
 def test_a_second_batch_never_waits_for_the_gpu(name: str) -> None:
     trigger, images = every_trigger()[name], noise().cuda()
