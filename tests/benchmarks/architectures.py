@@ -72,6 +72,10 @@ def write_transformers(folder: Path, kind: str, options: dict[str, Any], archite
     torch.manual_seed(0)
     if kind == "timm_wrapper":
         write_timm(folder / "timm", "test_resnet")
+        # the wrapper stumbles over a second num_classes
+        config = json.loads((folder / "timm" / "config.json").read_text(encoding="utf-8"))
+        config["model_args"].pop("num_classes")
+        (folder / "timm" / "config.json").write_text(json.dumps(config), encoding="utf-8")
         for kept in (transformers.AutoModelForImageClassification, transformers.AutoImageProcessor):
             kept.from_pretrained(folder / "timm").save_pretrained(folder)
         return
@@ -260,7 +264,8 @@ def in_child(write: Callable[[Path], None], pipe: Any) -> None:
             for found in run(write, Path(scratch)):
                 pipe.send(found)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the case's result)
-            pipe.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+            said = " ".join(str(error).split()).replace(f"{scratch}/before", "it")
+            pipe.send({"error": f"{type(error).__name__}: {said[:300]}"})
         pipe.send({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
 
 
