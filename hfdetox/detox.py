@@ -12,7 +12,7 @@ from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
 from hfdetox.data.load import default_dataset, pin, pull_images
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
-from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
+from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.hub.download import read_text_file, resolve, weight_files
@@ -82,6 +82,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     with accelerator.main_process_first():
         classifier = _load(given, options)
         images = pull_images(options, given.dataset, classifier, notes.warn, progress=progress)
+    images = settle_order(images, classifier, accelerator, notes.warn, progress)
     inputs = fingerprint(classifier, images)
     if run is not None:
         run.check_fingerprint(inputs)
@@ -145,6 +146,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     with accelerator.main_process_first():
         classifier = _load(given, options)
         images = pull_images(options, given.dataset, classifier, notes.warn, progress=given.progress)
+    images = settle_order(images, classifier, accelerator, notes.warn, given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress,
                                     also=images.info.label_map)  # fmt: skip

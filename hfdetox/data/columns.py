@@ -164,5 +164,4 @@ def _kind(feature: Any) -> str:
 
 
 def _all(features: Mapping[str, Any]) -> str:
-    names = [f"{name[:40]} ({_kind(feature)})" for name, feature in features.items()]
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return list_names([f"{name[:24]} ({_kind(feature)})" for name, feature in features.items()], 12)

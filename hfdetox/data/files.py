@@ -57,6 +57,15 @@ class LocalFiles:
         """Open a file for reading at any place."""
         return open(self.path(name), "rb")
 
+    def read(self, name: str, function: Callable[[Any], Result]) -> Result:
+        """Return `function` of the open file, guarded."""
+
+        def attempt() -> Result:
+            with self.open(name) as source:
+                return function(source)
+
+        return self.guard(name, attempt)
+
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Return `function` of each item, `readers` at a time."""
         with ThreadPoolExecutor(self.readers, thread_name_prefix="hfdetox-read") as pool:

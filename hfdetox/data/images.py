@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,14 +46,7 @@ EncodedImages = Sequence[Encoded | Callable[[], Encoded]]
 
 
 Range = tuple[float, float]  # the stored values of black and white
-
-
-class Extremes(NamedTuple):
-    """The lowest and the highest value that an image is stored with, and the type."""
-
-    low: float
-    high: float
-    kind: str
+Extremes = tuple[float, float, str]  # the lowest and the highest value that an image is stored with, and the type
 
 
 class BrokenImageError(RunError):
@@ -239,8 +232,9 @@ def usual_range(found: Sequence[Extremes]) -> Range:
     Usual are 0 to 1, -1 to 1 for numbers with a point, all of 8, 10, 12, 14, 16, 24, 31 or 32 bits, and all of a signed
     byte. Raises UsageError for others: they have to be named.
     """
-    low, high = min(one.low for one in found), max(one.high for one in found)
-    if all(one.kind == "int8" for one in found):
+    lows, highs, kinds = zip(*found, strict=True)
+    low, high = min(lows), max(highs)
+    if set(kinds) == {"int8"}:
         return (-128.0 if low < 0 else 0.0, 127.0)
     if low < 0 and not (low >= -1 and high <= 1):
         raise UsageError(f"pixels from {low:g} to {high:g} are in no usual range; name it with --pixel-range LOW,HIGH")
@@ -253,7 +247,7 @@ def usual_range(found: Sequence[Extremes]) -> Range:
 
 def _extremes_of(values: np.ndarray) -> Extremes:
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    return Extremes(low, high, str(values.dtype))
+    return low, high, str(values.dtype)
 
 
 def _opened(encoded: Encoded, *, upright: bool = True) -> Image.Image | np.ndarray:

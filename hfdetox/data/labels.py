@@ -16,7 +16,7 @@ import numpy as np
 import timm
 
 from hfdetox.errors import UsageError, located
-from hfdetox.values import read_json, read_yaml
+from hfdetox.values import read_json, read_yaml, shown
 
 DROPPED = -1
 _SHOWN = 8
@@ -168,8 +168,8 @@ def _by_beginning(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[
     """Pair, in order, a name that one side has several times with those that begin so on the other: crane, crane2."""
     found: dict[int, int] = {}
     for many, few in ((model, dataset), (dataset, model)):
-        for name, same in _places(many, lambda name: {_plain(name)}).items():
-            begun = [i for i, other in few.items() if _plain(other).startswith(name)]
+        for name, same in _places(many, lambda name: {_described(name)}).items():
+            begun = [i for i, other in few.items() if _described(other).startswith(name)]
             if len(same) == len(begun) > 1:
                 found |= dict(zip(begun, same, strict=True) if many is model else zip(same, begun, strict=True))
     return found
@@ -227,7 +227,8 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
     for key, value in content.items():
         plain = isinstance(key, (str, int)) and not isinstance(key, bool)
         if not plain or isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
-            raise LabelMapError(f"{where}: {key!r}: {value!r} is not NAME: NAME, INDEX or null; put names in quotes")
+            raise LabelMapError(f"{where}: {shown(key)}: {shown(value)} is not NAME: NAME, INDEX or null; put "
+                                "names in quotes")  # fmt: skip
     return {str(key): value for key, value in content.items()}
 
 

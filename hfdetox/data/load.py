@@ -17,7 +17,7 @@ from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions, check
 from hfdetox.data.columns import ColumnError
 from hfdetox.data.images import ImageSet, Progress, parallel_map, usual_range
 from hfdetox.data.info import DatasetInfo
-from hfdetox.data.labels import DROPPED, Alignment, list_names
+from hfdetox.data.labels import DROPPED, Alignment, align_labels, list_names
 from hfdetox.data.opened import OpenedDataset, card_header, open_dataset
 from hfdetox.data.readers import SplitReader
 from hfdetox.data.sampling import Chooser, Selection, TooFewImagesError, label_reader
@@ -111,7 +111,9 @@ def _load(
     for name in measures if options.eval_split is not None else dict.fromkeys([*measures, train]):
         evaluation = source if name == train else _open_labelled(origin, name, options)
         if evaluation is not None:
-            chooser = Chooser.of(source, evaluation, labels, aliases, clean_samples, options, warn)
+            reader = label_reader(source, evaluation)
+            alignment = align_labels(reader.names, labels, options.label_map, aliases)
+            chooser = Chooser(labels, clean_samples, options, warn, reader, alignment)
             eval_rows = chooser.apart(source) if evaluation is source else chooser.measured(evaluation)
             if len(eval_rows.indices):
                 break
@@ -121,7 +123,6 @@ def _load(
     if empty:
         instead = f"a part of {train} is measured" if evaluation is source else f"{name} is used for measuring"
         warn(f"split {' and '.join(empty)} has no labels; {instead}")
-    alignment = chooser.alignment
     if alignment.note:
         warn(alignment.note)
     clean_rows = chooser.clean(source, eval_rows.indices if evaluation is source else ())
@@ -164,8 +165,8 @@ def _settle_range(
         chosen = check_pixel_range("--pixel-range", named)
     elif found := [one for one in parallel_map(lambda one: one[0].extremes(one[1]), every) if one is not None]:
         chosen = usual_range(found)
-        warn(f"pixels of {len(found)} images are stored as numbers from {min(one.low for one in found):g} to "
-             f"{max(one.high for one in found):g}, and {chosen[0]:g} was taken for black, {chosen[1]:g} for white; "
+        warn(f"pixels of {len(found)} images are stored as numbers from {min(found)[0]:g} to "
+             f"{max(high for _, high, _ in found):g}, and {chosen[0]:g} was taken for black, {chosen[1]:g} for white; "
              "--pixel-range names others")  # fmt: skip
     else:
         return None
@@ -260,7 +261,7 @@ def pull_images(
     with progress_bar("read images", None, "image", shown=progress) as bar:
         images = _load(
             # what is only measured sets the same images aside
-            chosen, classifier.labels, (), getattr(options, "clean_samples", DEFAULT_SAMPLES), options,
+            chosen, classifier.labels, classifier.aliases, getattr(options, "clean_samples", DEFAULT_SAMPLES), options,
             channels=classifier.preprocessing.input_size[0], warn=warn, progress=updates(bar),
             # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
             hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),

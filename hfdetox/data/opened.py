@@ -109,8 +109,8 @@ class OpenedDataset:
         if self.data.info.features is not None:
             return self.data.info.features
         if isinstance(self.data, Parquet):
-            name = self._names(split)[0]
-            return self.files.guard(name, lambda: self._parquet_features(name))
+            return self.files.read(self._names(split)[0], lambda source: Features.from_arrow_schema(
+                pq.read_schema(source)))  # fmt: skip
         archive = next((n for s in self.splits for n in self._names(s) if n.lower().endswith(_ARCHIVES)), None)
         if archive and isinstance(self.data, FolderBasedBuilder):
             # datasets 5.2 takes the archive's own folder for every image's class
@@ -122,32 +122,28 @@ class OpenedDataset:
                                "or save it as parquet with an Image column")  # fmt: skip
         return features
 
-    def _parquet_features(self, name: str) -> Features:
-        with self.files.open(name) as source:
-            return Features.from_arrow_schema(pq.read_schema(source))
-
     def _dotted(self, split: str) -> str | None:
         """Return the name of a file in a split's first tar that has more dots than that of its ending."""
-        with self.files.open(self._names(split)[0]) as source, tarfile.open(fileobj=source, mode="r|*") as archive:
-            names = [PurePosixPath(member.name).name for member in islice(archive, 20)]
-        return next((name for name in names if name.count(".") > 1), None)
+
+        def look(source: Any) -> str | None:
+            with tarfile.open(fileobj=source, mode="r|*", bufsize=2**20) as archive:
+                names = [PurePosixPath(member.name).name for member in islice(archive, 4)]
+            return next((name for name in names if name.count(".") > 1), None)
+
+        return self.files.read(self._names(split)[0], look)
 
     def _values(self, split: str, column: str) -> set[str]:
         """Return values of a column of text, those of the first rows."""
         if isinstance(self.data, Mapping):
             rows = self.data[split].with_format(None).select_columns([column])[:_LOOK][column]
         elif isinstance(self.data, Parquet):
-            name = self._names(split)[0]
-            rows = self.files.guard(name, lambda: self._parquet_values(name, column))
+            batches = self.files.read(self._names(split)[0], lambda source: list(islice(
+                pq.ParquetFile(source).iter_batches(_LOOK, row_groups=[0], columns=[column]), 1)))  # fmt: skip
+            rows = batches[0].column(0).to_pylist() if batches else []
         else:
             stream = self._stream(split).select_columns([column]).take(_LOOK)
             rows = self.files.guard(f"split {split}", lambda: [row[column] for row in stream])
         return {str(value) for value in rows if value}
-
-    def _parquet_values(self, name: str, column: str) -> list[Any]:
-        with self.files.open(name) as source:
-            rows = next(pq.ParquetFile(source).iter_batches(_LOOK, row_groups=[0], columns=[column]), None)
-            return [] if rows is None else rows.column(0).to_pylist()
 
     def _stream(self, split: str) -> IterableDataset:
         return self.files.guard(f"dataset {self.id}", lambda: self.data.as_streaming_dataset(split=split))
@@ -358,7 +354,8 @@ def _builder(path: str, what: str, **options: Any) -> DatasetBuilder:
     except Exception as error:
         if (found := transport_error(error)) is not None:
             raise found from error
-        line, places = one_line(error), [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        line, places = one_line(error), [f"{one.f_globals.get('__name__')}.{one.f_code.co_name}" for one in frames]
         if isinstance(error, (EmptyDatasetError, DataFilesNotFoundError)):
             line = "has no data files that hfdetox reads (parquet, image folder, webdataset)"
         elif any("yaml" in place or "card" in place for place in places):

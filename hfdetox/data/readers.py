@@ -19,7 +19,7 @@ from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
 from hfdetox.data.files import DamagedFileError, LocalFiles
-from hfdetox.data.images import EncodedImages, Result, Spool
+from hfdetox.data.images import EncodedImages, Spool
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
@@ -143,19 +143,12 @@ class ParquetReader(SplitReader):
         return [image if isinstance(image, bytes) else b"" for image in images]
 
     def _footer(self, name: str) -> pq.FileMetaData:
-        return self._open(name, pq.read_metadata)
+        return self._files.read(name, pq.read_metadata)
 
     def _read(self, group: _Group, column: str) -> pa.ChunkedArray:
         footer = self._footers[group.file]
-        return self._open(group.file, lambda source: pq.ParquetFile(source, metadata=footer, pre_buffer=True)
-                          .read_row_group(group.number, columns=[column]).column(0))  # fmt: skip
-
-    def _open(self, name: str, read: Callable[[Any], Result]) -> Result:
-        def attempt() -> Result:
-            with self._files.open(name) as source:
-                return read(source)
-
-        return self._files.guard(name, attempt)
+        return self._files.read(group.file, lambda source: pq.ParquetFile(source, metadata=footer, pre_buffer=True)
+                                .read_row_group(group.number, columns=[column]).column(0))  # fmt: skip
 
 
 class StreamReader(SplitReader):

@@ -10,7 +10,7 @@ import numpy as np
 
 from hfdetox.config import ImageOptions
 from hfdetox.data.columns import ColumnError, LabelReader
-from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, align_labels, list_names
+from hfdetox.data.labels import DROPPED, Alignment, LabelMismatchError, list_names
 from hfdetox.data.readers import SCAN_LIMIT, Block, SplitReader
 from hfdetox.errors import UsageError
 
@@ -106,16 +106,6 @@ class Chooser:
     warn: Callable[[str], None]
     reader: LabelReader
     alignment: Alignment
-
-    @classmethod
-    def of(
-        cls, source: SplitReader, evaluation: SplitReader, labels: Sequence[str], aliases: Sequence[Sequence[str]],
-        samples: int | float | None, options: ImageOptions, warn: Callable[[str], None],
-    ) -> Chooser:  # fmt: skip
-        """Align the labels of two splits with the model's."""
-        reader = label_reader(source, evaluation)
-        alignment = align_labels(reader.names, labels, options.label_map, aliases)
-        return cls(labels, samples, options, warn, reader, alignment)
 
     def _scan(self, source: SplitReader, rng: np.random.Generator | None = None) -> Iterator[Block]:
         """Yield blocks of row numbers and the model's labels: -1 where a class is left out, -2 where there is none."""

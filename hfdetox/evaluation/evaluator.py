@@ -17,6 +17,7 @@ from hfdetox.attacks.base import Implant, Poisoner
 from hfdetox.data.cache import Pixels
 from hfdetox.data.images import ImageSet
 from hfdetox.data.labels import accuracy_hint, list_names
+from hfdetox.data.load import Images
 from hfdetox.errors import RunError, UsageError
 from hfdetox.evaluation.metrics import BATCH_SIZE, Predictions, TriggerView, measure, predict, rate
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
@@ -159,6 +160,25 @@ def prepare_evaluator(
     chosen = with_targets(triggers, target, classifier.labels, warn, also)
     clean = decoded(images, classifier, accelerator, "decode", progress)
     return Evaluator(classifier, accelerator, clean, [], progress).with_triggers(chosen)
+
+
+def settle_order(
+    images: Images, classifier: Classifier, accelerator: Accelerator, warn: Callable[[str], None], progress: bool
+) -> Images:
+    """Try both usual orders of the classes where only an order says which is which, and take the one that fits.
+
+    They are the dataset's own, or that of its numbers, and that of the names. `warn` is told how well each fits.
+    """
+    if images.other is None:
+        return images
+    pixels = decoded(images.evaluation, classifier, accelerator, "try both orders", progress)
+    predicted = predict(classifier.network.to(accelerator.device), pixels, accelerator).predicted
+    own, by_name = (float(np.mean(part.evaluation.labels.numpy() == predicted)) for part in (images, images.other))
+    taken = images.other if by_name > own else images
+    warn(f"nothing but their order says which of the dataset's classes is which of the model's: in the dataset's own "
+         f"the model is right on {own:.1%}, in that of their names on {by_name:.1%} of the evaluation images; "
+         f"the {'second' if by_name > own else 'first'} was taken (--label-map says another)")  # fmt: skip
+    return replace(taken, other=None)
 
 
 def with_targets(

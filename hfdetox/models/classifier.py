@@ -76,6 +76,11 @@ class Classifier:
         """Whether the labels say more than their own numbers."""
         return self.labels != label_names(len(self.labels))
 
+    @property
+    def aliases(self) -> tuple[tuple[str, ...], ...]:
+        """Other names of each label, such as WordNet ids, as the model's configuration has them; or none."""
+        return self._loaded.aliases
+
     def card_source(self) -> str | None:
         """Return the text of the source's README.md, or None without one."""
         if self.folder is None or not is_inside(readme := self.folder / "README.md", self.folder):

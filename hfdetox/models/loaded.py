@@ -34,7 +34,8 @@ class NotAClassifierError(UsageError):
 class Loaded:
     """A built model of no library; each library's own kind knows how that library writes it.
 
-    `processor` is an image processor that is not among the source's files and is saved too.
+    `processor` is an image processor that is not among the source's files and is saved too; `aliases` are other names
+    of each label, or none.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class Loaded:
     labels: tuple[str, ...]
     architecture: str
     processor: Any = None
+    aliases: tuple[tuple[str, ...], ...] = ()
     library: ClassVar[Library] = "torch"
 
     def write(self, folder: Path, state: dict[str, torch.Tensor], source: Path | None, dtype: str) -> list[Path]:

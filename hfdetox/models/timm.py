@@ -134,13 +134,15 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:
     """Return what hfdetox needs to know of a timm model; `config` is its config.json where there is one."""
     num_labels = int(getattr(model, "num_classes", 0))
-    labels = _labels(model.pretrained_cfg, num_labels) or label_names(num_labels)
+    named_labels = _labels(model.pretrained_cfg, num_labels)
+    labels = tuple(text for _, text in named_labels) or label_names(num_labels)
     named = (config or {}).get("architecture") or model.pretrained_cfg.get("architecture")
-    return TimmModel(model, TimmPreprocessing(timm_data_config(model)), labels, str(named or type(model).__name__))
+    return TimmModel(model, TimmPreprocessing(timm_data_config(model)), labels, str(named or type(model).__name__),
+                     aliases=tuple((name,) for name, _ in named_labels))  # fmt: skip
 
 
-def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
-    """Return the labels of a pretrained_cfg, as it describes them; ImageNet's for its numbers of classes."""
+def _labels(config: dict[str, Any], num_labels: int) -> list[tuple[str, str]]:
+    """Return names and descriptions of a pretrained_cfg's labels; ImageNet's for its numbers of classes, else none."""
     names, descriptions = config.get("label_names"), config.get("label_descriptions") or {}
     if isinstance(names, dict):
         by_index = {int(index): name for index, name in names.items()}
@@ -148,12 +150,12 @@ def _labels(config: dict[str, Any], num_labels: int) -> tuple[str, ...] | None:
     if names is None:
         subset = timm.data.infer_imagenet_subset({"num_classes": num_labels})
         if subset is None:
-            return None
+            return []
         info = timm.data.ImageNetInfo(subset)
         names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
     if len(names) != num_labels:
-        return None
-    return tuple(str(descriptions.get(name, name)) for name in names)
+        return []
+    return [(str(name), str(descriptions.get(name, name))) for name in names]
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
+import timm
 
 from hfdetox.data.labels import DROPPED, LabelMapError, LabelMismatchError, accuracy_hint, align_labels
 from hfdetox.errors import UsageError
@@ -159,3 +161,120 @@ def test_the_best_renaming_is_found():
     assert accuracy_hint(confusion) == pytest.approx(25 / 30)
     assert accuracy_hint(np.diag([5, 5])) == 1.0
     assert accuracy_hint(np.zeros((3, 3), dtype=int)) == 0.0
+
+
+# the same class by another name
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKD"])
+@pytest.mark.parametrize("other", ["NFC", "NFD"])
+def test_names_are_the_same_in_every_unicode_form(form, other):
+    names = ["Äpfel", "Möhre", "Café ﬁn", "Ｂirne"]
+    ours, theirs = ([unicodedata.normalize(f, name) for name in names] for f in (form, other))
+    assert align_labels(ours, theirs[::-1]).mapping == [3, 2, 1, 0]
+
+
+def test_aliases_are_names_too():
+    labels, aliases = ["Actinic keratoses", "Melanoma, skin"], [["AKIEC", "akiec-1"], ["MEL"]]
+    assert align_labels(["mel", "AKIEC"], labels, aliases=aliases).mapping == [1, 0]
+    assert align_labels(["melanoma", "Actinic_Keratoses"], labels, aliases=aliases).mapping == [1, 0]
+    assert align_labels(["MEL"], labels, aliases=aliases).label_map == {"MEL": "Melanoma, skin"}
+    # two labels with one alias name none
+    with pytest.raises(LabelMismatchError):
+        align_labels(["X"], ["a", "b"], aliases=[["X"], ["X"]])
+
+
+IMAGENET = timm.data.ImageNetInfo("imagenet-1k")
+IDS, TEXTS = IMAGENET.label_names(), IMAGENET.label_descriptions()
+IMAGENETTE = ["n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
+              "n03445777", "n03888257"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["names", "ids"])
+@pytest.mark.parametrize("dataset", ["names", "ids", "crane2", "crane bird", "ids with names"])
+def test_imagenets_own_names_and_ids_align_with_each_other(dataset, model):
+    names = {
+        "names": TEXTS, "ids": IDS, "crane2": [*TEXTS[:517], "crane2", *TEXTS[518:]],
+        "crane bird": [*TEXTS[:134], "crane bird", *TEXTS[135:517], "crane machine", *TEXTS[518:]],
+        "ids with names": [f"{one}-{text.split(',')[0]}" for one, text in zip(IDS, TEXTS, strict=True)],
+    }[dataset]  # fmt: skip
+    alignment = align_labels(names, TEXTS if model == "names" else IDS)
+    assert alignment.mapping == list(range(1000))
+    assert alignment.note is None
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_imagenettes_folders_and_names_align_with_imagenet(shuffled):
+    labels = TEXTS[::-1] if shuffled else TEXTS
+    expected = [labels.index(TEXTS[IDS.index(one)]) for one in IMAGENETTE]
+    assert align_labels(IMAGENETTE, labels).mapping == expected
+    words = ["tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
+             "gas pump", "golf ball", "parachute"]  # fmt: skip
+    assert align_labels(words, labels).mapping == expected
+
+
+def test_a_name_that_others_begin_with_is_not_taken_for_them():
+    with pytest.raises(LabelMismatchError):
+        align_labels(["stage1", "stage2"], ["stage 3", "stage 4", "other"])
+    with pytest.raises(LabelMismatchError):
+        align_labels(["crane bird", "cranefly", "crane machine"], ["crane", "crane", "heron", "stork"])
+
+
+# numbers
+
+
+def folders(count, first=0):
+    return sorted(map(str, range(first, first + count)))
+
+
+@pytest.mark.parametrize("labels", [list(map(str, range(12))), [f"kind {chr(97 + i)}" for i in range(12)]])
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbered_folders_are_indices_and_the_order_of_their_names_is_kept_beside(labels, first):
+    names = folders(12, first)
+    alignment = align_labels(names, labels)
+    assert alignment.mapping == [int(name) - first for name in names]
+    assert alignment.other.mapping == list(range(12))
+    assert alignment.other.mapping != alignment.mapping
+
+
+def test_few_numbered_folders_have_one_order():
+    assert align_labels(folders(10), [f"LABEL_{i}" for i in range(10)]).other is None
+    assert align_labels(["3", "11"], [f"kind {chr(97 + i)}" for i in range(12)]).mapping == [3, 11]
+    with pytest.raises(LabelMismatchError):
+        align_labels(["3", "12"], [f"kind {chr(97 + i)}" for i in range(12)])
+
+
+def test_a_model_without_names_keeps_the_order_of_the_names_beside_that_of_the_dataset():
+    alignment = align_labels(["wolf", "cat", "dog"], ["0", "1", "2"])
+    assert alignment.mapping == [0, 1, 2]
+    assert alignment.other.mapping == [2, 0, 1]
+    assert alignment.other.label_map == {"wolf": "2", "cat": "0", "dog": "1"}
+    assert align_labels(["cat", "dog", "wolf"], ["0", "1", "2"]).other is None
+    assert align_labels(["dog", "cat"], ["cat", "dog"]).other is None
+
+
+@pytest.mark.parametrize("text", [
+    '{"cat": ' + "9" * 5000 + "}", '{"cat": 0, "cat": 1}', "[" * 100_000, "\ufeff{", '"cat"', "null", '{"cat": 1.5}',
+    '{"cat": true}', '{"cat": {"a": 0}}',
+])  # fmt: skip
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+def test_hostile_label_maps_are_one_line(tmp_path, text, ending):
+    path = tmp_path / f"map.{ending}"
+    path.write_text(text)
+    with pytest.raises(LabelMapError, match=f"map.{ending}") as caught:
+        align_labels(["cat"], ["cat", "dog"], path)
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", [
+    "!!timestamp x", "a: !!int 12x", "a: 2001-99-99", "cat: !!bool x", "&a [*a]", "? [1, 2]\n: 0", "cat: .nan",
+    "red: [&z0 [x,x,x,x,x,x,x,x,x,x],&z1 [*z0,*z0,*z0,*z0,*z0,*z0,*z0,*z0,*z0,*z0]]", "cat: 0\ncat: 1", "1: [",
+    "no: 0", "\x00", "cat: \x1b[31m",
+])  # fmt: skip
+def test_hostile_yaml_label_maps_are_one_line(tmp_path, text):
+    path = tmp_path / "map.yaml"
+    path.write_text(text)
+    with pytest.raises(LabelMapError, match="label map") as caught:
+        align_labels(["cat"], ["cat", "dog"], path)
+    assert len(str(caught.value)) < 500
