@@ -114,12 +114,12 @@ def test_cards_and_reports_stay_and_the_weights_go_unless_they_are_kept(ran, zoo
 
 def test_a_run_that_is_rejected_for_its_accuracy_is_a_result(zoo, tmp_path):
     """Its process ends with status 1, and the bench is done all the same."""
-    lost = "defenses: {lost: {defense: ft, settings: {epochs: 1, batch_size: 16, learning_rate: 20}}}"
+    lost = "defenses: {lost: {defense: ft, settings: {epochs: 1, batch_size: 16, momentum: 0, weight_decay: 100}}}"
     entry = "bench: [{models: [tiny], triggers: [badnets], ratios: [0.2], defenses: [lost], samples: [40]}]"
     suite = write(tmp_path, f"{SUITE.split('defenses:')[0]}{lost}\n{entry}\n")
     outcome = run_bench(suite, output=tmp_path / "bench", zoo=zoo[0], dataset=str(zoo[1]), precision="no")
     name = f"{BADNETS}/lost-n40-s0"
-    assert (statuses(outcome), outcome.exit_status) == ({name: "done"}, 0)
+    assert (statuses(outcome), outcome.exit_status) == ({name: "done"}, 0), outcome.problems()
     (row,) = outcome.rows
     assert row["accuracy_verdict"] == "rejected: accuracy"
     assert Report.load(tmp_path / "bench" / name).rejected
