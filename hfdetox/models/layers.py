@@ -36,8 +36,9 @@ def head_layers(model: nn.Module) -> list[str]:
     """Return the names of the Linear and Conv2d modules that give the logits, in the model's order.
 
     Of timm models: those of `get_classifier()` and of their configuration's `classifier`; of transformers models: the
-    last with num_labels outputs of each part outside the backbone; of the timm wrapper: those of its timm model; else
-    the last Linear (or Conv2d). Of several, those of whose weights each row makes one logit: no hidden layers.
+    last with num_labels outputs of each part outside the backbone; of the timm wrapper: those of its timm model; of
+    others all, or the last Linear (or Conv2d) where no images can be had. Of several, those of whose weights each row
+    makes one logit: no hidden layers.
     Raises LayerPatternError when the model has none.
     """
     prefix, inner = unwrapped(model)
@@ -57,16 +58,19 @@ def head_layers(model: nn.Module) -> list[str]:
         by_part = {name.split(".")[0]: name for name in outside}
         names = list(by_part.values()) or fitting[-1:]
     else:
-        names = ([name for name, layer in layers.items() if isinstance(layer, nn.Linear)] or list(layers))[-1:]
+        names = list(layers)
     if not names:
         raise LayerPatternError(f"{type(inner).__name__} has no classifier layer that can be found; name layers by "
                                 f"pattern: {_selectable(inner)}")  # fmt: skip
-    _refuse_computed(inner, names)
+    found = []
     if len(names) > 1:
         with probing(model) as (images, logits):
             if images is not None and logits is not None:
-                names = [name for name in names if _makes_logits(inner, name, images, logits)] or names
-    return [prefix + name for name in names]
+                found = [name for name in names if _makes_logits(inner, name, images, logits)]
+    if not found and len(names) == len(layers):
+        found = ([name for name in names if isinstance(layers[name], nn.Linear)] or names)[-1:]
+    _refuse_computed(inner, found or names)
+    return [prefix + name for name in found or names]
 
 
 def _refuse_computed(model: nn.Module, names: Iterable[str]) -> None:
@@ -77,11 +81,17 @@ def _refuse_computed(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _makes_logits(model: nn.Module, name: str, images: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Tell whether each row of a layer's weight makes one logit: a change of the first one moves no other logit."""
-    weight = model.get_parameter(f"{name}.weight").clone()
-    weight[0] += 1
-    moved = (library_logits(model, images, {f"{name}.weight": weight}) - logits).abs().amax(0)
-    return len(weight) == len(moved) and bool(moved[1:].max() < _NOTHING * moved[0])
+    """Tell whether each output of a layer makes one logit: a change of the first one moves no other logit."""
+    layer = _layers(model)[name]
+    if len(layer.weight) != logits.shape[1]:
+        return False
+
+    def change(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        output.select(1 if isinstance(module, nn.Conv2d) else -1, 0).add_(1)
+
+    with layer.register_forward_hook(change):
+        moved = (library_logits(model, images) - logits).abs().amax(0)
+    return bool(moved[1:].max() < _NOTHING * moved[0])
 
 
 def classes_of(model: nn.Module) -> int:
@@ -265,8 +275,8 @@ def _candidate_sizes(model: nn.Module, input_size: tuple[int, int, int] | None) 
         elif size is not None:
             height, width = size.values() if isinstance(size, Mapping) else size
             yield channels, height, width
-    for side in _SIDES:
-        yield channels, side, side
+    # the first convolution that is declared need not be the first that runs
+    yield from ((depth, side, side) for side in _SIDES for depth in dict.fromkeys((channels, 3)))
 
 
 def on_last_inputs(model: nn.Module, names: Iterable[str],

@@ -159,6 +159,31 @@ def test_hidden_layers_of_as_many_outputs_as_labels_are_no_heads():
     assert head_layers(model) == ["classifier"]
 
 
+class Shuffled(nn.Module):
+    """A stranger's network: its head comes first, an auxiliary head that is not used last."""
+
+    def __init__(self, classes, conv=False):
+        super().__init__()
+        self.conv = conv
+        self.head = nn.Conv2d(12, classes, 1) if conv else nn.Linear(12, classes)
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 4), nn.ReLU(), nn.Conv2d(12, 12, 1), nn.ReLU())
+        self.auxiliary = nn.Linear(12, classes)
+
+    def forward(self, images):
+        features = self.body(images)
+        return self.head(features).relu().mean((2, 3)) if self.conv else self.head(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("classes", [5, 12])
+def test_the_head_of_a_strangers_network_is_what_makes_its_logits(classes, conv):
+    torch.manual_seed(0)
+    model = Shuffled(classes, conv)
+    assert head_layers(model) == ["head"]
+    network = Network(model, CallablePreprocessing(lambda image: torch.zeros(3, 40, 40)))
+    assert head_layers(network) == match_layers(network, ["head"]) == ["model.head"]
+
+
 @pytest.mark.parametrize("classes", [24, 40])
 @pytest.mark.parametrize("kind", ["Siglip", "CLIP", "MetaClip2"])
 def test_as_many_classes_as_a_hidden_width_has(kind, classes):
