@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -51,14 +51,11 @@ def tamed(network: nn.Module, phases: Sequence[Phase | Pass],
             norm.train(len(batch.labels) > 1)
         network(batch.images)
 
-    def finish(accelerator: Accelerator) -> None:
-        equalise_buffers(network, accelerator)
-
-    anew = [Pass(name="statistics", start=start, on_batch=see, finish=finish)] if momenta else []
+    anew = Pass(name="statistics", start=start, on_batch=see, finish=partial(equalise_buffers, network))
     for module, name, _ in dropouts:
         setattr(module, name, DROPOUT)
     try:
-        yield [*phases, *anew]
+        yield [*phases, *([anew] if momenta else [])]
     finally:
         for module, name, share in dropouts:
             setattr(module, name, share)
