@@ -69,7 +69,7 @@ def test_folding_is_exact_and_changes_only_what_is_masked(family: str) -> None:
     mask = torch.where(torch.rand(masks.count, generator=generator) < 0.3, 0.4, 1.0)
     mask[: masks.layers[0].units] = 1
     before = weights_of(network)
-    with probing(network.model) as images:
+    with probing(network.model) as (images, _):
         assert images is not None
         masked = masks.logits(network, images, mask)
         assert equal_weights(weights_of(network), before)
