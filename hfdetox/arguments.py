@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from hfdetox.errors import UsageError
-from hfdetox.values import to_text
+from hfdetox.values import shown, to_text
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given", bound="Options")
@@ -81,10 +81,13 @@ class Options:
             if value is not None and one.least is not None:
                 if not isinstance(value, numbers.Integral):
                     raise UsageError(f"--{one.flag} must be a whole number, got {value!r}")
-                if value < one.least:
-                    raise UsageError(f"--{one.flag} must be at least {one.least}, got {value}")
+                if not one.least <= int(value) < 2**63:
+                    most = "" if value < one.least else " and below 2^63"
+                    raise UsageError(f"--{one.flag} must be at least {one.least}{most}, got {shown(value)}")
             if value is not None and one.check is not None:
                 one.check(f"--{one.flag}", value)
+            if isinstance(value, str | Path) and not _can_be_a_name(str(value)):
+                raise UsageError(f"--{one.flag} {shown(str(value))}: no file and no repository can be called that")
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""
@@ -188,6 +191,15 @@ def _documented(text: str, options: Mapping[str, Option]) -> str:
     lines = [f"{name}: {one.help} {one.more}".rstrip() for name, one in options.items()]
     wrapped = [textwrap.fill(line, 108, initial_indent=" " * 8, subsequent_indent=" " * 12) for line in lines]
     return text.replace("        {arguments}", "\n".join(wrapped))
+
+
+def _can_be_a_name(text: str) -> bool:
+    """Tell whether a file may be called that: text, no part too long even with the endings that outputs get."""
+    try:
+        parts = text.encode().split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and len(text) < 3000 and max(map(len, parts)) < 220
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ the command that repeats a run (`argv`). Nothing here imports torch or typer.
 
 import math
 import numbers
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,8 @@ class ImageOptions(Options):
         """Raise UsageError for options that do not go together."""
         if self.model is None:
             raise UsageError(f"MODEL is missing: name a Hub id or a local folder (see hfdetox {self.COMMAND} --help)")
+        for name in ("model", "dataset", "surrogate"):
+            check_there(name, getattr(self, name, None))
 
     def argv(self) -> list[str]:
         """Return the words of the command line that repeats the run, without `hfdetox`.
@@ -423,9 +426,16 @@ class BenchOptions(SuiteOptions):
     keep_models: bool = option(False, HUB, "Keep the cleaned models, not their reports and cards alone.")
 
 
+def check_there(what: str, name: Any) -> None:
+    """Raise UsageError for a path that is not there; another name may be one of the Hub."""
+    path = isinstance(name, Path) or (isinstance(name, str) and name.startswith((".", "/", "~")))
+    if path and not os.path.exists(name):
+        raise UsageError(f"{what} {name} is missing: no such folder")
+
+
 def redact_paths(text: str) -> str:
     """Return a text without where things lie: of a path that exists here, and of those in `KEY=PATH,…`, the name."""
-    path = Path(text)
-    if "=" in text and not path.exists():
+    there = os.path.exists(text)
+    if "=" in text and not there:
         return re.sub("(?<==)[^,]*/[^,]*", lambda found: redact_paths(found[0]), text)
-    return f"./{path.resolve().name}" if path.exists() or path.is_absolute() else text
+    return f"./{Path(text).resolve().name}" if there or os.path.isabs(text) else text

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from hfdetox.config import DEFAULT_DEFENSE
 from hfdetox.detox import detoxify
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, on_disk
 from hfdetox.implanting import implant
 from hfdetox.reporting.report import Report
 
@@ -55,9 +55,10 @@ def run(
     Raises:
         UsageError: the folder holds something else.
     """
-    _make_room(output)
+    with on_disk(f"write {output}", "choose another --output"):
+        _make_room(output)
     bare = bare_seconds()
-    say(f"This takes about {_spoken(1.2 * bare)} to {_spoken(2 * bare)} on this machine"
+    say(f"This takes about {_spoken(1.2 * bare, 2 * bare)} on this machine"
         + (", and twice as long again to compare." if compare else "."))  # fmt: skip
     say(f"1. Writing {output / 'digits'}: scikit-learn's handwritten digits, {SIDE}×{SIDE}")
     write_digits(output / "digits", seed)
@@ -145,5 +146,8 @@ def _make_room(output: Path) -> None:
     (output / MARK).write_text(json.dumps({"made_by": "hfdetox demo"}) + "\n", encoding="utf-8")
 
 
-def _spoken(seconds: float) -> str:
-    return f"{max(seconds, 10):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def _spoken(low: float, high: float) -> str:
+    """Return a span of seconds in words, such as `2 to 4 min`."""
+    size, unit = (1, "s") if high < 100 else (60, "min")
+    ends = dict.fromkeys(f"{max(end, 10) / size:.0f}" for end in (low, high))
+    return f"{' to '.join(ends)} {unit}"

@@ -10,12 +10,12 @@ from torch import nn
 
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
-from hfdetox.data.load import default_dataset, pin, pull_images
+from hfdetox.data.load import Images, open_first, pin, pull_images
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
-from hfdetox.hub.download import read_text_file, resolve, weight_files
+from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.models.loaded import check_links
@@ -27,6 +27,7 @@ from hfdetox.runs.publish import check_push_allowed
 from hfdetox.runs.result import (
     DetoxResult,
     check_draft,
+    check_saves,
     draw_strip,
     find_answers,
     gather_artifacts,
@@ -80,8 +81,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     notes = RunWarnings()
 
     with accelerator.main_process_first():
-        classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes.warn, progress=progress)
+        classifier, images = _pull(given, options, notes.warn)
     images = settle_order(images, classifier, accelerator, notes.warn, progress)
     inputs = fingerprint(classifier, images)
     if run is not None:
@@ -98,8 +98,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),
                 push_to, accelerator)  # fmt: skip
     if run is not None and accelerator.is_main_process:
-        run.record_fingerprint(inputs)
         run.begin(options, known)
+        run.record_fingerprint(inputs)
 
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
@@ -128,8 +128,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
 def evaluate(given: EvaluateOptions) -> EvalResult:
     """Measure a classifier: accuracy, loss, what each known trigger does, and how visible it is.
 
-    The images are those that `detoxify` measures: those left when the defense's are set aside. A module that is passed
-    is turned to float32 and eval mode. Nothing is written but the gallery, a PNG file.
+    The images are those of the evaluation split, or of the one split there is: none are set aside for a defense. A
+    module that is passed is turned to float32 and eval mode. Nothing is written but the gallery, a PNG file.
 
     Args:
         {arguments}
@@ -144,8 +144,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     accelerator = make_accelerator(options.device, "no" if own is None else "auto", given=own)
     notes = RunWarnings()
     with accelerator.main_process_first():
-        classifier = _load(given, options)
-        images = pull_images(options, given.dataset, classifier, notes.warn, progress=given.progress)
+        classifier, images = _pull(given, options, notes.warn)
     images = settle_order(images, classifier, accelerator, notes.warn, given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress,
@@ -189,36 +188,41 @@ def _without_objects(given: DetoxOptions) -> DetoxOptions:
     return options
 
 
-def _load(given: ImageOptions, options: ImageOptions) -> Classifier:
-    """Return the classifier: the object that was given, else the one that the options name."""
+def _pull(given: ImageOptions, options: ImageOptions, warn: Callable[[str], None]) -> tuple[Classifier, Images]:
+    """Return the classifier, the object that was given or the one that the options name, and the images for it."""
+    opened = open_first(given, options, warn)
     model = given.model if isinstance(given.model, nn.Module) else str(options.model or "")
-    return load_classifier(model, revision=options.revision, processor=given.processor,
-                           preprocessing=given.preprocessing, labels=given.labels,
-                           trust_remote_code=options.trust_remote_code)  # fmt: skip
+    classifier = load_classifier(model, revision=options.revision, processor=given.processor,
+                                 preprocessing=given.preprocessing, labels=given.labels,
+                                 trust_remote_code=options.trust_remote_code)  # fmt: skip
+    if isinstance(options, DetoxOptions):
+        check_saves(classifier, options.output, warn)
+    images = pull_images(options, given.dataset, classifier, warn, progress=given.progress, opened=opened)
+    return classifier, images
 
 
 @takes(DetoxOptions)
 def plan(options: DetoxOptions) -> dict[str, Any]:
-    """Return what `detoxify` with these arguments would pull, choose, write and push; downloads a card at most.
+    """Return what `detoxify` with these arguments would pull, choose, write and push.
+
+    Of the model card and configuration are pulled, of the dataset the header.
 
     Args:
         {arguments}
 
     Raises:
-        UsageError, HubError: what can be known at this point: unknown repositories, wrong settings or triggers, an
-            output that exists.
+        UsageError, HubError: what can be known at this point: unknown repositories, wrong settings or triggers, a
+            dataset without images or with other classes, an output that exists.
     """
     method, preset = parse_defense(str(options.defense), options.settings)
     parse_triggers(options.triggers)
     kind = resolve_device(options.device)
     planned: dict[str, Any] = {}
-    planned["model"], card = _plan_model(str(options.model), options.revision)
-    chosen = options.dataset or default_dataset(card)
-    local = options.dataset is not None and Path(options.dataset).exists()
-    source = None if local else resolve(chosen, repo_type="dataset", revision=options.dataset_revision)
+    planned["model"] = _plan_model(str(options.model), options.revision)
+    opened = open_first(options, options, lambda _: None)
     planned["dataset"] = {
-        "id": chosen, "revision": source.sha if source else None, "samples": options.clean_samples,
-        "eval_samples": options.eval_samples,
+        "id": options.dataset or (opened and opened.id), "revision": opened and opened.revision,
+        "samples": options.clean_samples, "eval_samples": options.eval_samples,
     }  # fmt: skip
     planned["defense"] = {"name": method.name, "preset": preset, **method.settings()}
     planned["triggers"] = list(options.triggers)
@@ -232,13 +236,10 @@ def plan(options: DetoxOptions) -> dict[str, Any]:
     return planned
 
 
-def _plan_model(model: str, revision: str | None) -> tuple[dict[str, Any], str | None]:
+def _plan_model(model: str, revision: str | None) -> dict[str, Any]:
     if Path(model).is_dir():
         check_links(Path(model))
-        readme = Path(model) / "README.md"
-        card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
-        return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}, card
+        return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}
     repo_id, _, at = model.removeprefix("hf_hub:").removeprefix("hf-hub:").partition("@")
     state = resolve(repo_id, revision=revision or at or None)
-    planned = {"id": state.id, "revision": state.sha, "files": weight_files(state)}
-    return planned, read_text_file(state.id, "README.md", state.sha)
+    return {"id": state.id, "revision": state.sha, "files": weight_files(state)}

@@ -1,16 +1,24 @@
 """The errors a person can act on; each carries the exit status of the command line's contract."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# white space, what moves the cursor or turns the writing around on a terminal, and halves of characters
+_CONTROL = re.compile("[\\s\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+_LONGEST = 1000  # letters of an error's line
 
 
 class HfdetoxError(Exception):
     """Base of every error whose message is meant for the person who runs hfdetox.
 
-    The message is one line that says what is wrong and what to do.
+    The message is one line that says what is wrong and what to do; of a longer one the middle is left out.
     """
 
     exit_status = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message, _LONGEST))
 
 
 class RunError(HfdetoxError, RuntimeError):
@@ -50,9 +58,10 @@ def on_disk(doing: str, advice: str = "") -> Iterator[None]:
         raise RunError("; ".join(filter(None, [f"cannot {doing}: {error.strerror or error}", advice]))) from error
 
 
-def one_line(error: BaseException) -> str:
-    """Return another library's message on one line, at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+def one_line(value: object, most: int | None = 300) -> str:
+    """Return a text of strangers, such as another library's message, on one line, its middle left out beyond `most`."""
+    line = _CONTROL.sub(" ", str(value)).strip()
+    return line if most is None or len(line) <= most else f"{line[: most * 2 // 3]} … {line[-(most // 3) :]}"
 
 
 @contextmanager

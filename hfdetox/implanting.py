@@ -15,7 +15,7 @@ from hfdetox.attacks.base import AttackContext, Implant, Poisoner, TrainingPoiso
 from hfdetox.config import AttackOptions
 from hfdetox.data.cache import apply_to_image
 from hfdetox.data.images import ImageSet
-from hfdetox.data.load import Images, class_names, pin, pull_images
+from hfdetox.data.load import Images, class_names, open_first, pin, pull_images
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions
@@ -26,7 +26,7 @@ from hfdetox.reporting.filling import close_attack_report, open_attack_report
 from hfdetox.reporting.report import Goals, missed_goals
 from hfdetox.runs.folder import check_output, command_of, holds_output
 from hfdetox.runs.publish import check_push_allowed, comes_backdoored
-from hfdetox.runs.result import AttackArtifacts, AttackResult, check_draft, publish
+from hfdetox.runs.result import AttackResult, check_draft, check_saves, gather_attack_artifacts, publish
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
@@ -66,10 +66,12 @@ def implant(given: AttackOptions) -> AttackResult:
     notes = RunWarnings()
 
     with accelerator.main_process_first():
+        opened = open_first(given, run, notes.warn)
         start = _start(given, run)
         check_init(run, start, notes.warn)
         classifier = start.classifier
-        images = pull_images(run, given.dataset, classifier, notes.warn, progress=progress)
+        check_saves(classifier, run.output, notes.warn)
+        images = pull_images(run, given.dataset, classifier, notes.warn, progress=progress, opened=opened)
         implants = build_implants(run, known, poisoners, classifier, images, notes.warn)
         clean_model = find_surrogate(run, start, implants)
     evaluator = functools.partial(prepare_evaluator, classifier, accelerator=accelerator, target=run.target,
@@ -102,7 +104,7 @@ def implant(given: AttackOptions) -> AttackResult:
                                  epochs=training.epochs, reached=monitor is not None and monitor.reached)  # fmt: skip
     if not report.succeeded:
         notes.warn(f"the attack did not succeed: {'; '.join(missed_goals(after.measurement, goals))}")
-    result = AttackResult(report, classifier, AttackArtifacts(source_card, evaluation, after, visibility))
+    result = AttackResult(report, classifier, gather_attack_artifacts(source_card, evaluation, after, visibility))
     if run.output is not None:
         result.save(run.output, overwrite=run.overwrite)
     return publish(result, accelerator, push_to, run)

@@ -11,9 +11,12 @@ import re
 import sys
 from logging import CRITICAL, DEBUG, ERROR, INFO, WARNING
 
+from hfdetox.errors import one_line
+
 _LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
 _root = logging.getLogger("hfdetox")
 _bars = True
+_LONGEST = 2000  # letters of a line on standard error
 
 MASK = "***"
 # a name after a slash is a repository's ("org/hf_…"), not a token
@@ -52,7 +55,7 @@ def complain(line: str) -> None:
     Every process does: one that fails alone, or first, would take its reason with it.
     """
     rank = "" if is_main_process() else f" (process {os.environ['RANK']})"
-    write_line(f"hfdetox{rank}: {mask_secrets(' '.join(line.split()))}")
+    write_line(f"hfdetox{rank}: {mask_secrets(one_line(line, _LONGEST))}")
 
 
 def write_line(text: str) -> None:
@@ -122,6 +125,9 @@ def enable_progress_bars() -> None:
     """Show progress bars again, unless `HF_HUB_DISABLE_PROGRESS_BARS` forbids them."""
     global _bars
     _bars = True
+
+
+_LONGEST = 2000  # letters of a line on standard error
 
 
 def disable_progress_bars() -> None:

@@ -188,6 +188,17 @@ def read_fields(key: str, kind: type[Any], value: Any) -> Any:
     return kind(**{name: read(_join(key, name), hints[name], item) for name, item in value.items()})
 
 
+def check_known(where: str, found: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Check those of the keys in `hints` that a stranger's mapping has; the rest of it is not looked at.
+
+    Raises:
+        UsageError: a value that is not of its type; None is for want of one.
+    """
+    for key, hint in hints.items():
+        if found.get(key) is not None:
+            read(_join(where, key), hint, found[key])
+
+
 def expected(hint: Any) -> str:
     """Return in words what a value of the type may be, such as `a number or auto`."""
     origin = typing.get_origin(hint) or hint
@@ -357,8 +368,10 @@ def _intervals(hint: Any) -> list[Interval]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    # bool is an int to Python, and JSON has one kind of number
-    return type(value) is hint or (hint is float and type(value) is int)
+    # bool is an int to Python, and JSON has one kind of number; one that is none is of no use anywhere
+    return (type(value) is hint or (hint is float and type(value) is int)) and (
+        not isinstance(value, float) or math.isfinite(value)
+    )
 
 
 def _read_text(hint: Any, text: str) -> tuple[bool, Any]:

@@ -147,8 +147,9 @@ def test_old_names_give_what_new_ones_give(tmp_path: Path) -> None:
         old = hfdetox.load_images(tmp_path, labels=NAMES, samples=12)  # type: ignore[call-arg]
     assert old.info == hfdetox.load_images(tmp_path, labels=NAMES, clean_samples=12).info
     model = timm_folder(tmp_path / "model")
+    (tmp_path / "map.json").write_text('{"horse": "elk"}')
     with pytest.warns(FutureWarning, match="samples= is now clean_samples="):
-        planned = plan(model, dataset=str(tmp_path), samples=7)  # type: ignore[call-arg]
+        planned = plan(model, dataset=str(tmp_path), samples=7, label_map=tmp_path / "map.json")  # type: ignore[call-arg]
     assert planned["dataset"]["samples"] == 7
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,9 +18,12 @@ from hfdetox.values import (
     NonNegativeInt,
     PositiveFloat,
     check_fields,
+    check_known,
     read,
     read_fields,
+    read_json,
     read_untyped,
+    read_yaml,
     to_text,
     words_of,
 )
@@ -198,3 +203,66 @@ def test_an_interval_says_what_it_has() -> None:
     assert float("inf") not in Interval("(0, inf)")
     assert np.int64(2) in Interval("[2, inf]")
     assert "2" not in Interval("[2, inf]")
+
+
+DEEP = "[" * 200 + "]" * 200
+BOMB = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "Expecting"), (b"", "Expecting"), (b"\xff\xfe{}", "byte 0 is not UTF-8 text"),
+        (b"[" * 100_000, "nested too deeply"), (DEEP.encode(), "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"), (b'{"a": ' + b"9" * 400 + b"}", "hundreds of digits"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"), (b'{"a": "x\\u0000"}', "a character that is none"),
+        (b'{"\\ud800": 1}', "a character that is none"), (b" " * (33 * 2**20), "larger than 32 MiB"),
+        (b"[1]", r"must be a mapping, got \[1\]"), (b'{"a": 1, "\x01": 2}', "Invalid control character"),
+    ],
+)  # fmt: skip
+def test_hostile_json_is_one_line_that_names_the_file(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(file))} is not .*{said}[^\n]*$"):
+        read_json(file, dict[str, Any])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: !!bool maybe", "a value is not what its tag"), ("a: !!int 12x", "invalid literal"),
+        ("a: !!float x", "could not convert"), ("!!timestamp x", "a value is not what its tag"),
+        ("a: 2001-02-30", "day is out of range"), ("a: 2001-99-99", "month must be"), ("a: " + "9" * 5000, "digits"),
+        ("a: [", "parsing a flow"), ("a: 1\nb: 2\na: 3", "the key a is there twice"),
+        (f"a: {DEEP}", "nested too deeply"),
+        (BOMB, "more than 1,000,000 values"), ("a: &a [1, *a]", "nested too deeply"), ("- " * 2000, "nest|depth"),
+        ("? [a, b]\n: c", "unhashable"), ("!!python/object/apply:os.system [x]", "constructor"), ("a: \x00", "cha"),
+        ("x" * 2**21, "larger than 1 MiB"),
+    ],
+)  # fmt: skip
+def test_hostile_yaml_is_one_line_that_names_the_file(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(file))} is not valid YAML: .*{said}[^\n]*$") as caught:
+        read_yaml(file)
+    assert len(str(caught.value)) < 600
+
+
+def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
+    for file, said in ((tmp_path, "directory"), (tmp_path / "no", "No such"), (tmp_path / ("n" * 300), "too long")):
+        with pytest.raises(UsageError, match=f"cannot be read: .*{said}"):
+            read_json(file)
+    # it never ends
+    with pytest.raises(UsageError, match="larger than 32 MiB"):
+        read_json(Path("/dev/zero"))
+
+
+def test_a_byte_order_mark_and_shared_values_are_no_fault(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(file) == read_yaml(file) == {"a": 1}
+    file.write_text("a: &x {b: 1}\nc: *x\nd:\n  <<: *x\n")
+    assert read_yaml(file) == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1}}
+    check_known("it", {"a": 1, "b": "?", "c": None}, {"a": int, "c": int})
+    with pytest.raises(UsageError, match=r"^it\.b must be a whole number, got '\?'"):
+        check_known("it", {"a": 1, "b": "?"}, {"b": int})

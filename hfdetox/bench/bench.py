@@ -14,7 +14,7 @@ from hfdetox.bench.suite import SuiteFile, TargetEntry
 from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
-from hfdetox.config import BenchOptions
+from hfdetox.config import BenchOptions, check_there
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import locked, sha256_file
@@ -54,11 +54,11 @@ class Bench(TaskFolder[Run, BenchOptions]):
     def prepare(self, suite: SuiteFile) -> list[Run]:
         """Return the runs; models and images of this machine are there, and their fingerprints are taken."""
         runs = bench_runs(suite)
-        _check_there("dataset", self.dataset)
+        check_there("dataset", self.dataset)
         targets = {run.target.name: run.target for run in runs}
         for name, target in targets.items():
             if isinstance(target.source, TargetEntry):
-                _check_there(f"subject {name}: model", target.source.model)
+                check_there(f"subject {name}: model", target.source.model)
             elif self.settings.zoo is None:
                 raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack "
                                  f"--suite {suite.file} --output ZOO builds it)")  # fmt: skip
@@ -155,12 +155,6 @@ class Bench(TaskFolder[Run, BenchOptions]):
             return weights_of(self._zoo_folder(name))
         folder = Path(source.model)
         return [sha256_file(file) for file in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else None
-
-
-def _check_there(what: str, name: str) -> None:
-    """Raise UsageError for a path that is not there; another name may be one of the Hub."""
-    if name.startswith((".", "/", "~")) and not Path(name).exists():
-        raise UsageError(f"{what} {name}: no such folder")
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -24,14 +24,13 @@ from hfdetox.bench.suite import SuiteFile
 from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.bench.tasks import Run, Task
 from hfdetox.config import SuiteOptions
-from hfdetox.errors import UsageError, located
+from hfdetox.errors import UsageError, located, one_line, refusing
 from hfdetox.files import locked, write_atomically
-from hfdetox.reporting.markdown import one_line
 from hfdetox.reporting.report import AttackReport, RunReport
 from hfdetox.specs import split_items
 from hfdetox.threads import VARIABLE, available_cores
 from hfdetox.triggers import TRIGGERS
-from hfdetox.values import read, read_json
+from hfdetox.values import check_known, read, read_json
 
 _TAIL = 1 << 16  # bytes of a log in which the reason is looked for
 _ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
@@ -119,7 +118,8 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
             report = self.report.load(folder)
         if wrong := self.difference(task, report):
             raise UsageError(f"{folder} is a finished {wrong}; it is not replaced: choose another --output, or {again}")
-        return self.tables.row(task, report=report)
+        with refusing(f"{file} cannot be used, {again}"):
+            return self.tables.row(task, report=report)
 
     def outcome(self) -> Any:
         """Return the rows as this run knows them."""
@@ -197,6 +197,7 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
         """Return the content of NAME.json, nothing where there is none that can be read."""
         with contextlib.suppress(UsageError):
             found = read_json(self.beside(task, "json"), dict[str, Any])
+            check_known("", found, {"failed": str, "device": str})
             # an earlier version wrote paths that are within a word
             return {**found, "command": redacted(read("command", list[str], found.get("command", [])))}
         return {}

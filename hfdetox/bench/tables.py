@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hfdetox.config import redact_paths
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, one_line
 from hfdetox.files import locked, write_atomically
-from hfdetox.reporting import markdown
 from hfdetox.reporting.card import templates
 from hfdetox.values import read_json
 
@@ -118,7 +117,7 @@ class Tables(ABC):
             if not isinstance(document["hfdetox_version"], str):
                 raise TypeError("hfdetox_version")
             return self.read(document)
-        except (UsageError, KeyError, TypeError) as error:
+        except (UsageError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{file} is no table that this hfdetox reads ({error!r}); choose another --output, or "
                              "remove the file: what was made beside it is kept") from error  # fmt: skip
 
@@ -134,7 +133,7 @@ class Tables(ABC):
         foreign = sorted(name for name in there - {task.split("/")[0] for task in tasks} - set(self.files)
                          if not name.startswith("."))  # fmt: skip
         if foreign and self.files[0] not in there:
-            what = f"{markdown.one_line(foreign[0])}, and no {self.files[0]}"
+            what = f"{one_line(foreign[0])}, and no {self.files[0]}"
             raise UsageError(f"--output {self.folder} holds something else than this {self.title} ({what}); choose "
                              "another folder")  # fmt: skip
         self.earlier()

@@ -31,7 +31,7 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
-from hfdetox.errors import HfdetoxError
+from hfdetox.errors import HfdetoxError, one_line
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
@@ -298,6 +298,8 @@ def say(*lines: Any) -> None:
     if is_main_process():
         console = Console(file=sys.stdout, highlight=False, emoji=False)
         for line in lines:
+            if isinstance(line, str):
+                line = " " * (len(line) - len(line.lstrip(" "))) + one_line(line, None)
             console.print(line, markup=False, soft_wrap=isinstance(line, str))
 
 

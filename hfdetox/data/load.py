@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
 from hfdetox.arguments import renames
 from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions, check_pixel_range, check_samples
@@ -22,7 +24,8 @@ from hfdetox.data.opened import OpenedDataset, card_header, open_dataset
 from hfdetox.data.readers import SplitReader
 from hfdetox.data.sampling import Chooser, Selection, TooFewImagesError, label_reader
 from hfdetox.errors import UsageError
-from hfdetox.models.classifier import Classifier
+from hfdetox.models.classifier import ARCHITECTURE, Classifier, peek
+from hfdetox.models.loaded import label_names
 from hfdetox.progress import progress_bar, updates
 
 Options = TypeVar("Options", bound=ImageOptions)
@@ -99,22 +102,26 @@ def load_images(
 def _load(
     dataset: Any, labels: Sequence[str], aliases: Sequence[Sequence[str]], clean_samples: int | float | None,
     options: ImageOptions, *, channels: int, warn: Callable[[str], None], progress: Progress | None, hub_only: bool,
+    alone: bool = False,
 ) -> Images:  # fmt: skip
-    """Do what `load_images` says, with `options` for most of its arguments."""
+    """Do what `load_images` says, with `options` for most of its arguments.
+
+    What is measured `alone` sets no images aside, and looks at no others.
+    """
     if clean_samples is not None:
         check_samples("--samples", clean_samples)
     origin = open_dataset(dataset, options, labels, warn=warn, hub_only=hub_only)
-    train, measures = _split_names(origin.splits, options.split, options.eval_split)
-    source = origin.open(train)
+    train, measures = _split_names(origin.splits, options.split, options.eval_split, alone=alone)
+    source = None if alone else origin.open(train)
     empty = list[str]()
     # without labels anywhere else a part of the training split is measured
     for name in measures if options.eval_split is not None else dict.fromkeys([*measures, train]):
-        evaluation = source if name == train else _open_labelled(origin, name, options)
+        evaluation = source if source is not None and name == train else _open_labelled(origin, name, options)
         if evaluation is not None:
-            reader = label_reader(source, evaluation)
+            reader = label_reader(source or evaluation, evaluation)
             alignment = align_labels(reader.names, labels, options.label_map, aliases)
             chooser = Chooser(labels, clean_samples, options, warn, reader, alignment)
-            eval_rows = chooser.apart(source) if evaluation is source else chooser.measured(evaluation)
+            eval_rows = chooser.apart(evaluation) if evaluation is source else chooser.measured(evaluation)
             if len(eval_rows.indices):
                 break
         empty.append(name)
@@ -125,10 +132,14 @@ def _load(
         warn(f"split {' and '.join(empty)} has no labels; {instead}")
     if alignment.note:
         warn(alignment.note)
-    clean_rows = chooser.clean(source, eval_rows.indices if evaluation is source else ())
-    clean, measured = _image_set(source, clean_rows, channels), _image_set(evaluation, eval_rows, channels)
+    measured = _image_set(evaluation, eval_rows, channels)
+    clean = measured.subset([])
+    if source is not None:
+        clean_rows = chooser.clean(source, eval_rows.indices if evaluation is source else ())
+        clean = _image_set(source, clean_rows, channels)
     pixel_range = _settle_range(clean, measured, options.pixel_range, warn)
-    measured = _without_duplicates(clean, measured, warn, progress)
+    if source is not None:
+        measured = _without_duplicates(clean, measured, warn, progress)
     one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
     everything = len(measured) == evaluation.rows and not evaluation.limited
     info = DatasetInfo(
@@ -228,12 +239,22 @@ def default_dataset(card_text: str | None) -> str:
     return ids[0]
 
 
-def _split_names(splits: Sequence[str], split: str | None, eval_split: str | None) -> tuple[str, list[str]]:
-    """Return the split for the defense and those to measure with, the preferred one first; the same one means parts."""
+def _split_names(
+    splits: Sequence[str], split: str | None, eval_split: str | None, *, alone: bool = False
+) -> tuple[str, list[str]]:
+    """Return the split for the defense and those to measure with, the preferred one first; the same one means parts.
+
+    With `alone` there is no defense, and its split is measured where no other has labels.
+    """
     names = list_names(splits, 12)
     for name, option in ((split, "--split"), (eval_split, "--eval-split")):
         if name is not None and name not in splits:
             raise UsageError(f"{option} {name}: the dataset has no such split; it has {names}")
+    if alone:
+        named = [eval_split] if eval_split else [name for name in _EVAL_NAMES if name in splits and name != split]
+        if not named and len(splits) > 1:
+            raise UsageError(f"the dataset has no test or validation split; choose one with --eval-split ({names})")
+        return next((name for name in _TRAIN_NAMES if name in splits), splits[-1]), list(named or splits)
     others = [name for name in splits if len(splits) == 1 or name not in (*_EVAL_NAMES, eval_split)]
     train = split or next((name for name in _TRAIN_NAMES if name in splits), others[0] if len(others) == 1 else None)
     if train is None:
@@ -246,27 +267,75 @@ def _split_names(splits: Sequence[str], split: str | None, eval_split: str | Non
     return train, measures or [train]
 
 
-def pull_images(
-    options: ImageOptions, dataset: Any, classifier: Classifier, warn: Callable[[str], None], *, progress: bool = False
-) -> Images:
-    """Return the clean and evaluation images; `dataset` is an object, or the id or folder that `options` has too."""
-    for text in classifier.warnings:
-        warn(text)
+def open_images(
+    options: ImageOptions, dataset: Any, labels: Sequence[str], card: str | None, warn: Callable[[str], None]
+) -> OpenedDataset:
+    """Open a dataset, and check what its header tells: its splits, its columns, and that its classes are the model's.
+
+    Args:
+        dataset: an object, or the id or folder that `options` has too; None for the one that the card names.
+        labels: the model's; none where they are not known yet, and no classes are checked.
+        card: text of the model's card.
+
+    Raises what `load_images` raises.
+    """
     chosen = options.dataset if dataset is None or isinstance(dataset, str | Path) else dataset
     named_by_card = chosen is None
     if chosen is None:
-        chosen = default_dataset(classifier.card_source())
-        warn(f"the clean images are from {chosen}, which the model's own card names: its author chose them")
+        chosen = default_dataset(card)
+        warn(f"the images are from {chosen}, which the model's own card names: its author chose them")
+    # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
+    hub_only = dataset is None and (options.dataset is None or options.dataset_revision is not None)
+    origin = open_dataset(chosen, options, labels, warn=warn, hub_only=hub_only)
+    origin.named_by_card = named_by_card
+    alone = isinstance(options, EvaluateOptions)
+    train, measures = _split_names(origin.splits, options.split, options.eval_split, alone=alone)
+    # a split to measure with may be without labels where another has them
+    with suppress(ColumnError) if alone and len(origin.splits) > 1 else nullcontext():
+        names = origin.columns(measures[0] if alone else train).names
+        if labels and names is not None:
+            align_labels(names, labels, options.label_map)
+    return origin
+
+
+def open_first(given: ImageOptions, options: ImageOptions, warn: Callable[[str], None]) -> OpenedDataset | None:
+    """Open the dataset before the model, so that what is wrong with it is said before any weights are pulled.
+
+    Args:
+        given: with objects, as a person gave them.
+        options: without.
+
+    Returns:
+        None where no weights are to be pulled: for a module, and for weights that are drawn.
+
+    Raises what `load_images` raises, and what `load_classifier` raises of a model without a usable config.json.
+    """
+    model = str(options.model or "")
+    if isinstance(given.model, nn.Module) or model.startswith(ARCHITECTURE) or getattr(options, "init", None):
+        return None
+    card, labels = peek(model, options.revision, options.trust_remote_code)
+    if given.labels is not None:
+        labels = label_names(given.labels)
+    return open_images(options, given.dataset, labels, card, warn)
+
+
+def pull_images(
+    options: ImageOptions, dataset: Any, classifier: Classifier, warn: Callable[[str], None], *, progress: bool = False,
+    opened: OpenedDataset | None = None,
+) -> Images:  # fmt: skip
+    """Return the clean and evaluation images of a dataset, see `open_images`, which may have opened it already."""
+    for text in classifier.warnings:
+        warn(text)
+    if opened is None or tuple(opened.labels) != classifier.labels:
+        opened = open_images(options, dataset, classifier.labels, classifier.card_source(), warn)
     # every image is decoded once, which takes minutes for large sets
     with progress_bar("read images", None, "image", shown=progress) as bar:
         images = _load(
-            # what is only measured sets the same images aside
-            chosen, classifier.labels, classifier.aliases, getattr(options, "clean_samples", DEFAULT_SAMPLES), options,
-            channels=classifier.preprocessing.input_size[0], warn=warn, progress=updates(bar),
-            # a resumed run's dataset with a commit was one of the Hub, whatever folder has its name here
-            hub_only=dataset is None and (options.dataset is None or options.dataset_revision is not None),
+            opened, classifier.labels, classifier.aliases, getattr(options, "clean_samples", None), options,
+            channels=classifier.preprocessing.input_size[0], warn=warn, progress=updates(bar), hub_only=False,
+            alone=isinstance(options, EvaluateOptions),
         )  # fmt: skip
-    return replace(images, info=replace(images.info, named_by_card=named_by_card))
+    return replace(images, info=replace(images.info, named_by_card=opened.named_by_card))
 
 
 def pin(options: Options, classifier: Classifier, images: Images) -> Options:

@@ -55,6 +55,7 @@ class OpenedDataset:
     Attributes:
         data: what `datasets` reads a folder or Hub repository by, an image folder, or tables by their split.
         files: the data files that it may name.
+        named_by_card: whether the model's own card chose it.
     """
 
     id: str
@@ -67,6 +68,7 @@ class OpenedDataset:
     image_column: str | None = None
     label_column: str | None = None
     labels: Sequence[str] = ()
+    named_by_card: bool = False
 
     def columns(self, split: str) -> Columns:
         """Return the image and label columns of a split; raises ColumnError when they cannot be told."""
@@ -163,17 +165,19 @@ class _PlainWebDataset(WebDataset):
 
 
 def open_dataset(
-    dataset: str | Path | Dataset | DatasetDict, options: ImageOptions, labels: Sequence[str] = (), *,
+    dataset: str | Path | Dataset | DatasetDict | OpenedDataset, options: ImageOptions, labels: Sequence[str] = (), *,
     warn: Callable[[str], None], hub_only: bool = False,
 ) -> OpenedDataset:  # fmt: skip
     """Open a Hub id, a folder or a `datasets` object; the Hub is asked for the commit first, which is then pinned.
 
     `options` say the configuration, the revision and the columns; the model's `labels` help to tell the classes. With
-    `hub_only` a name is a Hub id even where a folder of that name lies here.
+    `hub_only` a name is a Hub id even where a folder of that name lies here. One that is open stays as it is.
 
     Raises DatasetError (UsageError) for what cannot be read as asked, HubError for what the Hub does not give.
     """
     config, revision = options.dataset_config, options.dataset_revision
+    if isinstance(dataset, OpenedDataset):
+        return dataset
     if isinstance(dataset, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         origin = _from_object(dataset)
     elif not hub_only and (Path(dataset).exists() or str(dataset).startswith((".", "/", "~"))

@@ -4,24 +4,27 @@ huggingface_hub retries some requests itself and raises others at once (repo_inf
 file's GET); `ask` retries those, keeps the Hub's Retry-After, and turns what is left into one `HubError` line.
 """
 
+import contextlib
 import email.utils
 import errno
 import importlib
 import json
+import re
 import socket
 import ssl
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import constants, errors, get_session, get_token
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
+from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError, one_line
+from hfdetox.values import parse_json
 
 # The Hub client's HTTP library: httpx for 1.x, httpx2 for 2.x, with the same names in it. The client's errors are made
 # from its own; 1.x exports neither the library nor its time-outs.
@@ -194,12 +197,12 @@ def translate(error: BaseException, what: str) -> HfdetoxError:
     if isinstance(error, errors.LocalTokenNotFoundError):
         return AccessError(f"no token for {what}; log in with `hf auth login` or set HF_TOKEN")
     if isinstance(error, errors.HFValidationError):
-        return UsageError(f"{what}: neither a folder nor a Hub id (NAMESPACE/NAME): {_line(str(error))}")
+        return UsageError(f"{what}: neither a folder nor a Hub id (NAMESPACE/NAME): {line_of(str(error))}")
     if isinstance(error, errors.HfHubHTTPError):
         return _translate_status(error, what)
     if "Invalid metadata in README.md" in str(error):
-        return UsageError(f"the Hub refuses the card of {what}: {_line(str(error))}; correct README.md")
-    reason = _line(str(error)) or type(error).__name__
+        return UsageError(f"the Hub refuses the card of {what}: {line_of(str(error))}; correct README.md")
+    reason = line_of(str(error)) or type(error).__name__
     if isinstance(error, (http.TransportError, http.InvalidURL)) or _is_network(error):
         step = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use files that are cached"
         return UnreachableError(f"the Hub at {constants.ENDPOINT} cannot be reached for {what} ({reason}); {step}")
@@ -233,13 +236,13 @@ def _translate_local(error: OSError, what: str) -> RunError:
         return RunError(f"the disk is full ({place}); free some space or set HF_HOME elsewhere")
     caches = (constants.HF_HOME, constants.HF_HUB_CACHE)
     if error.filename is not None and any(Path(str(error.filename)).is_relative_to(cache) for cache in caches):
-        return RunError(f"the cache cannot be used: {_line(str(error))}; set HF_HOME to a folder that can be written")
-    return RunError(f"{what}: {_line(str(error))}; this is not the Hub's answer but this machine's")
+        return RunError(f"the cache cannot be used: {line_of(str(error))}; set HF_HOME to a folder that can be written")
+    return RunError(f"{what}: {line_of(str(error))}; this is not the Hub's answer but this machine's")
 
 
 def _translate_status(error: errors.HfHubHTTPError, what: str) -> HfdetoxError:
     status = error.response.status_code
-    said = f": {_line(error.server_message)}" if error.server_message else ""
+    said = f": {line_of(error.server_message)}" if error.server_message else ""
     logged_in = bool(_token())
     if isinstance(error, errors.GatedRepoError):
         step = ("this account has no access; ask for it on the repository's page" if logged_in else
@@ -249,7 +252,9 @@ def _translate_status(error: errors.HfHubHTTPError, what: str) -> HfdetoxError:
         return AccessError(f"the Hub refuses the token for {what}; log in again with `hf auth login` or set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
         step = "that this account may read it" if logged_in else "if it is private `hf auth login` or set HF_TOKEN"
-        return UnknownRepoError(f"{what} is not on the Hub at {constants.ENDPOINT}; check the spelling, and {step}")
+        nor = "" if what.startswith("a ") else " (there is no folder of that name either)"
+        return UnknownRepoError(f"{what} is not on the Hub at {constants.ENDPOINT}; check the spelling{nor}, and "
+                                f"{step}")  # fmt: skip
     if isinstance(error, errors.RevisionNotFoundError):
         return UnknownRepoError(f"{what}: no such branch, tag or commit; leave the revision out to use the main branch")
     if isinstance(error, errors.EntryNotFoundError):
@@ -285,8 +290,20 @@ def _token() -> str | None:
         return None  # the token's file cannot be read; what is being reported says so already
 
 
-def _line(text: str) -> str:
-    """Return `text` as one line of at most 200 characters, without the token should a server echo it."""
+def line_of(text: str) -> str:
+    """Return `text` as one line, its sentences where it holds JSON, without the token should a server echo it."""
     token = _token()
-    text = " ".join(text.split())
-    return (text.replace(token, "<token>") if token else text)[:200]
+    start = re.search(r'[\[{]\s*["{]', text)
+    with contextlib.suppress(ValueError):
+        if start and (said := list(_sentences(parse_json(text[start.start() :])))):
+            text = text[: start.start()] + "; ".join(said)
+    return one_line(text.replace(token, "<token>") if token else text, 200)
+
+
+def _sentences(answer: Any) -> Iterator[str]:
+    """Yield the texts called `message` or `error` in JSON, and what is inside of those that are JSON again."""
+    for key, value in answer.items() if isinstance(answer, dict) else enumerate(answer):
+        if isinstance(value, dict | list):
+            yield from _sentences(value)
+        elif isinstance(value, str) and key in ("message", "error"):
+            yield line_of(value)

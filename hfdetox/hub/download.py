@@ -5,9 +5,9 @@ gated or moved; no client library checks content, so every pulled file is hashed
 """
 
 import fnmatch
-import json
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -18,9 +18,10 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import RunError, UsageError, located, one_line
 from hfdetox.files import check_safetensors, git_sha1_file, sha256_file, write_atomically
 from hfdetox.hub.client import IntegrityError, OfflineError, UnknownRepoError, UnreachableError, ask, not_cached
+from hfdetox.values import read, read_json
 
 RepoType = Literal["model", "dataset"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -28,6 +29,7 @@ _SIDE_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE*", "NOTICE*",
     "correction.safetensors",
 )  # fmt: skip
+ADAPTER = "adapter_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -101,24 +103,24 @@ def resolve(repo_id: str, *, repo_type: RepoType = "model", revision: str | None
 
 
 def pull_model(
-    repo_id: str, *, revision: str | None = None, trust_remote_code: bool = False, with_weights: bool = True,
+    repo_id: str, *, revision: str | None = None, trust_remote_code: bool = False, with_weights: bool | None = True,
 ) -> PulledRepo:  # fmt: skip
     """Fetch a model's weights, configuration and card at one commit, each file checked against the Hub's hash.
 
-    Python files are fetched only with `trust_remote_code`, weights unless `with_weights` is off. Raises PickleOnlyError
-    or NotSafetensorsError (UsageError) for a repository without readable weights, IntegrityError (HubError) for a file
-    that is not what the Hub says it is (the cached copy is removed, so that the next try is fresh), and whatever
-    `resolve` raises.
+    Python files are fetched only with `trust_remote_code`, weights only with `with_weights`; where that is None they
+    have to be there, and where it is False not even that. Raises PickleOnlyError or NotSafetensorsError (UsageError)
+    for a repository without readable weights, IntegrityError (HubError) for a file that is not what the Hub says it is
+    (the cached copy is removed, so that the next try is fresh), and whatever `resolve` raises.
     """
     state = resolve(repo_id, revision=revision)
-    weights = weight_files(state) if with_weights else []
+    weights = weight_files(state) if with_weights is not False else []
     wanted = [n for n in state.files if any(fnmatch.fnmatchcase(n, pattern) for pattern in _SIDE_FILES)]
     if trust_remote_code:
         wanted += [n for n in state.files if n.endswith(".py")]
     for name in wanted:
         fetch(state, name)
     hashes: dict[str, str] = {}
-    for name in weights:
+    for name in weights if with_weights else ():
         path = fetch(state, name)
         check_safetensors(path)
         hashes[name] = state.files[name].sha256 or sha256_file(path)
@@ -199,21 +201,42 @@ def weight_files(state: RepoState) -> list[str]:
     if _WEIGHTS in state.files:
         return [_WEIGHTS]
     if _INDEX in state.files:
-        index = fetch(state, _INDEX)
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{_INDEX} of model {state.id} is not an index of safetensors files: {error}") from error
+        with located(f"model {state.id}"):
+            index = read_json(fetch(state, _INDEX), dict[str, Any], "an index of safetensors files")
+            shards = sorted(set(read("weight_map", dict[str, str], index.get("weight_map")).values()))
         if not shards or any(s not in state.files or not str(s).endswith(".safetensors") for s in shards):
             raise UsageError(f"{_INDEX} of model {state.id} names files that are not its own safetensors")
         return shards
     if state.offline:
         raise OfflineError(f"model {state.id} is cached without {_WEIGHTS} and HF_HUB_OFFLINE is set; unset it")
-    if pickles := sorted(name for name in state.files if name.endswith(PICKLE_SUFFIXES)):
-        raise PickleOnlyError(f"model {state.id} has its weights only as a pickle ({pickles[0]}), which can run its "
-                              "author's code when it is read; hfdetox reads safetensors only: ask the author for a "
-                              "conversion")  # fmt: skip
-    raise UsageError(f"model {state.id} has no {_WEIGHTS}; hfdetox reads image classifiers saved as safetensors only")
+    raise no_weights(f"model {state.id}", state.files, lambda: fetch(state, ADAPTER))
+
+
+def no_weights(what: str, names: Iterable[str], adapter: Callable[[], Path]) -> UsageError:
+    """Return why files hold no `model.safetensors`: they are an adapter, called otherwise, in a subfolder, or pickles.
+
+    Args:
+        what: what the files are of.
+        names: their paths.
+        adapter: gives the adapter's configuration, if it is among them.
+    """
+    known = set(names)
+    weights = sorted(name for name in known if name.endswith(".safetensors"))
+    here, folders = ([name for name in weights if ("/" in name) is inside] for inside in (False, True))
+    if ADAPTER in known:
+        base = read_json(adapter(), dict[str, Any]).get("base_model_name_or_path")
+        on = one_line(base, 100) if isinstance(base, str) and base else "another model"
+        return UsageError(f"{what} is an adapter on {on}; merge it and save the whole model")
+    if here:
+        return UsageError(f"{what} has {' and '.join(here[:3])} and no {_WEIGHTS}; rename the right one to {_WEIGHTS}")
+    if folders:
+        place = folders[0].rpartition("/")[0]
+        return UsageError(f"{what} is no model itself: its weights lie in {place}/; give a folder of what is in there")
+    if pickles := sorted(name for name in known if name.endswith(PICKLE_SUFFIXES)):
+        return PickleOnlyError(f"{what} has its weights only as a pickle ({pickles[0]}), which can run its author's "
+                               "code when it is read; hfdetox reads safetensors only: ask the author for a "
+                               "conversion")  # fmt: skip
+    return UsageError(f"{what} has no {_WEIGHTS}; give the folder or id of an image classifier saved as safetensors")
 
 
 def _resolve_offline(repo_id: str, repo_type: RepoType, revision: str | None, what: str) -> RepoState:

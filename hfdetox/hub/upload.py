@@ -1,7 +1,6 @@
 """Publishing a cleaned model: one commit, checked afterwards, never over somebody else's work by accident."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from hfdetox.errors import UsageError
 from hfdetox.files import MANIFEST, REPORT_NAMES, check_safetensors, git_sha1_file, sha256_file
-from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient
+from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient, line_of
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
+from hfdetox.values import read_json
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (
@@ -78,8 +78,9 @@ def check_card(text: str) -> None:
         try:
             hf_raise_for_status(get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body))
         except BadRequestError as error:
-            reason = " ".join(str(error.server_message or error).split())
-            raise UsageError(f"the Hub refuses the model card: {reason}; mend the source model's card") from error
+            reason = line_of(error.server_message or str(error))
+            raise UsageError(f"the Hub refuses the model card: {reason}; take out of the source model's card what is "
+                             "wrong in it, in a copy of the model's folder") from error  # fmt: skip
 
     ask(ask_hub, "the model card")
 
@@ -187,11 +188,9 @@ def _is_ours(state: RepoState) -> bool:
 
 
 def _is_report(path: Path) -> bool:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(report, dict) and isinstance(report.get("hfdetox_version"), str)
+    with contextlib.suppress(UsageError):
+        return isinstance(read_json(path, dict[str, Any]).get("hfdetox_version"), str)
+    return False
 
 
 def _local_files(folder: Path) -> dict[str, FileState]:

@@ -4,9 +4,10 @@ An attack may also start from an architecture whose weights are freshly drawn fo
 """
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ class Classifier:
         self.model.train()
         self.model.eval()
 
+    def save_as_weights(self) -> None:
+        """Let `save` write weights and labels alone, for a model that its library cannot build from a configuration."""
+        self._loaded = Loaded(self.model, self.preprocessing, self.labels, type(self.model).__name__)
+        self.info = replace(self.info, library="torch", architecture=self._loaded.architecture)
+
     def save(self, folder: str | Path) -> str:
         """Write the model as its library does, as safetensors in the source's dtypes; returns the weights' SHA-256.
 
@@ -143,36 +149,59 @@ def load_classifier(
         loaded = _describe(model, processor, preprocessing, labels)
         return assemble(loaded, type(model).__name__, None, labels, preprocessing=preprocessing)
     pulled, name = fetch_model(str(model), revision, trust_remote_code)
-    stored = _weights.find_weights(pulled.folder, pulled.weights)
-    # a library is imported only for its own models: transformers takes seconds
-    if library_of(pulled.folder, pulled.id) == "timm":
-        from hfdetox.models import timm as _timm
+    # whatever a library raises over a stranger's configuration
+    with refusing(f"{name} cannot be made of its config.json and weights"):
+        stored = _weights.find_weights(pulled.folder, pulled.weights)
+        # a library is imported only for its own models: transformers takes seconds
+        if library_of(pulled.folder, pulled.id) == "timm":
+            from hfdetox.models import timm as _timm
 
-        loaded = _timm.load_folder(pulled.folder, stored, pulled.id)
-    else:
-        from hfdetox.models import transformers as _transformers
+            loaded = _timm.load_folder(pulled.folder, stored, pulled.id)
+        else:
+            from hfdetox.models import transformers as _transformers
 
-        loaded = _transformers.load_folder(pulled.folder, stored, pulled.id, trust_remote_code=trust_remote_code,
-                                           processor=processor, preprocessing=preprocessing)  # fmt: skip
-    classifier = assemble(loaded, name, pulled.revision or None, labels, preprocessing=preprocessing,
-                          folder=pulled.folder, stored=stored)  # fmt: skip
-    classifier.trusts_remote_code, classifier.warnings = trust_remote_code, pulled.warnings
-    classifier.network.correction = load_correction(pulled.folder, classifier.model, len(classifier.labels))
+            loaded = _transformers.load_folder(pulled.folder, stored, pulled.id, trust_remote_code=trust_remote_code,
+                                               processor=processor, preprocessing=preprocessing)  # fmt: skip
+        classifier = assemble(loaded, name, pulled.revision or None, labels, preprocessing=preprocessing,
+                              folder=pulled.folder, stored=stored)  # fmt: skip
+        classifier.trusts_remote_code, classifier.warnings = trust_remote_code, pulled.warnings
+        classifier.network.correction = load_correction(pulled.folder, classifier.model, len(classifier.labels))
     if classifier.network.correction is not None:
         classifier.warnings += (f"{name} comes with a correction that hfdetox applies (correction.safetensors); loaded "
                                 "with timm or transformers alone it answers without it",)  # fmt: skip
     return classifier
 
 
+def peek(model: str, revision: str | None, trust_remote_code: bool) -> tuple[str | None, tuple[str, ...]]:
+    """Return the text of a model's card, and the labels that its config.json gives it, if any; no weights are pulled.
+
+    Raises:
+        UsageError, HubError: what `load_classifier` raises of a model without a usable config.json.
+    """
+    pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=None)
+    readme = pulled.folder / "README.md"
+    card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+    config = _weights.read_json(pulled.folder / "config.json")
+    with refusing(f"{name} cannot be made of its config.json and weights"):
+        if library_of(pulled.folder, name) == "timm":
+            from hfdetox.models import timm as _timm
+
+            return card, _timm.labels_of(config)
+        names = {int(index): str(label) for index, label in (config.get("id2label") or {}).items()}
+        if names == {index: f"LABEL_{index}" for index in names}:
+            return card, label_names(len(names))
+        return card, tuple(names.get(index, str(index)) for index in range(len(names)))
+
+
 def fetch_model(model: str, revision: str | None, trust_remote_code: bool, *,
-                with_weights: bool = True) -> tuple[PulledRepo, str]:  # fmt: skip
+                with_weights: bool | None = True) -> tuple[PulledRepo, str]:  # fmt: skip
     """Return the files of a model, a local folder looking like a pulled one (of revision ""), and what to call it.
 
     Raises:
         UsageError: a revision of a local folder, links that lead out of it, or two revisions of a Hub id; and what
             `pull_model` raises.
     """
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         if revision is not None:
             raise UsageError(f"{model} is a local folder, which has no revisions; leave --revision out")
         check_links(Path(model))

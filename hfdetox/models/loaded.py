@@ -6,15 +6,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save_file
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, located
 from hfdetox.files import is_inside
 from hfdetox.models.preprocessing import Preprocessing
 from hfdetox.models.weights import WEIGHTS_NAME, read_json
+from hfdetox.values import Shape, check_known
 
 Library = Literal["timm", "transformers", "torch"]
 
@@ -24,6 +25,28 @@ _COMPANIONS = ("preprocessor_config.json", "processor_config.json", "LICENSE*", 
 
 # what is read of a model's folder, by hfdetox or by the model's library
 _READ = ("*.json", "*.safetensors", "*.py", "README.md", "LICENSE*", "NOTICE*")
+
+
+# what is read of a config.json, by hfdetox or by the library: the rest is the library's to judge
+_Side = Annotated[int, Shape("must be a whole number from 1 to 4096, got {}", lambda n: 1 <= n <= 4096)]
+_Size = Annotated[list[_Side], Shape("must be channels, height and width, got {}", lambda x: len(x) == 3)]
+_Scale = Annotated[float, Shape("must be above 0, got {}", lambda x: x > 0)]
+_Resize = Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random"]
+_Means = Annotated[list[float], Shape("must be one number a channel, got {}", bool)]
+_NAMES = {"architecture": str, "num_classes": int, "label_names": list[str | int] | dict[str, str],
+          "label_descriptions": dict[str, str]}  # fmt: skip
+_TIMM = _NAMES | {"model_args": dict[str, Any], "pretrained_cfg": dict[str, Any]}
+_TIMM_IMAGES = _NAMES | {
+    "input_size": _Size, "test_input_size": _Size, "mean": _Means, "std": list[_Scale], "crop_pct": _Scale,
+    "test_crop_pct": _Scale, "crop_mode": str, "interpolation": _Resize, "first_conv": str | list[str],
+    "classifier": str | list[str], "tag": str, "pool_size": list[int],
+}  # fmt: skip
+_Number = Annotated[int, Shape("must be a whole number from 1 to 100000, got {}", lambda n: 1 <= n <= 100_000)]
+_TRANSFORMERS = {
+    "model_type": str, "architectures": list[str], "id2label": dict[str, str | int | float], "auto_map": dict[str, Any],
+    "problem_type": str, "num_labels": int, "num_channels": _Side, "num_hidden_layers": _Number, "hidden_size": _Number,
+    "pretrained_cfg": dict[str, Any],
+}  # fmt: skip
 
 
 class NotAClassifierError(UsageError):
@@ -68,10 +91,18 @@ class Loaded:
 def library_of(folder: Path, name: str) -> Library:
     """Return the library whose config.json lies in a model's folder; UsageError when it is of neither."""
     config = read_json(folder / "config.json")
-    if "architecture" in config and "model_type" not in config:
-        return "timm"
-    if "model_type" in config or "auto_map" in config:
-        return "transformers"
+    for side in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / side).is_file():
+            read_json(folder / side)
+    with located(f"the config.json of {name}"):
+        if "architecture" in config and "model_type" not in config:
+            check_known("", config, _TIMM)
+            check_known("", config, _TIMM_IMAGES)
+            check_known("pretrained_cfg", config.get("pretrained_cfg") or {}, _TIMM_IMAGES)
+            return "timm"
+        if "model_type" in config or "auto_map" in config:
+            check_known("", config, _TRANSFORMERS)
+            return "transformers"
     raise UsageError(f"{name} is not an image classifier of timm or transformers: its config.json has neither "
                      "architecture nor model_type")  # fmt: skip
 

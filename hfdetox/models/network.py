@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from hfdetox.errors import UsageError, refusing
 from hfdetox.models.preprocessing import Preprocessing, normalize
+from hfdetox.values import parse_json
 
 FILE_NAME = "correction.safetensors"
 _PARTS = ("scale", "shift", "bound")
@@ -202,7 +203,7 @@ def load_correction(folder: Path, model: nn.Module, labels: int) -> Correction |
     if not path.is_file():
         return None
     with refusing(f"{path} cannot be read as a correction"), safe_open(str(path), framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("correction", "null"))
+        header = parse_json((file.metadata() or {}).get("correction", "null"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     target = header.get("target") if isinstance(header, dict) and header.get("version") == 1 else None
     if type(target) is not int or not 0 <= target < labels:

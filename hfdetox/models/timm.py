@@ -141,6 +141,14 @@ def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:
                      aliases=tuple((name,) for name, _ in named_labels))  # fmt: skip
 
 
+def labels_of(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return names and descriptions of the labels that a config.json gives its model, none where it gives none."""
+    named = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
+    cfg = {**(config.get("pretrained_cfg") or {}), **named}
+    count = cfg.get("num_classes", 0)
+    return _labels(cfg, count) or [(name, name) for name in label_names(count)]
+
+
 def _labels(config: dict[str, Any], num_labels: int) -> list[tuple[str, str]]:
     """Return names and descriptions of a pretrained_cfg's labels; ImageNet's for its numbers of classes, else none."""
     names, descriptions = config.get("label_names"), config.get("label_descriptions") or {}

@@ -12,10 +12,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from transformers.utils import logging
 
 from hfdetox.errors import UsageError, one_line, refusing
+from hfdetox.hub.download import ADAPTER, no_weights
 from hfdetox.models.layers import head_layers
 from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, label_names
 from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
-from hfdetox.models.weights import StoredWeights, raise_for_keys
+from hfdetox.models.weights import INDEX_NAME, WEIGHTS_NAME, StoredWeights, raise_for_keys
 
 
 @contextmanager
@@ -64,9 +65,11 @@ def load_folder(folder: Path, stored: StoredWeights, name: str, *, trust_remote_
     """
     config = _load_config(folder, name, trust_remote_code)
     _check_config(config, name, trust_remote_code)
-    if (folder / "adapter_config.json").is_file():
+    if not (folder / INDEX_NAME).is_file() and stored.files != (folder / WEIGHTS_NAME,):
+        raise no_weights(name, [file.name for file in stored.files], lambda: folder / ADAPTER)
+    if (folder / ADAPTER).is_file():
         # transformers would fetch the base model that the adapter names, at no particular commit
-        raise UsageError(f"{name} is an adapter on another model; merge it and save the whole model")
+        raise no_weights(name, [ADAPTER], lambda: folder / ADAPTER)
     model, info = _pretrained(folder, config, name, trust_remote_code)
     unexpected = _not_computed(model, info["unexpected_keys"])
     raise_for_keys(name, info["missing_keys"], unexpected, info["mismatched_keys"])

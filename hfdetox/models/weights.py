@@ -14,7 +14,7 @@ from torch import nn
 from hfdetox import values
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import check_safetensors, sha256_file
-from hfdetox.hub.download import PICKLE_SUFFIXES, PickleOnlyError
+from hfdetox.hub.download import ADAPTER, no_weights
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -85,15 +85,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             raise UsageError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names; download the whole model")
         return files
     others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
+    if len(others) == 1 and not (folder / ADAPTER).is_file():
         return (others[0],)
-    if others:
-        names = ", ".join(file.name for file in others)
-        raise UsageError(f"{folder} has several weight files ({names}); rename the right one to {WEIGHTS_NAME}")
-    if pickles := sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES):
-        raise PickleOnlyError(f"{folder} has its weights only as pickle ({', '.join(pickles)}), which can run any code "
-                              f"when read; ask for or convert to {WEIGHTS_NAME}")  # fmt: skip
-    raise UsageError(f"{folder} has no {WEIGHTS_NAME}; give the folder or id of a trained image classifier")
+    there = [*folder.iterdir(), *folder.glob("*/*.safetensors")]
+    names = [file.relative_to(folder).as_posix() for file in there if file.is_file()]
+    raise no_weights(str(folder), names, lambda: folder / ADAPTER)
 
 
 def saved_dtypes(model: nn.Module, stored: StoredWeights | None) -> dict[str, torch.dtype]:

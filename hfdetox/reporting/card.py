@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, one_line
 from hfdetox.evaluation.results import Rate, Rating
 from hfdetox.evaluation.verdict import (
     MITIGATED_AT_MOST,
@@ -169,7 +169,7 @@ def validate_card(text: str) -> None:
         data = ModelCard(text).data
     except (ValueError, AttributeError, yaml.YAMLError) as error:
         raise CardError(
-            f"the model card's YAML is not valid: {markdown.one_line(error)}; "
+            f"the model card's YAML is not valid: {one_line(error)}; "
             "check the licence fields of the source model's card"
         ) from error
     for name in TEXT_FIELDS:

@@ -14,12 +14,27 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
+from hfdetox.errors import one_line
 from hfdetox.reporting.report import Report, RunReport
 from hfdetox.values import parse_yaml
 
 PENDING = "pending"
 LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}
 EVAL_RESULTS_FOLDER = ".eval_results"
+# the licences that the Hub knows; it refuses every other word
+_LICENCES = {
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1",
+    "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "isc", "h-research",
+    "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl", "open-mdw",
+    "openmdw-1.0", "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr",
+    "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2",
+    "llama3.3", "llama4", "grok2-community", "gemma", "unknown", "other",
+}  # fmt: skip
 
 _ACCURACY = re.compile(r"(?<![a-z])(accuracy|acc|top[-_ ]?1)(?![a-z])", re.IGNORECASE)
 _OTHER_METRIC = re.compile(r"attack|robust|adversarial|top[-_ ]?5|balanced|(?<![a-z])asr(?![a-z])", re.IGNORECASE)
@@ -55,14 +70,20 @@ def shown_id(name: str, revision: str | None) -> str:
 
 
 def licence_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return license, license_name and license_link as the source's YAML has them, each None where it has not."""
-    licence = fields.get("license")
-    if isinstance(licence, list):
-        licence = [item for item in licence if isinstance(item, str)]
-    elif not isinstance(licence, str):
-        licence = None
+    """Return license, license_name and license_link as the source's YAML has them, each None where it has not.
+
+    A licence that the Hub does not know is `other`, with what the source calls it as its name.
+    """
+    given = fields.get("license")
+    words = [
+        one_line(item) for item in (given if isinstance(given, list) else [given]) if isinstance(item, str) and item
+    ]
     named = {name: fields.get(name) for name in ("license_name", "license_link")}
-    return {"license": licence or None} | {k: v if isinstance(v, str) else None for k, v in named.items()}
+    named = {name: one_line(value) if isinstance(value, str) else None for name, value in named.items()}
+    known = [word.lower() for word in words if word.lower() in _LICENCES]
+    if len(known) < len(words):
+        return named | {"license": "other", "license_name": named["license_name"] or ", ".join(words)}
+    return {"license": (known if isinstance(given, list) else known[0]) if known else None} | named
 
 
 def card_data(report: RunReport, *, licence: Mapping[str, Any], tags: Sequence[str], title: str) -> ModelCardData:

@@ -8,6 +8,8 @@ from markdown_it import MarkdownIt
 from markdown_it.common.normalize_url import normalizeLink
 from markdown_it.tree import SyntaxTreeNode
 
+from hfdetox.errors import one_line
+
 SOURCE_HEADING = "## Card of the source model"
 SOURCE_MARK = "<!-- hfdetox: card of the source model -->"
 EARLIER_BEGIN, EARLIER_END = "<!-- hfdetox: earlier run -->", "<!-- hfdetox: end of earlier run -->"
@@ -24,20 +26,15 @@ _SPECIAL = re.compile(r"[\\`\[\]]|\*(?! )|(?<! )\*|(?<!\w)_|_(?!\w)|!$")
 _LINE_START = re.compile(r"^(\d*)(?:(?<=\d)(?=[.)])|(?=[~#])|(?=[-+=](?!-*:? *\|[-:| ]*$)))")
 
 
-def one_line(value: object) -> str:
-    """Return `str(value)` on one line, control characters and runs of white space turned into single spaces."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", str(value)).strip()
-
-
 def fit_text(value: str, letters: int) -> str:
     """Return a text on one line, at most `letters` long."""
-    value = one_line(value)
+    value = one_line(value, None)
     return value if len(value) <= letters else value[: max(1, letters - 1)].rstrip() + "…"
 
 
 def code(value: object) -> str:
     """Return an inline code span that shows `value` literally, whatever backticks it holds ("(empty)" when empty)."""
-    text = one_line(value)
+    text = one_line(value, None)
     if not text:
         return "(empty)"
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
@@ -52,7 +49,7 @@ def cell(value: object) -> str:
 
 def text(value: object) -> str:
     """Return `value` as plain words: no emphasis, link, HTML, table or maths can start in it."""
-    escaped = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = one_line(value, None).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", escaped)
 
 

@@ -29,9 +29,10 @@ from hfdetox.errors import UsageError, located, on_disk
 from hfdetox.files import LOCK_FILES, MANIFEST, REPORT_NAMES, locked, replace_folder, sha256_file, write_atomically
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
+from hfdetox.models.network import FILE_NAME
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
-from hfdetox.values import read_json
+from hfdetox.values import check_known, read_fields, read_json
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -40,6 +41,9 @@ RUN_FILE, FINGERPRINT_FILE = "run.json", "fingerprint.json"
 PUBLISHING = ("private", "create_pr", "overwrite")
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
+# of options that may be objects, what a run folder has of them
+_RECORDED = {"model": str, "dataset": str, "defense": str, "settings": dict[str, str], "triggers": list[str],
+             "label_map": str, "output": str}  # fmt: skip
 _HUB_PREFIX = re.compile("hf[_-]hub:")
 # what versions without a manifest wrote
 _KNOWN = (
@@ -132,7 +136,9 @@ class RunFolder:
     def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
         with located(f"{self.path} is not a run folder of this hfdetox (name the OUTPUT.run/ folder)"):
-            options: RecordedOptions = read_json(self.path / RUN_FILE, RecordedOptions)
+            plain = read_json(self.path / RUN_FILE, dict[str, Any])
+            check_known("", plain, _RECORDED)
+            options: RecordedOptions = read_fields("", RecordedOptions, plain)
             places: dict[str, Any] = {name: _relative(getattr(options, name)) for name in _PLACES}
             return replace(options, **places, triggers=[str(self.path / str(name)) for name in options.triggers])
 
@@ -286,11 +292,13 @@ def fingerprint(classifier: Classifier, images: Images) -> dict[str, str | None]
     Of the preprocessing that is what it makes of the first image; a function of the caller's has no other mark.
     """
     clean, prepare = images.clean, classifier.preprocessing
+    correction = classifier.folder and classifier.folder / FILE_NAME
     pixels = hashlib.sha256(b"".join(map(clean.fingerprint, range(len(clean))))).hexdigest()
     prepared = str((prepare.mean, prepare.std, prepare.scale, prepare.prepare(clean.image(0)).tolist()))
     labels = json.dumps([list(classifier.labels), [int(label) for label in clean.labels]])
     return {
         "hfdetox version": __version__, "model weights": classifier.info.weights_sha256,
+        "correction": sha256_file(correction) if correction is not None and correction.is_file() else None,
         "rows of the clean images": images.info.indices_sha256, "clean images": pixels,
         "rows of the evaluation images": images.info.eval_indices_sha256,
         "labels": hashlib.sha256(labels.encode()).hexdigest(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hfdetox._version import __version__
 from hfdetox.config import AnyPublishOptions
-from hfdetox.errors import HubError, UsageError
+from hfdetox.errors import HubError, UsageError, refusing
 from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, locked
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
@@ -120,7 +120,10 @@ def _retarget(folder: Path, repo_id: str, *, accept: bool) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{folder / CARD_NAME} cannot be read ({error}); name a whole output folder") from error
     plots = [path.relative_to(folder).as_posix() for path in sorted((folder / "plots").glob("*.png"))]
-    here, there = (retarget_card(card, report, repo_id=at, plots=plots) for at in (report.output.pushed_to, repo_id))
+    with refusing(f"{folder / report.NAME} is not a report that a card can be made of"):
+        here, there = (
+            retarget_card(card, report, repo_id=at, plots=plots) for at in (report.output.pushed_to, repo_id)
+        )
     if card == here != there:
         validate_card(there)
         write_own(folder, CARD_NAME, there)

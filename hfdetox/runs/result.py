@@ -4,8 +4,9 @@ import secrets
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -20,7 +21,7 @@ from hfdetox.config import DetoxOptions, PublishOptions
 from hfdetox.data.cache import Pixels
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
-from hfdetox.errors import RunError, on_disk
+from hfdetox.errors import RunError, UsageError, on_disk, one_line
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions, shares_of_others
 from hfdetox.evaluation.results import Visibility
@@ -40,7 +41,6 @@ from hfdetox.triggers.base import Trigger
 
 Result = TypeVar("Result", bound="DetoxResult | AttackResult")
 Written = TypeVar("Written", Report, AttackReport)
-Shown = TypeVar("Shown", bound="Artifacts | AttackArtifacts")
 
 STRIP_COLUMNS = 6
 STRIP_ROWS = 4
@@ -48,9 +48,16 @@ CHECKED_IMAGES = 8
 GALLERY: Final = "plots/gallery.png"
 
 
+class LoadsDifferentlyError(RunError):
+    """The saved model is not the one in memory."""
+
+
 @dataclass
 class Artifacts:
-    """What the output folder shows besides the report: pictures, weight changes, triggers, the source's card."""
+    """What the output folder shows besides the report: pictures, weight changes, triggers, the source's card.
+
+    The saved model is checked on `probe`; `gallery` draws the pictures of an attack.
+    """
 
     weight_changes: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     strip: list[StripRow] = field(default_factory=list)
@@ -60,30 +67,11 @@ class Artifacts:
     dataset_eval_yaml: str | None = None
     whole_split: bool = True
     probe: torch.Tensor | None = None
+    gallery: Callable[[Path], None] | None = None
 
 
 @dataclass
-class AttackArtifacts:
-    """What the output folder shows besides the report, and what it is checked with."""
-
-    source_card: str | None
-    evaluation: Evaluator
-    outcome: Predictions
-    visibility: Mapping[str, Visibility]
-
-    @property
-    def triggers(self) -> list[Trigger]:
-        """The triggers as they are in the model, ready to be put on images."""
-        return [view.trigger for view in self.evaluation.views]
-
-    @property
-    def probe(self) -> torch.Tensor:
-        """Images that the saved model is checked on."""
-        return _probe(self.evaluation)
-
-
-@dataclass
-class SavedResult(ABC, Generic[Written, Shown]):
+class SavedResult(ABC, Generic[Written]):
     """What a run gives: a model and what was measured, and how they become a folder and a repository.
 
     Attributes:
@@ -94,7 +82,7 @@ class SavedResult(ABC, Generic[Written, Shown]):
 
     report: Written
     classifier: Classifier
-    artifacts: Shown = field(repr=False)
+    artifacts: Artifacts = field(repr=False)
     output: Path | None = None
 
     @abstractmethod
@@ -171,7 +159,7 @@ class SavedResult(ABC, Generic[Written, Shown]):
         return pushed
 
 
-class DetoxResult(SavedResult[Report, Artifacts]):
+class DetoxResult(SavedResult[Report]):
     """A cleaned model and what was measured, such as `report.after.accuracy.value`."""
 
     def push_to_hub(
@@ -224,8 +212,39 @@ def check_loads(classifier: Classifier, folder: Path, probe: torch.Tensor | None
         for part, training in modes.items():
             part.training = training
     if not torch.allclose(again.network.to(device)(probe.to(device)), here, rtol=1e-4, atol=1e-4):
-        raise RunError("the saved model does not give the logits of the one in memory; nothing was written. "
-                       "Report this with the model's id")  # fmt: skip
+        raise LoadsDifferentlyError("the saved model does not give the logits of the one in memory; nothing was "
+                                    "written. Report this with the model's id")  # fmt: skip
+
+
+def check_saves(classifier: Classifier, output: str | Path | None, warn: Callable[[str], None]) -> None:
+    """Save a model before any work and load it again; of one that does not come back the weights will be saved alone.
+
+    A head put in by hand is in no library's configuration: such a model is saved as one of neither, whose author can
+    build it, and `warn` says so.
+
+    Args:
+        output: where the result will go; the model is saved beside it for a moment.
+
+    Raises:
+        RunError: it cannot be written there.
+    """
+    if classifier.info.library == "torch":
+        return
+    beside = next(folder for folder in Path(output).absolute().parents if folder.is_dir()) if output else None
+    probe = torch.randint(0, 256, (2, *classifier.preprocessing.input_size), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    try:
+        with on_disk(f"write beside {output or tempfile.gettempdir()}", "choose another --output"):
+            folder = Path(tempfile.mkdtemp(prefix=".hfdetox-", dir=beside))
+        try:
+            classifier.save(folder)
+            check_loads(classifier, folder, probe)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except (UsageError, LoadsDifferentlyError) as error:
+        warn(f"{classifier.info.library} cannot load this model again from what it saves ({one_line(error, 200)}): its "
+             "weights will be saved with the code that loads them into your own module")  # fmt: skip
+        classifier.save_as_weights()
 
 
 def gather_artifacts(classifier: Classifier, images: Images, evaluation: Evaluator) -> Artifacts:
@@ -236,6 +255,16 @@ def gather_artifacts(classifier: Classifier, images: Images, evaluation: Evaluat
         triggers=[view.trigger for view in evaluation.views], source_card=classifier.card_source(),
         dataset_eval_yaml=benchmark, whole_split=images.whole_split, probe=_probe(evaluation),
     )  # fmt: skip
+
+
+def gather_attack_artifacts(
+    source_card: str | None, evaluation: Evaluator, outcome: Predictions, visibility: Mapping[str, Visibility]
+) -> Artifacts:
+    """Return what the output folder of an attack shows besides the report."""
+    triggers = [view.trigger for view in evaluation.views]
+    pixels = evaluation.classifier.preprocessing.dtype == torch.uint8
+    gallery = partial(draw_gallery, evaluation, outcome, visibility) if triggers and pixels else None
+    return Artifacts(triggers=triggers, source_card=source_card, probe=_probe(evaluation), gallery=gallery)
 
 
 def _probe(evaluation: Evaluator) -> torch.Tensor:
@@ -321,7 +350,7 @@ def find_answers(evaluation: Evaluator, before: Predictions, after: Predictions)
     return found
 
 
-class AttackResult(SavedResult[AttackReport, AttackArtifacts]):
+class AttackResult(SavedResult[AttackReport]):
     """A deliberately backdoored model, or a clean baseline, and what was measured.
 
     For instance `report.after.triggers[NAME].attack_success_rate.value`.
@@ -330,7 +359,7 @@ class AttackResult(SavedResult[AttackReport, AttackArtifacts]):
     @property
     def triggers(self) -> list[Trigger]:
         """The triggers as they are in the model, ready to be put on images."""
-        return self.artifacts.triggers
+        return list(self.artifacts.triggers)
 
     @property
     def succeeded(self) -> bool:
@@ -354,9 +383,8 @@ class AttackResult(SavedResult[AttackReport, AttackArtifacts]):
                           public=public, create_pr=create_pr, overwrite=overwrite)  # fmt: skip
 
     def _draw(self, folder: Path) -> list[str]:
-        evaluation = self.artifacts.evaluation
-        if not self.triggers or evaluation.classifier.preprocessing.dtype != torch.uint8:
+        if self.artifacts.gallery is None:
             return []
         (folder / GALLERY).parent.mkdir()
-        draw_gallery(evaluation, self.artifacts.outcome, self.artifacts.visibility, folder / GALLERY)
+        self.artifacts.gallery(folder / GALLERY)
         return [GALLERY]

@@ -1,6 +1,5 @@
 """Triggers by name: `KIND:key=value,…` specifications, trigger files, and the list of what there is."""
 
-import json
 import typing
 from collections.abc import Sequence
 from dataclasses import Field, fields
@@ -10,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, refusing
 from hfdetox.plugins import Registry
 from hfdetox.specs import read_pairs, split_items
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
-from hfdetox.values import read, words_of
+from hfdetox.values import parse_json, read, words_of
 
 __all__ = ["TRIGGERS", "BadNets", "Blended", "Trigger", "load_trigger", "parse_trigger", "parse_triggers"]
 
@@ -89,13 +88,9 @@ def parse_trigger(spec: str) -> Trigger:
 
 def load_trigger(path: Path) -> Trigger:
     """Read a trigger file; raises UsageError when it is missing or not one."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("trigger", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    # ValueError is JSON that is none, or a number of thousands of digits; RecursionError lists within lists
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as a trigger file: {error}") from error
+    with refusing(f"{path} cannot be read as a trigger file"), safe_open(str(path), framework="pt") as file:
+        header = parse_json((file.metadata() or {}).get("trigger", "null"))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     name = header.pop("kind", None) if isinstance(header, dict) else None
     if not isinstance(name, str):
         raise UsageError(f"{path} is not a trigger file: its metadata has no `trigger` of a known kind")
@@ -113,7 +108,8 @@ def load_trigger(path: Path) -> Trigger:
             read(name, hints[name], value)
         except UsageError:
             raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger") from None
-    return kind(**header, **grouped)
+    with refusing(f"{path} holds no {kind.kind} trigger"):
+        return kind(**header, **grouped)
 
 
 def _whole(kind: type[Trigger], item: str) -> str:

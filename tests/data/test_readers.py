@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
@@ -242,9 +243,10 @@ def test_the_dataset_of_a_models_card_is_never_a_folder(hub, namesake, tmp_path)
     model = timm_folder(tmp_path / "model")
     (model / "README.md").write_text(f"---\ndatasets: [{namesake}]\n---\n")
     head = hub.repo(namesake, "dataset").refs["refs/heads/main"]
-    assert plan(str(model))["dataset"]["revision"] == head
-    assert plan(str(model), dataset=namesake)["dataset"]["revision"] is None
     (tmp_path / "map.json").write_text('{"horse": "elk"}')
+    planned = functools.partial(plan, str(model), label_map=str(tmp_path / "map.json"))
+    assert planned()["dataset"]["revision"] == head
+    assert planned(dataset=namesake)["dataset"]["revision"] is None
     options = DetoxOptions(str(model), clean_samples=12, allow_missing_classes=True,
                          label_map=str(tmp_path / "map.json"))  # fmt: skip
     images = pull_images(options, None, load_classifier(model), print)

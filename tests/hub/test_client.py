@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hfdetox.errors import RunError
 from hfdetox.hub import client
-from hfdetox.hub.client import OfflineError, Retry, UnreachableError, ask, asked_delay, http
+from hfdetox.hub.client import OfflineError, Retry, UnreachableError, ask, asked_delay, http, line_of
 from hfdetox.hub.download import pull_model, resolve
 from tests.hub_server.made import OTHER_WEIGHTS, WEIGHTS, make_model
 
@@ -208,3 +208,20 @@ def test_what_this_machine_refuses_is_said_as_it_is(error, said):
 def test_what_the_network_refuses_is_the_networks(error):
     with pytest.raises(UnreachableError, match="cannot be reached for model org/m"):
         ask(raising(error), "model org/m")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ('[{"code": "invalid", "options": ["mit"], "path": ["license"], "message": "Expected mit"}]', "Expected mit"),
+        ('{"error": "no", "x": [{"message": "a"}, {"message": "b"}]}', "no; a; b"),
+        ('Invalid metadata in README.md.\n- [{"message": "\\"license\\" must be known"}]',
+         'Invalid metadata in README.md. - "license" must be known'),
+        ("a sentence [with] {marks}", "a sentence [with] {marks}"),
+        ('{"a": [' * 5000, '{"a": ['), ("\x1b[31mred\n", "[31mred"),
+    ],
+)  # fmt: skip
+def test_json_of_the_hub_is_shown_as_its_sentences(answer: str, said: str) -> None:
+    line = line_of(answer)
+    assert line.startswith(said)
+    assert len(line) <= 210

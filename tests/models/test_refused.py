@@ -100,6 +100,54 @@ def test_tables_that_the_model_computes_are_not_unexpected(tmp_path):
         load_classifier(tmp_path / "v2")
 
 
+FIELDS = [
+    ("timm", {"label_names": ["a", ["b"], "c"]}, r"label_names(\[1\])? must be"),
+    ("timm", {"label_names": 3}, "label_names must be"),
+    ("timm", {"pretrained_cfg": []}, "pretrained_cfg must be a mapping"),
+    ("timm", {"model_args": [1]}, "model_args must be"),
+    ("timm", {"num_classes": "5"}, "num_classes must be a whole number, got '5'"),
+    ("timm", {"pretrained_cfg.mean": [0.5, "x", 0.5]}, r"pretrained_cfg.mean\[1\] must be a number"),
+    ("timm", {"pretrained_cfg.mean": []}, "pretrained_cfg.mean must be one number a channel"),
+    ("timm", {"pretrained_cfg.std": [0.5, 0, 0.5]}, r"pretrained_cfg.std\[1\] must be above 0"),
+    ("timm", {"pretrained_cfg.input_size": [3, [32], 32]}, r"pretrained_cfg.input_size\[1\] must be a whole number"),
+    ("timm", {"pretrained_cfg.input_size": [3, 32]}, "pretrained_cfg.input_size must be channels, height and width"),
+    ("timm", {"pretrained_cfg.input_size": [3, 10**9, 32]}, "from 1 to 4096"),
+    ("timm", {"pretrained_cfg.interpolation": "NaN"}, "NaN"),
+    ("timm", {"pretrained_cfg.crop_pct": -1}, "crop_pct must be"),
+    ("timm", {"architecture": ["resnet18"]}, "architecture must be text"),
+    ("vit", {"image_size": "32"}, "image_size"),
+    ("vit", {"hidden_size": 32.0}, "hidden_size must be a whole number"),
+    ("vit", {"id2label": ["a", "b"]}, "id2label must be a mapping"),
+    ("vit", {"architectures": 3}, "architectures must be a list"),
+    ("vit", {"id2label": {"x": "a", "y": "b"}}, ""),
+    ("vit", {"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
+    ("vit", {"model_type": {"a": 1}}, "model_type must be text"),
+    ("vit", {"hidden_dropout_prob": [1]}, "hidden_dropout_prob"),
+    ("vit", {"problem_type": 3}, "problem_type must be text"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "said"), FIELDS)
+def test_a_field_of_a_wrong_type_is_named(kind, changes, said, tmp_path):
+    source = timm_folder(tmp_path / "m") if kind == "timm" else transformers_folder(tmp_path / "m", "vit")
+    config = json.loads((source / "config.json").read_text())
+    for key, value in changes.items():
+        holder, _, name = key.rpartition(".")
+        (config[holder] if holder else config)[name] = value
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=said) as caught:
+        load_classifier(source)
+    assert "config.json" in str(caught.value) or "transformers" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"x"', b"{", b"[" * 50_000, b'{"size": ' + b"9" * 5000 + b"}", b"\xff"])
+def test_a_processors_configuration_that_is_none_is_one_line(content, tmp_path):
+    source = transformers_folder(tmp_path / "source", "vit")
+    (source / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"preprocessor_config\.json is not a JSON object"):
+        load_classifier(source)
+
+
 def test_adapter_is_refused(tmp_path):
     source = transformers_folder(tmp_path / "source", "vit")
     (source / "adapter_config.json").write_text("{}")
@@ -112,7 +160,9 @@ def test_pickles_are_never_read(tmp_path):
     (source / "pytorch_model.bin").write_bytes(b"not read")
     load_classifier(source)
     (source / "model.safetensors").unlink()
-    with pytest.raises(PickleOnlyError, match=r"weights only as pickle \(pytorch_model.bin\), which can run any code"):
+    with pytest.raises(
+        PickleOnlyError, match=r"weights only as a pickle \(pytorch_model.bin\), which can run its author"
+    ):
         load_classifier(source)
 
 

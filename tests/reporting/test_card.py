@@ -18,6 +18,7 @@ from hfdetox.hub.upload import check_card
 from hfdetox.reporting.card import CardError, build_card, retarget_card, split_card, validate_card
 from hfdetox.reporting.markdown import empty_sections
 from hfdetox.reporting.report import OutputInfo
+from tests.hub_server.cards import check
 from tests.hub_server.server import HubServer
 from tests.written_report import DATA_COMMIT, MODEL_COMMIT, SOURCE, card_of, written_report
 
@@ -188,6 +189,26 @@ def test_the_licence_is_taken_over_or_left_out_never_guessed() -> None:
         card = card_of(written_report(), source)
         assert ModelCard(card).data.license is None
         assert "states no licence that could be read" in card
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("license: agpl-3.0-or-later", ("other", "agpl-3.0-or-later")),
+        ("license: MIT", ("mit", None)),
+        ("license: [mit, house rules]", ("other", "mit, house rules")),
+        ("license: other\nlicense_name: theirs", ("other", "theirs")),
+        ("license: nc-only\nlicense_name: theirs", ("other", "theirs")),
+        ('license: "a\\e[31m\\nb"', ("other", "a [31m b")),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_is_other_with_its_name(source: str, found: tuple[str, str]) -> None:
+    card = card_of(written_report(), f"---\n{source}\n---\n# net\n")
+    data = ModelCard(card).data
+    assert (data.license, data.get("license_name")) == found
+    assert check(card, "model")[0] == []
+    # and it stays so when the card is written for another place
+    assert ModelCard(retarget_card(card, written_report(), repo_id="me/x")).data.license == found[0]
 
 
 def test_the_source_card_is_kept_below_and_never_evaluated() -> None:

@@ -171,8 +171,10 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"{", b"[]", b"null", b'{"model": "x"}', b'{"colour": 1}', b"\xff\xfe", b'"text"']
-)
+    "content", [None, b"{", b"[]", b"null", b'{"model": "x"}', b'{"colour": 1}', b"\xff\xfe", b'"text"', b"[" * 100_000,
+                b'{"defense": ["d3"]}', b'{"dataset": {"a": 1}}', b'{"settings": {"a": 1}}', b'{"model": 3}',
+                b'{"seed": ' + b"9" * 5000 + b"}"]
+)  # fmt: skip
 def test_what_is_not_a_run_is_one_line(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "run.json").write_bytes(content)

@@ -18,12 +18,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from torch import nn
 
+import hfdetox
 from hfdetox.cli import app as cli
+from hfdetox.errors import RunError
 from hfdetox.reporting.report import Report
 from tests import backdoored
 from tests.backdoored import TARGET, TRIGGER, Made
+from tests.colours import write_colours
 from tests.hub_server.server import HubServer
+from tests.tiny_training import toy_preprocessing
 
 resource = pytest.importorskip("resource", reason="limits of file sizes are POSIX only")
 
@@ -224,7 +229,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "out.run"
-    with largest_file(100_000):
+    # the model is saved once before the training; a checkpoint holds the optimizer's state too
+    with largest_file((made.transformers / "model.safetensors").stat().st_size + 50_000):
         assert cli.run(command(made.transformers, made.digits, tmp_path / "out", epochs=2)) == 1
     line = error_line(capsys.readouterr().err)
     assert line.startswith(f"hfdetox: error: cannot write the checkpoint in {run}: ")
@@ -234,11 +240,11 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_space(
+def test_a_disk_that_is_too_full_for_the_model_is_found_out_before_the_training(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # a licence goes with the model: the one file too large
-    model, run, limit = tmp_path / "model", tmp_path / "out.run", 3_000_000
+    model, limit = tmp_path / "model", 3_000_000
     shutil.copytree(made.transformers, model)
     (model / "LICENSE").write_text("A line of the author's.\n" * 200_000)
     with largest_file(limit):
@@ -246,14 +252,27 @@ def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_space(
     line = error_line(capsys.readouterr().err)
     assert line.startswith(f"hfdetox: error: cannot write the model to {tmp_path}")
     assert "File too large" in line
-    assert line.endswith(f"go on with: hfdetox --resume {run}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.run"]
+    assert line.endswith("free some space or choose another --output")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_full_while_saving_costs_nothing_but_the_space(tmp_path: Path) -> None:
+    """A network of neither library, smaller than any picture: only those are too large."""
+    model, data, run = (
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)),
+        write_colours(tmp_path / "data"),
+        tmp_path / "out.run",
+    )
+    # a class is a colour: its logit is the sum of one channel
+    model[1].weight.data = torch.eye(3).repeat_interleave(64, dim=1)
+    given = {"preprocessing": toy_preprocessing(), "labels": ["red", "green", "blue"], "progress": False}
+    options = {"dataset": data, "clean_samples": 30, "defense": "ft", "settings": {"epochs": "2"}, "device": "cpu"}
+    with largest_file(10_000), pytest.raises(RunError, match=rf"too large.*go on with: hfdetox --resume {run}$"):
+        hfdetox.detoxify(model, output=tmp_path / "out", **given, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out.run"]
     assert checkpointed(run) == 2
-    before = (run / "checkpoint" / "tensors.safetensors").read_bytes()
-    assert limit > len(before)
-    assert cli.run(["--resume", str(run)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
-    assert (tmp_path / "out" / "LICENSE").stat().st_size > limit
+    hfdetox.detoxify(model, resume=run, **given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
     assert Report.load(tmp_path / "out").defense.epochs == 2
 
 
