@@ -430,7 +430,7 @@ def check_there(what: str, name: Any) -> None:
     """Raise UsageError for a path that is not there; another name may be one of the Hub."""
     path = isinstance(name, Path) or (isinstance(name, str) and name.startswith((".", "/", "~")))
     if path and not os.path.exists(name):
-        raise UsageError(f"{what} {name} is missing: no such folder")
+        raise UsageError(f"{what} {name}: no such folder")
 
 
 def redact_paths(text: str) -> str:

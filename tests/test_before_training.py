@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
@@ -98,7 +98,11 @@ def test_what_is_wrong_with_a_dataset_is_said_before_the_weights_are_pulled(
     hub.create_repo(name)
     hub.commit_folder(name, made.timm)
     other = renamed(made, tmp_path / "other")
-    for dataset, said in ((other, "whale0"), (tmp_path / "nowhere", "is missing"), ("me/none", "is not on the Hub")):
+    for dataset, said in (
+        (other, "whale0"),
+        (tmp_path / "nowhere", "nowhere: no such folder"),
+        ("me/none", "is not on the Hub"),
+    ):
         del hub.log[:]
         with pytest.raises((UsageError, HubError), match=said):
             hfdetox.detoxify(name, dataset=dataset, **QUICK)
@@ -143,7 +147,8 @@ def test_evaluate_needs_no_image_of_every_class_and_says_which_split_it_wants(ma
     part = subset(made, tmp_path / "part", test=[i for i, label in enumerate(labels) if label < 4][:40])
     measured = hfdetox.evaluate(made.timm, dataset=part, device="cpu", progress=False, eval_samples=30)
     assert measured.accuracy.samples == 30
-    two = subset(made, tmp_path / "two", first=[0, 1], second=list(range(50)))
+    table = Dataset.from_parquet(str(made.digits / "train.parquet"))
+    two = DatasetDict({"first": table.select([0, 1]), "second": table.select(range(50))})
     with pytest.raises(UsageError, match=r"choose one with --eval-split \(first, second\)"):
         hfdetox.evaluate(made.timm, dataset=two, device="cpu", progress=False)
     measured = hfdetox.evaluate(made.timm, dataset=two, eval_split="second", device="cpu", progress=False)
@@ -158,9 +163,9 @@ def test_evaluate_needs_no_image_of_every_class_and_says_which_split_it_wants(ma
     [
         (["evaluate", "x" * 311], 2, "no file and no repository can be called that"),
         (["detox", "x" * 311], 2, "no file and no repository can be called that"),
-        (["evaluate", "./modle"], 2, "model ./modle is missing: no such folder"),
-        (["evaluate", "/no/modle"], 2, "is missing: no such folder"),
-        (["m", "--dataset", "./iamges"], 2, "dataset ./iamges is missing: no such folder"),
+        (["evaluate", "./modle"], 2, "model ./modle: no such folder"),
+        (["evaluate", "/no/modle"], 2, "modle: no such folder"),
+        (["m", "--dataset", "./iamges"], 2, "dataset ./iamges: no such folder"),
         (["m", "--dataset", "d", "--seed", "9" * 30], 2, "--seed must be at least 0 and below 2^63"),
         (["m", "--output", "o" * 250, "--dataset", "d"], 2, "no file and no repository can be called that"),
         (["evaluate", "m", "--dataset", "d\x00"], 2, "can be called that"),
@@ -181,7 +186,7 @@ def test_places_that_are_none_are_one_line(
 
 def test_a_misspelt_folder_is_named_beside_the_hub(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["evaluate", "models/mymodle"]) == 3
-    assert "and no folder here; check the spelling" in capsys.readouterr().err
+    assert "check the spelling (there is no folder of that name either)" in capsys.readouterr().err
 
 
 # ---- whole models

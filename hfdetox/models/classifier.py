@@ -179,6 +179,8 @@ def peek(model: str, revision: str | None, trust_remote_code: bool) -> tuple[str
         UsageError, HubError: what `load_classifier` raises of a model without a usable config.json.
     """
     pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=None)
+    if not pulled.revision:
+        _weights.weight_files(pulled.folder)
     readme = pulled.folder / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
     config = _weights.read_json(pulled.folder / "config.json")

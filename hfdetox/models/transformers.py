@@ -16,7 +16,7 @@ from hfdetox.hub.download import ADAPTER, no_weights
 from hfdetox.models.layers import head_layers
 from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, label_names
 from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
-from hfdetox.models.weights import INDEX_NAME, WEIGHTS_NAME, StoredWeights, raise_for_keys
+from hfdetox.models.weights import StoredWeights, raise_for_keys
 
 
 @contextmanager
@@ -65,8 +65,6 @@ def load_folder(folder: Path, stored: StoredWeights, name: str, *, trust_remote_
     """
     config = _load_config(folder, name, trust_remote_code)
     _check_config(config, name, trust_remote_code)
-    if not (folder / INDEX_NAME).is_file() and stored.files != (folder / WEIGHTS_NAME,):
-        raise no_weights(name, [file.name for file in stored.files], lambda: folder / ADAPTER)
     if (folder / ADAPTER).is_file():
         # transformers would fetch the base model that the adapter names, at no particular commit
         raise no_weights(name, [ADAPTER], lambda: folder / ADAPTER)

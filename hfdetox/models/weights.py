@@ -55,7 +55,7 @@ def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> Stored
         PickleOnlyError: there are only pickle files.
         UsageError: there are none, a header is not one, or a tensor is quantized.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     counts: Counter[torch.dtype] = Counter()
     dtypes = {}
     for file in files:
@@ -72,7 +72,7 @@ def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> Stored
     return StoredWeights(files, dtypes, dominant, digest(sha256))
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
+def weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / WEIGHTS_NAME).is_file():
         return (folder / WEIGHTS_NAME,)
     if (folder / INDEX_NAME).is_file():
@@ -84,8 +84,9 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         if missing := [file.name for file in files if not file.is_file()]:
             raise UsageError(f"{folder} lacks {', '.join(missing)}, which {INDEX_NAME} names; download the whole model")
         return files
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1 and not (folder / ADAPTER).is_file():
+    others, config = sorted(folder.glob("*.safetensors")), folder / "config.json"
+    # of timm alone; transformers looks for its own name
+    if len(others) == 1 and config.is_file() and "model_type" not in read_json(config):
         return (others[0],)
     there = [*folder.iterdir(), *folder.glob("*/*.safetensors")]
     names = [file.relative_to(folder).as_posix() for file in there if file.is_file()]

@@ -298,7 +298,7 @@ def wait_for(condition, seconds=180):
         ({"zoo": None}, "tries models of a zoo: name its folder with --zoo"),
         ({"dataset": None}, "names no dataset: add one to it, or give --dataset"),
         ({"jobs": 0}, "--jobs must be at least 1, got 0"),
-        ({"dataset": "./nowhere"}, "dataset ./nowhere is missing: no such folder"),
+        ({"dataset": "./nowhere"}, "dataset ./nowhere: no such folder"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(tmp_path, zoo, changes, message):
@@ -309,7 +309,7 @@ def test_what_cannot_be_run_is_one_line(tmp_path, zoo, changes, message):
 
 def test_a_model_of_this_machine_must_be_there(tmp_path):
     text = "dataset: org/i\nsubjects: {x: ./no/model}\nbench: [{subjects: [x], defenses: [ft]}]"
-    with pytest.raises(UsageError, match=r"subject x: model \./no/model is missing: no such folder"):
+    with pytest.raises(UsageError, match=r"subject x: model \./no/model: no such folder"):
         run_bench(write(tmp_path, text), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

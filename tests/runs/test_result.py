@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from hfdetox.config import DetoxOptions
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import RunError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import TriggerView
 from hfdetox.models.classifier import Classifier, load_classifier
-from hfdetox.runs.result import Artifacts, DetoxResult, draw_strip
+from hfdetox.runs.folder import RunFolder
+from hfdetox.runs.result import Artifacts, DetoxResult, draw_strip, save_result
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import BadNets
 from tests.reporting.test_report import full_report
@@ -107,3 +109,13 @@ def test_the_strip_shows_the_same_images_however_they_are_kept(max_bytes: int) -
     # a patch of 8 at 32 pixels is 2×2 at 8
     assert (rows[1].images[:, -2:, -2:] == 255).all()
     assert (rows[0].images[:, :-2] == rows[1].images[:, :-2]).all()
+
+
+def test_a_result_that_cannot_be_written_keeps_the_run_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    output, run = tmp_path / "file" / "out", RunFolder(tmp_path / "out.run")
+    run.begin(DetoxOptions("org/model", dataset="org/data"), [])
+    result = DetoxResult(full_report(), load_classifier(timm_model()), Artifacts())
+    with pytest.raises(RunError, match=rf"cannot write .*; the run is kept, go on with: hfdetox --resume {run.path}$"):
+        save_result(result, DetoxOptions("org/model", dataset="org/data", output=output), run)
+    assert (run.path / "run.json").is_file()
