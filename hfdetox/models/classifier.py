@@ -189,10 +189,9 @@ def peek(model: str, revision: str | None, trust_remote_code: bool) -> tuple[str
             from hfdetox.models import timm as _timm
 
             return card, _timm.labels_of(config)
-        names = {int(index): str(label) for index, label in (config.get("id2label") or {}).items()}
-        if names == {index: f"LABEL_{index}" for index in names}:
-            return card, label_names(len(names))
-        return card, tuple(names.get(index, str(index)) for index in range(len(names)))
+        from hfdetox.models import transformers as _transformers
+
+        return card, _transformers.labels_of(pulled.folder, name, trust_remote_code)
 
 
 def fetch_model(model: str, revision: str | None, trust_remote_code: bool, *,
