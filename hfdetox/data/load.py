@@ -268,13 +268,15 @@ def _split_names(
 
 
 def open_images(
-    options: ImageOptions, dataset: Any, labels: Sequence[str], card: str | None, warn: Callable[[str], None]
-) -> OpenedDataset:
+    options: ImageOptions, dataset: Any, labels: Sequence[str], aliases: Sequence[Sequence[str]], card: str | None,
+    warn: Callable[[str], None],
+) -> OpenedDataset:  # fmt: skip
     """Open a dataset, and check what its header tells: its splits, its columns, and that its classes are the model's.
 
     Args:
         dataset: an object, or the id or folder that `options` has too; None for the one that the card names.
         labels: the model's; none where they are not known yet, and no classes are checked.
+        aliases: other names of each.
         card: text of the model's card.
 
     Raises what `load_images` raises.
@@ -294,7 +296,7 @@ def open_images(
     with suppress(ColumnError) if alone and len(origin.splits) > 1 else nullcontext():
         names = origin.columns(measures[0] if alone else train).names
         if labels and names is not None:
-            align_labels(names, labels, options.label_map)
+            align_labels(names, labels, options.label_map, aliases)
     return origin
 
 
@@ -313,10 +315,10 @@ def open_first(given: ImageOptions, options: ImageOptions, warn: Callable[[str],
     model = str(options.model or "")
     if isinstance(given.model, nn.Module) or model.startswith(ARCHITECTURE) or getattr(options, "init", None):
         return None
-    card, labels = peek(model, options.revision, options.trust_remote_code)
+    card, labels, aliases = peek(model, options.revision, options.trust_remote_code)
     if given.labels is not None:
         labels = label_names(given.labels)
-    return open_images(options, given.dataset, labels, card, warn)
+    return open_images(options, given.dataset, labels, aliases, card, warn)
 
 
 def pull_images(
@@ -327,7 +329,7 @@ def pull_images(
     for text in classifier.warnings:
         warn(text)
     if opened is None or tuple(opened.labels) != classifier.labels:
-        opened = open_images(options, dataset, classifier.labels, classifier.card_source(), warn)
+        opened = open_images(options, dataset, classifier.labels, classifier.aliases, classifier.card_source(), warn)
     # every image is decoded once, which takes minutes for large sets
     with progress_bar("read images", None, "image", shown=progress) as bar:
         images = _load(

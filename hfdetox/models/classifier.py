@@ -172,8 +172,10 @@ def load_classifier(
     return classifier
 
 
-def peek(model: str, revision: str | None, trust_remote_code: bool) -> tuple[str | None, tuple[str, ...]]:
-    """Return the text of a model's card, and the labels that its config.json gives it, if any; no weights are pulled.
+def peek(
+    model: str, revision: str | None, trust_remote_code: bool
+) -> tuple[str | None, tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return the text of a model's card, its labels by its config.json, and their other names; no weights are pulled.
 
     Raises:
         UsageError, HubError: what `load_classifier` raises of a model without a usable config.json.
@@ -188,10 +190,11 @@ def peek(model: str, revision: str | None, trust_remote_code: bool) -> tuple[str
         if library_of(pulled.folder, name) == "timm":
             from hfdetox.models import timm as _timm
 
-            return card, _timm.labels_of(config)
+            named = _timm.labels_of(config)
+            return card, tuple(text for _, text in named), tuple((name,) for name, _ in named)
         from hfdetox.models import transformers as _transformers
 
-        return card, _transformers.labels_of(pulled.folder, name, trust_remote_code)
+        return card, _transformers.labels_of(pulled.folder, name, trust_remote_code), ()
 
 
 def fetch_model(model: str, revision: str | None, trust_remote_code: bool, *,

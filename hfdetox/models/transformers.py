@@ -135,6 +135,20 @@ def _not_computed(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
     return [name for name in unexpected if name.rpartition(".")[2] not in computed]
 
 
+@_quiet()
+def labels_of(folder: Path, name: str, trust_remote_code: bool) -> tuple[str, ...]:
+    """Return the labels of a folder's config.json; raises what `load_folder` raises of one that will not do."""
+    config = _load_config(folder, name, trust_remote_code)
+    _check_config(config, name, trust_remote_code)
+    return _labels(config)
+
+
+def _labels(config: Any) -> tuple[str, ...]:
+    labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
+    # what transformers writes when nobody named the labels
+    return label_names(len(labels)) if labels == tuple(f"LABEL_{index}" for index in range(len(labels))) else labels
+
+
 def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -184,10 +198,7 @@ def describe(model: Any, processor: Any, preprocessing: Preprocessing | None) ->
     """Return what hfdetox needs to know of a transformers model; one of `processor` and `preprocessing` is given."""
     config = model.config
     _check_config(config, type(model).__name__, trust_remote_code=True)
-    labels = tuple(str(config.id2label.get(index, index)) for index in range(config.num_labels))
-    # what transformers writes when nobody named the labels
-    if labels == tuple(f"LABEL_{index}" for index in range(len(labels))):
-        labels = label_names(len(labels))
+    labels = _labels(config)
     preprocessing = preprocessing or _preprocessing(processor, config)
     return TransformersModel(model, preprocessing, labels, type(model).__name__, processor)
 
