@@ -22,6 +22,7 @@ from hfdetox.models.loaded import check_links
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
+from hfdetox.reporting.report import Report
 from hfdetox.runs.folder import RunFolder, check_output, command_of, fingerprint, holds_output, log_folder, open_run
 from hfdetox.runs.publish import check_push_allowed
 from hfdetox.runs.result import (
@@ -98,25 +99,19 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),
                 push_to, accelerator)  # fmt: skip
     if run is not None and accelerator.is_main_process:
-        run.begin(options, known)
-        run.record_fingerprint(inputs)
+        run.begin(options, known, inputs)
 
     start = selected_weights(classifier, method)
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
     record, memory = train(classifier, method, pixels, accelerator, options, run=run, progress=progress,
                            warn=notes.warn)  # fmt: skip
-    if any(entry.get("unchanged") == 1 for entry in record.history):
-        notes.warn(f"{method.name} found nothing that it would change, and returns the model as it came")
     classifier.round_weights()
     after, uncorrected = evaluation.measure("after"), evaluation.measure_uncorrected("after, uncorrected")
 
     artifacts.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     artifacts.strip, artifacts.answers = draw_strip(evaluation, before, after), find_answers(evaluation, before, after)
     report = close_report(report, method, record, before, after, uncorrected, memory, options.max_accuracy_loss / 100)
-    if report.rejected:
-        notes.warn(f"the model is rejected: {describe_loss(report.rejected)}")
-        if not options.accept_accuracy_loss:
-            push_to, report = None, replace(report, output=replace(report.output, pushed_to=None))
+    push_to, report = _judged(report, options, push_to, notes.warn)
     result = DetoxResult(report, classifier, artifacts)
     if options.output is not None:
         save_result(result, options, run)
@@ -176,7 +171,20 @@ def train(
     # `end_training` would also end the process group, which the rest of the run needs
     for tracker in accelerator.trackers if options.log_with is not None else ():
         tracker.finish()
+    if any(entry.get("unchanged") == 1 for entry in record.history):
+        warn(f"{method.name} found nothing that it would change, and returns the model as it came")
     return record, peak_memory(accelerator)
+
+
+def _judged(
+    report: Report, options: DetoxOptions, push_to: str | None, warn: Callable[[str], None]
+) -> tuple[str | None, Report]:
+    """Return where the result may be pushed, and the report that says so: a rejected one only if that was asked for."""
+    if report.rejected:
+        warn(f"the model is rejected: {describe_loss(report.rejected)}")
+        if not options.accept_accuracy_loss:
+            return None, replace(report, output=replace(report.output, pushed_to=None))
+    return push_to, report
 
 
 def _without_objects(given: DetoxOptions) -> DetoxOptions:

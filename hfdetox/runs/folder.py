@@ -115,8 +115,9 @@ class RunFolder:
         """Return the shell command that goes on with this run."""
         return shlex.join(["hfdetox", "--resume", str(self.path)])
 
-    def begin(self, options: DetoxOptions, triggers: Sequence[Trigger]) -> None:
-        """Create the folder and record the options, so that they mean the same in any working directory.
+    def begin(self, options: DetoxOptions, triggers: Sequence[Trigger],
+              inputs: Mapping[str, str | None] | None = None) -> None:  # fmt: skip
+        """Create the folder and record the options, so that they mean the same in any working directory, and the inputs.
 
         The triggers are kept as files: pictures and targets with commas have no text form.
         """
@@ -132,6 +133,8 @@ class RunFolder:
             for name, trigger in zip(recorded["triggers"], triggers, strict=True):
                 write_atomically(self.path / name, trigger.file_bytes())
             write_atomically(self.path / RUN_FILE, json.dumps(recorded, indent=2) + "\n")
+        if inputs is not None:
+            self.record_fingerprint(inputs)
 
     def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
