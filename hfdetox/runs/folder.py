@@ -117,9 +117,9 @@ class RunFolder:
 
     def begin(self, options: DetoxOptions, triggers: Sequence[Trigger],
               inputs: Mapping[str, str | None] | None = None) -> None:  # fmt: skip
-        """Create the folder and record the options, so that they mean the same in any working directory, and the inputs.
+        """Create the folder and record the options, so that they mean the same in any working directory.
 
-        The triggers are kept as files: pictures and targets with commas have no text form.
+        The triggers are kept as files: pictures and targets with commas have no text form. `inputs` is the fingerprint.
         """
         threads = getattr(options, "threads", None) or torch.get_num_threads()
         recorded = options.record() | {"original_command": command_of(options), "threads": threads}
