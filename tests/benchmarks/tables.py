@@ -291,7 +291,7 @@ def architectures(library: str) -> list[str]:
         variant = f" ({row['architecture']})" if kind == "timm" and "architecture" in row else ""
         layers = [", ".join(f"`{layer}`" for layer in row.get(part, ())) or "–" for part in ("head", "norms")]
         worst = [row[part] for part in ("own", "wrapper", "pipeline") if part in row]
-        size = "×".join(map(str, row.get("input_size", ["–"] * 2)[-2:]))
+        size = "×".join(map(str, row.get("input_size", ["–"])[-2:]))
         again = "yes" if row["in_order"] else "no"
         cells = [f"`{name}`{variant}", *layers, again, size, f"{max(worst):.0e}" if worst else "–"]
         rows += [cells] if kind == library else []
