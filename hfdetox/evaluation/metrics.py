@@ -33,6 +33,8 @@ from hfdetox.triggers.base import Target, Trigger, attacked_labels
 BATCH_SIZE = 256
 # pixel values of a batch on a GPU, about those of 256 images of 224×224, and images at most
 GPU_VALUES, GPU_IMAGES = 2**25, 4096
+# the same of a CPU: it is no faster with more large images at a time, which take gigabytes
+CPU_VALUES = BATCH_SIZE * 3 * 96 * 96
 BOOTSTRAP_DRAWS = 2000
 Z_95 = 1.959963984540054
 LOWEST = 10  # classes that are named
@@ -122,7 +124,8 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     places = source.positions.cpu()
     predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
     losses = torch.zeros(len(predicted), dtype=torch.float64)
-    loader = accelerator.prepare(source_loader(source, batch_size(source, device), device))
+    values = math.prod(getattr(network, "input_size", (1,)))
+    loader = accelerator.prepare(source_loader(source, batch_size(source, device, values), device))
     bar = progress_bar(title, len(source), "image", shown=progress)
     chunks, classes = [], 0
     with bar, exact_float32():
@@ -141,8 +144,11 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     return SourcePredictions(predicted[places].numpy(), losses[places].numpy(), classes)
 
 
-def batch_size(source: ImageSource, device: torch.device) -> int:
-    """Return how many images are measured at once: more of small ones on a GPU, which 256 would not fill."""
+def batch_size(source: ImageSource, device: torch.device, values: int = 1) -> int:
+    """Return how many images of so many `values` are measured at once: 256, more of small ones on a GPU, which 256
+    would not fill, and fewer of large ones on a CPU."""
+    if device.type == "cpu":
+        return min(BATCH_SIZE, max(1, CPU_VALUES // values))
     if device.type != "cuda" or source.images is None:
         return BATCH_SIZE
     return min(max(BATCH_SIZE, GPU_VALUES // source.images[0].numel()), GPU_IMAGES)

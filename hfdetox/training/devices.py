@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hfdetox.errors import UsageError, refusing
+from hfdetox.models.network import Network, evaluating
 
 # Windows has none
 resource: Any = importlib.import_module("resource") if importlib.util.find_spec("resource") else None
@@ -209,3 +210,22 @@ def equalise_buffers(network: nn.Module, accelerator: Accelerator) -> None:
     for buffer in network.buffers():
         if buffer.is_floating_point():
             buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def saved_bytes(network: Network) -> int:
+    """Return how many bytes the network keeps of one image for its backward pass, in float32; at least 1."""
+    own = {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(2, *network.input_size, device=network.mean.device, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with evaluating(network), torch.enable_grad(), hooks:
+        # a layer that works in place may not on a leaf
+        network(images.clone())
+    return max(1, sum(kept.values()) // len(images))

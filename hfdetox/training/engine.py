@@ -17,16 +17,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hfdetox.errors import RunError
+from hfdetox.models.layers import has_batch_norm
+from hfdetox.models.network import Network
 from hfdetox.progress import note, progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
-from hfdetox.training.devices import equalise_buffers, synchronised
+from hfdetox.training.devices import equalise_buffers, saved_bytes, synchronised
 from hfdetox.training.phases import Part, Pass, Phase
 from hfdetox.training.sharpness import frozen_statistics
 
 # share of the images on which methods choose thresholds, and which they do not fit on
 HELD_OUT = 0.2
+# on CPUs: what a part of a step may keep for its backward pass, the images (pixels) that are never split for that, and
+# how few BatchNorm may see at a time
+PART_BYTES, SMALL_IMAGE, LEAST_NORMED = 2**27, 96 * 96, 32
 
 
 @dataclass
@@ -124,9 +129,10 @@ class Engine:
             first = self._restore(checkpoint, phase, optimizer) if checkpoint is not None else 0
             if first >= phase.epochs:
                 return
+            parts = max(phase.gradient_accumulation_steps, self._fitting_parts(phase, len(places)))
             prepared = accelerator.prepare_model(trained)
-            plan = StepPlan(len(places), phase.batch_size, phase.gradient_accumulation_steps, accelerator,
-                            self._key(index, 0), phase.steps, places)  # fmt: skip
+            plan = StepPlan(len(places), phase.batch_size, parts, accelerator, self._key(index, 0), phase.steps,
+                            places)  # fmt: skip
             training = _Training(accelerator, phase, index, self.seed, prepared, optimizer, plan)
             loader = source_loader(self.source, plan, accelerator.device)
             bar = progress_bar(phase.name, phase.epochs * plan.steps, "step", shown=self.progress,
@@ -152,6 +158,23 @@ class Engine:
                 bar.close()
                 _unprepare(trained, prepared, accelerator)
                 trained.eval()
+
+    def _fitting_parts(self, phase: Phase, count: int) -> int:
+        """Return into how many parts a step on large images is split on a CPU, so that a part's activations fit.
+
+        The result is that of the whole step, as with `gradient_accumulation_steps`; BatchNorm sees `LEAST_NORMED`
+        images at a time at least.
+        """
+        network, size = self._network, min(count, phase.batch_size) // self.accelerator.num_processes
+        if self.accelerator.device.type != "cpu" or not isinstance(network, Network):
+            return 1
+        if math.prod(network.input_size[1:]) <= SMALL_IMAGE:
+            return 1
+        fitting = max(LEAST_NORMED if has_batch_norm(network) else 2, PART_BYTES // saved_bytes(network))
+        parts = max(1, min(math.ceil(size / fitting), size // 2))
+        if parts > phase.gradient_accumulation_steps:
+            note(f"{phase.name}: steps of {size} images in {parts} parts, which fit into memory", shown=self.progress)
+        return parts
 
     @torch.no_grad()
     def _run_pass(self, phase: Pass, index: int, checkpoint: Checkpoint | None) -> None:

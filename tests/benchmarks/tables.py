@@ -299,6 +299,21 @@ def architectures(library: str) -> list[str]:
     return [*table(header, rows, text_columns=4), *source("architectures")]
 
 
+def thousand() -> list[str]:
+    """Return what the job on 1,000 classes takes."""
+    found = read("thousand_classes")
+    rows = [
+        [f"the whole job, {found['threads']} threads", f"{found['seconds'] / 60:.1f} minutes"],
+        ["of it the fine-tuning on 1,000 images", f"{found['train_seconds'] / 60:.1f} minutes"],
+        ["weights, gradients, momentum and 2,000 cached images", f"{found['needed_mb']:,} MB"],
+        [f"memory beyond them (at most {found['limit_mb']:,} MB)", f"{found['above_mb']:,} MB"],
+        ["accuracy before and after, %", arrow(*found["accuracy"])],
+        ["the card", f"{found['card_lines']} lines"],
+        ["`detox_report.json`, and all plots", f"{found['report_kb']} KB, {found['plots_kb']} KB"],
+    ]
+    return [*table(["", "measured"], rows), *source("thousand_classes")]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "demo": demo,
     "zoo": zoo,
@@ -323,6 +338,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "architectures_transformers": lambda: architectures("transformers"),
     "architectures_timm": lambda: architectures("timm"),
     **gpu_tables.TABLES,
+    "thousand": thousand,
 }
 
 
