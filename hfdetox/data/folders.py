@@ -6,7 +6,6 @@
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from hfdetox.data.labels import count_matches
 
@@ -46,9 +45,10 @@ def arrange(paths: Iterable[str], labels: Sequence[str], assigned: Mapping[str, 
         labels: the model's labels, or none where they are not known.
         assigned: the split of each image, where the dataset's card says it.
     """
-    folders = {path: tuple(unicodedata.normalize("NFC", part) for part in PurePosixPath(path).parts[:-1])
-               for path in sorted(paths)}  # fmt: skip
-    folders = _without_common(folders)
+    parents = {path: path.rpartition("/")[0] for path in sorted(paths)}
+    parts_of = {parent: tuple(filter(None, unicodedata.normalize("NFC", parent).split("/")))
+                for parent in set(parents.values())}  # fmt: skip
+    folders = _without_common({path: parts_of[parent] for path, parent in parents.items()})
     if assigned is not None:
         splits = {path: assigned[path] for path in folders}
     elif _are_splits(folders.values()):
@@ -58,20 +58,19 @@ def arrange(paths: Iterable[str], labels: Sequence[str], assigned: Mapping[str, 
         splits = dict.fromkeys(folders, "train")
     level = _level([parts for parts in folders.values() if parts], labels)
     names = {path: parts[level] for path, parts in folders.items() if parts and path in splits}
-    found = {split: {names[path] for path in names if splits[path] == split} for split in splits.values()}
+    order = sorted(set(splits.values()), key=lambda split: (split != "train", split))
+    found = {split: {name for path, name in names.items() if splits[path] == split} for split in order}
     # one folder alone, that no other split has, is no class: tiny-imagenet's val/images
     lone = {split for split, own in found.items() if len(own) == 1 and len(found) > 1
             and not own & set().union(*(others for other, others in found.items() if other != split))}  # fmt: skip
     classes = sorted({name for split, own in found.items() if split not in lone for name in own})
-    images: dict[str, list[tuple[str, int]]] = {split: [] for split in sorted(found, key=lambda name: name != "train")}
-    left_out = [path for path in folders if path not in splits]
-    for path, split in splits.items():
-        if path in names or not found[split]:
-            known = path in names and split not in lone
-            images[split].append((path, classes.index(names[path]) if known else -1))
-        else:
-            left_out.append(path)
-    return ImageFolder(tuple(classes), images, left_out)
+    codes = {name: index for index, name in enumerate(classes)}
+    # without classes there is nothing that an image could lie beside
+    taken = {path: split for path, split in splits.items() if path in names or not found[split]}
+    images: dict[str, list[tuple[str, int]]] = {split: [] for split in order}
+    for path, split in taken.items():
+        images[split].append((path, -1 if split in lone or path not in names else codes[names[path]]))
+    return ImageFolder(tuple(classes), images, [path for path in folders if path not in taken])
 
 
 def _without_common(folders: Mapping[str, _Folders]) -> dict[str, _Folders]:

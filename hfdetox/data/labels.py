@@ -90,7 +90,7 @@ def align_labels(
     mapping = [{**found, **fixed}.get(i, DROPPED) for i in range(len(names))]
     other, by_name = None, sorted(range(len(names)), key=names.__getitem__)
     if dataset_names is not None and not fixed and len(names) == count and (ordered or len(numbers) == count):
-        ranks = [by_name.index(i) for i in range(count)]
+        ranks = np.argsort(by_name).tolist()
         other = Alignment(ranks, note, _renamed(names, ranks, model_labels)) if ranks != mapping else None
     recorded = mapping if dataset_names is not None else {i: mapping[i] for i in sorted(fixed)}
     return Alignment(mapping, note, _renamed(names, recorded, model_labels), other)
@@ -133,7 +133,8 @@ def _match(
     for pair in (partial(_in_order, key=str), partial(_in_order, key=_plain), partial(_in_order, key=_described),
                  _by_synonyms, _by_beginning):  # fmt: skip
         rest_d = {i: name for i, name in dataset.items() if i not in found}
-        rest_m = {m: (every if pair is _by_synonyms else model)[m] for m in model if m not in found.values()}
+        used, names = set(found.values()), every if pair is _by_synonyms else model
+        rest_m = {m: name for m, name in names.items() if m not in used}
         found |= pair(rest_d, rest_m)
     return found
 
@@ -168,8 +169,9 @@ def _by_beginning(dataset: Mapping[int, str], model: Mapping[int, str]) -> dict[
     """Pair, in order, a name that one side has several times with those that begin so on the other: crane, crane2."""
     found: dict[int, int] = {}
     for many, few in ((model, dataset), (dataset, model)):
+        plain = {i: _described(other) for i, other in few.items()}
         for name, same in _places(many, lambda name: {_described(name)}).items():
-            begun = [i for i, other in few.items() if _described(other).startswith(name)]
+            begun = [i for i, other in plain.items() if other.startswith(name)] if len(same) > 1 else []
             if len(same) == len(begun) > 1:
                 found |= dict(zip(begun, same, strict=True) if many is model else zip(same, begun, strict=True))
     return found

@@ -115,15 +115,21 @@ def _load(
     source = None if alone else origin.open(train)
     empty = list[str]()
     # without labels anywhere else a part of the training split is measured
-    for name in measures if options.eval_split is not None else dict.fromkeys([*measures, train]):
-        evaluation = source if source is not None and name == train else _open_labelled(origin, name, options)
-        if evaluation is not None:
-            reader = label_reader(source or evaluation, evaluation)
-            alignment = align_labels(reader.names, labels, options.label_map, aliases)
-            chooser = Chooser(labels, clean_samples, options, warn, reader, alignment)
-            eval_rows = chooser.apart(evaluation) if evaluation is source else chooser.measured(evaluation)
-            if len(eval_rows.indices):
-                break
+    names = measures if options.eval_split is not None else [*measures, *([train] if train not in measures else [])]
+    for name in names:
+        try:
+            evaluation = source if source is not None and name == train else origin.open(name)
+        except ColumnError as error:
+            if name == names[-1]:
+                raise ColumnError(f"split {name}: {error}") from error
+            empty.append(name)
+            continue
+        reader = label_reader(source or evaluation, evaluation)
+        alignment = align_labels(reader.names, labels, options.label_map, aliases)
+        chooser = Chooser(labels, clean_samples, options, warn, reader, alignment)
+        eval_rows = chooser.apart(evaluation) if evaluation is source else chooser.measured(evaluation)
+        if len(eval_rows.indices):
+            break
         empty.append(name)
     else:
         raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
@@ -155,16 +161,6 @@ def _load(
 def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
     indices = rows.indices.tolist()
     return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=channels)
-
-
-def _open_labelled(origin: OpenedDataset, split: str, options: ImageOptions) -> SplitReader | None:
-    """Return a split to measure with; None for one without a column of labels, unless it was asked for."""
-    try:
-        return origin.open(split)
-    except ColumnError as error:
-        if options.eval_split is None:
-            return None
-        raise ColumnError(f"split {split}: {error}") from error
 
 
 def _settle_range(
@@ -231,7 +227,7 @@ def default_dataset(card_text: str | None) -> str:
     if not ids:
         raise UsageError(f"the model's card names no dataset; {advice}")
     if len(ids) > 1:
-        raise UsageError(f"the model's card names {len(ids)} datasets ({', '.join(ids[:5])}); {advice}")
+        raise UsageError(f"the model's card names {len(ids)} datasets ({list_names(ids, 5)}); {advice}")
     try:
         validate_repo_id(ids[0])
     except HFValidationError:

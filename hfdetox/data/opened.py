@@ -201,7 +201,10 @@ def _look_at_files(origin: OpenedDataset, warn: Callable[[str], None]) -> None:
     config, listing, what = origin.data.config, origin.files.listing(), f"dataset {origin.id}"
     used = {name: str(split) for split, names in config.data_files.items() for name in names}
     twice = [name for name, count in Counter(chain(*config.data_files.values())).items() if count > 1]
-    told = config.name != "default" or "configs" in _header(origin.files, listing, what)
+    with refusing(f"the card (README.md) of {what} cannot be read", kind=DatasetError):
+        card = listing.get("README.md")
+        header = card_header(Path(origin.files.path(card)).read_text("utf-8", "replace") if card else None)
+    told = config.name != "default" or "configs" in header
     loose = isinstance(origin.data, ImageFolderBuilder) and not config.drop_labels and not any(
         name.lower().endswith(_ARCHIVES) for name in used)  # fmt: skip
     if twice and (told or not loose):
@@ -238,26 +241,12 @@ def _arrange(
         if len(owners) == 1:
             described[owners.pop()].append(listing[path])
     origin.splits, origin.data.config.data_files = list(named), described
-    if metadata and (origin.label_column is not None or _has_labels(origin)):
-        return
     if metadata:
+        with contextlib.suppress(ColumnError):
+            origin.columns(origin.splits[0])
+            return
         warn(f"{metadata[0]} of dataset {origin.id} has no label column: the folders' names are the labels")
     origin.data = replace(folder, splits=named)
-
-
-def _has_labels(origin: OpenedDataset) -> bool:
-    try:
-        return bool(origin.columns(origin.splits[0]))
-    except ColumnError:
-        return False
-
-
-def _header(files: LocalFiles, listing: Mapping[str, str], what: str) -> dict[str, Any]:
-    """Return the YAML of a dataset's card; DatasetError where it cannot be read."""
-    if "README.md" not in listing:
-        return {}
-    with refusing(f"the card (README.md) of {what} cannot be read", kind=DatasetError):
-        return card_header(Path(files.path(listing["README.md"])).read_text(encoding="utf-8", errors="replace"))
 
 
 def card_header(text: str | None) -> dict[str, Any]:

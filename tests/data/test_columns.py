@@ -10,11 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from hfdetox.config import DetoxOptions, EvaluateOptions
 from hfdetox.data import readers as sources
 from hfdetox.data.columns import ColumnError
 from hfdetox.data.labels import LabelMismatchError
+from hfdetox.data.load import pull_images
 from hfdetox.data.opened import DatasetError
 from hfdetox.errors import UsageError
+from hfdetox.models.classifier import load_classifier
 from tests.image_data import (
     NAMES,
     cycle,
@@ -26,6 +29,7 @@ from tests.image_data import (
     write_parquet,
     write_tar,
 )
+from tests.tiny_models import timm_model
 
 
 @pytest.fixture
@@ -228,3 +232,12 @@ def test_a_test_split_without_a_label_column_gives_way(tmp_path, kind):
     assert not set(images.clean.indices) & set(images.evaluation.indices)
     with pytest.raises(UsageError, match="split test"):
         load(tmp_path / "d", eval_split="test")
+
+
+@pytest.mark.parametrize("command", ["detox", "evaluate"])
+def test_two_candidates_are_asked_about_whatever_is_done_with_the_images(command):
+    both = lesions(sex=SEX, side=("class", ["left", "right"], [0, 1]))
+    options = DetoxOptions("m") if command == "detox" else EvaluateOptions("m")
+    model = load_classifier(timm_model())
+    with pytest.raises(ColumnError, match="several columns may hold the label: sex, side; choose with --label-column"):
+        pull_images(options, both, model, print)
