@@ -142,8 +142,10 @@ def norms_before_head(model: nn.Module, input_size: tuple[int, int, int] | None 
                            "set its attribute image_size to (height, width)")  # fmt: skip
             return []
         order, before = list(given), {name: given[name] for name in heads if name in given}
+        # features without a value below 0 come from a ReLU, not from a norm, and need no search
+        before = {name: features for name, features in before.items() if features.min() < 0}
         feeding, found = list[str](), list[str]()
-        for name in reversed([name for name in order if name not in before]):
+        for name in reversed([name for name in order if before and name not in heads]):
             turns = _turns(inner, before, [name], images)
             if turns:
                 found.append(name)
