@@ -20,16 +20,8 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hfdetox.errors import UsageError, one_line
+from hfdetox.evaluation import verdict as judging
 from hfdetox.evaluation.results import Rate, Rating
-from hfdetox.evaluation.verdict import (
-    MITIGATED_AT_MOST,
-    MOVES_ABOVE,
-    WORKS_ABOVE,
-    describe_loss,
-    percent,
-    run_verdict,
-    trigger_verdicts,
-)
 from hfdetox.reporting import markdown
 from hfdetox.reporting.card_data import LIBRARY_TAGS, PENDING, card_data, hub_id, licence_of, shown_id, split_card
 from hfdetox.reporting.report import SCRATCH, AttackReport, Report, RunReport, describe_target, missed_goals
@@ -139,7 +131,7 @@ def _defense_values(report: Report) -> dict[str, Any]:
     pins = [f"{option} {revision}" for option, revision in revisions.items()
             if command and revision and not re.search(rf"(^|\s){option}[ =]", command)]  # fmt: skip
     return {"defense": report.defense, "states": states, "pins": " ".join(pins),
-            "judged": trigger_verdicts(before, report.published, report.accuracy_loss),
+            "judged": judging.trigger_verdicts(before, report.published, report.accuracy_loss),
             "corrected": report.verdicts}  # fmt: skip
 
 
@@ -200,7 +192,7 @@ def describe_rate(rate: Rate | Rating | None) -> str:
         return PENDING
     counts = f"{rate.successes:,} of {rate.samples:,}; " if isinstance(rate, Rate) else ""
     low, high = rate.interval
-    return f"{percent(rate.value)} ({counts}{100 * low:.1f}–{100 * high:.1f})"
+    return f"{judging.percent(rate.value)} ({counts}{100 * low:.1f}–{100 * high:.1f})"
 
 
 @cache
@@ -212,12 +204,11 @@ def templates() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced, pct=percent,
+        code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced, pct=judging.percent,
         name=partial(markdown.fit_text, letters=LONGEST_NAME), rate=describe_rate, count="{:,}".format,
         literal=json.dumps, json=partial(json.dumps, ensure_ascii=False, default=str),
     )  # fmt: skip
-    environment.globals.update(verdict_of=run_verdict, works_above=WORKS_ABOVE, mitigated_at_most=MITIGATED_AT_MOST,
-                               moves_above=MOVES_ABOVE, describe_loss=describe_loss)  # fmt: skip
+    environment.globals.update(judging=judging)
     return environment
 
 
