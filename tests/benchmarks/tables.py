@@ -303,10 +303,10 @@ def thousand() -> list[str]:
     """Return what the job on 1,000 classes takes."""
     found = read("thousand_classes")
     rows = [
-        [f"the whole job, {found['threads']} threads", f"{found['seconds'] / 60:.1f} minutes"],
+        [f"the whole job (threads: {found['threads']})", f"{found['seconds'] / 60:.1f} minutes"],
         ["of it the fine-tuning on 1,000 images", f"{found['train_seconds'] / 60:.1f} minutes"],
         ["weights, gradients, momentum and 2,000 cached images", f"{found['needed_mb']:,} MB"],
-        [f"memory beyond them (at most {found['limit_mb']:,} MB)", f"{found['above_mb']:,} MB"],
+        [f"memory beyond them, the libraries' own included (goal {found['limit_mb']:,})", f"{found['above_mb']:,} MB"],
         ["accuracy before and after, %", arrow(*found["accuracy"])],
         ["the card", f"{found['card_lines']} lines"],
         ["`detox_report.json`, and all plots", f"{found['report_kb']} KB, {found['plots_kb']} KB"],
