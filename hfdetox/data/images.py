@@ -92,9 +92,11 @@ class ImageSet:
         split: the source split's name.
         channels: 3 for RGB, 1 for grey images.
         pixel_range: the stored values of black and white, see `decode_image`.
+        range_named: whether a person said that range, see there too.
     """
 
     pixel_range: Range | None = None
+    range_named = False
 
     def __init__(
         self, encoded: EncodedImages, labels: Sequence[int] | np.ndarray, indices: Sequence[int], *,
@@ -122,7 +124,8 @@ class ImageSet:
         place = self._places[position]
         if place in self._decoded:
             return self._decoded[place]
-        decode = functools.partial(decode_image, channels=self.channels, pixel_range=self.pixel_range)
+        decode = functools.partial(decode_image, channels=self.channels, pixel_range=self.pixel_range,
+                                   range_named=self.range_named)  # fmt: skip
         image = self._read(position, decode)
         size = image.width * image.height * self.channels
         if size <= self._room:
@@ -199,19 +202,21 @@ def parallel_map(
     return results
 
 
-def decode_image(encoded: Encoded, *, channels: int = 3, pixel_range: Range | None = None) -> Image.Image:
+def decode_image(
+    encoded: Encoded, *, channels: int = 3, pixel_range: Range | None = None, range_named: bool = False
+) -> Image.Image:  # fmt: skip
     """Return an upright 8-bit RGB (or L, for `channels` 1) image.
 
     Grey, palette, RGBA, CMYK, Lab and other images are converted; transparency is dropped, as the two model libraries
     do. Numbers of other types (16 and 32 bits, floats, arrays with the channels first or last) are scaled from
     `pixel_range`, the values of black and white; None takes the range from this image's own values. A range within 0 to
-    255 scales 8-bit images too.
+    255 that a person named (`range_named`) scales 8-bit images too; one told by numbers beside them is not theirs.
 
     Raises what PIL raises for a broken file, DecompressionBombError for more than MAX_PIXELS pixels, ValueError for a
     missing image or for what is no image, UsageError for values that no usual range has.
     """
     image = _opened(encoded)
-    if isinstance(image, Image.Image) and pixel_range is not None and pixel_range[1] <= _BYTE:
+    if isinstance(image, Image.Image) and range_named and pixel_range is not None and pixel_range[1] <= _BYTE:
         image = np.asarray(_to_mode(image, "RGB"))
     if isinstance(image, np.ndarray):
         low, high = pixel_range or usual_range([_extremes_of(image)])
@@ -236,10 +241,12 @@ def usual_range(found: Sequence[Extremes]) -> Range:
     low, high = min(lows), max(highs)
     if set(kinds) == {"int8"}:
         return (-128.0 if low < 0 else 0.0, 127.0)
-    if low < 0 and not (low >= -1 and high <= 1):
-        raise UsageError(f"pixels from {low:g} to {high:g} are in no usual range; name it with --pixel-range LOW,HIGH")
-    # numbers with a point may pass their end by a rounding
+    # numbers with a point may pass their ends by a rounding
     top = next((top for top in _TOPS if high <= top * 1.001), None)
+    if -0.001 * high <= low < 0 and all(kind.startswith("float") for kind in kinds):
+        low = 0.0
+    if low < 0 and not (low >= -1.001 and high <= 1.001):
+        raise UsageError(f"pixels from {low:g} to {high:g} are in no usual range; name it with --pixel-range LOW,HIGH")
     if top is None or not np.isfinite(low):
         raise UsageError(f"pixels up to {high:g} are in no usual range; name it with --pixel-range LOW,HIGH")
     return (-1.0 if low < 0 else 0.0, float(top))

@@ -177,7 +177,8 @@ def _settle_range(
              "--pixel-range names others")  # fmt: skip
     else:
         return None
-    clean.pixel_range = measured.pixel_range = chosen
+    for images in (clean, measured):
+        images.pixel_range, images.range_named = chosen, named is not None
     return chosen
 
 

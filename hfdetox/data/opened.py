@@ -233,6 +233,9 @@ def _arrange(
     if folder.left_out:
         warn(f"{len(folder.left_out)} images of dataset {origin.id} lie beside the folders of classes, and are left "
              f"out: {list_names(folder.left_out, 3)}")  # fmt: skip
+    if folder.together:
+        warn(f"the folders {list_names(folder.together, 3)} of dataset {origin.id} have the same classes in them, and "
+             "are no splits by their names (train, test, …): their images are taken together")  # fmt: skip
     metadata = [path for path in listing if PurePosixPath(path).name in METADATA_NAMES]
     described = {split: [name for name, _ in found] for split, found in named.items()}
     for path in metadata:

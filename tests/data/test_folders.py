@@ -57,6 +57,11 @@ def splits(folder):
     # the layout of tiny-imagenet
     ([f"train/{name}/images/{i}.png" for name in NAMES for i in range(2)] + ["val/images/7.png"],
      {"train": dict.fromkeys(NAMES, 2), "validation": {-1: 1}}),
+    # splits inside the classes
+    ([f"{name}/{split}/{i}.png" for name in NAMES for split in ("train", "val") for i in range(2)],
+     {"train": dict.fromkeys(NAMES, 2), "validation": dict.fromkeys(NAMES, 2)}),
+    ([f"all/{name}/{split}/1.png" for name in NAMES[:2] for split in ("Training", "Testing")],
+     {"train": dict.fromkeys(NAMES[:2], 1), "test": dict.fromkeys(NAMES[:2], 1)}),
     # folders of kinds around those of classes
     (["pets/cat/1.png", "pets/dog/1.png", "farm/horse/1.png"], {"train": dict.fromkeys(NAMES, 1)}),
     # no classes
@@ -74,6 +79,33 @@ def test_splits_and_classes_are_told_from_the_folders(paths, expected):
 def test_the_models_labels_say_which_folders_are_the_classes(labels, classes):
     paths = [f"train/{one}/{time}/{i}.png" for one in NAMES for time in ("day", "night") for i in range(2)]
     assert list(arrange(paths, labels).classes) == classes
+
+
+@pytest.mark.parametrize(("paths", "labels", "expected"), [
+    (each("", ["train", "val", "test"], 2), ["train", "val", "test"], {"train": {"train": 2, "val": 2, "test": 2}}),
+    (each("", ["Test", "Train"], 1), ["train", "test"], {"train": {"Test": 1, "Train": 1}}),
+    (each("train/", ["train", "dev"], 2) + each("dev/", ["train", "dev"], 1), ["dev", "train"],
+     {"train": {"train": 2, "dev": 2}, "validation": {"train": 1, "dev": 1}}),
+    ([f"{kind}/{name}/1.png" for kind in ("boats", "cars") for name in ("eval", "dev")], ["dev", "eval"],
+     {"train": {"eval": 2, "dev": 2}}),
+    # the layout of STL-10
+    ([*each("train/", NAMES, 2), "test/1.png", "unlabeled/1.png"], NAMES,
+     {"train": dict.fromkeys(NAMES, 2), "test": {-1: 1}, "unlabeled": {-1: 1}}),
+])  # fmt: skip
+def test_the_models_labels_say_which_folders_are_splits(paths, labels, expected):
+    assert splits(arrange(paths, labels)) == expected
+
+
+@pytest.mark.parametrize(("outer", "named"), [
+    (["fold1", "fold2"], ["fold1", "fold2"]), (["train2017", "val2017"], ["train2017", "val2017"]),
+    (["train", "extra"], []), (["pets"], []),
+])  # fmt: skip
+def test_folders_that_may_have_been_splits_are_named(tmp_path, outer, named):
+    write(tmp_path / "d", [path for one in outer for path in each(f"{one}/", NAMES, 20)])
+    _, notes = load(tmp_path / "d", **({"eval_split": "extra"} if "extra" in outer else {}))
+    said = [note for note in notes if "their images are taken together" in note]
+    assert len(said) == bool(named)
+    assert all(name in said[0] for name in named)
 
 
 def test_images_beside_the_classes_are_left_out():

@@ -98,6 +98,12 @@ def test_values_below_zero_of_a_usual_range(kind, low):
     assert difference(decode_image(saved(values), channels=1), GREY) <= 1
 
 
+@pytest.mark.parametrize("low", [-1e-7, -1e-4])
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
+def test_a_rounding_below_zero_is_zero(low, top):
+    assert difference(decode_image(saved(GREY / 255 * top * (1 - low) + low * top), channels=1), GREY) <= 1
+
+
 @pytest.mark.parametrize(("values", "message"), [
     (GREY.astype(np.float32) / 50 - 2, "from -2 to 3.1 are in no usual range"),
     (GREY.astype(np.int16) - 1000, "--pixel-range"),
@@ -174,6 +180,20 @@ def test_images_of_eight_bits_need_no_range_and_take_a_named_one():
     assert difference(halved.clean.image(3), expected) == 0
     wider, _ = load(both, pixel_range="0,4095")
     assert wider.clean.image(3).tobytes() == images.clean.image(3).tobytes()
+
+
+@pytest.mark.parametrize(("values", "kind"), [
+    (GREY.astype(np.float32) / 255, "TIFF"), (GREY.astype(np.float32) / 127.5 - 1, "TIFF"),
+    ((GREY > 127).astype(np.uint16), "PNG"),
+])  # fmt: skip
+def test_images_of_eight_bits_keep_their_values_beside_numbers(values, kind):
+    both = depths([png(i) for i in range(12)], [stored(values, kind)] + [png(100 + i) for i in range(8)])
+    images, notes = load(both)
+    assert any("pixels of 1 images" in note for note in notes)
+    plain, _ = load(depths([png(i) for i in range(12)], [png(100 + i) for i in range(9)]))
+    assert [images.clean.image(i).tobytes() for i in range(12)] == [plain.clean.image(i).tobytes() for i in range(12)]
+    expected = GREY if kind == "TIFF" else (GREY > 127) * 255
+    assert difference(images.evaluation.image(0), np.repeat(expected[..., None], 3, -1)) <= 1
 
 
 @pytest.mark.parametrize("text", ["", "a,b", "5,5", "9,1", "0,inf", "nan,1", "1,2,3"])
