@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 import hfdetox
@@ -73,7 +74,9 @@ def test_a_run_folder_has_every_option_and_its_first_command(tmp_path: Path) -> 
     recorded = json.loads((tmp_path / "out.run" / "run.json").read_text())
     assert {name: recorded[name] for name in options.record()} == options.record()
     assert run.recorded() == RecordedOptions(
-        **options.record(), original_command="hfdetox org/model --dataset org/data --seed 3"
+        **options.record(),
+        original_command="hfdetox org/model --dataset org/data --seed 3",
+        threads=torch.get_num_threads(),
     )
 
 
@@ -82,7 +85,7 @@ def test_objects_are_recorded_as_texts_or_not_at_all() -> None:
                            settings={"epochs": 3, "freeze_norm": True, "layers": ["a", "b"]})  # fmt: skip
     plain = options.record()
     assert json.loads(json.dumps(plain)) == plain
-    known = {"model": "m", "dataset": None, "triggers": ["badnets:size=4"], "target": "3", "output": "o"}
+    known = {"model": "m", "dataset": None, "triggers": ["badnets:size=4"], "target": "index:3", "output": "o"}
     assert {name: plain[name] for name in known} == known
     assert plain["settings"] == {"epochs": "3", "freeze_norm": "true", "layers": "a,b"}
     assert options.plain().record() == plain

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from hfdetox.runs.result import AttackResult, DetoxResult
 
 INTERRUPTED = 130
-ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
 # what an interrupted suite or bench says
 ONLY_THE_REST = "what is finished stays: give the same command again to go on"
 FIRST_WORDS = (*config.COMMANDS, "--help", "--version")
@@ -267,25 +266,12 @@ def running(options: config.ConsoleOptions, advice: Callable[[], str]) -> Iterat
 
 def prepare_console(options: config.ConsoleOptions) -> None:
     """Turn the client libraries' bars and notices down, before they are imported."""
-    limit_onednn()
     # the libraries read these once, when they are imported; a thread that spins while it waits holds up the others
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not shows_progress(options):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-
-def limit_onednn(cpu: Path = Path("/proc/cpuinfo")) -> None:
-    """Keep oneDNN from using AMX, before torch is imported, and say so; nothing where the user has set its limit.
-
-    Its AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16.
-    """
-    if ONEDNN_LIMIT in os.environ or not cpu.is_file() or " amx_" not in cpu.read_text(encoding="utf-8"):
-        return
-    os.environ[ONEDNN_LIMIT] = "AVX512_CORE_FP16"
-    if is_main_process():
-        complain(f"this CPU's AMX can make training fail: {ONEDNN_LIMIT}=AVX512_CORE_FP16, unless you set it yourself")
 
 
 def shows_progress(options: config.ConsoleOptions) -> bool:

@@ -38,7 +38,6 @@ Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 RUN_FILE, FINGERPRINT_FILE = "run.json", "fingerprint.json"
-PUBLISHING = ("private", "create_pr", "overwrite")
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
 # of options that may be objects, what a run folder has of them
@@ -196,7 +195,7 @@ def open_run(options: DetoxOptions) -> tuple[DetoxOptions, RunFolder | None]:
         if options.push_to is not None:
             anew: dict[str, Any] = {**options.publishing(), "push_to": options.push_to}
         else:
-            anew = {name: getattr(recorded, name) or getattr(options, name) for name in PUBLISHING}
+            anew = {name: getattr(recorded, name) or given for name, given in options.publishing().items()}
         options = replace(recorded, **anew, log_with=options.log_with, keep_run=options.keep_run)
         options.check_publishing()
     if options.output is not None:

@@ -51,7 +51,8 @@ def resolve_device(device: str) -> str:
 def resolve_precision(precision: str, device: str) -> Literal["no", "fp16", "bf16"]:
     """Return the precision a run on `device` (a type) gets.
 
-    `auto` is the one that Accelerate's configuration names, else the best with hardware behind it.
+    `auto` is the one that Accelerate's configuration names, else bf16 or fp16 on CUDA, and float32 elsewhere: on CPUs
+    oneDNN's gradients in bf16 can be uninitialised memory (torch 2.15; docs/development.md has a reproduction).
 
     Raises:
         UsageError: unknown, or one the device would only pretend to run (Accelerate runs fp16 on a CPU as float32).
@@ -61,7 +62,7 @@ def resolve_precision(precision: str, device: str) -> Literal["no", "fp16", "bf1
     if wanted == "auto":
         if device == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if device == "cpu" and _cpu_has_bf16() else "no"
+        return "no"
     if wanted == "fp16" and device == "cpu":
         raise UsageError(f"fp16 does not run on a CPU{where}; use --precision bf16, no or auto")
     if wanted not in ("no", "fp16", "bf16"):
@@ -78,17 +79,6 @@ def _configured_precision() -> str | None:
         named = settings.get("mixed_precision") if isinstance(settings, dict) else None
     # YAML reads a bare `no` as False
     return None if named is None else "no" if named is False else str(named).lower()
-
-
-def _cpu_has_bf16() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        amx, others = found.get("amx_bf16"), any(found.get(name) for name in ("avx512_bf16", "bf16", "arm_bf16"))
-    else:  # PyTorch before 2.11 or so
-        amx, others = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    # oneDNN's AMX kernels, as of torch 2.15, give gradients that are NaN for some small convolutions in bf16; the
-    # command line keeps it from using them, but not a library in its user's process
-    return "ONEDNN_MAX_CPU_ISA" in os.environ if amx else bool(others)
 
 
 @contextmanager

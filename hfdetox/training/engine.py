@@ -24,7 +24,7 @@ from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
 from hfdetox.training.devices import equalise_buffers, saved_bytes, synchronised
-from hfdetox.training.phases import Part, Pass, Phase
+from hfdetox.training.phases import UNSTABLE, Part, Pass, Phase
 from hfdetox.training.sharpness import frozen_statistics
 
 # share of the images on which methods choose thresholds, and which they do not fit on
@@ -142,6 +142,7 @@ class Engine:
                     torch.manual_seed(self._key(index, epoch + 1) + accelerator.process_index)
                     plan.epoch = epoch
                     entry = training.epoch(loader, bar)
+                    phase.check_weights(epoch + 1)
                     record.steps += plan.steps
                     record.images += plan.count
                     record.seconds += entry["seconds"]
@@ -345,8 +346,7 @@ class _Training:
         bad = (~torch.isfinite(table[:, names.index("loss")])).nonzero()
         if len(bad):
             raise RunError(f"the loss is not finite at phase {self.phase.name}, epoch {self.plan.epoch + 1}, step "
-                           f"{int(bad[0]) + 1}; try a lower learning rate (--lr), a gradient limit (--set "
-                           "max_grad_norm=1) or --precision no")  # fmt: skip
+                           f"{int(bad[0]) + 1}; {UNSTABLE}")  # fmt: skip
         return dict(zip(names, table.double().mean(0).tolist(), strict=True))
 
 

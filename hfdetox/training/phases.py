@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hfdetox.errors import RunError
 from hfdetox.training.augment import Augmentation
 from hfdetox.training.batches import Batch
 from hfdetox.training.sharpness import SharpnessAware
@@ -20,6 +21,7 @@ from hfdetox.training.sharpness import SharpnessAware
 Part = Literal["all", "fit", "held-out"]
 
 
+UNSTABLE = "try a lower learning rate (--lr), a gradient limit (--set max_grad_norm=1) or --precision no"
 Loss = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Poison = Callable[[torch.Tensor, torch.Tensor, range], tuple[torch.Tensor, torch.Tensor]]
@@ -85,6 +87,11 @@ class Phase(_Stage):
     network: nn.Module | None = None
     steps: int | None = None
     on_epoch_end: Callable[[], Sequence[Pass]] | None = None
+
+    def check_weights(self, epoch: int) -> None:
+        """Raise RunError unless the weights are finite; a loss can be, where a kernel's position meets no image."""
+        if not torch.stack([weight.isfinite().all() for weight in self.parameters]).all():
+            raise RunError(f"the weights are not finite at phase {self.name}, epoch {epoch}; {UNSTABLE}")
 
 
 @dataclass(kw_only=True)

@@ -32,26 +32,6 @@ def test_warnings_of_the_package_are_lines_on_standard_error(
     assert capsys.readouterr().err == "hfdetox: warning: class cat has 3 images\n"
 
 
-@pytest.mark.parametrize(
-    ("flags", "given", "kept"),
-    [("flags: avx2 amx_bf16 amx_tile", None, "AVX512_CORE_FP16"), ("flags: avx2 avx512f", None, None),
-     ("flags: amx_tile amx_int8", "AVX2", "AVX2")],
-)  # fmt: skip
-def test_amx_is_left_alone_unless_asked_for(
-    flags: str, given: str | None, kept: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != cli.ONEDNN_LIMIT}
-    monkeypatch.setattr(os, "environ", environment | ({} if given is None else {cli.ONEDNN_LIMIT: given}))
-    (tmp_path / "cpuinfo").write_text(f"model name: a CPU\n{flags}\n")
-    cli.limit_onednn(tmp_path / "cpuinfo")
-    cli.limit_onednn(tmp_path / "no such file")
-    assert os.environ.get(cli.ONEDNN_LIMIT) == kept
-    said = capsys.readouterr().err
-    assert said.startswith("hfdetox: this CPU's AMX can make training fail") is (kept != given)
-    assert said.count("\n") == (kept != given)
-
-
 def test_json_mode_keeps_other_output_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     with cli.standard_output(ConsoleOptions(as_json=True)) as out:
         sys.stdout.write("a library's notice\n")

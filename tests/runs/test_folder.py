@@ -18,7 +18,6 @@ from hfdetox.cli.app import app, with_command
 from hfdetox.config import DetoxOptions
 from hfdetox.errors import RunError, UsageError
 from hfdetox.runs.folder import (
-    PUBLISHING,
     RecordedOptions,
     RunFolder,
     check_output,
@@ -47,7 +46,8 @@ def parsed(command: str) -> dict[str, Any]:
 GIVEN: dict[str, Any] = {
     "model": "other/model", "dataset": "data folder/of mine", "dataset_config": "plain", "split": "train",
     "eval_split": "test", "image_column": "img", "label_column": "fine label", "clean_samples": 2500,
-    "eval_samples": 100, "label_map": "map.json", "allow_missing_classes": True, "defense": "d3:code",
+    "pixel_range": "0,4095", "max_accuracy_loss": 2.5, "eval_samples": 100, "label_map": "map.json",
+    "allow_missing_classes": True, "defense": "d3:code",
     "settings": {"lambda": "1.5", "layers": "head,layer4.*"},
     "triggers": ["badnets:size=5", "blended"], "target": "tench, Tinca tinca", "precision": "no", "seed": 7,
     "device": "cpu", "revision": "a" * 40, "dataset_revision": "b" * 40, "trust_remote_code": True, "output": "out dir",
@@ -78,9 +78,7 @@ def test_the_command_leaves_defaults_and_publishing_out() -> None:
     assert command_of(PLAIN) == "hfdetox org/model --dataset org/data"
     pushed = replace(PLAIN, push_to="me/x", private=True, create_pr=True, overwrite=True)
     assert command_of(pushed) == command_of(PLAIN)
-    assert pushed.publishing() == {name: True for name in PUBLISHING if name != "push_to"} | (
-        {"push_to": "me/x"} if "push_to" in PUBLISHING else {}
-    )
+    assert pushed.publishing() == {"private": True, "create_pr": True, "overwrite": True, "accept_accuracy_loss": False}
 
 
 @pytest.mark.parametrize("samples", [0.05, 0.5, 1.0, 1, 5000])
@@ -146,9 +144,11 @@ def test_options_are_recorded_and_read_back(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "deep" / "out.run")
     options = DetoxOptions(**{**GIVEN, "triggers": []})
     run.begin(options, [])
-    assert run.recorded() == RecordedOptions(**options.record(), original_command=command_of(options))
+    threads = torch.get_num_threads()
+    assert run.recorded() == RecordedOptions(**options.record(), original_command=command_of(options), threads=threads)
     assert os.listdir(run.path) == ["run.json"]
-    expected = {**options.record(), "original_command": command_of(options), "output": str(Path.cwd() / "out dir")}
+    expected = {**options.record(), "original_command": command_of(options), "output": str(Path.cwd() / "out dir"),
+                "threads": threads}  # fmt: skip
     assert json.loads((run.path / "run.json").read_text()) == expected
     run.begin(replace(run.recorded(), seed=8), [])
     assert run.recorded().seed == 8
@@ -244,10 +244,15 @@ def resumed(run: RunFolder, **options: Any) -> DetoxOptions:
 def test_a_resumed_run_may_be_told_how_to_publish(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "out.run")
     run.begin(replace(PLAIN, push_to="me/x", overwrite=True), [])
-    assert resumed(run).publishing() == {"private": False, "create_pr": False, "overwrite": True}
-    assert resumed(run, private=True).publishing() == {"private": True, "create_pr": False, "overwrite": True}
+    none = {"private": False, "create_pr": False, "overwrite": False, "accept_accuracy_loss": False}
+    assert resumed(run).publishing() == none | {"overwrite": True}
+    assert resumed(run, private=True).publishing() == none | {"private": True, "overwrite": True}
+    assert resumed(run, accept_accuracy_loss=True).publishing() == none | {
+        "accept_accuracy_loss": True,
+        "overwrite": True,
+    }
     anew = resumed(run, push_to="me/y", create_pr=True)
-    assert (anew.push_to, anew.publishing()) == ("me/y", {"private": False, "create_pr": True, "overwrite": False})
+    assert (anew.push_to, anew.publishing()) == ("me/y", none | {"create_pr": True})
     run.begin(PLAIN, [])
     assert resumed(run, push_to="me/y", private=True).private
     for name in ("private", "create_pr"):

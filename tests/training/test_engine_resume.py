@@ -35,6 +35,19 @@ from tests.tiny_training import (
 __all__ = ["_quick_garbage", "accelerator"]
 
 
+def test_weights_that_are_not_finite_stop_the_run_though_the_loss_is(accelerator: Accelerator) -> None:
+    """As a kernel's positions that meet no image: their gradient can be anything, and no loss depends on it."""
+    network, unseen = mlp(), nn.Parameter(torch.zeros(2))
+
+    def spoil() -> None:
+        with torch.no_grad():
+            unseen[1] = math.nan
+
+    phase = make_phase(network, parameters=[*network.parameters(), unseen], after_step=spoil)
+    with pytest.raises(RunError, match="the weights are not finite at phase toy, epoch 1; try a lower learning rate"):
+        Engine(accelerator, ToyImages()).run(network, [phase])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(
     bad: float, accelerator: Accelerator, tmp_path: Path
