@@ -5,18 +5,15 @@ A field of these dataclasses is an option of the command line (`hfdetox.cli.opti
 the command that repeats a run (`argv`). Nothing here imports torch or typer.
 """
 
-import math
-import numbers
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Protocol, Self
 
 from hfdetox.arguments import Options, about, argv, option, options_of
+from hfdetox.checks import check_pixel_range, check_points, check_rate, check_samples, check_share, check_there
 from hfdetox.errors import UsageError
-from hfdetox.specs import target_text
+from hfdetox.specs import redact_paths, target_text
 from hfdetox.values import to_text
 
 # a first word that is none of these is a model
@@ -46,43 +43,6 @@ class NamedDefense(Protocol):
     """A `DefenseConfig` object: `settings` returns every setting by its name."""
 
     def settings(self) -> dict[str, Any]: ...
-
-
-def check_samples(flag: str, value: Any) -> None:
-    """Raise UsageError unless `value` is a count of images, at least 1, or a fraction above 0 and up to 1."""
-    if isinstance(value, bool) or not issubclass(type(value), numbers.Real):
-        raise UsageError(f"{flag} {value!r} is neither a count such as 500 nor a fraction such as {DEFAULT_SAMPLES}")
-    whole = isinstance(value, numbers.Integral)
-    if whole and not value >= 1:
-        raise UsageError(f"{flag} {value} leaves no images: give a count of at least 1, or a fraction such as 0.05")
-    if not whole and not 0 < value <= 1:
-        raise UsageError(f"{flag} {value} is not a fraction above 0 and up to 1.0; a count has no point")
-
-
-def check_pixel_range(flag: str, value: str) -> tuple[float, float]:
-    """Return the values of black and white that `LOW,HIGH`, or HIGH alone, names; UsageError for what is no range."""
-    try:
-        low, high = map(float, value.split(",") if "," in value else ("0", value))
-    except ValueError:
-        low = high = math.nan
-    if not -math.inf < low < high < math.inf:
-        raise UsageError(f"{flag} {value}: give the values of black and white, such as 0,4095")
-    return low, high
-
-
-def _check_share(flag: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise UsageError(f"{flag} {value}: a share of the images is above 0 and at most 1")
-
-
-def _check_points(flag: str, value: Any) -> None:
-    if not (isinstance(value, int | float) and 0 <= value <= 100):
-        raise UsageError(f"{flag} {value}: points of accuracy are a number from 0 to 100")
-
-
-def _check_rate(flag: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UsageError(f"{flag} {value}: a rate is a fraction from 0 to 1, such as 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +227,7 @@ class DetoxOptions(CleanedPublishOptions, TrainingOptions):
     keep_run: bool = option(False, RUN, "Keep the run folder after success.", anew=True)
     max_accuracy_loss: float = option(
         5.0, RUN, "Points of accuracy that the run may cost; a model that lost more is rejected.", metavar="POINTS",
-        check=_check_points, more="It did where the whole 95 % interval of the loss, paired by image, is beyond.",
+        check=check_points, more="It did where the whole 95 % interval of the loss, paired by image, is beyond.",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -309,17 +269,17 @@ class AttackOptions(AttackPublishOptions, TrainingOptions):
         flag="trigger", metavar="SPEC", more="Or `Trigger` objects.",
     )  # fmt: skip
     poison_ratio: float = option(0.1, ATTACK, "Of the training images, or of every batch.", metavar="SHARE",
-                                 check=_check_share)  # fmt: skip
+                                 check=check_share)  # fmt: skip
     adaptive: str | None = option(None, ATTACK, "sam:rho=2.0,adaptive=true: into a flat minimum.", metavar="SPEC")
     surrogate: str | Path | None = option(
         None, ATTACK, "A clean model, for triggers that are made on one.", metavar="MODEL",
         more="It has the same labels; a trained model serves itself.",
     )  # fmt: skip
     goal_asr: float = option(0.9, ATTACK, "Attack success rate from which it succeeded.", metavar="RATE",
-                             check=_check_rate, more="For `all-to-all` times the accuracy.")  # fmt: skip
+                             check=check_rate, more="For `all-to-all` times the accuracy.")  # fmt: skip
     goal_accuracy: float | None = option(
         None, ATTACK, "Accuracy from which it succeeded; with it training stops when both goals are reached.",
-        metavar="RATE", check=_check_rate, shown="of a trained model its own less 0.02, from scratch none",
+        metavar="RATE", check=check_rate, shown="of a trained model its own less 0.02, from scratch none",
         more="Up to 1,000 training images are then held out, and looked at after every epoch; without it the training "
         "runs all its epochs.",
     )  # fmt: skip
@@ -424,18 +384,3 @@ class BenchOptions(SuiteOptions):
 
     zoo: Path | None = option(None, IMAGES, "Folder of the suite's models (hfdetox attack --suite).", path="folder")
     keep_models: bool = option(False, HUB, "Keep the cleaned models, not their reports and cards alone.")
-
-
-def check_there(what: str, name: Any) -> None:
-    """Raise UsageError for a path that is not there; another name may be one of the Hub."""
-    path = isinstance(name, Path) or (isinstance(name, str) and name.startswith((".", "/", "~")))
-    if path and not os.path.exists(name):
-        raise UsageError(f"{what} {name}: no such folder")
-
-
-def redact_paths(text: str) -> str:
-    """Return a text without where things lie: of a path that exists here, and of those in `KEY=PATH,…`, the name."""
-    there = os.path.exists(text)
-    if "=" in text and not there:
-        return re.sub("(?<==)[^,]*/[^,]*", lambda found: redact_paths(found[0]), text)
-    return f"./{Path(text).resolve().name}" if there or os.path.isabs(text) else text

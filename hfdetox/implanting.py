@@ -20,7 +20,8 @@ from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions
 from hfdetox.logging import RunWarnings
-from hfdetox.models.classifier import Classifier, InitialModel, init_model, load_classifier
+from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
 from hfdetox.reporting.report import Goals, missed_goals
@@ -67,10 +68,8 @@ def implant(given: AttackOptions) -> AttackResult:
 
     with accelerator.main_process_first():
         opened = open_first(given, run, notes.warn)
-        start = _start(given, run)
-        check_init(run, start, notes.warn)
+        start = _start(given, run, notes.warn)
         classifier = start.classifier
-        check_saves(classifier, run.output, notes.warn)
         images = pull_images(run, given.dataset, classifier, notes.warn, progress=progress, opened=opened)
         implants = build_implants(run, known, poisoners, classifier, images, notes.warn)
         clean_model = find_surrogate(run, start, implants)
@@ -82,10 +81,9 @@ def implant(given: AttackOptions) -> AttackResult:
     goals = goals_of(run, before)
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
-    clean = decoded(kept, classifier, accelerator, "decode", progress)
-    context = AttackContext(classifier=classifier, clean=clean, accelerator=accelerator, training=training,
-                            from_scratch=start.from_scratch, surrogate=clean_model, sharpness=sharpness, seed=run.seed,
-                            progress=progress)  # fmt: skip
+    context = AttackContext(classifier=classifier, clean=decoded(kept, classifier, accelerator, "decode", progress),
+                            accelerator=accelerator, training=training, from_scratch=start.from_scratch,
+                            surrogate=clean_model, sharpness=sharpness, seed=run.seed, progress=progress)  # fmt: skip
     # a run must not fail at its end for a reason known at its start
     run = replace(pin(run, classifier, images), push_to=push_to)
     report = open_attack_report(run, start, info, implants, context, before, goals, clean_model,
@@ -110,12 +108,16 @@ def implant(given: AttackOptions) -> AttackResult:
     return publish(result, accelerator, push_to, run)
 
 
-def _start(given: AttackOptions, run: AttackOptions) -> InitialModel:
+def _start(given: AttackOptions, run: AttackOptions, warn: Callable[[str], None]) -> InitialModel:
+    """Return the model to train, which may be trained, and saved, as it is asked for."""
     model = given.model if isinstance(given.model, nn.Module) else str(run.model)
-    return init_model(model, class_names=lambda: class_names(given.dataset, run), is_backdoored=comes_backdoored,
+    start = init_model(model, class_names=lambda: class_names(given.dataset, run), is_backdoored=comes_backdoored,
                       init=run.init, model_args=run.model_args, input_size=run.input_size, seed=run.seed,
                       revision=run.revision, trust_remote_code=run.trust_remote_code, processor=given.processor,
                       preprocessing=given.preprocessing, labels=given.labels)  # fmt: skip
+    check_init(run, start, warn)
+    check_saves(start.classifier, run.output, warn)
+    return start
 
 
 def build_implants(

@@ -1,10 +1,12 @@
-"""Specifications as text: `key=value` items, and an attacker's label, which a text gives by name or by index."""
+"""Specifications as text: `key=value` items and paths in them, and an attacker's label, by name or by index."""
 
 import csv
 import io
 import operator
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from hfdetox.errors import UsageError
 from hfdetox.values import shown
@@ -73,3 +75,11 @@ def read_pairs(where: str, items: Iterable[str], known: Iterable[str], listed: s
             raise UsageError(f"{where}: {key} is given twice")
         found[key] = value
     return found
+
+
+def redact_paths(text: str) -> str:
+    """Return a text without where things lie: of a path that exists here, and of those in `KEY=PATH,…`, the name."""
+    there = os.path.exists(text)
+    if "=" in text and not there:
+        return re.sub("(?<==)[^,]*/[^,]*", lambda found: redact_paths(found[0]), text)
+    return f"./{Path(text).resolve().name}" if there or os.path.isabs(text) else text

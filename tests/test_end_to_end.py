@@ -105,30 +105,6 @@ def report_of(text: bytes | str) -> Report:
     return Report.from_dict(json.loads(text))
 
 
-def test_the_settings_that_a_run_finds_itself_are_said_with_their_reasons(
-    made: Made, run_cli: Any, fresh_env: dict[str, str], tmp_path: Path
-) -> None:
-    """A digit's mirror image is another thing: `d3:auto` sees that the model knows no flips, and uses none."""
-    done = run_cli([str(made.timm), "--dataset", str(made.digits), "--samples", str(CLEAN_IMAGES), "--trigger", TRIGGER,
-                    "--target", TARGET, "--defense", "d3:auto", "--output", "out"], env=fresh_env)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report, card = Report.load(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert report.defense.preset == "auto"
-    where, features, augmentation, _, length, _ = report.defense.choices
-    assert where.startswith("Selected: head, ")
-    assert features == "SGD trained the features, for the network has BatchNorm."
-    assert augmentation.split(":")[0] in ("Augmentation crop", "Augmentation none")
-    assert length.startswith(f"{report.defense.epochs} epochs, {report.defense.steps} steps")
-    for sentence in report.defense.choices:
-        assert f"- {sentence}" in card
-    assert report.before is not None
-    assert report.after is not None
-    rates = [next(iter(m.triggers.values())).attack_success_rate.value for m in (report.before, report.after)]
-    assert rates[0] > 0.9
-    assert rates[1] < 0.1
-    assert report.after.accuracy.value > report.before.accuracy.value - 0.05
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("library", "loaders"),

@@ -14,7 +14,8 @@ from hfdetox.bench.suite import SuiteFile, TargetEntry
 from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
-from hfdetox.config import BenchOptions, check_there
+from hfdetox.checks import check_there
+from hfdetox.config import BenchOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import locked, sha256_file

@@ -23,7 +23,7 @@ from hfdetox.bench.suite import (
 from hfdetox.config import NONE
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError, located
-from hfdetox.models.classifier import ARCHITECTURE
+from hfdetox.models.initial import ARCHITECTURE
 from hfdetox.triggers import parse_triggers
 from hfdetox.triggers.base import ALL_TO_ALL
 from hfdetox.values import shown

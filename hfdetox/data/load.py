@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from hfdetox.arguments import renames
-from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions, check_pixel_range, check_samples
+from hfdetox.checks import check_pixel_range, check_samples
+from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions
 from hfdetox.data.columns import ColumnError
 from hfdetox.data.images import ImageSet, Progress, parallel_map, usual_range
 from hfdetox.data.info import DatasetInfo
@@ -24,7 +25,8 @@ from hfdetox.data.opened import OpenedDataset, card_header, open_dataset
 from hfdetox.data.readers import SplitReader
 from hfdetox.data.sampling import Chooser, Selection, TooFewImagesError, label_reader
 from hfdetox.errors import UsageError
-from hfdetox.models.classifier import ARCHITECTURE, Classifier, peek
+from hfdetox.models.classifier import Classifier, peek
+from hfdetox.models.initial import ARCHITECTURE
 from hfdetox.models.loaded import label_names
 from hfdetox.progress import progress_bar, updates
 
@@ -148,12 +150,7 @@ def _load(
         measured = _without_duplicates(clean, measured, warn, progress)
     one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
     everything = len(measured) == evaluation.rows and not evaluation.limited
-    info = DatasetInfo(
-        id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
-        source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
-        indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
-        label_map=alignment.label_map, pixel_range=pixel_range,
-    )  # fmt: skip
+    info = _record(origin, clean, measured, alignment, pixel_range)
     images = Images(clean, measured, info, evaluation is not source and one_to_one and everything)
     return images if alignment.other is None else replace(images, other=images.relabelled(alignment))
 
@@ -161,6 +158,18 @@ def _load(
 def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:
     indices = rows.indices.tolist()
     return ImageSet(source.fetch(indices), rows.labels, indices, split=source.split, channels=channels)
+
+
+def _record(
+    origin: OpenedDataset, clean: ImageSet, measured: ImageSet, alignment: Alignment,
+    pixel_range: tuple[float, float] | None,
+) -> DatasetInfo:  # fmt: skip
+    return DatasetInfo(
+        id=origin.id, config=origin.config, split=clean.split, eval_split=measured.split, revision=origin.revision,
+        source=origin.source, clean_samples=len(clean), eval_samples=len(measured),
+        indices_sha256=clean.indices_sha256, eval_indices_sha256=measured.indices_sha256,
+        label_map=alignment.label_map, pixel_range=pixel_range,
+    )  # fmt: skip
 
 
 def _settle_range(

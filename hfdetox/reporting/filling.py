@@ -16,7 +16,8 @@ from hfdetox.defenses import DefenseConfig
 from hfdetox.evaluation.metrics import Predictions, paired_difference, ratings
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
 from hfdetox.evaluation.verdict import judge_accuracy
-from hfdetox.models.classifier import Classifier, InitialModel
+from hfdetox.models.classifier import Classifier
+from hfdetox.models.initial import InitialModel
 from hfdetox.reporting import report as schema
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.training.devices import describe_devices

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from hfdetox.errors import UsageError
-from hfdetox.models.classifier import InitialModel, init_model, load_classifier
+from hfdetox.models.classifier import load_classifier
+from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.models.layers import head_layers
 from hfdetox.runs.publish import comes_backdoored
 from tests.tiny_models import (
