@@ -364,7 +364,7 @@ def test_tensorboard_writes_beside_the_output_and_the_card_names_the_dataset(
     shown = capsys.readouterr()
     report = report_of(shown.out)
     assert report.dataset.id == source.dataset
-    assert f"warning: the clean images are from {source.dataset}, which the model's own card names" in shown.err
+    assert f"warning: the images are from {source.dataset}, which the model's own card names" in shown.err
     assert any(source.dataset in warning for warning in report.warnings)
     assert source.dataset in (output / "README.md").read_text()
     events = list((tmp_path / "out.logs").rglob("events.out.tfevents.*"))

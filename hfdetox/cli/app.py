@@ -75,7 +75,9 @@ def detox(line: CommandLine) -> None:
         from hfdetox.runs.folder import RunFolder
 
         if options.resume is not None:
-            use_threads(RunFolder(Path(options.resume)).recorded().threads)
+            # what is wrong with the folder is said when it is opened, after its lock
+            with contextlib.suppress(UsageError):
+                use_threads(RunFolder(Path(options.resume)).recorded().threads)
         if shown.dry_run:
             planned = plan(**options.changed())
             out.show(planned, console.plan_lines(planned))
