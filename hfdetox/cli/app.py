@@ -31,7 +31,7 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
-from hfdetox.errors import HfdetoxError, one_line
+from hfdetox.errors import HfdetoxError, UsageError, one_line
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
