@@ -145,6 +145,9 @@ def _load(
     if source is not None:
         clean_rows = chooser.clean(source, eval_rows.indices if evaluation is source else ())
         clean = _image_set(source, clean_rows, channels)
+    for part in dict.fromkeys(filter(None, [source, evaluation])):
+        if missing := origin.undescribed(part):
+            warn(f"{missing} images of split {part.split} are not in its metadata file, and are not used")
     pixel_range = _settle_range(clean, measured, options.pixel_range, warn)
     if source is not None:
         measured = _without_duplicates(clean, measured, warn, progress)

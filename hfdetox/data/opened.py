@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal
@@ -56,6 +56,7 @@ class OpenedDataset:
         data: what `datasets` reads a folder or Hub repository by, an image folder, or tables by their split.
         files: the data files that it may name.
         named_by_card: whether the model's own card chose it.
+        listed: how many images lie in each split of an image folder whose metadata files say the labels.
     """
 
     id: str
@@ -69,6 +70,11 @@ class OpenedDataset:
     label_column: str | None = None
     labels: Sequence[str] = ()
     named_by_card: bool = False
+    listed: Mapping[str, int] = field(default_factory=dict)
+
+    def undescribed(self, reader: SplitReader) -> int:
+        """Return how many images of a split that was read its metadata files do not name: they are not used."""
+        return max(0, self.listed.get(reader.split, 0) - (reader.rows or 0)) if not reader.limited else 0
 
     def columns(self, split: str) -> Columns:
         """Return the image and label columns of a split; raises ColumnError when they cannot be told."""

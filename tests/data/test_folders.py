@@ -208,3 +208,14 @@ def test_parquet_files_that_datasets_leaves_out_are_named(tmp_path):
     write_parquet(tmp_path / "d" / "more_test.parquet", cycle(60), first=100)
     _, notes = load(tmp_path / "d")
     assert any("1 files of dataset d are in no split and are not used: some.parquet" in note for note in notes)
+
+
+def test_images_that_the_metadata_leaves_out_are_counted(tmp_path):
+    for split, said in (("train", 24), ("test", 30)):
+        write(tmp_path / "d" / split, [f"{i:02}.png" for i in range(30)], 100 * (split == "test"))
+        lines = [json.dumps({"file_name": f"{i:02}.png", "label": NAMES[i % 3]}) for i in range(said)]
+        (tmp_path / "d" / split / "metadata.jsonl").write_text("\n".join(lines))
+    images, notes = load(tmp_path / "d", clean_samples=12)
+    assert len(images.evaluation) == 30
+    assert [note for note in notes if "metadata" in note] == [
+        "6 images of split train are not in its metadata file, and are not used"]  # fmt: skip
