@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
 
@@ -274,9 +275,28 @@ def _opened(encoded: Encoded, *, upright: bool = True) -> Image.Image | np.ndarr
             raise UnidentifiedImageError("not an image in a known format") from None  # PIL's text shows an address
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are read")
+    deep = _sixteen_bits(image, content) if not isinstance(encoded, Image.Image) else None
+    if deep is not None:
+        return deep
     if upright:
         image = ImageOps.exif_transpose(image)
     return np.asarray(image) if image.mode.startswith(("I", "F")) else image
+
+
+def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
+    """Return the numbers of a PNG of colours of 16 bits, of which PIL keeps the upper 8; None for others.
+
+    Where they hold 12 bits these are nearly black.
+    """
+    if not isinstance(image, PngImageFile) or image.mode not in ("RGB", "RGBA") or len(image.tile) != 1:
+        return None
+    tile = image.tile[0]
+    if tile.args != f"{image.mode};16B":
+        return None
+    with PngImageFile(io.BytesIO(content)) as again:
+        again.tile = [tile._replace(args=f"{image.mode};16L")]  # takes the second byte of each two
+        low = np.asarray(again)[..., :3]
+    return np.asarray(image)[..., :3].astype(np.uint16) << 8 | low
 
 
 def _upright_array(values: np.ndarray) -> Image.Image | np.ndarray:

@@ -89,6 +89,8 @@ def align_labels(
                         [label for m, label in labels.items() if m not in used], model_labels)  # fmt: skip
     mapping = [{**found, **fixed}.get(i, DROPPED) for i in range(len(names))]
     other, by_name = None, sorted(range(len(names)), key=names.__getitem__)
+    if by_name == mapping:  # as folders are listed: class_10 before class_2
+        by_name.sort(key=lambda i: _natural(names[i]))
     if dataset_names is not None and not fixed and len(names) == count and (ordered or len(numbers) == count):
         ranks = np.argsort(by_name).tolist()
         other = Alignment(ranks, note, _renamed(names, ranks, model_labels)) if ranks != mapping else None
@@ -101,6 +103,11 @@ def _renamed(names: Sequence[str], mapping: Sequence[int] | Mapping[int, int], l
     pairs = mapping.items() if isinstance(mapping, Mapping) else enumerate(mapping)
     found = {names[i]: "" if m == DROPPED else labels[m] for i, m in pairs}
     return {name: label for name, label in found.items() if name != label}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names with the numbers in them by their value."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name) if part]
 
 
 def accuracy_hint(confusion: np.ndarray) -> float:

@@ -253,6 +253,7 @@ def _arrange(
     if metadata:
         with contextlib.suppress(ColumnError):
             origin.columns(origin.splits[0])
+            origin.listed = {split: len(found) for split, found in named.items()}
             return
         warn(f"{metadata[0]} of dataset {origin.id} has no label column: the folders' names are the labels")
     origin.data = replace(folder, splits=named)

@@ -244,6 +244,14 @@ def test_few_numbered_folders_have_one_order():
         align_labels(["3", "12"], [f"kind {chr(97 + i)}" for i in range(12)])
 
 
+@pytest.mark.parametrize("name", ["class_{}", "{}", "p{}.photo", "level {} of 12"])
+def test_names_with_numbers_have_the_order_of_these_beside_that_of_folders(name):
+    names = sorted(name.format(i) for i in range(1, 13))
+    alignment = align_labels(names, [f"LABEL_{i}" for i in range(12)])
+    by_number = [int("".join(filter(str.isdecimal, one.replace("of 12", "")))) - 1 for one in names]
+    assert {tuple(alignment.mapping), tuple(alignment.other.mapping)} == {tuple(range(12)), tuple(by_number)}
+
+
 def test_a_model_without_names_keeps_the_order_of_the_names_beside_that_of_the_dataset():
     alignment = align_labels(["wolf", "cat", "dog"], ["0", "1", "2"])
     assert alignment.mapping == [0, 1, 2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -124,6 +126,26 @@ def test_an_array_that_is_no_image(array):
 def test_objects_in_an_array_are_never_unpickled():
     with pytest.raises(ValueError, match="allow_pickle"):
         decode_image(saved(np.array([{}], dtype=object)))
+
+
+def deep_png(values, kind):
+    """Return a PNG of 16 bits a channel, which PIL does not write; `kind` is its colour type."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("top", [255, 1023, 4095, 65535])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colours_of_sixteen_bits_keep_all_of_them(alpha, top):
+    values = np.rint(COLOURS / 255 * top).astype(np.uint16)
+    if alpha:
+        values = np.concatenate([values, values[..., :1]], -1)
+    assert difference(decode_image(deep_png(values, 6 if alpha else 2)), COLOURS) <= 1
 
 
 # of a whole dataset
