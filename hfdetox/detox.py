@@ -144,7 +144,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress,
                                     also=images.info.label_map)  # fmt: skip
-    outcome = evaluation.measure_plausible("measure", notes.warn)
+    outcome = evaluation.measure_plausible("measure", notes.warn, trains=False)
     measured = outcome.measurement
     visibility = evaluation.visibility()
     if options.gallery is not None and accelerator.is_main_process:

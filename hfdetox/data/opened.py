@@ -36,7 +36,7 @@ from hfdetox.data.columns import ColumnError, Columns, find_columns
 from hfdetox.data.files import DamagedFileError, DatasetError, HubFiles, LocalFiles
 from hfdetox.data.folders import METADATA_NAMES, ImageFolder, arrange
 from hfdetox.data.labels import list_names
-from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader
+from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader, check_column
 from hfdetox.errors import HubError, located, one_line, refusing
 from hfdetox.hub.client import ask, transport_error
 from hfdetox.hub.download import resolve, snapshot_folder
@@ -147,6 +147,8 @@ class OpenedDataset:
         elif isinstance(self.data, Parquet):
             batches = self.files.read(self._names(split)[0], lambda source: list(islice(
                 pq.ParquetFile(source).iter_batches(_LOOK, row_groups=[0], columns=[column]), 1)))  # fmt: skip
+            for batch in batches:
+                check_column(self._names(split)[0], batch.schema, column)
             rows = batches[0].column(0).to_pylist() if batches else []
         else:
             stream = self._stream(split).select_columns([column]).take(_LOOK)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +19,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
-from hfdetox.data.files import DamagedFileError, LocalFiles
+from hfdetox.data.files import DamagedFileError, DatasetError, LocalFiles
 from hfdetox.data.images import EncodedImages, Spool
+from hfdetox.data.labels import list_names
 
 SCAN_LIMIT = 50_000  # rows read of a stream whose images come along with their labels (webdataset, json, …)
 _STREAM_BLOCK = 1000
@@ -147,6 +149,7 @@ class ParquetReader(SplitReader):
 
     def _read(self, group: _Group, column: str) -> pa.ChunkedArray:
         footer = self._footers[group.file]
+        check_column(group.file, footer.schema.to_arrow_schema(), column)
         return self._files.read(group.file, lambda source: pq.ParquetFile(source, metadata=footer, pre_buffer=True)
                                 .read_row_group(group.number, columns=[column]).column(0))  # fmt: skip
 
@@ -206,6 +209,13 @@ class StreamReader(SplitReader):
             return row
 
         return self._files.guard(f"split {self.split}", attempt)
+
+
+def check_column(file: str, schema: pa.Schema, column: str) -> None:
+    """Raise DatasetError where a parquet file lacks a column that the dataset's card or another file has."""
+    if column not in schema.names:
+        raise DatasetError(f"{PurePosixPath(file).name} has no column {column!r}, which the dataset's card (README.md) "
+                           f"or another of its files has; it has {list_names(schema.names)}")  # fmt: skip
 
 
 def _undecoded(table: Any, columns: Columns) -> Any:

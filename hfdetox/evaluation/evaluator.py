@@ -51,10 +51,10 @@ class Evaluator:
         return measure(network, self.clean, self.views, self.accelerator, labels=self.classifier.labels, title=title,
                        progress=self.progress)  # fmt: skip
 
-    def measure_plausible(self, title: str, warn: Callable[[str], None]) -> Predictions:
+    def measure_plausible(self, title: str, warn: Callable[[str], None], *, trains: bool = True) -> Predictions:
         """Measure a model as it came, and check the result as `check_plausible` does."""
         outcome = self.measure(title)
-        check_plausible(outcome, self.clean.labels, self.classifier.labels, warn)
+        check_plausible(outcome, self.clean.labels, self.classifier.labels, warn, trains=trains)
         return outcome
 
     def measure_uncorrected(self, title: str) -> Measurement | None:
@@ -257,9 +257,12 @@ def _folded(name: str) -> str:
 
 
 def check_plausible(
-    outcome: Predictions, truth: torch.Tensor, labels: Sequence[str], warn: Callable[[str], None]
-) -> None:
+    outcome: Predictions, truth: torch.Tensor, labels: Sequence[str], warn: Callable[[str], None], *,
+    trains: bool = True,
+) -> None:  # fmt: skip
     """Stop when the model's accuracy is near chance; say so when other label orders would fit far better.
+
+    Too few images to tell are said only, where nothing `trains` on from here.
 
     Raises:
         RunError: near chance, where a defense and its numbers would mean nothing.
@@ -277,12 +280,15 @@ def check_plausible(
     chance = 1 / count
     least = chance + CHANCE_MARGIN * (1 - chance)
     if accuracy.interval[0] <= least < accuracy.value:
-        raise RunError(f"{said}, but on {accuracy.samples} images that cannot be told from chance ({chance:.1%}); "
-                       f"measure more of them (--eval-samples){hint}")  # fmt: skip
-    if accuracy.value <= least:
+        few = (f"{said}, but on {accuracy.samples} images that cannot be told from chance ({chance:.1%}); "
+               f"measure more of them (--eval-samples){hint}")  # fmt: skip
+        if trains:
+            raise RunError(few)
+        warn(few)
+    elif accuracy.value <= least:
         raise RunError(f"{said}, near chance ({chance:.1%}): its labels or its preprocessing are probably wrong for "
                        f"this dataset{hint}")  # fmt: skip
-    if hint:
+    elif hint:
         warn(f"{said}{hint}")
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hfdetox.errors import HfdetoxError, HubError
-from tests.image_data import NAMES, cycle, load, png, write_dataset, write_folders, write_tar
+from tests.image_data import NAMES, cycle, load, png, write_dataset, write_folders, write_parquet, write_tar
 
 
 def refused(dataset, status, *words, **options):
@@ -186,6 +186,18 @@ def test_a_list_of_columns_is_capped(tmp_path):
         (tmp_path / "d").mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), tmp_path / "d" / f"{split}.parquet")
     assert refused(tmp_path / "d", 2, "no image column").isprintable()
+
+
+@pytest.mark.parametrize("columns", [{"image": "image", "label": "string", "kind": "string"},
+                                     {"picture": "image", "label": "string"}, {"image": "image", "class": "int64"}])  # fmt: skip
+def test_columns_of_a_card_that_the_files_lack_are_named(tmp_path, columns):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "d" / f"{split}.parquet", [NAMES[i] for i in cycle(12)], text=True)
+    lines = [f"  - name: {name}\n    dtype: {kind}\n" for name, kind in columns.items()]
+    head = "---\ndataset_info:\n  features:\n"
+    (tmp_path / "d" / "README.md").write_text(head + "".join(lines) + "---\n")
+    lacking = next(name for name in columns if name not in ("image", "label"))
+    refused(tmp_path / "d", 2, f"train.parquet has no column {lacking!r}", "card")
 
 
 def test_what_the_network_does_is_still_the_networks(hub, repo_name, tmp_path):

@@ -247,6 +247,17 @@ def test_few_images_say_that_they_are_few(images: int, right: int, said: str) ->
         check(answers, truth, count=5)
 
 
+@pytest.mark.parametrize(("count", "right"), [(3, 3), (2, 2), (5, 3)])
+def test_few_images_are_a_warning_where_nothing_trains(count: int, right: int) -> None:
+    truth, warned = list(range(count)), list[str]()
+    answers = [t if t < right else (t + 1) % count for t in truth]
+    labels = [str(i) for i in truth]
+    check_plausible(answered(answers, truth), torch.tensor(truth), labels, warned.append, trains=False)
+    assert [f"on {count} images that cannot be told from chance" in line for line in warned] == [True]
+    with pytest.raises(RunError, match="near chance"):
+        check_plausible(answered([0] * 200, TRUTH), torch.tensor(TRUTH), list("abcdefghij"), print, trains=False)
+
+
 def test_permuted_labels_are_recognised() -> None:
     with pytest.raises(RunError, match=r"is 0\.0%, near chance .*in another order it would reach 100\.0%.*--label-map"):
         check([(t + 3) % 10 for t in TRUTH], TRUTH)
