@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, IterableDataset
 
 from hfdetox.data.columns import Columns
-from hfdetox.data.files import DamagedFileError, DatasetError, LocalFiles
+from hfdetox.data.files import DamagedFileError, LocalFiles
 from hfdetox.data.images import EncodedImages, Spool
 from hfdetox.data.labels import list_names
 
@@ -212,9 +212,9 @@ class StreamReader(SplitReader):
 
 
 def check_column(file: str, schema: pa.Schema, column: str) -> None:
-    """Raise DatasetError where a parquet file lacks a column that the dataset's card or another file has."""
+    """Raise DamagedFileError where a parquet file lacks a column that the dataset's card or another file has."""
     if column not in schema.names:
-        raise DatasetError(f"{PurePosixPath(file).name} has no column {column!r}, which the dataset's card (README.md) "
+        raise DamagedFileError(f"{PurePosixPath(file).name} has no column {column!r}, which the dataset's card (README.md) "
                            f"or another of its files has; it has {list_names(schema.names)}")  # fmt: skip
 
 

@@ -188,8 +188,10 @@ def test_a_list_of_columns_is_capped(tmp_path):
     assert refused(tmp_path / "d", 2, "no image column").isprintable()
 
 
-@pytest.mark.parametrize("columns", [{"image": "image", "label": "string", "kind": "string"},
-                                     {"picture": "image", "label": "string"}, {"image": "image", "class": "int64"}])  # fmt: skip
+@pytest.mark.parametrize("columns", [
+    {"image": "image", "label": "string", "kind": "string"}, {"picture": "image", "label": "string"},
+    {"image": "image", "class": "int64"},
+])  # fmt: skip
 def test_columns_of_a_card_that_the_files_lack_are_named(tmp_path, columns):
     for split in ("train", "test"):
         write_parquet(tmp_path / "d" / f"{split}.parquet", [NAMES[i] for i in cycle(12)], text=True)
@@ -197,7 +199,7 @@ def test_columns_of_a_card_that_the_files_lack_are_named(tmp_path, columns):
     head = "---\ndataset_info:\n  features:\n"
     (tmp_path / "d" / "README.md").write_text(head + "".join(lines) + "---\n")
     lacking = next(name for name in columns if name not in ("image", "label"))
-    refused(tmp_path / "d", 2, f"train.parquet has no column {lacking!r}", "card")
+    refused(tmp_path / "d", 1, f".parquet has no column {lacking!r}", "card")
 
 
 def test_what_the_network_does_is_still_the_networks(hub, repo_name, tmp_path):
