@@ -214,8 +214,8 @@ class StreamReader(SplitReader):
 def check_column(file: str, schema: pa.Schema, column: str) -> None:
     """Raise DamagedFileError where a parquet file lacks a column that the dataset's card or another file has."""
     if column not in schema.names:
-        raise DamagedFileError(f"{PurePosixPath(file).name} has no column {column!r}, which the dataset's card (README.md) "
-                           f"or another of its files has; it has {list_names(schema.names)}")  # fmt: skip
+        raise DamagedFileError(f"{PurePosixPath(file).name} cannot be read: it has no column {column!r}, which the "
+                               f"dataset's card or another file has; it has {list_names(schema.names)}")  # fmt: skip
 
 
 def _undecoded(table: Any, columns: Columns) -> Any:

@@ -199,7 +199,7 @@ def test_columns_of_a_card_that_the_files_lack_are_named(tmp_path, columns):
     head = "---\ndataset_info:\n  features:\n"
     (tmp_path / "d" / "README.md").write_text(head + "".join(lines) + "---\n")
     lacking = next(name for name in columns if name not in ("image", "label"))
-    refused(tmp_path / "d", 1, f".parquet has no column {lacking!r}", "card")
+    refused(tmp_path / "d", 1, f".parquet cannot be read: it has no column {lacking!r}", "card")
 
 
 def test_what_the_network_does_is_still_the_networks(hub, repo_name, tmp_path):
