@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from accelerate.utils import (
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from hfdetox.errors import UsageError, refusing
 from hfdetox.models.network import Network, evaluating
@@ -79,6 +80,53 @@ def _configured_precision() -> str | None:
         named = settings.get("mixed_precision") if isinstance(settings, dict) else None
     # YAML reads a bare `no` as False
     return None if named is None else "no" if named is False else str(named).lower()
+
+
+@contextmanager
+def whole_kernels(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """On a CPU in bf16, compute in float32 the convolutions with a kernel position that meets no image.
+
+    oneDNN leaves the gradient of such a position uninitialised (torch 2.15; docs/development.md has a reproduction).
+    """
+    contexts: list[torch.autocast | None] = []
+    handles: list[RemovableHandle] = []
+
+    def enter(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        assert isinstance(module, nn.Conv2d)
+        contexts.append(None if meets_image(module, inputs[0].shape[2:]) else torch.autocast("cpu", enabled=False))
+        if (context := contexts[-1]) is None:
+            return None
+        context.__enter__()
+        return tuple(one.float() for one in inputs)
+
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
+        if (context := contexts.pop()) is not None:
+            context.__exit__(None, None, None)
+
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                handles += [module.register_forward_pre_hook(enter),
+                            module.register_forward_hook(leave, always_call=True)]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def meets_image(conv: nn.Conv2d, size: Sequence[int]) -> bool:
+    """Return whether every position of a convolution's kernel meets a pixel of an image of this size (H, W)."""
+    for place, side in enumerate(size):
+        kernel, stride, dilation = conv.kernel_size[place], conv.stride[place], conv.dilation[place]
+        # padding that is named ("same") is about half a kernel
+        padding = dilation * (kernel - 1) // 2 if isinstance(conv.padding, str) else int(conv.padding[place])
+        outputs = (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for tap in range(kernel):
+            first = tap * dilation - padding
+            if not any(0 <= first + output * stride < side for output in range(outputs)):
+                return False
+    return True
 
 
 @contextmanager

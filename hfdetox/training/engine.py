@@ -23,7 +23,7 @@ from hfdetox.progress import note, progress_bar
 from hfdetox.training.augment import Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, ImageSource, StepPlan, source_loader
 from hfdetox.training.checkpoints import Checkpoint, CheckpointStore, load_optimizer, optimizer_tensors
-from hfdetox.training.devices import equalise_buffers, saved_bytes, synchronised
+from hfdetox.training.devices import equalise_buffers, saved_bytes, synchronised, whole_kernels
 from hfdetox.training.phases import UNSTABLE, Part, Pass, Phase
 from hfdetox.training.sharpness import frozen_statistics
 
@@ -117,7 +117,8 @@ class Engine:
         trained = phase.network or network
         trained.to(accelerator.device)
         places = self._places(phase.part)
-        with only_trained(network, phase.parameters), only_trained(trained, phase.parameters):
+        with (only_trained(network, phase.parameters), only_trained(trained, phase.parameters),
+              whole_kernels(nn.ModuleList([network, trained]), accelerator)):  # fmt: skip
             if checkpoint is None:
                 with _clock(record):
                     # before the seed: what a pass draws must not move what the method draws
