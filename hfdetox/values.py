@@ -262,7 +262,20 @@ def parse_json(content: str | bytes) -> Any:
 
 def parse_yaml(content: str | bytes) -> Any:
     """Return what YAML holds, whoever wrote it; ValueError says what is wrong with it, on one line."""
-    return _parse(content, partial(yaml.load, Loader=_Loader), _MOST_YAML)
+    return _parse(content, _load_yaml, _MOST_YAML)
+
+
+def _load_yaml(text: str) -> Any:
+    depth = 0
+    # libyaml's composer recurses in C, where a deep file ends the process; its events come one by one
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_NESTED:
+            raise RecursionError
+    return yaml.load(text, Loader=_Loader)
+
+
+_MOST_NESTED = 100
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml may be missing
