@@ -89,9 +89,9 @@ def trigger_file(folder: Path, header: object, tensors: dict[str, torch.Tensor] 
         ),
         ({"kind": "badnets"}, {"image": torch.zeros(3, 0, 0).byte()}, r"got torch.uint8 of shape \(3, 0, 0\)"),
         ({"kind": "badnets", "size": 0}, {}, "size must be at least 1"),
-        ({"kind": "badnets", "size": 10**400}, {}, r"trigger badnets: size must be less than 2\*\*63"),
-        ({"kind": "badnets", "target": -(10**400)}, {}, r"trigger badnets: target must be less than 2\*\*63, and not"),
-        ({"kind": "sig", "frequency": 10**400}, {}, r"trigger sig: frequency must be less than 2\*\*63"),
+        ({"kind": "badnets", "size": 10**400}, {}, "a number has hundreds of digits"),
+        ({"kind": "badnets", "target": -(10**400)}, {}, "a number has hundreds of digits"),
+        ({"kind": "sig", "frequency": 10**400}, {}, "a number has hundreds of digits"),
         ({"kind": "ssba"}, {"encoder.out.bias": torch.zeros(())}, "ssba: encoder does not fit its parameters"),
         (
             {"kind": "inputaware"},
