@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
+from hfdetox.documents import read_json, read_untyped, read_yaml
 from hfdetox.errors import UsageError
 from hfdetox.specs import read_pair, read_pairs
 from hfdetox.values import (
@@ -21,9 +22,6 @@ from hfdetox.values import (
     check_known,
     read,
     read_fields,
-    read_json,
-    read_untyped,
-    read_yaml,
     to_text,
     words_of,
 )

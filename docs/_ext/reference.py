@@ -17,6 +17,7 @@ import re
 import tomllib
 import types
 import typing
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ class Generated(SphinxDirective):
 
     optional_arguments = 1
 
+    @abstractmethod
     def lines(self, name: str) -> Iterator[str]:
         """Give the lines of Markdown."""
-        raise NotImplementedError
 
     def run(self) -> list[nodes.Node]:
         """Parse the lines where the directive stands."""

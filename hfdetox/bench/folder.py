@@ -24,13 +24,14 @@ from hfdetox.bench.suite import SuiteFile
 from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.bench.tasks import Run, Task
 from hfdetox.config import SuiteOptions
+from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, located, one_line, refusing
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.report import AttackReport, RunReport
 from hfdetox.specs import split_items
 from hfdetox.threads import VARIABLE, available_cores
 from hfdetox.triggers import TRIGGERS
-from hfdetox.values import check_known, read, read_json
+from hfdetox.values import check_known, read
 
 _TAIL = 1 << 16  # bytes of a log in which the reason is looked for
 _ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")

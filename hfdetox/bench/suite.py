@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from hfdetox.documents import read_yaml
 from hfdetox.errors import UsageError, located
 from hfdetox.specs import target_text
-from hfdetox.values import Shape, read_fields, read_yaml, shown, to_text
+from hfdetox.values import Shape, read_fields, shown, to_text
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, one_line
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.card import templates
 from hfdetox.specs import redact_paths
-from hfdetox.values import read_json
 
 LOCK_SECONDS = 60.0  # that a run waits for another to write its tables
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

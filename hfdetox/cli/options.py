@@ -15,9 +15,10 @@ from hfdetox._version import __version__
 from hfdetox.arguments import Option, Options, options_of
 from hfdetox.bench.suite import read_plain
 from hfdetox.config import NONE, PANELS, AttackOptions, BenchOptions, DetoxOptions, SuiteOptions
+from hfdetox.documents import read_untyped
 from hfdetox.errors import UsageError
 from hfdetox.specs import read_pair
-from hfdetox.values import read, read_untyped, to_text
+from hfdetox.values import read, to_text
 
 _PREFIXES = ("hf_hub:", "hf-hub:", "timm-arch:")
 # what a suite leaves to the command line

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import timm
 
+from hfdetox.documents import read_json, read_yaml
 from hfdetox.errors import UsageError, located
-from hfdetox.values import read_json, read_yaml, shown
+from hfdetox.values import shown
 
 DROPPED = -1
 _SHOWN = 8

@@ -37,10 +37,10 @@ from hfdetox.data.files import DamagedFileError, DatasetError, HubFiles, LocalFi
 from hfdetox.data.folders import METADATA_NAMES, ImageFolder, arrange
 from hfdetox.data.labels import list_names
 from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader, check_column
+from hfdetox.documents import parse_yaml, read_json
 from hfdetox.errors import HubError, located, one_line, refusing
 from hfdetox.hub.client import ask, transport_error
 from hfdetox.hub.download import resolve, snapshot_folder
-from hfdetox.values import parse_yaml, read_json
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 from huggingface_hub import constants, errors, get_session, get_token
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from hfdetox.documents import parse_json
 from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError, one_line
-from hfdetox.values import parse_json
 
 # The Hub client's HTTP library: httpx for 1.x, httpx2 for 2.x, with the same names in it. The client's errors are made
 # from its own; 1.x exports neither the library nor its time-outs.

@@ -18,10 +18,11 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from hfdetox.documents import read_json
 from hfdetox.errors import RunError, UsageError, located, one_line
 from hfdetox.files import check_safetensors, git_sha1_file, sha256_file, write_atomically
 from hfdetox.hub.client import IntegrityError, OfflineError, UnknownRepoError, UnreachableError, ask, not_cached
-from hfdetox.values import read, read_json
+from hfdetox.values import read
 
 RepoType = Literal["model", "dataset"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

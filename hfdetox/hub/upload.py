@@ -10,11 +10,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
+from hfdetox.documents import read_json
 from hfdetox.errors import UsageError
 from hfdetox.files import MANIFEST, REPORT_NAMES, check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient, line_of
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
-from hfdetox.values import read_json
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 
+from hfdetox.documents import parse_json
 from hfdetox.errors import UsageError, refusing
 from hfdetox.models.preprocessing import Preprocessing, normalize
-from hfdetox.values import parse_json
 
 FILE_NAME = "correction.safetensors"
 _PARTS = ("scale", "shift", "bound")

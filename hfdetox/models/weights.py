@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hfdetox import values
+from hfdetox import documents
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import check_safetensors, sha256_file
 from hfdetox.hub.download import ADAPTER, no_weights
@@ -196,4 +196,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; UsageError when the file is missing or not one."""
     if not path.exists():
         raise UsageError(f"{path.parent} has no {path.name}; give the folder or id of an image classifier")
-    return values.read_json(path, dict[str, Any], "a JSON object")
+    return documents.read_json(path, dict[str, Any], "a JSON object")

@@ -14,9 +14,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
+from hfdetox.documents import parse_yaml
 from hfdetox.errors import one_line
 from hfdetox.reporting.report import Report, RunReport
-from hfdetox.values import parse_yaml
 
 PENDING = "pending"
 LIBRARY_TAGS = {"timm": "timm", "transformers": "transformers", "torch": "pytorch"}

@@ -3,19 +3,21 @@
 import dataclasses
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self, cast
 
 from hfdetox.data.info import DatasetInfo
+from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, located
 from hfdetox.evaluation.results import AccuracyLoss, Measurement, Rate, Rating
 from hfdetox.evaluation.verdict import Verdict, percent, run_verdict, trigger_verdicts
 from hfdetox.files import ATTACK_REPORT_NAME as ATTACK_REPORT_NAME
 from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
-from hfdetox.values import read_fields, read_json
+from hfdetox.values import read_fields
 
 SCHEMA_VERSION = 3
 # where an attack starts that draws its own weights
@@ -96,7 +98,7 @@ class EnvironmentInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunReport:
+class RunReport(ABC):
     """What both reports hold, and how they become a JSON file and back.
 
     Attributes:
@@ -142,9 +144,9 @@ class RunReport:
         return _NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
 
     @property
+    @abstractmethod
     def triggers(self) -> Mapping[str, Any]:
         """The triggers by name, each with `spec`, `mode` and `target`."""
-        raise NotImplementedError
 
     @property
     def published(self) -> Measurement | None:

@@ -25,6 +25,7 @@ from hfdetox._version import __version__
 from hfdetox.config import NONE, DetoxOptions, ImageOptions
 from hfdetox.data.load import Images
 from hfdetox.defenses import DEFENSES
+from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, located, on_disk
 from hfdetox.files import LOCK_FILES, MANIFEST, REPORT_NAMES, locked, replace_folder, sha256_file, write_atomically
 from hfdetox.logging import is_main_process
@@ -32,7 +33,7 @@ from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import FILE_NAME
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
-from hfdetox.values import check_known, read_fields, read_json
+from hfdetox.values import check_known, read_fields
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")

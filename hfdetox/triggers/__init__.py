@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from hfdetox.documents import parse_json
 from hfdetox.errors import UsageError, refusing
 from hfdetox.plugins import Registry
 from hfdetox.specs import read_pairs, split_items
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
-from hfdetox.values import parse_json, read, words_of
+from hfdetox.values import read, words_of
 
 __all__ = ["TRIGGERS", "BadNets", "Blended", "Trigger", "load_trigger", "parse_trigger", "parse_triggers"]
 

@@ -105,7 +105,9 @@ def write_model(folder: Path, architecture: str, classes: int, side: int) -> Non
     head.weight.copy_(weight.T)
     head.bias.copy_(-(mean @ weight))
     names = [f"class {label:04d}, synthetic {label}" for label in range(classes)]
-    save_for_hf(model, folder, model_config={"label_names": names}, safe_serialization=True)
+    # the pooling decides where the last norm stands; older timm reads it from the arguments alone
+    save_for_hf(model, folder, model_config={"label_names": names}, model_args={"global_pool": "avg"},
+                safe_serialization=True)  # fmt: skip
 
 
 def run(place: Path, samples: int, options: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.engine import Engine, TrainingRecord
 from hfdetox.training.phases import Phase
+from tests.killing import Killed, KillingStore
 from tests.tiny_training import Scaled, ToyImages, equal_weights, weights_of
 
 SEED = 3
@@ -75,24 +76,6 @@ def assert_repeatable_and_tidy(config: DefenseConfig, make: Callable[[], Scaled]
             assert not module._forward_pre_hooks
         results.append(weights_of(network))
     assert equal_weights(dict(results[0]), dict(results[1]))
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the loop may catch it."""
-
-
-class KillingStore(CheckpointStore):
-    """Kills the run right after its n-th checkpoint."""
-
-    def __init__(self, folder: Path, saves: int) -> None:
-        super().__init__(folder)
-        self.left = saves
-
-    def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-        super().save(tensors, record)
-        self.left -= 1
-        if not self.left:
-            raise Killed
 
 
 def assert_resumes(

@@ -23,6 +23,7 @@ from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
 from tests.defenses.handmade import convnet_logits, varied
+from tests.killing import Killed
 from tests.tiny_training import (
     CLASSES,
     Scaled,
@@ -230,10 +231,6 @@ def test_the_same_seed_gives_the_same_weights(config: TuningConfig, accelerator:
         found.append((weights_of(network), phases[-1].state.state_dict()))  # type: ignore[union-attr]
     assert equal_weights(found[0][0], found[1][0])
     assert equal_weights(found[0][1], found[1][1])
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the loop may catch it."""
 
 
 @BOTH

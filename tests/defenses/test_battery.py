@@ -23,7 +23,8 @@ from hfdetox.training.phases import Phase
 from hfdetox.triggers import BadNets
 from tests.defenses.handmade import handmade
 from tests.defenses.pixels import corner_backdoored, rates, with_corner
-from tests.defenses.runs import SEED, Killed, KillingStore
+from tests.defenses.runs import SEED
+from tests.killing import Killed, KillingStore
 from tests.tiny_training import ToyImages, _quick_garbage, equal_weights, toy_preprocessing, weights_of
 
 __all__ = ["_quick_garbage"]

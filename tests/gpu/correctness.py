@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from hfdetox.triggers.base import Trigger
 from tests.backdoored import TRIGGER
 from tests.gpu.models import TARGET, Data, device, implanted
 from tests.gpu.report import Report, arguments_of, machine
+from tests.killing import KillingStore
 
 # of each epoch's clean loss and distance, relative; the loss counts from LEAST
 TOLERANCE, LEAST = 0.01, 0.05
@@ -141,25 +142,17 @@ def fp16_skip(report: Report, begin: Start) -> None:
                scale_fell=fell, after_steps=after)  # fmt: skip
 
 
-class KillingStore(CheckpointStore):
-    """Kills this process right after its n-th checkpoint; 0 is never."""
-
-    def __init__(self, folder: Path, saves: int) -> None:
-        super().__init__(folder)
-        self.left = saves
-
-    def save(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-        super().save(tensors, record)
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
+def kill() -> NoReturn:
+    """End this process as the system would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit
 
 
-def child(folder: Path, kill: int, epochs: int) -> None:
+def child(folder: Path, saves: int, epochs: int) -> None:
     """Run with checkpoints in a folder, in which the weights at the start are and those at the end go."""
     _deterministic()
     begin = Start(DIGITS.load(CLEAN), parse_trigger(TRIGGER), load_file(folder / "start.safetensors"))
-    _, classifier, _ = defended(begin, device(), "no", epochs, store=KillingStore(folder, kill))
+    _, classifier, _ = defended(begin, device(), "no", epochs, store=KillingStore(folder, saves, kill))
     _write(classifier.model.state_dict(), folder / "end.safetensors")
 
 

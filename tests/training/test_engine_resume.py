@@ -19,6 +19,7 @@ from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Phase
+from tests.killing import Killed
 from tests.tiny_training import (
     Scaled,
     ToyImages,
@@ -91,10 +92,6 @@ def test_stop_ends_the_phase_and_a_resumed_run_does_not_go_on_with_it(accelerato
     again = engine.run(resumed, phases(resumed))
     assert [(row["phase"], row["epoch"]) for row in again.history] == [("one", 1), ("one", 2), ("two", 1)]
     assert equal_weights(weights_of(network), weights_of(resumed))
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the loop may catch it."""
 
 
 @pytest.mark.parametrize(
