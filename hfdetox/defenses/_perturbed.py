@@ -1,4 +1,4 @@
-"""What the methods that search for perturbations share: units, −log(1 − p), modes, Adam, tensors for checkpoints."""
+"""What the methods that search for perturbations share: −log(1 − p), modes, Adam, tensors for checkpoints."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from hfdetox.defenses.base import Network, TuningConfig
 from hfdetox.errors import UsageError
 
-# grey levels of 1 in the pixel space [0, 1] of the papers
-PIXEL = 255.0
 # a wrapper's network is the engine's own, whose tensors the checkpoint has already
 _NETWORK = "network."
 

@@ -37,12 +37,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hfdetox.defenses._histograms import DIVERGENCES, best_bound, histograms
-from hfdetox.defenses._perturbed import PIXEL, require_pixels
+from hfdetox.defenses._perturbed import require_pixels
 from hfdetox.defenses.base import Batch, DefenseConfig, Network, Pass, Phase
 from hfdetox.defenses.nc import Inversion, NCConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of
 from hfdetox.models.network import Correction, UnitMap, norms_of, on_output
+from hfdetox.training.search import PIXEL
 from hfdetox.triggers import Trigger, parse_trigger
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 

@@ -40,11 +40,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, require_pixels
+from hfdetox.defenses._perturbed import FrozenMethod, OwnState, require_pixels
 from hfdetox.defenses.base import Batch, DefenseConfig, Network, Pass, Phase
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, head_layers
 from hfdetox.training.masks import ChannelMasks, MaskedLayer, unit_layers
+from hfdetox.training.search import PIXEL
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # a total has to be better by so much for patience to start anew

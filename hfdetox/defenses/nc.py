@@ -25,16 +25,14 @@ from typing import Annotated, Any, ClassVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, require_pixels
+from hfdetox.defenses._perturbed import FrozenMethod, OwnState, require_pixels
 from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of
+from hfdetox.training.search import PIXEL, TOGETHER, bounded, led, slopes, stamped
 from hfdetox.values import Interval, PositiveFloat, PositiveInt
 
-# stamped images in one forward, for the memory's sake
-_TOGETHER = 1024
 _CHANGE_AFTER = 5
 _RAISE, _LOWER = 2.0, 2.0**-1.5
 # a mask has to shrink by a hundredth for patience to start anew
@@ -152,34 +150,23 @@ class Inversion(FrozenMethod):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss, summed over the active classes, and the success of each (`success_3` of class 3).
 
-        Each group of classes has its gradients taken at once, so that the memory is that of one group; they are those
-        of the loss that is returned.
+        Its gradients are taken a group of classes at a time; they are those of the loss that is returned.
         """
         x, (rows, classes) = batch.images.float(), self.active()
-        total = batch.weights.new_zeros(())
-        slopes = torch.zeros_like(self.masks), torch.zeros_like(self.patterns)
-        rates = []
-        for group in rows.split(max(1, _TOGETHER // len(x))):
-            losses, success = self._group(x, batch.weights, group)
-            # gradients of a mean could vanish in fp16
-            found = torch.autograd.grad(losses.sum() * len(x), (self.masks, self.patterns))
-            for slope, part in zip(slopes, found, strict=True):
-                slope.add_(part / len(x))
-            total = total + losses.detach().sum()
-            rates.append(success)
-        tilt = (self.masks * slopes[0]).sum() + (self.patterns * slopes[1]).sum()
-        named = zip(classes, torch.cat(rates), strict=True)
-        return {"loss": total + tilt - tilt.detach(), **{f"success_{name}": rate for name, rate in named}}
 
-    def _group(self, x: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the losses of some classes and their success (k each)."""
-        masks, patterns = bounded(self.masks[rows]), bounded(self.patterns[rows])
-        logits = self.network(stamped(x, masks, patterns)).float()
-        wanted = self.classes[rows].repeat_interleave(len(x))
-        errors = cross_entropy(logits, wanted, reduction="none").view(len(rows), -1)
-        hits = (logits.detach().argmax(1) == wanted).view(len(rows), -1)
-        losses = (weights * errors).sum(1) + self.kappa[rows] * masks.sum((1, 2, 3))
-        return losses, (weights * hits).sum(1)
+        def group(part: Tensor) -> tuple[Tensor, Tensor]:
+            masks = bounded(self.masks[part])
+            stamps = masks, bounded(self.patterns[part])
+            errors, success = led(self.network, x, batch.weights, stamps, self.classes[part])
+            return errors + self.kappa[part] * masks.sum((1, 2, 3)), success
+
+        found, losses, rates = slopes((self.masks, self.patterns), rows, len(x), group)
+        total = batch.weights.new_zeros(())
+        for part in losses:
+            total = total + part.sum()
+        tilt = (self.masks * found[0]).sum() + (self.patterns * found[1]).sum()
+        named = zip(classes, rates, strict=True)
+        return {"loss": total + tilt - tilt.detach(), **{f"success_{name}": rate for name, rate in named}}
 
     @torch.no_grad()
     def end_epoch(self, entry: Mapping[str, Any]) -> bool:
@@ -206,7 +193,7 @@ class Inversion(FrozenMethod):
         """Count the images of a batch that the kept triggers lead to their classes."""
         x = batch.images.float()
         self.to(x.device)
-        for rows in torch.arange(len(self.classes), device=x.device).split(max(1, _TOGETHER // len(x))):
+        for rows in torch.arange(len(self.classes), device=x.device).split(max(1, TOGETHER // len(x))):
             predicted = network(stamped(x, self.best_masks[rows], self.best_patterns[rows])).argmax(1)
             hits = predicted.view(len(rows), -1) == self.classes[rows, None]
             self.hits[rows] += (batch.weights * hits).sum(1)
@@ -239,20 +226,6 @@ class Inversion(FrozenMethod):
         x = images.float()
         stamp = chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1) * masks
         return x + stamp * (PIXEL * patterns - x), labels
-
-
-def bounded(free: Tensor) -> Tensor:
-    """Return tanh(·)/2 + ½, in [0, 1]."""
-    return free.tanh() / 2 + 0.5
-
-
-def stamped(x: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
-    """Return (1 − m) x + m q for each of k triggers and N images (0 to 255): k·N×C×H×W, trigger by trigger.
-
-    `masks` (k×1×H×W) and `patterns` (k×C×H×W) are in [0, 1].
-    """
-    masks, patterns = masks[:, None], patterns[:, None]
-    return ((1 - masks) * x + PIXEL * masks * patterns).flatten(0, 1)
 
 
 def anomaly_index(norms: Tensor) -> Tensor:

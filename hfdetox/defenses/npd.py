@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses._perturbed import PIXEL, FrozenMethod, OwnState, neg_log_complement, require_pixels, runner_up
+from hfdetox.defenses._perturbed import FrozenMethod, OwnState, neg_log_complement, require_pixels, runner_up
 from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import head_layers, match_layers
 from hfdetox.training.augment import Augmentation
+from hfdetox.training.search import PIXEL
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # modules with more layers than this are whole networks or stages, not blocks

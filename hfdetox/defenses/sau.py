@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hfdetox.defenses._perturbed import PIXEL, OwnState, adam, neg_log_complement, require_pixels
+from hfdetox.defenses._perturbed import OwnState, adam, neg_log_complement, require_pixels
 from hfdetox.defenses.base import Batch, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network, evaluating
 from hfdetox.training.augment import Augmentation
+from hfdetox.training.search import PIXEL
 from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
 
 # classes less likely than this are not unlearnt any further

@@ -44,6 +44,8 @@ class Trigger(ABC):
     summary: ClassVar[str] = "no summary"
     # where the family was published: an arXiv id or a venue
     paper: ClassVar[str] = "no paper"
+    # when its arrays are made, and by what command; {kind} is the family
+    made: ClassVar[tuple[str, str]] = ("made during an attack", "hfdetox attack --trigger {kind}")
 
     name: str = ""
     target: str | int | None = None
@@ -84,8 +86,9 @@ class Trigger(ABC):
     def require_fitted(self) -> None:
         """Raise UsageError for a trigger that an attack has to make first."""
         if not self.fitted:
-            raise UsageError(f"trigger {self.name}: {self.kind} is made during an attack and has no pixels before; "
-                             f"name the trigger file that `hfdetox attack --trigger {self.kind}` wrote")  # fmt: skip
+            when, command = self.made
+            raise UsageError(f"trigger {self.name}: {self.kind} is {when} and has no pixels before; name the trigger "
+                             f"file that `{command.format(kind=self.kind)}` wrote")  # fmt: skip
 
     @abstractmethod
     def apply(self, images: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses import nc, parse_defense
-from hfdetox.defenses.nc import Inversion, NCConfig, anomaly_index, bounded, stamped
+from hfdetox.defenses import parse_defense
+from hfdetox.defenses.nc import Inversion, NCConfig, anomaly_index
 from hfdetox.errors import UsageError
+from hfdetox.training import search
 from hfdetox.training.batches import Batch
 from hfdetox.training.engine import Engine
+from hfdetox.training.search import bounded, stamped
 from tests.defenses.pixels import linear, pixel_convnet, pixels
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
 from tests.tiny_training import ToyImages, _quick_garbage, accelerator, equal_weights, weights_of
@@ -59,7 +61,7 @@ def test_masks_and_stamps_by_hand() -> None:
 def test_the_loss_and_its_gradients_are_those_of_a_loop_over_classes(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nc, "_TOGETHER", together)
+    monkeypatch.setattr(search, "TOGETHER", together)
     network = linear(FOUR)
     inversion = Inversion(network, NCConfig(kappa=0.01, classes=("3", "0", "2")))
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from hfdetox.triggers._networks import network_state
 from hfdetox.triggers.inputaware import Generator, InputAware
 from hfdetox.triggers.lf import LF
 from hfdetox.triggers.lira import LIRA, Autoencoder
+from hfdetox.triggers.mask import Mask
 from hfdetox.triggers.ssba import SSBA, Encoder
 from hfdetox.triggers.trojannn import TrojanNN, logo
 
@@ -55,10 +56,18 @@ def _inputaware() -> Trigger:
     return InputAware(generator=generator, mask=mask, mean=mean, std=std)
 
 
-# families that are nothing before an attack has made them: a function that gives one with random arrays
+def _mask(channels: int = 3) -> Trigger:
+    generator = torch.Generator().manual_seed(8)
+    return Mask(
+        mask=torch.rand(1, 8, 8, generator=generator), pattern=torch.rand(channels, 32, 32, generator=generator)
+    )
+
+
+# families that are nothing before an attack, or a search, has made them: a function that gives one with random arrays
 MAKERS: dict[str, Callable[[], Trigger]] = {
     "inputaware": _inputaware,
     "lira": lambda: LIRA(epsilon=0.05, autoencoder=autoencoder_state()),
+    "mask": _mask,
     "lf": lambda: LF(perturbation=LF(pattern="random", seed=4).signal()),
     "ssba": lambda: SSBA(bits=8, encoder=encoder_state()),
     "trojannn": lambda: TrojanNN(pattern=logo(32, 1)),
@@ -84,6 +93,9 @@ VARIANTS: dict[str, Trigger] = {
     "badnets-grid": parse_trigger("badnets:grid,size=4,bottom=1"),
     "badnets-picture": BadNets(size=6, image=PICTURE),
     "blended-seed": parse_trigger("blended:alpha=0.05,seed=9"),
+    "mask-blend": Mask(
+        mask=torch.full((1, 1, 1), 0.08), pattern=torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(4))
+    ),
     "blended-picture": Blended(alpha=1.0, image=PICTURE),
     "sig-slow": parse_trigger("sig:delta=12.5,frequency=1.5"),
     "bpp-dithered": parse_trigger("bpp:dither=true,levels=3"),

@@ -126,7 +126,8 @@ def test_a_trigger_that_is_not_made_yet_says_so_in_one_line(kind: str) -> None:
     if bare.fitted:
         assert torch.equal(bare.apply(noise()), made(kind).apply(noise()))
         return
-    message = rf"trigger {kind}: {kind} is made during an attack and has no pixels before; name the trigger file"
+    when = "reconstructed from a model" if kind == "mask" else "made during an attack"
+    message = rf"trigger {kind}: {kind} is {when} and has no pixels before; name the trigger file"
     with pytest.raises(UsageError, match=message):
         bare.apply(noise())
 
