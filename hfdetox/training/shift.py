@@ -1,0 +1,228 @@
+"""What the last layer of a classifier is given, and the least shift of it that sends every image to one class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hfdetox.errors import UsageError
+from hfdetox.models.layers import head_layers, on_last_inputs
+from hfdetox.models.network import Network, evaluating, exact_float32, uncorrected
+
+# heads and network must give the same class on at least this share of the images
+_AGREEMENT = 0.99
+# of the norm of a shift, at most so much lies between what is found and what is proven to be needed
+_GAP = 1e-3
+_STEPS, _LOOK_EVERY, _POWER = 3000, 20, 20
+# numbers of a block of differences of logits
+_BLOCK = 2**23
+# makes of a median absolute deviation the standard deviation of a normal distribution
+_MAD = 1.4826
+
+
+class NonlinearHeadError(UsageError):
+    """The network's answers are not those of a linear layer of what its head is given."""
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """One classifier layer, Linear or 1×1 Conv2d, and what it was given for N images.
+
+    Attributes:
+        name: of the layer in the network.
+        weight: K×D, float32, on the CPU, as all of it.
+        bias: K; zeros where the layer has none.
+        features: N×D; those of several places (pixels, tokens), whose logits the network averages, are averaged.
+        labels: the true classes of the images (N, int64).
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    features: Tensor
+    labels: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """What the layer gives (N×K)."""
+        return self.features @ self.weight.T + self.bias
+
+
+@torch.no_grad()
+def head_inputs(network: Network, images: Tensor, labels: Tensor, batch_size: int = 256) -> list[HeadInputs]:
+    """Return what each layer that gives the logits is given for images, in one pass: two of a distilled model.
+
+    Args:
+        network: taken as its library loads it, in eval mode and float32; its mode and weights stay as they are.
+        images: N×C×H×W as the model sees them.
+        labels: N, int64.
+
+    Raises:
+        NonlinearHeadError: the answers are not those of the mean of these layers' logits.
+        LayerPatternError: the model has no such layer.
+    """
+    names, device = head_layers(network), next(network.parameters()).device
+    given: dict[str, Tensor] = {}
+    features: dict[str, list[Tensor]] = {name: [] for name in names}
+    answers = []
+    with evaluating(network), uncorrected(network), exact_float32(), on_last_inputs(network, names, given):
+        for part in images.split(batch_size):
+            given.clear()
+            answers.append(network(part.to(device)).float().cpu())
+            for name, found in given.items():
+                features[name].append(_pooled(network.get_submodule(name), found, len(part)))
+    # an auxiliary head is a part of the training alone
+    heads = [_head(network, name, torch.cat(parts), labels.cpu()) for name, parts in features.items() if parts]
+    if heads:
+        said = torch.stack([head.logits for head in heads]).mean(0).argmax(1)
+        agreement = float((said == torch.cat(answers).argmax(1)).float().mean())
+    if not heads or not agreement >= _AGREEMENT:
+        raise NonlinearHeadError(f"the classes that the model names are not those of its head's linear layers "
+                                 f"({', '.join(names)}): something that is not linear follows them")  # fmt: skip
+    return heads
+
+
+def _pooled(layer: nn.Module, given: Tensor, count: int) -> Tensor:
+    """Return the mean over places of what a layer is given (N×D, on the CPU)."""
+    if isinstance(layer, nn.Conv2d):
+        given = given.movedim(1, -1)
+    if len(given) != count or given.ndim < 2:
+        raise NonlinearHeadError(f"a layer of the model's head is given {tuple(given.shape)} for {count} images")
+    return given.reshape(count, -1, given.shape[-1]).float().mean(1).cpu()
+
+
+def _head(network: Network, name: str, features: Tensor, labels: Tensor) -> HeadInputs:
+    layer = network.get_submodule(name)
+    weight: Tensor = layer.weight.detach().float().cpu().flatten(1)  # type: ignore[union-attr, operator, assignment]
+    if weight.shape[1] != features.shape[1]:
+        raise NonlinearHeadError(f"{name} is neither a Linear nor a plain 1×1 Conv2d layer")
+    bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu()  # type: ignore[union-attr, operator]
+    return HeadInputs(name, weight, bias, features, labels)
+
+
+def shifts_of_heads(heads: Sequence[HeadInputs]) -> list[Tensor]:
+    """Return `latent_shifts` (K×D) of each head; of several, whose logits are averaged, they act together.
+
+    The class's shift is the one of all heads' inputs side by side, and its norm that of all parts.
+    """
+    count = len(heads)
+    shifts = latent_shifts(torch.cat([head.features for head in heads], 1),
+                           torch.cat([head.weight for head in heads], 1) / count,
+                           torch.stack([head.bias for head in heads]).mean(0))  # fmt: skip
+    return list(shifts.split([head.weight.shape[1] for head in heads], 1))
+
+
+@torch.no_grad()
+def latent_shifts(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return for every class k the least vector that, added to the head's input, sends every image there.
+
+      s_k = argmin ½‖s‖²  s.t.  (w_k − w_j)ᵀ(s + φ_i) + b_k − b_j ≥ 0  for all images i and classes j ≠ k
+
+    The n(K−1) constraints are K−1: A s ≥ c with rows w_k − w_j and c_j = max_i z_ij − z_ik, z the logits. The dual,
+    max cᵀλ − ½‖Aᵀλ‖² over λ ≥ 0, s = Aᵀλ, is solved for all classes at once by accelerated projected gradients with
+    restarts, the rows scaled to unit length. Scaled up until it keeps every constraint, s is a solution whose norm the
+    dual's value bounds from below: the steps end when the two are within 0.1 % for all classes.
+
+    The quadratic programme is that of arXiv 2511.08944; that its constraints are K−1 makes it cheap.
+
+    Args:
+        features: φ, N×D. weight: K×D. bias: K.
+
+    Returns:
+        K×D, float32. The row of a class that no shift leads to (its weights lie between those of others) is inf.
+    """
+    features, weight, bias = (part.double().cpu() for part in (features, weight, bias))
+    programme = _Programme(weight, _most_needed(features @ weight.T + bias))
+    duals = programme.solve()
+    shifts = programme.shifts(duals)
+    stretch = programme.stretch(shifts)
+    return torch.where(stretch.isfinite(), shifts * stretch, torch.inf).float()
+
+
+def _most_needed(logits: Tensor) -> Tensor:
+    """Return c: at [k, j] the most, over the images, that logit j is above logit k."""
+    size = max(1, _BLOCK // logits.shape[1] ** 2)
+    parts = [(part[:, None, :] - part[:, :, None]).amax(0) for part in logits.split(size)]
+    needed = parts[0]
+    for part in parts[1:]:
+        needed = needed.maximum(part)
+    return needed
+
+
+class _Programme:
+    """The duals of all classes: row k of every K×K tensor is class k's, and column j its constraint against class j."""
+
+    def __init__(self, weight: Tensor, needed: Tensor) -> None:
+        self.weight, self.others = weight, ~torch.eye(len(weight), dtype=torch.bool)
+        # equal weights are no constraint that a shift could keep, and none to divide by
+        self.lengths = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-12)
+        self.needed = needed / self.lengths * self.others
+
+    def shifts(self, duals: Tensor) -> Tensor:
+        """Return Aᵀλ (K×D)."""
+        scaled = duals / self.lengths * self.others
+        return scaled.sum(1, keepdim=True) * self.weight - scaled @ self.weight
+
+    def gained(self, shifts: Tensor) -> Tensor:
+        """Return A s (K×K), 0 on the diagonal."""
+        logits = shifts @ self.weight.T
+        return (logits.diagonal()[:, None] - logits) / self.lengths
+
+    def stretch(self, shifts: Tensor) -> Tensor:
+        """Return by what factor ≥ 1 each shift must be longer to keep all constraints (K×1), inf where none does."""
+        gained, open_ = self.gained(shifts), self.needed > 0
+        factors = torch.where(open_, torch.where(gained > 0, self.needed / gained, torch.inf), 0.0)
+        # a constraint that a factor of ten does not keep is not kept at all
+        longest = factors.amax(1, keepdim=True).clamp(min=1)
+        return torch.where(longest < 10, longest, torch.inf)
+
+    def solve(self) -> Tensor:
+        """Return λ (K×K)."""
+        step = 1 / (1.05 * self._steepest())
+        duals = torch.zeros_like(self.needed)
+        ahead, age = duals, torch.ones(len(duals), 1, dtype=duals.dtype)
+        for count in range(1, _STEPS + 1):
+            slope = (self.needed - self.gained(self.shifts(ahead))) * self.others
+            moved = (ahead + step * slope).clamp(min=0)
+            # momentum that points away from the slope starts anew (O'Donoghue and Candès 2015)
+            wrong = (slope * (moved - duals)).sum(1, keepdim=True) < 0
+            older = (1 + (1 + 4 * age.square()).sqrt()) / 2
+            ahead = moved + torch.where(wrong, 0.0, (age - 1) / older) * (moved - duals)
+            duals, age = moved, torch.where(wrong, 1.0, older)
+            if count % _LOOK_EVERY == 0 and bool((self._gap(duals) < _GAP).all()):
+                break
+        return duals
+
+    def _gap(self, duals: Tensor) -> Tensor:
+        """Return what share of each class's norm (K×1) is not proven to be needed."""
+        shifts = self.shifts(duals)
+        norm = shifts.norm(dim=1, keepdim=True)
+        least = (2 * (self.needed * duals).sum(1, keepdim=True) - norm.square()).clamp(min=0).sqrt()
+        most = norm * self.stretch(shifts)
+        return torch.where(norm > 0, 1 - least / most.clamp(min=1e-30), self.stretch(shifts) - 1)
+
+    def _steepest(self) -> Tensor:
+        """Return the largest eigenvalue of every class's A Aᵀ (K×1), by power iteration."""
+        vectors = self.others.double()
+        for _ in range(_POWER):
+            vectors = self.gained(self.shifts(vectors)) * self.others
+            size = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            vectors = vectors / size
+        return size
+
+
+def robust_z(values: Tensor) -> Tensor:
+    """Return (v − median) / (1.4826 · MAD) of each value, the median of an even number being the mean of two.
+
+    What is infinite takes no part in either, and stays so. Where half of the values are equal, they are 0 and the
+    others far away, but finite.
+    """
+    known = values[values.isfinite()].double()
+    if not len(known):
+        return values
+    median = known.quantile(0.5)
+    spread = (known - median).abs().quantile(0.5)
+    return ((values.double() - median) / (_MAD * spread).clamp(min=1e-6 * max(1e-6, float(median.abs())))).float()
