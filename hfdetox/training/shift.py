@@ -96,10 +96,10 @@ def _pooled(layer: nn.Module, given: Tensor, count: int) -> Tensor:
 
 def _head(network: Network, name: str, features: Tensor, labels: Tensor) -> HeadInputs:
     layer = network.get_submodule(name)
-    weight: Tensor = layer.weight.detach().float().cpu().flatten(1)  # type: ignore[union-attr, operator, assignment]
+    weight: Tensor = layer.weight.detach().float().cpu().flatten(1)  # type: ignore[operator]
     if weight.shape[1] != features.shape[1]:
         raise NonlinearHeadError(f"{name} is neither a Linear nor a plain 1×1 Conv2d layer")
-    bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu()  # type: ignore[union-attr, operator]
+    bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu()  # type: ignore[operator]
     return HeadInputs(name, weight, bias, features, labels)
 
 
