@@ -85,6 +85,20 @@ def head_inputs(network: Network, images: Tensor, labels: Tensor, batch_size: in
     return heads
 
 
+def bare_heads(network: Network) -> list[HeadInputs]:
+    """Return the layers that give the logits, in eval mode, without any image: features are 0×D.
+
+    Raises:
+        NonlinearHeadError: one is neither Linear nor a plain 1×1 Conv2d; without images no more can be told.
+        LayerPatternError: the model has no such layer.
+    """
+    heads = []
+    for name in head_layers(network):
+        width = network.get_parameter(f"{name}.weight").flatten(1).shape[1]
+        heads.append(_head(network, name, torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)))
+    return heads
+
+
 def _pooled(layer: nn.Module, given: Tensor, count: int) -> Tensor:
     """Return the mean over places of what a layer is given (N×D, on the CPU)."""
     if isinstance(layer, nn.Conv2d):
@@ -97,7 +111,8 @@ def _pooled(layer: nn.Module, given: Tensor, count: int) -> Tensor:
 def _head(network: Network, name: str, features: Tensor, labels: Tensor) -> HeadInputs:
     layer = network.get_submodule(name)
     weight: Tensor = layer.weight.detach().float().cpu().flatten(1)  # type: ignore[operator]
-    if weight.shape[1] != features.shape[1]:
+    wide = isinstance(layer, nn.Conv2d) and (max(layer.kernel_size) > 1 or layer.groups > 1)
+    if weight.shape[1] != features.shape[1] or wide:
         raise NonlinearHeadError(f"{name} is neither a Linear nor a plain 1×1 Conv2d layer")
     bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().cpu()  # type: ignore[operator]
     return HeadInputs(name, weight, bias, features, labels)

@@ -1,0 +1,188 @@
+"""What a scan finds, as plain data."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hfdetox.evaluation.results import LabelRate, Rate, TriggerResult
+
+
+class Finding(StrEnum):
+    """What a score, or all of them together, allows to be said; nothing says that a model has no backdoor."""
+
+    SUSPICIOUS = "suspicious"
+    NO_EVIDENCE = "no evidence found"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """From which value of a score's statistic on a model is suspicious, and how often that is wrong.
+
+    Attributes:
+        value: the threshold.
+        measured: whether it was fixed on never-backdoored models; else it is a guess, and nothing is known of errors.
+        models: how many of these there were.
+        rule: how it was fixed on them.
+        false_alarms: share of other never-backdoored models that are above it; None where not measured.
+        found: share of backdoored models that are above it.
+    """
+
+    value: float
+    measured: bool = False
+    models: int = 0
+    rule: str = ""
+    false_alarms: Rate | None = None
+    found: Rate | None = None
+
+    @property
+    def errors(self) -> str:
+        """How often it was wrong, such as "false alarms 1 of 24 (0.1–21.1 %), found 18 of 20 (68.3–98.8 %)"."""
+        rates = {"false alarms": self.false_alarms, "found": self.found} if self.measured else {}
+        said = [f"{what} {one.successes} of {one.samples} ({100 * one.interval[0]:.1f}–{100 * one.interval[1]:.1f} %)"
+                for what, one in rates.items() if one is not None]  # fmt: skip
+        return ", ".join(said) or "error rates not measured"
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What one score found on one state of a model.
+
+    Attributes:
+        values: the score of each class in the model's label order, None for a class without one; None for a score
+            that looks at the model as a whole.
+        statistic: one number, the higher the more suspicious; None where it could not be measured.
+        accused: index of the class that it names; None where it names none.
+        seconds: that it took.
+        passes: images that went through the network; one whose gradient is taken counts as one more.
+        note: what a person should know of it, such as why there is no statistic.
+        threshold: what the statistic is held against; None where there is none.
+        finding: `suspicious`, `no evidence found` or `unknown`.
+    """
+
+    values: list[float | None] | None
+    statistic: float | None
+    accused: int | None
+    seconds: float = 0.0
+    passes: int = 0
+    note: str = ""
+    threshold: Threshold | None = None
+    finding: str = str(Finding.UNKNOWN)
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan of one state of a model found.
+
+    Attributes:
+        finding: `suspicious`, `no evidence found` or `unknown`.
+        accused: index of the class that is suspected to be a backdoor's target; None where none is.
+        label: its name.
+        why: the reason in words.
+        scores: by name, what each found.
+        samples: how many clean images the scores looked at.
+        accuracy: on these; None without images.
+        passes: images that went through the network; one whose gradient is taken counts as one more.
+        seconds: that it took.
+        combined: how often the scores together call a model suspicious that is not, or find one that is.
+    """
+
+    finding: str
+    accused: int | None
+    label: str | None
+    why: str
+    scores: dict[str, ScoreResult]
+    samples: int
+    accuracy: Rate | None
+    passes: int
+    seconds: float
+    combined: Threshold | None = None
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """A trigger that was reconstructed from the model as it came, measured on the evaluation images.
+
+    Attributes:
+        score: the score that made it, `patch` or `blend`.
+        label: index of the class that it was made for.
+        class_name: the class's name.
+        before: what it does to the model as it came.
+        after: what it does to the cleaned model; None where nothing was cleaned.
+    """
+
+    score: str
+    label: int
+    class_name: str
+    before: TriggerResult
+    after: TriggerResult | None = None
+
+
+@dataclass(frozen=True)
+class ImageGrade:
+    """How much the clean images can tell, before anything is trained.
+
+    Attributes:
+        samples: how many there are.
+        duplicates: how many have the same pixels as an earlier one.
+        smallest: of the model's classes, the fewest images that one has.
+        largest: the most.
+        accuracy: of the model as it came on them.
+        bound: the lowest upper end of a 95 % interval that as many images without one failure give.
+        unsure: share of the images on which the model is less sure than it usually is of what it answers right.
+        notes: what a person should know, a sentence each.
+    """
+
+    samples: int
+    duplicates: int
+    smallest: int
+    largest: int
+    accuracy: Rate | None
+    bound: float
+    unsure: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Moved(LabelRate):
+    """A class whose images the cleaned model answers otherwise than the model did as it came.
+
+    Attributes:
+        rate: share of the class's evaluation images that are answered otherwise.
+        to: index of the class that most of these are given now.
+        to_name: its name.
+    """
+
+    to: int
+    to_name: str
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the cleaned model answers as the model did as it came, right or wrong.
+
+    Attributes:
+        rate: share of the evaluation images that both give the same class.
+        moved: the classes with the most images that are answered otherwise, the first has the largest share.
+    """
+
+    rate: Rate
+    moved: list[Moved] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the model without the attacker's trigger.
+
+    Attributes:
+        before: the scan of the model as it came.
+        after: the scan of the cleaned model.
+        reconstructed: triggers reconstructed on the model as it came, by their names.
+        images: how much the clean images can tell.
+        agreement: of the cleaned model with the one that came.
+    """
+
+    before: ScanResult | None = None
+    after: ScanResult | None = None
+    reconstructed: dict[str, Reconstructed] = field(default_factory=dict)
+    images: ImageGrade | None = None
+    agreement: Agreement | None = None
