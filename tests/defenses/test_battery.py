@@ -78,6 +78,7 @@ ROWS = {
     "npd": Row({**TUNED, "warmup": "0", "layer": "3", "radius": "1.5"}, 0.9, changes=("model.3.*",)),
     "nc": Row({"epochs": "20", "inversion_epochs": "60", "batch_size": "48", "augmentation": "none", "anomaly": "1.0"},
               0.9),
+    "unlearn": Row({**TUNED, "classes": "0", "blend_steps": "20", "patch_steps": "60"}, 0.9),
     "ims": Row({"initial_rounds": "20", "free_rounds": "20", "sparse_rounds": "20", "batch_size": "48",
                 "inner_steps": "5"}, changes=("model.0.*", "model.3.*"), float32=True,
                why="its δ (0.005 here, 0.02 by default) is no white corner: `recovery` is 0 in all rounds; with "
