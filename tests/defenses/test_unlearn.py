@@ -1,0 +1,200 @@
+"""Unlearn: who is accused, what carries which trigger in which strength, when is searched, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hfdetox.defenses import parse_defense
+from hfdetox.defenses.unlearn import UnlearnConfig, Unlearning
+from hfdetox.errors import UsageError
+from hfdetox.models.network import Network
+from hfdetox.training.shift import HeadInputs
+from tests.defenses.pixels import linear, pixel_convnet
+from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
+from tests.tiny_training import _quick_garbage, accelerator, mlp, toy_preprocessing
+
+__all__ = ["_quick_garbage", "accelerator"]
+
+SMALL = {"epochs": 3, "min_steps": 0, "batch_size": 24, "augmentation": "none", "blend_steps": 3, "patch_steps": 3}
+TEN = [[float(row == column) for column in range(10)] for row in range(10)]
+
+
+def small(**settings: object) -> UnlearnConfig:
+    """Return a configuration for toy images."""
+    return UnlearnConfig(**{**SMALL, **settings})  # type: ignore[arg-type]
+
+
+def head(lengths: list[float]) -> HeadInputs:
+    """Return a head of ten classes, each with an axis of its own, on images that are sure of their class.
+
+    Where a class's weight is long, little of its axis sends every image there.
+    """
+    features = 10 * torch.eye(10)
+    return HeadInputs("1", torch.diag(torch.tensor(lengths)), torch.zeros(10), features, torch.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "accused", "outliers"),
+    [
+        ([1, 1.02, 0.98, 1.01, 0.99, 5, 1.03, 0.97, 1.04, 1], [5], 1),
+        ([1, 1.02, 0.98, 6, 0.99, 5, 1.03, 0.97, 1.04, 1], [3, 5], 2),
+        # nobody stands out: the two lowest
+        ([1, 1.02, 0.98, 1.01, 0.99, 1.05, 1.03, 0.97, 1.04, 1], [5, 8], 0),
+        # never more than four
+        ([9, 8, 7, 6, 5, 1, 1.01, 1.02, 1.03, 1.04], [0, 1, 2, 3], 4),
+    ],
+)
+def test_the_classes_that_are_easily_reached_are_accused(
+    lengths: list[float], accused: list[int], outliers: int
+) -> None:
+    unlearning = Unlearning(linear(TEN), small(accused_below=-2.5 if outliers < 4 else -0.1))
+    whole = head(lengths)
+    # of two processes, or two batches
+    parts = [HeadInputs("1", whole.weight, whole.bias, whole.features[at], whole.labels[at])
+             for at in (slice(6), slice(6, 10))]  # fmt: skip
+    found = unlearning._score([[part] for part in parts])
+    assert sorted(unlearning.accused.tolist()) == sorted(accused)
+    assert found["outliers"] == outliers
+    assert found["score_0"] <= found["score_1" if len(accused) > 1 else "score_0"] <= found["others"]
+
+
+def holding(**settings: object) -> Unlearning:
+    """Return one that has found a patch on the first pixel and a blend, for images of two pixels."""
+    unlearning = Unlearning(linear([[1.0, 0.0], [0.0, 1.0]]), small(**settings))
+    unlearning.masks, unlearning.patches = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.4, 0.4]]]])
+    unlearning.blends = torch.tensor([[[[1.0, 1.0]]]])
+    return unlearning
+
+
+def test_a_share_carries_a_patch_as_it_is_or_a_blend_in_any_strength() -> None:
+    images = torch.zeros(3000, 1, 1, 2, dtype=torch.uint8)
+    torch.manual_seed(0)
+    found, carry = holding(share=0.3).stamped(images)
+    first, second = found[:, 0, 0, 0], found[:, 0, 0, 1]
+    assert not images.any()
+    assert not found[~carry].any()
+    # 900 expected, deviation 25
+    assert 800 < int(carry.sum()) < 1000
+    patched, blended = carry & (second == 0), carry & (second > 0)
+    assert first[patched].unique().tolist() == pytest.approx([102])
+    # half of them each; a blend is the same on both pixels, between 0.05 and 0.25 of white
+    assert 350 < int(patched.sum()) < 550
+    assert torch.equal(first[blended], second[blended])
+    low, high = float(first[blended].min()), float(first[blended].max())
+    assert (low, high) == (pytest.approx(0.05 * 255, abs=1), pytest.approx(0.25 * 255, abs=1))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rounds", "after"), [(3, 2, [1, 2]), (12, 2, [4, 8]), (2, 2, [1]), (1, 2, []), (5, 0, [])]
+)
+def test_it_searches_again_evenly_between_the_epochs(epochs: int, rounds: int, after: list[int]) -> None:
+    unlearning = holding(rounds=rounds)
+    unlearning.epochs = epochs
+    # before the first epoch, and after each
+    assert [ended for ended in range(epochs + 1) if unlearning.searches_again()] == after
+
+
+def test_triggers_are_found_for_each_accused_class_and_in_each_round(accelerator: Accelerator) -> None:
+    config = small(classes=("2", "0"), alphas=(0.1, 0.3))
+    record = run(config, pixel_convnet(), accelerator)
+    assert [entry["phase"] for entry in record.history] == ["unlearn-look", "unlearn-search", *["unlearn"] * 3]
+    _, first, *rounds = record.history
+    # 3 steps of all of the 48 images, there and back, for two classes: a patch and two blends, then one blend
+    assert first["passes"] == 3 * 2 * 2 * 3 * 48
+    assert [entry.get("passes") for entry in rounds] == [2 * 2 * 3 * 48, 2 * 2 * 3 * 48, None]
+    assert {name for name in first if name.startswith("mask_norm")} == {"mask_norm_2", "mask_norm_0"}
+
+
+def test_few_images_get_more_epochs(accelerator: Accelerator) -> None:
+    record = run(small(min_steps=9, classes=("0",)), pixel_convnet(), accelerator)
+    # two steps an epoch
+    assert record.epochs == 5
+    assert (record.history[0]["epochs"], record.history[0]["steps"]) == (5, 10)
+
+
+def test_seeds_and_state(accelerator: Accelerator, tmp_path: Path) -> None:
+    assert_repeatable_and_tidy(small(), pixel_convnet, accelerator)  # type: ignore[arg-type]
+    assert_resumes(small(), pixel_convnet, accelerator, tmp_path, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("optimizer", "normed", "expected"), [
+    ("auto", True, torch.optim.SGD), ("auto", False, torch.optim.AdamW),
+    ("sgd", False, torch.optim.SGD), ("adamw", True, torch.optim.AdamW),
+])  # fmt: skip
+def test_networks_without_batch_norm_are_trained_by_adamw(
+    optimizer: str, normed: bool, expected: type[torch.optim.Optimizer]
+) -> None:
+    body = mlp().model
+    assert isinstance(body, nn.Module)
+    network = pixel_convnet() if normed else Network(body, toy_preprocessing()).eval()
+    phase = small(optimizer=optimizer).phases(network)[-1]
+    made = phase.optimizer(list(network.parameters()))  # type: ignore[union-attr]
+    assert type(made) is expected
+
+
+def test_what_it_chose_is_said(accelerator: Accelerator) -> None:
+    config = small(augmentation="flip")
+    record = run(config, pixel_convnet(), accelerator)
+    accused, length, optimizer, augmentation = config.choices(record.history)
+    assert accused.startswith("Taken as possible targets: class ")
+    assert "no class was accused by the latent shift" in accused
+    assert length == "3 epochs, 6 steps: at least 3 epochs and 0 steps."
+    assert optimizer == "SGD trained the network."
+    assert augmentation.startswith(("Augmentation flip: ", "Augmentation none: "))
+    named = small(classes=("1",))
+    record = run(named, pixel_convnet(), accelerator)
+    assert named.choices(record.history)[0] == "Taken as possible targets, as the settings say: class 1."
+
+
+def test_a_model_that_flips_confuse_is_not_trained_with_them(accelerator: Accelerator) -> None:
+    config = small(augmentation="flip", classes=("0",))
+    phase = config.phases(pixel_convnet())[-1]
+    unlearning = phase.state
+    assert isinstance(unlearning, Unlearning)
+    for mirrored, expected in ((88, "none"), (89, "flip")):
+        unlearning.images, unlearning._right = 100, [90, mirrored]
+        unlearning._accuse(accelerator)
+        assert phase.augmentation == expected  # type: ignore[union-attr]
+
+
+class Squared(nn.Module):
+    """Gives logits that are no linear layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -self.head(images.flatten(1))
+
+
+def test_a_head_that_is_not_linear_asks_for_the_classes(accelerator: Accelerator) -> None:
+    network = Network(Squared(), toy_preprocessing()).eval()
+    with pytest.raises(UsageError, match=r"unlearn: .*; name the classes .* classes=0,3") as said:
+        run(small(), network, accelerator)
+    assert "\n" not in str(said.value)
+    record = run(small(classes=("1",)), network, accelerator)
+    assert record.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": "0,7"}, "this model has the classes 0 to 2, and classes names 7"),
+        ({"classes": "0,0"}, "classes must be different indices"),
+        ({"classes": "cat"}, "classes must be different indices"),
+        ({"alphas": ""}, "alphas must be"),
+        ({"alphas": "0.1,1"}, "alphas must be one or more shares between 0 and 1"),
+        ({"accused_below": "0"}, "accused_below must be"),
+        ({"share": "1"}, "share must be"),
+        ({"reweight": "class"}, "unlearn: reweight looks at the network .*; leave reweight out"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_defense("unlearn", settings)[0].phases(pixel_convnet())
