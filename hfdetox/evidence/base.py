@@ -34,7 +34,7 @@ class Suspect:
             without any.
         labels: their true classes (N, int64), on the CPU.
         classes: how many the model tells apart.
-        limit: image passes that the scores may take together; None for any number.
+        limit: image passes that the score at hand may take; None for any number.
     """
 
     network: Network
@@ -117,16 +117,22 @@ class Score(ABC):
             UsageError: it cannot be measured on this model, with these images.
         """
 
-    def run(self, suspect: Suspect, accused: Sequence[int] | None = None) -> ScoreResult:
-        """Return what `measure` does with the seconds it took; where it cannot be measured, the note says why."""
-        begin = time.perf_counter()
+    def run(self, suspect: Suspect, accused: Sequence[int] | None = None) -> tuple[ScoreResult, list[Trigger]]:
+        """Return what `measure` does with the seconds it took, and the triggers that were reconstructed.
+
+        Where it cannot be measured, the note says why.
+        """
+        begin, triggers = time.perf_counter(), list[Trigger]()
         if self.needs_images and (suspect.images is None or not len(suspect.images)):
-            return unmeasured("needs clean images")
+            return unmeasured("needs clean images"), triggers
         try:
-            found = self.measure(suspect, accused)
+            found, triggers = self._found(suspect, accused)
         except UsageError as error:
             found = unmeasured(str(error))
-        return replace(found, seconds=time.perf_counter() - begin)
+        return replace(found, seconds=time.perf_counter() - begin), triggers
+
+    def _found(self, suspect: Suspect, accused: Sequence[int] | None) -> tuple[ScoreResult, list[Trigger]]:
+        return self.measure(suspect, accused), []
 
 
 class Reconstruction(Score):
@@ -138,6 +144,9 @@ class Reconstruction(Score):
 
     def measure(self, suspect: Suspect, accused: Sequence[int] | None = None) -> ScoreResult:
         return self.reconstruct(suspect, accused)[0]
+
+    def _found(self, suspect: Suspect, accused: Sequence[int] | None) -> tuple[ScoreResult, list[Trigger]]:
+        return self.reconstruct(suspect, accused)
 
 
 SCORES: Registry[Score] = Registry("evidence", Score, "name")
