@@ -50,8 +50,9 @@ def find_columns(
     """
     images = [name for name, feature in features.items() if _is_image(feature)]
     typed = [name for name in images if isinstance(features[name], Image)]
-    image = _one("image", "not images", image_column, features, images,
-                 typed or [name for name in images if name.lower() in IMAGE_NAMES])  # fmt: skip
+    # beside masks and depth maps the name tells
+    named = [name for name in typed or images if name.lower() in IMAGE_NAMES]
+    image = _one("image", "not images", image_column, features, images, named or typed)
     fitting = [name for name, feature in features.items() if _is_label(feature)]
     label = _one("label", "not one label an image", label_column, features, fitting,
                  _label_candidates(features, fitting, labels, values) if label_column is None else [])  # fmt: skip

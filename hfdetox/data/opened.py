@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import datasets
 import pyarrow.parquet as pq
@@ -33,17 +33,17 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hfdetox.config import ImageOptions
 from hfdetox.data.columns import ColumnError, Columns, find_columns
-from hfdetox.data.files import DamagedFileError, DatasetError, HubFiles, LocalFiles
+from hfdetox.data.files import DatasetError, HubFiles, LocalFiles
 from hfdetox.data.folders import METADATA_NAMES, ImageFolder, arrange
 from hfdetox.data.labels import list_names
 from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader, check_column
+from hfdetox.data.webdataset import ROWS, TarRows, dotted
 from hfdetox.documents import parse_yaml, read_json
 from hfdetox.errors import HubError, located, one_line, refusing
 from hfdetox.hub.client import ask, transport_error
 from hfdetox.hub.download import resolve, snapshot_folder
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_LABEL_ENDINGS = ("cls", "cls2", "index", "inx", "id", "txt", "text", "transcript", "json", "jsn")
 _LOOK = 100  # rows that are looked at to tell which column holds the labels
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w.]+)")
 
@@ -84,12 +84,12 @@ class OpenedDataset:
         try:
             return find_columns(self._features(split), image_column=self.image_column, label_column=self.label_column,
                                 labels=self.labels, values=lambda column: self._values(split, column))  # fmt: skip
-        except (ColumnError, DamagedFileError) as error:
-            dotted = self._dotted(split) if isinstance(self.data, WebDataset) else None
-            if dotted is None:
+        except ColumnError as error:
+            if not isinstance(self.data, WebDataset):
                 raise
-            line = f"names such as {dotted[-60:]} in the tar files of dataset {self.id} have a dot before the ending"
-            raise DatasetError(f"{line}, which WebDataset takes for part of the column's name; rename them") from error
+            if name := self._dotted(split):
+                raise dotted(name, f"the tar files of dataset {self.id}") from error
+            raise ColumnError(f"{error}. {ROWS}") from error
 
     def open(self, split: str) -> SplitReader:
         """Open one split: tables in place, parquet by row groups, everything else as a stream."""
@@ -103,9 +103,12 @@ class OpenedDataset:
             return FolderReader(self.data.splits[split], columns, split, self.files)
         if isinstance(self.data, Parquet):
             return ParquetReader(split, self._names(split), self.files, columns)
+        stream = self._stream(split)
+        if isinstance(self.data, WebDataset):
+            self.data._get_pipeline_from_tar.expect(stream.features, columns.image, columns.label)
         known = (self.data.info.splits or {}).get(split)
         rows = known.num_examples or None if known else None
-        return StreamReader(self._stream(split), columns, split, self.files, rows)
+        return StreamReader(stream, columns, split, self.files, rows)
 
     def _features(self, split: str) -> Features:
         """Return a split's features: a table's own, or from the card, the parquet schema, or the first rows."""
@@ -160,16 +163,6 @@ class OpenedDataset:
 
     def _names(self, split: str) -> list[str]:
         return list(self.data.config.data_files[split])
-
-
-class _PlainWebDataset(WebDataset):
-    """A webdataset of which only texts, numbers and JSON are decoded: labels.
-
-    `datasets` gives every member with a known ending to its decoder, `.pth` to torch's unpickler; here the rest stays
-    bytes.
-    """
-
-    DECODERS: ClassVar = {ending: WebDataset.DECODERS[ending] for ending in _LABEL_ENDINGS}
 
 
 def open_dataset(
@@ -347,7 +340,7 @@ def _with_builder(builder: DatasetBuilder, files: LocalFiles, **known: Any) -> O
         # of the Hub, datasets would decode (and so download) each image that a scan for labels passes
         builder.config.decode_num_threads = 0
     if isinstance(builder, WebDataset):
-        builder._get_pipeline_from_tar = _PlainWebDataset._get_pipeline_from_tar
+        builder._get_pipeline_from_tar = TarRows()
     splits = list(map(str, names))
     return OpenedDataset(config=builder.config.name, splits=splits, data=builder, files=files, **known)
 
