@@ -60,6 +60,16 @@ def parse_yaml(content: str | bytes) -> Any:
     return _parse(content, _load_yaml, _MOST_YAML)
 
 
+def card_header(text: str | None) -> dict[str, Any]:
+    """Return the YAML at the head of a card, whoever wrote it; ValueError where it cannot be read."""
+    text = (text or "").removeprefix("\ufeff")
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    if match is None and re.match(r"\s*---[ \t]*\r?\nlicense:", text):
+        raise ValueError("it has no line --- at its end")
+    header = parse_yaml(match.group(1)) if match else {}
+    return header if isinstance(header, dict) else {}
+
+
 def _load_yaml(text: str) -> Any:
     depth = 0
     # libyaml's composer recurses in C, where a deep file ends the process; its events come one by one

@@ -60,8 +60,16 @@ def on_disk(doing: str, advice: str = "") -> Iterator[None]:
 
 def one_line(value: object, most: int | None = 300) -> str:
     """Return a text of strangers, such as another library's message, on one line, its middle left out beyond `most`."""
-    line = _CONTROL.sub(" ", str(value)).strip()
+    line = _CONTROL.sub(" ", _message(value) if isinstance(value, BaseException) else str(value)).strip()
     return line if most is None or len(line) <= most else f"{line[: most * 2 // 3]} … {line[-(most // 3) :]}"
+
+
+def _message(error: BaseException) -> str:
+    """Return what an exception says; many of other libraries say one word, or nothing."""
+    text = str(error).strip()
+    if isinstance(error, KeyError) and not isinstance(error, HfdetoxError):
+        return f"it finds no {text or 'key'}"
+    return text if " " in text else ": ".join(filter(None, [type(error).__name__, text]))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hfdetox.documents import read_json, read_untyped, read_yaml
-from hfdetox.errors import UsageError
+from hfdetox.errors import UsageError, one_line, refusing
 from hfdetox.specs import read_pair, read_pairs
 from hfdetox.values import (
     Interval,
@@ -264,3 +264,16 @@ def test_a_byte_order_mark_and_shared_values_are_no_fault(tmp_path: Path) -> Non
     check_known("it", {"a": 1, "b": "?", "c": None}, {"a": int, "c": int})
     with pytest.raises(UsageError, match=r"^it\.b must be a whole number, got '\?'"):
         check_known("it", {"a": 1, "b": "?"}, {"b": int})
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (KeyError("nope"), "it finds no 'nope'"), (KeyError(), "it finds no key"), (ValueError(), "ValueError"),
+    (AssertionError("depth"), "AssertionError: depth"), (IndexError("list index out of range"), "list index out of"),
+    (UsageError("x is wrong"), "x is wrong"), (KeyError("a b"), "it finds no 'a b'"), (OSError(2, "No"), "[Errno 2]"),
+])  # fmt: skip
+def test_what_libraries_say_in_a_word_is_said_in_a_sentence(error, said):
+    assert one_line(error).startswith(said)
+    with pytest.raises(UsageError, match="it cannot be read") as caught, refusing("it cannot be read", "; mend it"):
+        raise error if not isinstance(error, UsageError) else ValueError(str(error))
+    assert str(caught.value).startswith(f"it cannot be read: {said}")
+    assert str(caught.value).endswith("; mend it")

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from hfdetox.errors import UsageError
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category", "fine_label", "coarse_label", "y")
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes")
 UNLABELLED = -1
-_NUMBER = re.compile(r"\d+(\.0+)?")
+_NUMBER = re.compile(r"(-1|\d+)(\.0+)?")
 _TEXTS, _BYTES = ("string", "large_string", "string_view"), ("binary", "large_binary")
 
 
@@ -89,34 +90,59 @@ class LabelReader:
 
     Attributes:
         names: the dataset's class names in index order, or None when its labels are plain integers.
+        merged: spellings of a text column that were taken for another one, by theirs.
+        first: the number of the first class, where labels are plain integers.
     """
 
-    def __init__(self, columns: Columns, seen: Collection[str] = ()) -> None:
-        """`seen` are all values of a text column; "3.0" among numbers is the name "3"."""
-        self._numbers = columns.kind == "text" and all(_NUMBER.fullmatch(text) for text in seen)
-        self.names = columns.names if columns.kind != "text" else tuple(sorted({self._name(text) for text in seen}))
+    def __init__(
+        self, columns: Columns, seen: Collection[str] = (), labels: Sequence[str] = (), first: int = 0
+    ) -> None:
+        """`seen` are all values of a text column; "3.0" among numbers is the name "3", and "-1" none.
+
+        Values that differ in case alone are one class where the model's `labels` have one such.
+        """
+        self.first = first
+        self._numbers = columns.kind == "text" and all(
+            _NUMBER.fullmatch(text.strip()) for text in seen if text.strip())  # fmt: skip
+        names = {self._name(text) for text in seen} - {"", str(UNLABELLED) if self._numbers else ""}
+        self.merged = _spelt_alike(names, labels)
+        self.names = columns.names if columns.kind != "text" else tuple(sorted(names - self.merged.keys()))
         self._codes = {unicodedata.normalize("NFC", name): i for i, name in enumerate(self.names or ())}
+        self._codes |= {name: self._codes[kept] for name, kept in self.merged.items()}
 
     def read(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
         """Return int64 indices (N,) of stored values (integers, floats that are whole, text, None)."""
         if isinstance(values, np.ndarray) and values.dtype.kind in "iub":
-            return np.maximum(values.astype(np.int64), UNLABELLED)
+            return np.maximum(values.astype(np.int64) - self.first, UNLABELLED)
         return np.array([self._index(value) for value in values], dtype=np.int64)
 
     def _index(self, value: Any) -> int:
-        if value is None or value == "" or value != value:  # NaN is not itself
+        if value is None or value != value:  # NaN is not itself
             return UNLABELLED
         if isinstance(value, str):
             name = self._name(value)
+            if name == "" or (self._numbers and name == str(UNLABELLED)):
+                return UNLABELLED
             if name not in self._codes and not name.isdecimal():
                 raise ColumnError(f"label {value[:40]!r} is not among the dataset's class names; its metadata is wrong")
             return self._codes[name] if name in self._codes else int(name)
         if not isinstance(value, (int, float)) or value != int(value):
             raise ColumnError(f"the label {str(value)[:40]!r} is no whole number; name another --label-column")
-        return max(int(value), UNLABELLED)
+        return max(int(value) - self.first, UNLABELLED)
 
     def _name(self, text: str) -> str:
-        return str(int(float(text))) if self._numbers else unicodedata.normalize("NFC", text)
+        return str(int(float(text))) if self._numbers and text.strip() else unicodedata.normalize("NFC", text.strip())
+
+
+def _spelt_alike(names: Collection[str], labels: Sequence[str]) -> dict[str, str]:
+    """Return which names differ in case alone from another one that is among the model's labels, by that one."""
+    merged = dict[str, str]()
+    for folded, count in Counter(label.strip().casefold() for label in labels).items():
+        same = sorted(name for name in names if name.casefold() == folded)
+        kept = next((name for name in same if name in labels), same[0] if same else "")
+        if count == 1:
+            merged |= {name: kept for name in same if name != kept}
+    return merged
 
 
 def _one(

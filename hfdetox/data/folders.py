@@ -10,7 +10,6 @@ from itertools import combinations
 
 from hfdetox.data.labels import count_matches
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {
     "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),

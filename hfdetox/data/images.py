@@ -7,6 +7,8 @@ import functools
 import hashlib
 import io
 import os
+import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
 
@@ -27,7 +31,7 @@ MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here a
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX")
 
-KEPT_BYTES = 256 * 1024**2
+KEPT_BYTES = 64 * 1024**2
 # images decoded in the caller's thread to see how long one takes, and how long it must be for threads to pay
 _PROBE = 32
 _THREADS_PAY_SECONDS = 0.001
@@ -35,6 +39,10 @@ _THREADS_PAY_SECONDS = 0.001
 # the highest values that images are stored with: of shares, and of 8, 10, 12, 14, 16, 24, 31 and 32 bits
 _TOPS = (1, 255, 1023, 4095, 16383, 65535, 2**24 - 1, 2**31 - 1, 2**32 - 1)
 _BYTE, _MOST_CHANNELS = 255, 4
+# how PIL calls pixels of 16 bits a colour; the other order of the bytes gives the lower 8 bits in place of the upper
+_WIDE = re.compile(r"(?P<colours>RGB[AX]?);16(?P<order>[LBN])|(?P<grey>LA;16B)")
+_OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+_BITS, _PLANES = 258, 284  # TIFF's BitsPerSample and PlanarConfiguration
 ARRAY_MAGIC = b"\x93NUMPY"
 
 Item = TypeVar("Item")
@@ -284,19 +292,30 @@ def _opened(encoded: Encoded, *, upright: bool = True) -> Image.Image | np.ndarr
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> np.ndarray | None:
-    """Return the numbers of a PNG of colours of 16 bits, of which PIL keeps the upper 8; None for others.
+    """Return the numbers of a PNG or TIFF of colours of 16 bits, of which PIL keeps the upper 8; None for others.
 
-    Where they hold 12 bits these are nearly black.
+    Where they hold 12 bits these are nearly black. Raises ValueError where PIL would take the wrong bytes.
     """
-    if not isinstance(image, PngImageFile) or image.mode not in ("RGB", "RGBA") or len(image.tile) != 1:
+    if not isinstance(image, PngImageFile | TiffImageFile):
         return None
-    tile = image.tile[0]
-    if tile.args != f"{image.mode};16B":
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PLANES) == 2 and max(image.tag_v2.get(_BITS, (8,))) > 8:
+        raise ValueError("its colours of 16 bits lie in planes; save it anew with those of each pixel together")
+    modes = {str(tile.args if isinstance(tile.args, str) else tile.args[0]) for tile in image.tile if tile.args}
+    match = _WIDE.fullmatch(modes.pop()) if len(modes) == 1 else None
+    if match is None:
         return None
-    with PngImageFile(io.BytesIO(content)) as again:
-        again.tile = [tile._replace(args=f"{image.mode};16L")]  # takes the second byte of each two
-        low = np.asarray(again)[..., :3]
-    return np.asarray(image)[..., :3].astype(np.uint16) << 8 | low
+    with Image.open(io.BytesIO(content), formats=[image.format or ""]) as again:
+        if match["grey"]:
+            again._mode, mode = "RGBA", "RGBA"  # of the four bytes a pixel has, the first two are the grey
+        else:
+            mode = f"{match['colours']};16{_OTHER_BYTE[match['order']]}"
+        assert isinstance(again, ImageFile)
+        again.tile = [tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode)
+                      for tile in again.tile]  # fmt: skip
+        other = np.asarray(ImageOps.exif_transpose(again))
+    if match["grey"]:
+        return other[..., 0].astype(np.uint16) << 8 | other[..., 1]
+    return np.asarray(ImageOps.exif_transpose(image))[..., :3].astype(np.uint16) << 8 | other[..., :3]
 
 
 def _upright_array(values: np.ndarray) -> Image.Image | np.ndarray:

@@ -283,9 +283,14 @@ def _mismatch(dataset: Sequence[str], model: Sequence[str], labels: Sequence[str
     else:
         why = "the dataset's classes are not the model's"
     return LabelMismatchError(
-        f"{why}; unmatched in the dataset ({len(dataset)}): {list_names(dataset)}; unmatched in the model "
-        f"({len(model)}): {list_names(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or "
+        f"{why}; unmatched in the dataset ({len(dataset)}): {_spellings(dataset)}; unmatched in the model "
+        f"({len(model)}): {_spellings(model) or 'none'}; give --label-map FILE (dataset name: model name, index, or "
         "null to leave it out)")  # fmt: skip
+
+
+def _spellings(names: Sequence[str]) -> str:
+    """List names, those with odd spaces in quotes: shown without, both sides would look the same."""
+    return list_names([name if name == " ".join(name.split()) and name.isprintable() else repr(name) for name in names])
 
 
 def list_names(names: Sequence[str], shown: int = _SHOWN) -> str:

@@ -21,9 +21,10 @@ from hfdetox.data.columns import ColumnError
 from hfdetox.data.images import ImageSet, Progress, parallel_map, usual_range
 from hfdetox.data.info import DatasetInfo
 from hfdetox.data.labels import DROPPED, Alignment, align_labels, list_names
-from hfdetox.data.opened import OpenedDataset, card_header, open_dataset
+from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.data.readers import SplitReader
 from hfdetox.data.sampling import Chooser, Selection, TooFewImagesError, label_reader
+from hfdetox.documents import card_header
 from hfdetox.errors import UsageError
 from hfdetox.models.classifier import Classifier, peek
 from hfdetox.models.initial import ARCHITECTURE
@@ -115,31 +116,11 @@ def _load(
     origin = open_dataset(dataset, options, labels, warn=warn, hub_only=hub_only)
     train, measures = _split_names(origin.splits, options.split, options.eval_split, alone=alone)
     source = None if alone else origin.open(train)
-    empty = list[str]()
     # without labels anywhere else a part of the training split is measured
     names = measures if options.eval_split is not None else [*measures, *([train] if train not in measures else [])]
-    for name in names:
-        try:
-            evaluation = source if source is not None and name == train else origin.open(name)
-        except ColumnError as error:
-            if name == names[-1]:
-                raise ColumnError(f"split {name}: {error}") from error
-            empty.append(name)
-            continue
-        reader = label_reader(source or evaluation, evaluation)
-        alignment = align_labels(reader.names, labels, options.label_map, aliases)
-        chooser = Chooser(labels, clean_samples, options, warn, reader, alignment)
-        eval_rows = chooser.apart(evaluation) if evaluation is source else chooser.measured(evaluation)
-        if len(eval_rows.indices):
-            break
-        empty.append(name)
-    else:
-        raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
-    if empty:
-        instead = f"a part of {train} is measured" if evaluation is source else f"{name} is used for measuring"
-        warn(f"split {' and '.join(empty)} has no labels; {instead}")
-    if alignment.note:
-        warn(alignment.note)
+    evaluation, chooser, eval_rows = _labelled(origin, source, names, lambda evaluation: _chooser(
+        source or evaluation, evaluation, labels, aliases, clean_samples, options, warn), warn)  # fmt: skip
+    alignment = chooser.alignment
     measured = _image_set(evaluation, eval_rows, channels)
     clean = measured.subset([])
     if source is not None:
@@ -156,6 +137,45 @@ def _load(
     info = _record(origin, clean, measured, alignment, pixel_range)
     images = Images(clean, measured, info, evaluation is not source and one_to_one and everything)
     return images if alignment.other is None else replace(images, other=images.relabelled(alignment))
+
+
+def _chooser(
+    source: SplitReader, evaluation: SplitReader, labels: Sequence[str], aliases: Sequence[Sequence[str]],
+    clean_samples: int | float | None, options: ImageOptions, warn: Callable[[str], None],
+) -> Chooser:  # fmt: skip
+    # what a map says needs no guess
+    reader = label_reader(source, evaluation, labels=() if options.label_map else labels, warn=warn)
+    alignment = align_labels(reader.names, labels, options.label_map, aliases)
+    return Chooser(labels, clean_samples, options, warn, reader, alignment)
+
+
+def _labelled(
+    origin: OpenedDataset, source: SplitReader | None, names: Sequence[str],
+    chooser_of: Callable[[SplitReader], Chooser], warn: Callable[[str], None],
+) -> tuple[SplitReader, Chooser, Selection]:  # fmt: skip
+    """Return the first of the named splits that has labels, what chooses of it, and what it chose to measure."""
+    empty = list[str]()
+    for name in names:
+        try:
+            evaluation = source if source is not None and name == source.split else origin.open(name)
+        except ColumnError as error:
+            if name == names[-1]:
+                raise ColumnError(f"split {name}: {error}") from error
+            empty.append(name)
+            continue
+        chooser = chooser_of(evaluation)
+        rows = chooser.apart(evaluation) if evaluation is source else chooser.measured(evaluation)
+        if len(rows.indices):
+            break
+        empty.append(name)
+    else:
+        raise TooFewImagesError(f"split {empty[-1]} has no image with a label; choose another --eval-split")
+    if empty:
+        instead = f"a part of {name} is measured" if evaluation is source else f"{name} is used for measuring"
+        warn(f"split {' and '.join(empty)} has no labels; {instead}")
+    if chooser.alignment.note:
+        warn(chooser.alignment.note)
+    return evaluation, chooser, rows
 
 
 def _image_set(source: SplitReader, rows: Selection, channels: int) -> ImageSet:

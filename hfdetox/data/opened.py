@@ -33,12 +33,13 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hfdetox.config import ImageOptions
 from hfdetox.data.columns import ColumnError, Columns, find_columns
-from hfdetox.data.files import DatasetError, HubFiles, LocalFiles
-from hfdetox.data.folders import METADATA_NAMES, ImageFolder, arrange
+from hfdetox.data.files import DamagedFileError, DatasetError, HubFiles, LocalFiles
+from hfdetox.data.folders import ImageFolder, arrange
 from hfdetox.data.labels import list_names
+from hfdetox.data.metadata import METADATA_NAMES, check_metadata
 from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader, check_column
 from hfdetox.data.webdataset import ROWS, TarRows, dotted
-from hfdetox.documents import parse_yaml, read_json
+from hfdetox.documents import card_header, read_json
 from hfdetox.errors import HubError, located, one_line, refusing
 from hfdetox.hub.client import ask, transport_error
 from hfdetox.hub.download import resolve, snapshot_folder
@@ -202,7 +203,7 @@ def _look_at_files(origin: OpenedDataset, warn: Callable[[str], None]) -> None:
     config, listing, what = origin.data.config, origin.files.listing(), f"dataset {origin.id}"
     used = {name: str(split) for split, names in config.data_files.items() for name in names}
     twice = [name for name, count in Counter(chain(*config.data_files.values())).items() if count > 1]
-    with refusing(f"the card (README.md) of {what} cannot be read", kind=DatasetError):
+    with refusing(f"the card (README.md) of {what} cannot be read", "; mend or remove it", DatasetError):
         card = listing.get("README.md")
         header = card_header(Path(origin.files.path(card)).read_text("utf-8", "replace") if card else None)
     told = config.name != "default" or "configs" in header
@@ -246,19 +247,27 @@ def _arrange(
             described[owners.pop()].append(listing[path])
     origin.splits, origin.data.config.data_files = list(named), described
     if metadata:
-        with contextlib.suppress(ColumnError):
+        try:
+            with contextlib.suppress(DamagedFileError):
+                origin.columns(origin.splits[0])
+            _check_metadata(origin.files, {path: listing[path] for path in metadata}, listing)
             origin.columns(origin.splits[0])
+        except ColumnError:
+            pass
+        else:
             origin.listed = {split: len(found) for split, found in named.items()}
             return
         warn(f"{metadata[0]} of dataset {origin.id} has no label column: the folders' names are the labels")
     origin.data = replace(folder, splits=named)
 
 
-def card_header(text: str | None) -> dict[str, Any]:
-    """Return the YAML at the head of a card, whoever wrote it; ValueError where it cannot be read."""
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text or "", re.DOTALL)
-    header = parse_yaml(match.group(1)) if match else {}
-    return header if isinstance(header, dict) else {}
+def _check_metadata(files: LocalFiles, metadata: Mapping[str, str], listing: Mapping[str, str]) -> None:
+    """Check the metadata files of an image folder, which name some of its files."""
+    for path, name in metadata.items():
+        if path.endswith(".parquet"):
+            files.read(name, pq.read_schema)
+        else:
+            check_metadata(path, files.read(name, lambda source: source.read()), listing)
 
 
 def _from_object(dataset: Any) -> OpenedDataset:

@@ -113,8 +113,9 @@ class Chooser:
         for indices, values in source.scan(rng):
             found = self.reader.read(values)
             if len(found) and found.max() >= len(mapping) - 1:
-                raise LabelMismatchError(f"split {source.split} has the label {found.max()} and the model "
-                                         f"{len(self.labels)} labels; give --label-column or --label-map")  # fmt: skip
+                highest, last = found.max() + self.reader.first, len(self.labels) - 1
+                raise LabelMismatchError(f"split {source.split} has the label {highest} and the model has 0 to {last}; "
+                                         "give --label-column, or say with --label-map which is which")  # fmt: skip
             yield indices, mapping[found]
 
     def _all_rows(self, source: SplitReader) -> Selection:
@@ -194,10 +195,35 @@ class Chooser:
         return choose_uniform(rows, wanted, np.random.default_rng([self.options.seed, 2]))
 
 
-def label_reader(*sources: SplitReader) -> LabelReader:
-    """Return what reads the labels of one or two splits; ColumnError where the second has other classes."""
+def label_reader(*sources: SplitReader, labels: Sequence[str] = (), warn: Callable[[str], None] = lambda _: None,
+                 ) -> LabelReader:  # fmt: skip
+    """Return what reads the labels of one or two splits, the last of which is read whole.
+
+    Args:
+        labels: the model's, where they are known: of plain integers they tell whether 1 is the first.
+
+    Raises:
+        ColumnError: the second split has other classes.
+    """
     columns, other = sources[0].columns, sources[-1].columns
     if (columns.kind, columns.names) != (other.kind, other.names):
         raise ColumnError(f"split {sources[-1].split} has other classes than {sources[0].split}; give --eval-split")
+    # of the last one first: numbers from 0 are told by it alone
+    if columns.kind == "integer" and labels and all(_from_one(source, len(labels)) for source in reversed(sources)):
+        warn(
+            f"the labels of the dataset are the numbers 1 to {len(labels)}; they were taken as the model's label order"
+        )
+        return LabelReader(columns, first=1)
     blocks = chain(*(source.scan() for source in sources)) if columns.kind == "text" else ()
-    return LabelReader(columns, {value for _, values in blocks for value in values if value})
+    reader = LabelReader(columns, {value for _, values in blocks for value in values if value}, labels)
+    if merged := reader.merged:
+        pairs = [f"{name!r} for {kept!r}" for name, kept in merged.items()]
+        warn(f"labels that are spelt in several ways are one class: {list_names(pairs, 4)}")
+    return reader
+
+
+def _from_one(source: SplitReader, count: int) -> bool:
+    """Tell whether a split's integer labels are from 1 to `count`."""
+    found = [labels for _, values in source.scan() if len(labels := LabelReader(source.columns).read(values))]
+    known = np.concatenate([*found, np.zeros(0, np.int64)])
+    return bool((known > 0).any() and (known != 0).all() and known.max() == count)

@@ -19,12 +19,13 @@ from hfdetox.data.images import ImageSet
 from hfdetox.data.labels import accuracy_hint, list_names
 from hfdetox.data.load import Images
 from hfdetox.errors import RunError, UsageError
-from hfdetox.evaluation.metrics import BATCH_SIZE, Predictions, TriggerView, measure, predict, rate
+from hfdetox.evaluation.metrics import BATCH_SIZE, BROKEN, Predictions, TriggerView, measure, predict, rate
 from hfdetox.evaluation.results import Measurement, Rate, Visibility
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import uncorrected
 from hfdetox.progress import progress_bar, updates
 from hfdetox.specs import read_target
+from hfdetox.training.phases import UNSTABLE
 from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 # a model whose interval reaches down to this share of the way from chance to certainty may have learnt nothing here
@@ -45,15 +46,15 @@ class Evaluator:
     views: list[TriggerView]
     progress: bool
 
-    def measure(self, title: str) -> Predictions:
-        """Measure the classifier as it is now: float32, eval mode."""
+    def measure(self, title: str, *, broken: str = f"training was unstable: {UNSTABLE}") -> Predictions:
+        """Measure the classifier as it is now: float32, eval mode; `broken` as of `metrics.measure`."""
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, labels=self.classifier.labels, title=title,
-                       progress=self.progress)  # fmt: skip
+                       progress=self.progress, broken=broken)  # fmt: skip
 
     def measure_plausible(self, title: str, warn: Callable[[str], None], *, trains: bool = True) -> Predictions:
         """Measure a model as it came, and check the result as `check_plausible` does."""
-        outcome = self.measure(title)
+        outcome = self.measure(title, broken=BROKEN)
         check_plausible(outcome, self.clean.labels, self.classifier.labels, warn, trains=trains)
         return outcome
 

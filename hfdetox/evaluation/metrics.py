@@ -31,6 +31,7 @@ from hfdetox.training.batches import ImageSource, source_loader
 from hfdetox.triggers.base import Target, Trigger, attacked_labels
 
 BATCH_SIZE = 256
+BROKEN = "its weights or its preprocessing are broken"
 # pixel values of a batch on a GPU, about those of 256 images of 224×224, and images at most
 GPU_VALUES, GPU_IMAGES = 2**25, 4096
 # the same of a CPU: it is no faster with more large images at a time, which take gigabytes
@@ -122,26 +123,25 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     network.eval()
     device = accelerator.device
     places = source.positions.cpu()
-    predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long)
-    losses = torch.zeros(len(predicted), dtype=torch.float64)
+    # made before the batches: a few bytes kept of each would hold the heap's end, and with it their images' room
+    predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long, device=device)
+    losses = torch.zeros(len(predicted), device=device)
     values = math.prod(getattr(network, "input_size", (1,)))
     loader = accelerator.prepare(source_loader(source, batch_size(source, device, values), device))
     bar = progress_bar(title, len(source), "image", shown=progress)
-    chunks, classes = [], 0
+    classes = 0
     with bar, exact_float32():
         for positions, images, labels in loader:
             logits = network(images).float()
             classes = logits.shape[1]
             loss = cross_entropy(logits, labels, reduction="none")
             # drops what a last uneven batch was padded with
-            chunks.append(accelerator.gather_for_metrics((positions, logits.argmax(1), loss)))
-            bar.update(len(positions) * accelerator.num_processes)
-    for positions, labels, loss in chunks:
-        predicted[positions.cpu()] = labels.cpu()
-        losses[positions.cpu()] = loss.double().cpu()
+            positions, answers, loss = accelerator.gather_for_metrics((positions, logits.argmax(1), loss))
+            predicted[positions], losses[positions] = answers, loss
+            bar.update(len(labels) * accelerator.num_processes)
     accelerator.free_memory()
     network.train(training)
-    return SourcePredictions(predicted[places].numpy(), losses[places].numpy(), classes)
+    return SourcePredictions(predicted.cpu()[places].numpy(), losses.cpu().double()[places].numpy(), classes)
 
 
 def batch_size(source: ImageSource, device: torch.device, values: int = 1) -> int:
@@ -229,11 +229,13 @@ def class_accuracies(
 
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
-            labels: Sequence[str] = (), title: str = "measure", progress: bool = False) -> Predictions:  # fmt: skip
+            labels: Sequence[str] = (), title: str = "measure", progress: bool = False,
+            broken: str = BROKEN) -> Predictions:  # fmt: skip
     """Measure accuracy and loss on the clean images, and each trigger on its view of some of them.
 
     Args:
         labels: the model's label names, for what names a class; without, it is called by its index.
+        broken: what to say of a network whose answers are not finite numbers.
 
     Raises:
         RunError: the network's answers are not finite numbers.
@@ -242,8 +244,7 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
     places = {position: place for place, position in enumerate(evaluation.positions.tolist())}
     clean = predict(network, evaluation, accelerator, title=title, progress=progress)
     if not np.isfinite(clean.losses).all():
-        raise RunError("the model's outputs on the evaluation images are not finite numbers; its weights or its "
-                       "preprocessing are broken")  # fmt: skip
+        raise RunError(f"the model's outputs on the evaluation images are not finite numbers; {broken}")
     correct = clean.predicted == truth
     results: dict[str, TriggerResult] = {}
     hits, triggered = {}, {}

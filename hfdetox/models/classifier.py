@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from hfdetox.documents import card_header
 from hfdetox.errors import RunError, UsageError, refusing
 from hfdetox.files import is_inside, sha256_file
 from hfdetox.hub.download import PulledRepo, pull_model
@@ -20,7 +21,9 @@ from hfdetox.models.info import ModelInfo
 from hfdetox.models.loaded import Loaded, check_links, check_num_labels, label_names, library_of
 from hfdetox.models.network import Network, library_logits, load_correction
 from hfdetox.models.preprocessing import CallablePreprocessing, Preprocessing
+from hfdetox.values import shown
 
+_ADVICE = "; mend its config.json, or choose another model"
 _TIMM_PREFIXES = ("hf_hub:", "hf-hub:")
 
 
@@ -138,7 +141,7 @@ def load_classifier(
         return assemble(loaded, type(model).__name__, None, labels, preprocessing=preprocessing)
     pulled, name = fetch_model(str(model), revision, trust_remote_code)
     # whatever a library raises over a stranger's configuration
-    with refusing(f"{name} cannot be made of its config.json and weights"):
+    with refusing(f"{name} cannot be made of its config.json and weights", _ADVICE):
         stored = _weights.find_weights(pulled.folder, pulled.weights)
         # a library is imported only for its own models: transformers takes seconds
         if library_of(pulled.folder, pulled.id) == "timm":
@@ -153,11 +156,25 @@ def load_classifier(
         classifier = assemble(loaded, name, pulled.revision or None, labels, preprocessing=preprocessing,
                               folder=pulled.folder, stored=stored)  # fmt: skip
         classifier.trusts_remote_code, classifier.warnings = trust_remote_code, pulled.warnings
+        classifier.warnings += _card_warnings(classifier.card_source())
         classifier.network.correction = load_correction(pulled.folder, classifier.model, len(classifier.labels))
     if classifier.network.correction is not None:
         classifier.warnings += (f"{name} comes with a correction that hfdetox applies (correction.safetensors); loaded "
                                 "with timm or transformers alone it answers without it",)  # fmt: skip
     return classifier
+
+
+def _card_warnings(card: str | None) -> tuple[str, ...]:
+    """Return what a person must know of a model's card: nothing, or that it does not tell the licence."""
+    lost = "what it says of the licence is not taken over; see to that before you publish"
+    try:
+        licence = card_header(card).get("license")
+    except ValueError as error:
+        return (f"the YAML of the model's card (README.md) cannot be read ({error}): {lost}",)
+    items = licence if isinstance(licence, list) else [] if licence is None else [licence]
+    if all(isinstance(item, str) for item in items):
+        return ()
+    return (f"the license of the model's card (README.md) is {shown(licence)}, no text: {lost}",)
 
 
 def peek(
@@ -174,7 +191,7 @@ def peek(
     readme = pulled.folder / "README.md"
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
     config = _weights.read_json(pulled.folder / "config.json")
-    with refusing(f"{name} cannot be made of its config.json and weights"):
+    with refusing(f"{name} cannot be made of its config.json and weights", _ADVICE):
         if library_of(pulled.folder, name) == "timm":
             from hfdetox.models import timm as _timm
 
@@ -283,7 +300,7 @@ def _check_output(classifier: Classifier) -> None:
         found = tuple(shapes.shape)
     if found != expected:
         size = "×".join(map(str, pixels.shape[1:]))
-        with refusing(f"{classifier.info.id} does not take the {size} images of its own preprocessing"):
+        with refusing(f"{classifier.info.id} does not take the {size} images of its own preprocessing", _ADVICE):
             found = tuple(network(pixels.to(device)).shape)
     if found != expected:
         raise LabelsError(f"{classifier.info.id} gives outputs of shape {found} for one image and "

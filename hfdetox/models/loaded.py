@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from hfdetox.errors import UsageError, located
 from hfdetox.files import is_inside
 from hfdetox.models.preprocessing import Preprocessing
 from hfdetox.models.weights import WEIGHTS_NAME, read_json
-from hfdetox.values import Shape, check_known
+from hfdetox.values import Shape, check_known, shown
 
 Library = Literal["timm", "transformers", "torch"]
 
@@ -99,12 +99,29 @@ def library_of(folder: Path, name: str) -> Library:
             check_known("", config, _TIMM)
             check_known("", config, _TIMM_IMAGES)
             check_known("pretrained_cfg", config.get("pretrained_cfg") or {}, _TIMM_IMAGES)
+            check_label_keys(config)
+            check_label_keys(config.get("pretrained_cfg") or {})
             return "timm"
         if "model_type" in config or "auto_map" in config:
             check_known("", config, _TRANSFORMERS)
+            check_label_keys(config)
             return "transformers"
     raise UsageError(f"{name} is not an image classifier of timm or transformers: its config.json has neither "
                      "architecture nor model_type")  # fmt: skip
+
+
+def check_label_keys(config: Mapping[str, Any]) -> None:
+    """Raise UsageError where a configuration names its labels by other keys than 0, 1, ….
+
+    The libraries would leave names out, and the dataset's classes would be blamed.
+    """
+    for field in ("id2label", "label_names"):
+        named = config.get(field)
+        keys = [str(key) for key in named] if isinstance(named, Mapping) else []
+        known = {int(key) for key in keys if key.isdecimal()}
+        if known != set(range(len(keys))):
+            raise UsageError(f"{field} must have the whole numbers 0 to {len(keys) - 1} as keys, one for each of its "
+                             f"{len(keys)} labels, got {', '.join(map(shown, keys[:8]))}; mend it")  # fmt: skip
 
 
 def label_names(labels: Sequence[str] | int) -> tuple[str, ...]:

@@ -202,7 +202,8 @@ def load_correction(folder: Path, model: nn.Module, labels: int) -> Correction |
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    with refusing(f"{path} cannot be read as a correction"), safe_open(str(path), framework="pt") as file:
+    advice = "; remove it to use the model without"
+    with refusing(f"{path} cannot be read as a correction", advice), safe_open(str(path), framework="pt") as file:
         header = parse_json((file.metadata() or {}).get("correction", "null"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     target = header.get("target") if isinstance(header, dict) and header.get("version") == 1 else None

@@ -104,7 +104,7 @@ def new_from_folder(folder: Path, name: str, *, num_classes: int, stored: Stored
         model = _create(f"local-dir:{folder}", {"num_classes": num_classes}, {}, name)
     else:
         model = load_folder(folder, stored, name).model
-        with refusing(f"timm cannot give {name} a new head"):
+        with refusing(f"timm cannot give {name} a new head", "; choose another model"):
             model.reset_classifier(num_classes)
     given = getattr(model, "_model_args", {}) | {"num_classes": num_classes}
     model._model_args = read_json(folder / "config.json").get("model_args", {}) | given

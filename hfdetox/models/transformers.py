@@ -11,12 +11,21 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
-from hfdetox.errors import UsageError, one_line, refusing
+from hfdetox.errors import UsageError, located, one_line, refusing
 from hfdetox.hub.download import ADAPTER, no_weights
 from hfdetox.models.layers import head_layers
-from hfdetox.models.loaded import Loaded, NotAClassifierError, check_num_labels, copy_companions, label_names
+from hfdetox.models.loaded import (
+    Loaded,
+    NotAClassifierError,
+    check_label_keys,
+    check_num_labels,
+    copy_companions,
+    label_names,
+)
 from hfdetox.models.preprocessing import Preprocessing, PreprocessingError, ProcessorPreprocessing, TimmPreprocessing
 from hfdetox.models.weights import StoredWeights, raise_for_keys
+
+_ADVICE = "; mend its config.json, or try a newer transformers"
 
 
 @contextmanager
@@ -100,14 +109,14 @@ def new_from_folder(folder: Path, name: str, *, labels: Sequence[str], trust_rem
     if stored is not None:
         model = _below_the_head(folder, config, name, trust_remote_code)
     else:
-        with refusing(f"transformers cannot build {name} from its config.json"):
+        with refusing(f"transformers cannot build {name} from its config.json", _ADVICE):
             model = AutoModelForImageClassification.from_config(config, dtype=torch.float32,
                                                                 trust_remote_code=trust_remote_code)  # fmt: skip
     return describe(model, _load_processor(folder, name, trust_remote_code), None)
 
 
 def _pretrained(folder: Path, config: Any, name: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    with refusing(f"transformers cannot load {name}"):
+    with refusing(f"transformers cannot load {name}", _ADVICE):
         return AutoModelForImageClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code,
             local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)  # fmt: skip
@@ -156,7 +165,7 @@ def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
                              "read that code first") from error  # fmt: skip
-        raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}") from error
+        raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}{_ADVICE}") from error
 
 
 # image classifiers whose images are no pixels, and what they take
@@ -185,6 +194,8 @@ def _check_config(config: Any, name: str, trust_remote_code: bool) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise NotAClassifierError(f"{name} is quantized and cannot be trained; give the unquantized model")
     check_num_labels(config.num_labels, name)
+    with located(f"the config of {name}"):
+        check_label_keys({"id2label": config.id2label})
 
 
 def _load_processor(folder: Path, name: str, trust_remote_code: bool) -> Any:

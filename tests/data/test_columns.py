@@ -46,7 +46,7 @@ def test_plain_integer_labels(tmp_path):
     images, notes = load(tmp_path)
     assert [row % 3 for row in images.clean.indices] == images.clean.labels.tolist()
     assert any("plain integers" in note for note in notes)
-    with pytest.raises(LabelMismatchError, match="has the label 2 and the model 2 labels"):
+    with pytest.raises(LabelMismatchError, match="has the label 2 and the model has 0 to 1"):
         load(tmp_path, labels=NAMES[:2])
 
 
@@ -177,6 +177,74 @@ def test_the_label_column_is_told_by_its_name_and_by_the_models_labels(others):
 def test_two_columns_that_may_hold_the_labels_are_asked_about(others, asked):
     with pytest.raises(ColumnError, match=f"several columns may hold the label: {asked}; choose with --label-column"):
         load(lesions(**others))
+
+
+def write_texts(root, values, count=30, **options):
+    for split, first in (("train", 0), ("test", 500)):
+        write_parquet(
+            root / f"{split}.parquet", [values[i % len(values)] for i in range(count)], first=first, **options
+        )
+    return root
+
+
+@pytest.mark.parametrize(("values", "labels", "indices", "merged"), [
+    (["red", " red ", "RED"], ["red", "blue"], [0, 0, 0], "'RED' for 'red'"),
+    (["Red", "red", "blue"], ["RED", "blue"], [0, 0, 1], "'red' for 'Red'"),
+    (["red\n", "\tblue", "red"], ["red", "blue"], [0, 1, 0], None),
+    (["a", "A", "A "], ["A", "a"], [1, 0, 0], None),
+    (["strasse", "straße", "x"], ["straße", "x"], [0, 0, 1], "'straße'"),
+    ([" red ", "red", "RED"], ["red", "RED"], [0, 0, 1], None),
+])  # fmt: skip
+def test_spellings_of_one_label_are_one_class_where_the_model_has_one(tmp_path, values, labels, indices, merged):
+    images, notes = load(write_texts(tmp_path / "d", values, text=True), labels, allow_missing_classes=True)
+    assert [indices[row % 3] for row in images.evaluation.indices] == images.evaluation.labels.tolist()
+    said = [note for note in notes if "spelt in several ways" in note]
+    assert len(said) == (merged is not None)
+    assert not said or merged in said[0]
+
+
+def test_spellings_that_look_alike_are_shown(tmp_path):
+    root = write_texts(tmp_path / "d", ["red", "blu\u200be", "gr\0een"], text=True)
+    with pytest.raises(LabelMismatchError) as caught:
+        load(root, ["red", "blue", "green"])
+    assert r"unmatched in the dataset (2): 'blu\u200be', 'gr\x00een'; unmatched in the model (2)" in str(caught.value)
+
+
+def test_the_text_for_no_label_among_numbers(tmp_path):
+    root = write_texts(tmp_path / "d", ["0", "1", "2", "-1", " ", "-1.0"], text=True)
+    images, notes = load(root)
+    assert [row % 6 for row in images.evaluation.indices] == images.evaluation.labels.tolist()
+    assert len(images.evaluation) == 15
+    assert any("15 of 30 rows of split test have no label" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "objects", "webdataset"])
+def test_integers_from_one(tmp_path, kind):
+    if kind == "webdataset":
+        for split, first in (("train", 0), ("test", 500)):
+            write_tar(tmp_path / "d" / f"{split}-0.tar", 30, first, label=False,
+                      extra={"cls": lambda i: str(1 + i % 3).encode()})  # fmt: skip
+        dataset = tmp_path / "d"
+    elif kind == "int":
+        dataset = write_texts(tmp_path / "d", [1, 2, 3, -1], names=None)
+    else:
+        dataset = lesions(label=("float" if kind == "float" else "int", None, [1, 2, 3, None]))
+    period = 3 if kind == "webdataset" else 4
+    images, notes = load(dataset)
+    assert [row % period for row in images.evaluation.indices] == images.evaluation.labels.tolist()
+    assert [row % period for row in images.clean.indices] == images.clean.labels.tolist()
+    assert any("are the numbers 1 to 3" in note for note in notes)
+
+
+@pytest.mark.parametrize("values", [[1, 2, 2], [0, 1, 2], [1, 2, 4], [0, 1, 3]])
+def test_other_integers_are_not_taken_to_begin_at_one(tmp_path, values):
+    root = write_texts(tmp_path / "d", values, names=None)
+    if max(values) > 2:
+        with pytest.raises(LabelMismatchError, match=r"has the label [34] and the model has 0 to 2; .* --label-map"):
+            load(root)
+    else:
+        images, _ = load(root, allow_missing_classes=True)
+        assert [values[row % 3] for row in images.evaluation.indices] == images.evaluation.labels.tolist()
 
 
 @pytest.mark.parametrize("how", ["parquet", "webdataset", "folder on disk"])

@@ -148,6 +148,60 @@ def test_colours_of_sixteen_bits_keep_all_of_them(alpha, top):
     assert difference(decode_image(deep_png(values, 6 if alpha else 2)), COLOURS) <= 1
 
 
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_grey_of_sixteen_bits_with_transparency_keeps_all_of_them(top):
+    values = np.rint(np.stack([GREY, GREY[::-1]], -1) / 255 * top).astype(np.uint16)
+    assert difference(decode_image(deep_png(values, 4)), GREY[..., None].repeat(3, -1)) <= 1
+
+
+def deep_tiff(values, order, *, packed=False, strips=1, extra=(), planes=False, turned=1):
+    """Return a TIFF of 16 bits a colour, which PIL does not write."""
+    rows = [values[..., i : i + 1] for i in range(values.shape[2])] if planes else np.array_split(values, strips)
+    parts = [part.astype(f"{order}u2").tobytes() for part in rows]
+    parts = [zlib.compress(part) for part in parts] if packed else parts
+    content, places = b"", []
+    for part in parts:
+        places.append(8 + len(content))
+        content += part
+    channels = values.shape[2]
+    tags = {256: [values.shape[1]], 257: [values.shape[0]], 258: [16] * channels, 259: [8 if packed else 1], 262: [2],
+            273: places, 274: [turned], 277: [channels], 278: [len(rows[0])], 279: [len(part) for part in parts],
+            284: [2 if planes else 1], **({338: list(extra)} if extra else {})}  # fmt: skip
+    head = b""
+    for tag, numbers in tags.items():
+        values_of = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            values_of, content = struct.pack(f"{order}I", 8 + len(content)), content + values_of
+        head += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + values_of
+    begin = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(content))
+    return begin + content + struct.pack(f"{order}H", len(tags)) + head + bytes(4)
+
+
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"strips": 2}, {"packed": True, "strips": 4}])
+@pytest.mark.parametrize("extra", [(), (0,), (2,)])
+def test_a_tiff_of_colours_of_sixteen_bits_keeps_all_of_them(top, order, options, extra):
+    values = np.rint(COLOURS / 255 * top).astype(np.uint16)
+    if extra:
+        values = np.concatenate([values, values[..., :1]], -1)
+    tiff = deep_tiff(values, order, extra=extra, **options)
+    assert Image.open(io.BytesIO(tiff)).mode in ("RGB", "RGBA")
+    assert difference(decode_image(tiff), COLOURS) <= 1
+
+
+def test_a_turned_tiff_of_sixteen_bits_is_upright():
+    values = np.rint(COLOURS / 255 * 4095).astype(np.uint16)
+    assert difference(decode_image(deep_tiff(values, "<", turned=3)), COLOURS[::-1, ::-1]) <= 1
+    assert difference(decode_image(deep_tiff(values, ">", turned=6)), np.rot90(COLOURS, -1)) <= 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tiff_of_sixteen_bits_in_planes_is_refused(packed):
+    with pytest.raises(ValueError, match="its colours of 16 bits lie in planes; save it anew"):
+        decode_image(deep_tiff(COLOURS.astype(np.uint16), "<", planes=True, packed=packed))
+
+
 # of a whole dataset
 
 

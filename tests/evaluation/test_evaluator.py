@@ -276,3 +276,14 @@ def test_chance_depends_on_the_number_of_labels() -> None:
         check(half, truth, count=2)
     # the same answers of a model that knows a hundred labels are far from chance
     assert check(half, truth, count=100) == []
+
+
+def test_answers_that_are_no_numbers_blame_the_training_after_it(accelerator: Accelerator) -> None:
+    evaluation = prepared(accelerator, [BadNets(target="dog")])
+    with torch.no_grad():
+        next(iter(evaluation.classifier.model.parameters())).fill_(float("inf"))
+    with pytest.raises(RunError, match="are not finite numbers; its weights or its preprocessing are broken"):
+        evaluation.measure_plausible("before", print)
+    for title in ("after", "monitor"):
+        with pytest.raises(RunError, match="not finite numbers; training was unstable: try a lower learning rate"):
+            evaluation.measure(title)

@@ -230,3 +230,26 @@ def test_full_disk_is_a_run_error(tmp_path, kind):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     shutil.rmtree(tmp_path / "saved")
     classifier.save(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("card", "said"), [
+    ("---\nlicense: [mit\n---\n# x\n", "cannot be read"), ("---\nlicense: mit\nlicense: gpl\n---\n", "is there twice"),
+    ("---\nlicense: mit\n# no end\n", "no line --- at its end"), ("---\na: !!python/name:x y\n---\n", "cannot be read"),
+    ("\ufeff---\nlicense: {a: 1}\n---\n", "no text"), ("---\nlicense: 3\n---\n", "is 3, no text"),
+    ("---\nlicense: [mit, 2]\n---\n", "no text"),
+])  # fmt: skip
+def test_a_card_whose_licence_cannot_be_read_is_said(tmp_path, card, said):
+    source = timm_folder(tmp_path / "m")
+    (source / "README.md").write_text(card)
+    (line,) = load_classifier(source).warnings
+    assert "README.md" in line
+    assert said in line
+    assert line.endswith("of the licence is not taken over; see to that before you publish")
+
+
+@pytest.mark.parametrize("card", ["", "# x\n", "---\nlicense: mit\n---\n", "---\nlicense:\n---\n", "---\n\ntext",
+                                  "---\nlicense: [mit, gpl]\n---\n", "\ufeff---\nlicense: mit\n---\n"])  # fmt: skip
+def test_a_card_that_can_be_read_is_not(tmp_path, card):
+    source = timm_folder(tmp_path / "m")
+    (source / "README.md").write_text(card)
+    assert load_classifier(source).warnings == ()

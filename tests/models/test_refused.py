@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -119,7 +120,15 @@ FIELDS = [
     ("vit", {"hidden_size": 32.0}, "hidden_size must be a whole number"),
     ("vit", {"id2label": ["a", "b"]}, "id2label must be a mapping"),
     ("vit", {"architectures": 3}, "architectures must be a list"),
-    ("vit", {"id2label": {"x": "a", "y": "b"}}, ""),
+    *[
+        (
+            kind,
+            {field: dict.fromkeys(keys, "a")},
+            f"{field.rpartition('.')[2]} must have the whole numbers 0 to {len(keys) - 1} as keys",
+        )
+        for keys in (["x", "y"], ["1", "2", "3"], ["0", "2", "5"], ["0", "00"], ["0", "1", "-1"], ["0", "1.0"])
+        for kind, field in (("vit", "id2label"), ("timm", "label_names"), ("timm", "pretrained_cfg.label_names"))
+    ],
     ("vit", {"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
     ("vit", {"model_type": {"a": 1}}, "model_type must be text"),
     ("vit", {"hidden_dropout_prob": [1]}, "hidden_dropout_prob"),
@@ -138,6 +147,14 @@ def test_a_field_of_a_wrong_type_is_named(kind, changes, said, tmp_path):
     with pytest.raises(UsageError, match=said) as caught:
         load_classifier(source)
     assert "config.json" in str(caught.value) or "transformers" in str(caught.value)
+
+
+def test_a_loaded_models_label_names_have_every_number(tmp_path):
+    model = transformers_model("vit")
+    model.config.id2label = {0: "a", 1: "b", 5: "c"}
+    processor = tf.AutoImageProcessor.from_pretrained(transformers_folder(tmp_path / "m", "vit"))
+    with pytest.raises(UsageError, match=r"the config of ViT\w+: id2label must have .* got '0', '1', '5'"):
+        load_classifier(model, processor=processor)
 
 
 @pytest.mark.parametrize("content", [b"[]", b'"x"', b"{", b"[" * 50_000, b'{"size": ' + b"9" * 5000 + b"}", b"\xff"])
@@ -352,3 +369,16 @@ def test_logits_by_the_name_of_features_and_beside_auxiliary_ones(tmp_path):
                                   pretrained_cfg_overlay={"input_size": (3, 299, 299)})  # fmt: skip
     classifier = load_classifier(inception)
     assert classifier.network.train()(torch.zeros(2, 3, 299, 299, dtype=torch.uint8)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("vit", {"hidden_act": "nope"}), ("vit", {"patch_size": 0}), ("vit", {"layer_norm_eps": "small"}),
+    ("timm", {"model_args": {"act_layer": "nope"}}), ("timm", {"model_args": {"nope": 1}}),
+    ("timm", {"architecture": "nope"}), ("timm", {"model_args": {"norm_layer": "nope"}}),
+])  # fmt: skip
+def test_what_a_library_raises_over_a_configuration_has_advice(kind, changes, tmp_path):
+    source = timm_folder(tmp_path / "m") if kind == "timm" else transformers_folder(tmp_path / "m", "vit")
+    edit_json(source / "config.json", **changes)
+    with pytest.raises(UsageError, match=r"; (mend its config.json, or|a newer timm may)") as caught:
+        load_classifier(source)
+    assert not re.search(r": '?\w+'?;", str(caught.value))
