@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from hfdetox.defenses.d3 import D3
     from hfdetox.detox import DetoxResult, detoxify, evaluate
     from hfdetox.errors import HfdetoxError, HubError, RunError, UsageError
+    from hfdetox.gating import gate
     from hfdetox.implanting import AttackResult, implant
     from hfdetox.models.classifier import Classifier, load_classifier
     from hfdetox.reporting.report import AttackReport, Report
+    from hfdetox.verifying import Verification, verify
 
 _HOMES = {
     "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
     "implant": "implanting", "AttackResult": "implanting", "AttackReport": "reporting.report",
     "load_classifier": "models.classifier", "Classifier": "models.classifier",
     "load_images": "data.load",
+    "gate": "gating",
+    "verify": "verifying", "Verification": "verifying",
     "D3": "defenses.d3", "D3Config": "defenses.auto",
     "Report": "reporting.report",
     "HfdetoxError": "errors", "RunError": "errors", "UsageError": "errors", "HubError": "errors",
@@ -28,7 +32,8 @@ _HOMES = {
 
 __all__ = [
     "D3", "AttackReport", "AttackResult", "Classifier", "D3Config", "DetoxResult", "HfdetoxError", "HubError", "Report",
-    "RunError", "UsageError", "__version__", "detoxify", "evaluate", "implant", "load_classifier", "load_images",
+    "RunError", "UsageError", "Verification", "__version__", "detoxify", "evaluate", "gate", "implant",
+    "load_classifier", "load_images", "verify",
 ]  # fmt: skip
 
 
@@ -36,7 +41,7 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
     if name not in _HOMES:
         raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
-    if _HOMES[name] in ("implanting", "detox", "models.classifier"):
+    if _HOMES[name] in ("implanting", "detox", "models.classifier", "gating", "verifying"):
         from hfdetox.reporting.environment import check_torchvision
 
         # timm and transformers would die of a mismatch with a traceback that does not say what to do

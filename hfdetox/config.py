@@ -17,7 +17,7 @@ from hfdetox.specs import redact_paths, target_text
 from hfdetox.values import to_text
 
 # a first word that is none of these is a model
-COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "push", "list")
+COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "gate", "push", "list", "verify")
 # chosen by examples/d3_heldout.yaml, whose models it was not made on
 DEFAULT_DEFENSE = "d3:auto"
 DEFAULT_SAMPLES = 0.05
@@ -315,6 +315,8 @@ class PushOptions(AnyPublishOptions):
 
     folder: Path = field(kw_only=False, metadata=about(HUB, "What hfdetox wrote (--output).", path="folder"))
     repo: str = field(kw_only=False, metadata=about(HUB, "Where to publish it: USER/NAME."))
+    sign: Path | None = option(None, HUB, "Sign it with this private key (PEM); needs hfdetox[sign].", metavar="KEY",
+                               path="file")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

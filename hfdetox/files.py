@@ -25,6 +25,8 @@ from hfdetox.errors import UsageError, on_disk
 REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack_report.json")
 # which files of an output folder hfdetox wrote; it stays out of repositories
 MANIFEST = ".hfdetox-manifest.json"
+# the signature of an output in the OpenSSF's format
+SIGNATURE = "model.sig"
 LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
 # how often a folder that vanishes while its lock is taken is made anew
 _TRIES = 20

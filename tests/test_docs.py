@@ -67,7 +67,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("images", "model-detoxed", "model-detoxed.run", "backdoored", "zoo", "ZOO", "ZOO1", "ZOO2"):
         (tmp_path / name).mkdir()
     (tmp_path / "labels.yaml").write_text("kitten: cat\n")
-    (tmp_path / "FILE").touch()
+    for name in ("FILE", "key.pem", "author.pub"):
+        (tmp_path / name).touch()
     [suite] = blocks(DOCS / "how-to" / "compare-defenses.md", "yaml")
     (tmp_path / "suite.yaml").write_text(suite)
     monkeypatch.chdir(tmp_path)

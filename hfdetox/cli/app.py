@@ -31,6 +31,7 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
+from hfdetox.config_verify import GateOptions, VerifyOptions
 from hfdetox.errors import HfdetoxError, UsageError, one_line
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
@@ -173,8 +174,36 @@ def push(line: CommandLine) -> None:
     with running(config.ConsoleOptions(), lambda: "the folder is whole: give the same command again"):
         from hfdetox.runs.publish import push_output
 
-        pushed = push_output(options.folder, options.repo, **options.publishing())
+        pushed = push_output(options.folder, options.repo, sign=options.sign, **options.publishing())
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
+
+
+@app.command()
+@takes_line(VerifyOptions, config.ConsoleOptions)
+def verify(line: CommandLine) -> None:
+    """Check what hfdetox wrote, REPO or FOLDER: every hash, the card, and every rate by counting it again."""
+    shown, options = line.options(config.ConsoleOptions), line.options(VerifyOptions)
+    options.check()
+    with running(shown, lambda: "nothing was written") as out:
+        from hfdetox.verifying import verify as check
+
+        found = check(**replace(options, progress=shows_progress(shown)).changed())
+        out.show(found.to_dict(), console.verification_lines(found))
+        raise typer.Exit(found.status)
+
+
+@app.command()
+@takes_line(GateOptions, config.ConsoleOptions)
+def gate(line: CommandLine) -> None:
+    """Decide whether MODEL may be used: pass, pass after cleaning, reject or unknown, with reasons."""
+    shown, options = line.options(config.ConsoleOptions), line.options(GateOptions)
+    options.check()
+    with running(shown, lambda: "nothing was decided, which is no pass") as out:
+        from hfdetox.gating import gate as decide
+
+        found = decide(**replace(options, progress=shows_progress(shown)).changed())
+        out.show(found.to_dict(), console.gate_lines(found))
+        raise typer.Exit(found.status)
 
 
 @app.command()

@@ -4,6 +4,27 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class ImageChoice:
+    """What was asked for when the images were chosen: with it, the splits and the seed they are chosen again.
+
+    Attributes:
+        clean_samples: how many clean images, a count or a fraction of the split; None for the whole split.
+        eval_samples: how many images to measure; None for the whole split.
+        image_column: that was named; None where it was found.
+        label_column: the same of the labels.
+        allow_missing_classes: whether classes without images were accepted.
+        pixel_range: the stored values of black and white that were named; None where the images told.
+    """
+
+    clean_samples: int | float | None
+    eval_samples: int | None
+    image_column: str | None = None
+    label_column: str | None = None
+    allow_missing_classes: bool = False
+    pixel_range: str | None = None
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """Which images were used.
 
@@ -21,6 +42,7 @@ class DatasetInfo:
         label_map: dataset name to model name where the two differ; empty text for a class that was left out.
         pixel_range: the stored values of black and white; None where every image has 8 bits, 0 to 255.
         named_by_card: whether nobody named it but the model's own card, whose author so chose the images.
+        asked: what was asked for; None in reports of schema versions 1 to 3.
     """
 
     id: str
@@ -36,6 +58,7 @@ class DatasetInfo:
     label_map: dict[str, str]
     pixel_range: tuple[float, float] | None = None
     named_by_card: bool = False
+    asked: ImageChoice | None = None
 
     def described(self) -> str:
         """Return how many clean images there were, and whose choice, such as "2,500 trusted images"."""

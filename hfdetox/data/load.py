@@ -19,7 +19,7 @@ from hfdetox.checks import check_pixel_range, check_samples
 from hfdetox.config import DEFAULT_SAMPLES, EvaluateOptions, ImageOptions
 from hfdetox.data.columns import ColumnError
 from hfdetox.data.images import ImageSet, Progress, parallel_map, usual_range
-from hfdetox.data.info import DatasetInfo
+from hfdetox.data.info import DatasetInfo, ImageChoice
 from hfdetox.data.labels import DROPPED, Alignment, align_labels, list_names
 from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.data.readers import SplitReader
@@ -134,7 +134,9 @@ def _load(
         measured = _without_duplicates(clean, measured, warn, progress)
     one_to_one = DROPPED not in alignment.mapping and len(set(alignment.mapping)) == len(alignment.mapping)
     everything = len(measured) == evaluation.rows and not evaluation.limited
-    info = _record(origin, clean, measured, alignment, pixel_range)
+    asked = ImageChoice(clean_samples, options.eval_samples, options.image_column, options.label_column,
+                        options.allow_missing_classes, options.pixel_range)  # fmt: skip
+    info = replace(_record(origin, clean, measured, alignment, pixel_range), asked=asked)
     images = Images(clean, measured, info, evaluation is not source and one_to_one and everything)
     return images if alignment.other is None else replace(images, other=images.relabelled(alignment))
 

@@ -12,7 +12,7 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from hfdetox.documents import read_json
 from hfdetox.errors import UsageError
-from hfdetox.files import MANIFEST, REPORT_NAMES, check_safetensors, git_sha1_file, sha256_file
+from hfdetox.files import MANIFEST, REPORT_NAMES, SIGNATURE, check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient, line_of
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 
@@ -224,7 +224,7 @@ def _is_stale(name: str, ours: bool) -> bool:
     """Return whether a file that the new model does not have would speak for the old one."""
     if name.endswith(_WEIGHT_SUFFIXES) or name in _LOADER_FILES or name.startswith(_RESULTS_FOLDER):
         return True
-    return ours and (name.startswith(_OWN_FOLDERS) or name in REPORT_NAMES)
+    return ours and (name.startswith(_OWN_FOLDERS) or name in (*REPORT_NAMES, SIGNATURE))
 
 
 def _commit(plan: _Plan) -> PushResult:

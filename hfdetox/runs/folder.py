@@ -331,6 +331,21 @@ def foreign_files(folder: Path) -> list[str]:
     return sorted(set(_files_in(folder)) - set(_own_files(folder)))
 
 
+def remove_one(folder: Path, name: str) -> None:
+    """Remove a file of an output folder, and its line in the manifest; raises RunError."""
+    with on_disk(f"remove {folder / name}"):
+        (folder / name).unlink(missing_ok=True)
+    recorded = _recorded(folder)
+    if recorded is not None:
+        _write(folder, {known: digest for known, digest in recorded.items() if known != name})
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Return the paths that the manifest records and that are gone or changed since; none without a manifest."""
+    own = set(_own_files(folder))
+    return sorted(name for name in _recorded(folder) or {} if name not in own)
+
+
 def remove_own(folder: Path) -> None:
     """Remove what hfdetox wrote to a folder, and the folder if nothing but empty folders is in it then."""
     own = [*_own_files(folder), MANIFEST]

@@ -10,12 +10,13 @@ from hfdetox._version import __version__
 from hfdetox.config import AnyPublishOptions
 from hfdetox.errors import HubError, UsageError, refusing
 from hfdetox.evaluation.verdict import describe_loss
-from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, locked
+from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, SIGNATURE, locked
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.folder import RunFolder, write_own
+from hfdetox.runs.folder import RunFolder, remove_one, write_own
+from hfdetox.runs.signing import require_signing, sign_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -
     return check_repo(repo_id, **_policy(backdoored, AnyPublishOptions(**how)))
 
 
-def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
+def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: bool) -> PushResult:
     """Push a folder that hfdetox wrote to any repository, whatever place its card was written for.
 
     Card and report are changed before anything is sent; the local report names the commit afterwards. A card that was
@@ -45,6 +46,7 @@ def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
     `public`, which is refused for other models.
 
     Args:
+        sign: a private key: every file is signed with it. Without it, an earlier signature is left out and removed.
         how: the options of `AnyPublishOptions`.
 
     Raises:
@@ -55,22 +57,32 @@ def push_output(folder: Path, repo_id: str, **how: bool) -> PushResult:
     """
     backdoored = is_backdoored(folder)
     options, message = AnyPublishOptions(**how), _commit_message(folder, backdoored=backdoored)
-    policy, retarget = _policy(backdoored, options), partial(_retarget, folder, accept=options.accept_accuracy_loss)
+    policy = _policy(backdoored, options)
+    retarget = partial(_retarget, folder, accept=options.accept_accuracy_loss, sign=sign)
+    if sign is not None:
+        require_signing(sign)
+    elif (folder / SIGNATURE).is_file():
+        # it would be of other files: those that name another repository
+        logger.warning("%s is removed: sign again with --sign KEY", folder / SIGNATURE)
+        remove_one(folder, SIGNATURE)
     with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
         try:
             pushed = push_folder(folder, repo_id, message=message, retarget=retarget, **policy)
         except HubError as error:
-            command = push_command(folder, repo_id, **how)
+            command = push_command(folder, repo_id, sign=sign, **how)
             raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
         report = load_report(folder)
         write_own(folder, report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
+        if sign is not None:
+            _sign(folder, sign)  # what is here knows the commit
     return pushed
 
 
-def push_command(folder: Path, repo_id: str, **options: bool) -> str:
+def push_command(folder: Path, repo_id: str, *, sign: Path | None = None, **options: bool) -> str:
     """Return the command line that pushes `folder` with the options of `push_output`."""
     flags = ["--" + name.replace("_", "-") for name, on in options.items() if on]
-    return shlex.join(["hfdetox", "push", str(folder), repo_id, *flags])
+    signed = [] if sign is None else ["--sign", str(sign)]
+    return shlex.join(["hfdetox", "push", str(folder), repo_id, *flags, *signed])
 
 
 def is_backdoored(folder: Path) -> bool:
@@ -106,8 +118,13 @@ def load_report(folder: Path) -> Report | AttackReport:
     return AttackReport.load(folder) if (folder / ATTACK_REPORT_NAME).exists() else Report.load(folder)
 
 
-def _retarget(folder: Path, repo_id: str, *, accept: bool) -> list[str]:
-    """Make card and report name `repo_id`, and return their names; nothing is written where they do already.
+def _sign(folder: Path, key: Path) -> None:
+    sign_folder(folder, key)
+    write_own(folder, SIGNATURE, (folder / SIGNATURE).read_text(encoding="utf-8"))
+
+
+def _retarget(folder: Path, repo_id: str, *, accept: bool, sign: Path | None) -> list[str]:
+    """Make card and report name `repo_id`, sign, and return the names; nothing is written where they do already.
 
     UsageError for a model that was rejected for its accuracy, unless that is accepted.
     """
@@ -134,7 +151,10 @@ def _retarget(folder: Path, repo_id: str, *, accept: bool) -> list[str]:
     addressed = replace(report, output=replace(report.output, pushed_to=repo_id, commit=None))
     if addressed != report:
         write_own(folder, report.NAME, addressed.to_json())
-    return [CARD_NAME, report.NAME]
+    if sign is None:
+        return [CARD_NAME, report.NAME]
+    _sign(folder, sign)
+    return [CARD_NAME, report.NAME, SIGNATURE]
 
 
 def _policy(backdoored: bool, how: AnyPublishOptions) -> dict[str, bool]:

@@ -91,7 +91,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     }  # fmt: skip
     assert set(plain["dataset"]) == {
         "id", "config", "split", "eval_split", "revision", "source", "clean_samples", "eval_samples", "indices_sha256",
-        "eval_indices_sha256", "label_map", "named_by_card", "pixel_range",
+        "eval_indices_sha256", "label_map", "named_by_card", "pixel_range", "asked",
     }  # fmt: skip
     assert set(plain["defense"]) == {
         "name", "preset", "parameters", "layers", "epochs", "steps", "seconds", "images_per_second", "precision",
