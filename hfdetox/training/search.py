@@ -29,6 +29,8 @@ from torch.nn.functional import cross_entropy, interpolate
 PIXEL = 255.0
 # stamped images in one forward, for the memory's sake
 TOGETHER = 1024
+# images of a step
+BATCH = 48
 # the finest grids that are searched, and the images whose pixels κ is meant for
 PATCH_GRID, BLEND_GRID, _SIDE = 64, 32, 32
 
@@ -114,7 +116,7 @@ def slopes(free: Sequence[Tensor], rows: Tensor, count: int,
 
 
 def search_patches(network: nn.Module, images: Tensor, classes: Sequence[int], *, generator: torch.Generator,
-                   steps: int = 120, batch_size: int = 48, rate: float = 0.1, kappa: float = 0.02,
+                   steps: int = 120, batch_size: int = BATCH, rate: float = 0.1, kappa: float = 0.02,
                    ) -> Stamps:  # fmt: skip
     """Search the smallest patch for each class.
 
@@ -146,7 +148,7 @@ def search_patches(network: nn.Module, images: Tensor, classes: Sequence[int], *
 
 
 def search_blends(network: nn.Module, images: Tensor, classes: Sequence[int], *, alpha: float,
-                  generator: torch.Generator, steps: int = 60, batch_size: int = 48,
+                  generator: torch.Generator, steps: int = 60, batch_size: int = BATCH,
                   rate: float = 0.15) -> Stamps:  # fmt: skip
     """Search the picture that leads to each class when it is blended in with the share α; arguments as above.
 
