@@ -105,7 +105,8 @@ def attack_lines(report: AttackReport) -> list[str]:
     start = "from scratch" if attack.start == SCRATCH else f"from {at_revision(attack.start, report.model.revision)}"
     lines = [
         f"{what} ({report.model.library} {report.model.architecture}), {start}, {_images(report.dataset)}",
-        f"{attack.epochs} epochs, {attack.seconds:,.0f} s, {attack.images_per_second:,.0f} images/s, {attack.precision}"
+        f"{attack.epochs} epochs, {attack.seconds:,.0f} s, {attack.images_per_second:,.0f} images/s, "
+        + ("float32" if attack.precision == "no" else attack.precision)
         + (", stopped early: the goals are reached" if attack.stopped_early else ""),
     ]
     if report.before is not None:

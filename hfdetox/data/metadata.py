@@ -2,13 +2,16 @@
 
 import csv
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from posixpath import normpath
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from hfdetox.data.columns import LABEL_NAMES
-from hfdetox.data.files import DamagedFileError
+from hfdetox.data.files import DamagedFileError, DatasetError, LocalFiles
+from hfdetox.data.folders import ImageFolder
 from hfdetox.data.labels import list_names
 from hfdetox.documents import parse_json
 from hfdetox.errors import one_line
@@ -17,6 +20,47 @@ from hfdetox.values import shown
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _FILE = "file_name"
 _Line = tuple[int, dict[str, Any]]
+
+
+def owners_of(
+    dataset: str, folder: ImageFolder, metadata: Iterable[str], warn: Callable[[str], None]
+) -> dict[str, str]:
+    """Return the split that each metadata file is of; one of several tells no labels.
+
+    Raises:
+        DatasetError: it would have to, where the folders tell no classes.
+    """
+    owners = dict[str, str]()
+    for path in metadata:
+        beside = "" if "/" not in path else f"{PurePosixPath(path).parent}/"
+        found = [split for split, own in folder.splits.items() if any(one.startswith(beside) for one, _ in own)]
+        if len(found) == 1:
+            owners[path] = found[0]
+        elif found:
+            # `datasets` would give each of them all of its rows
+            line = (
+                f"{path} of dataset {dataset} is of the splits {list_names(found, 3)}: put one into the folder of each"
+            )
+            if not folder.classes:
+                raise DatasetError(f"{line}, with the names of its own images")
+            warn(f"{line}; the folders' names are the labels")
+    return owners
+
+
+def check_files(files: LocalFiles, metadata: Mapping[str, str], listing: Mapping[str, str]) -> None:
+    """Check the metadata files of an image folder: their names by their paths, as `listing` has those of all files.
+
+    Raises:
+        DamagedFileError: what `check_metadata` raises, or there are several kinds.
+    """
+    if len(endings := {PurePosixPath(path).suffix for path in metadata}) > 1:
+        raise DamagedFileError(f"there are metadata files of several kinds ({', '.join(sorted(endings))}), of which "
+                               "`datasets` reads one: keep that")  # fmt: skip
+    for path, name in metadata.items():
+        if path.endswith(".parquet"):
+            files.read(name, pq.read_schema)
+        else:
+            check_metadata(path, files.read(name, lambda source: source.read()), listing)
 
 
 def check_metadata(path: str, content: bytes, files: Collection[str]) -> None:

@@ -36,7 +36,7 @@ from hfdetox.data.columns import ColumnError, Columns, find_columns
 from hfdetox.data.files import DamagedFileError, DatasetError, HubFiles, LocalFiles
 from hfdetox.data.folders import ImageFolder, arrange
 from hfdetox.data.labels import list_names
-from hfdetox.data.metadata import METADATA_NAMES, check_metadata
+from hfdetox.data.metadata import METADATA_NAMES, check_files, owners_of
 from hfdetox.data.readers import FolderReader, ParquetReader, SplitReader, StreamReader, TableReader, check_column
 from hfdetox.data.webdataset import ROWS, TarRows, dotted
 from hfdetox.documents import card_header, read_json
@@ -90,7 +90,7 @@ class OpenedDataset:
                 raise
             if name := self._dotted(split):
                 raise dotted(name, f"the tar files of dataset {self.id}") from error
-            raise ColumnError(f"{error}. {ROWS}") from error
+            raise ColumnError(f"{error}. {ROWS}" if "several" not in str(error) else str(error)) from error
 
     def open(self, split: str) -> SplitReader:
         """Open one split: tables in place, parquet by row groups, everything else as a stream."""
@@ -239,35 +239,24 @@ def _arrange(
         warn(f"the folders {list_names(folder.together, 3)} of dataset {origin.id} have the same classes in them, and "
              "are no splits by their names (train, test, …): their images are taken together")  # fmt: skip
     metadata = [path for path in listing if PurePosixPath(path).name in METADATA_NAMES]
+    owners = owners_of(origin.id, folder, metadata, warn)
     described = {split: [name for name, _ in found] for split, found in named.items()}
-    for path in metadata:
-        beside = "" if "/" not in path else f"{PurePosixPath(path).parent}/"
-        owners = {split for split, found in folder.splits.items() if any(one.startswith(beside) for one, _ in found)}
-        if len(owners) == 1:
-            described[owners.pop()].append(listing[path])
+    for path, split in owners.items():
+        described[split].append(listing[path])
     origin.splits, origin.data.config.data_files = list(named), described
-    if metadata:
+    if owners:
         try:
             with contextlib.suppress(DamagedFileError):
                 origin.columns(origin.splits[0])
-            _check_metadata(origin.files, {path: listing[path] for path in metadata}, listing)
+            check_files(origin.files, {path: listing[path] for path in owners}, listing)
             origin.columns(origin.splits[0])
         except ColumnError:
             pass
         else:
             origin.listed = {split: len(found) for split, found in named.items()}
             return
-        warn(f"{metadata[0]} of dataset {origin.id} has no label column: the folders' names are the labels")
+        warn(f"{next(iter(owners))} of dataset {origin.id} has no label column: the folders' names are the labels")
     origin.data = replace(folder, splits=named)
-
-
-def _check_metadata(files: LocalFiles, metadata: Mapping[str, str], listing: Mapping[str, str]) -> None:
-    """Check the metadata files of an image folder, which name some of its files."""
-    for path, name in metadata.items():
-        if path.endswith(".parquet"):
-            files.read(name, pq.read_schema)
-        else:
-            check_metadata(path, files.read(name, lambda source: source.read()), listing)
 
 
 def _from_object(dataset: Any) -> OpenedDataset:

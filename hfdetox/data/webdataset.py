@@ -79,6 +79,8 @@ class TarRows:
                 elif self._is_lost(name, row):
                     raise dotted(f"{row['__key__']}.{name}", where)
             yield row
+        if not self._columns:
+            raise DamagedFileError(f"{where} holds no files whose names have an ending; get it anew")
 
     def _open_json(self, row: dict[str, Any]) -> None:
         """Make what the JSON of a row says columns, the same in every row, of what may be labels."""

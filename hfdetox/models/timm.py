@@ -37,7 +37,7 @@ def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
         WeightsMismatchError: the file holds other tensors than the model, and timm cannot convert them.
     """
     config = read_json(folder / "config.json")
-    advice = "; a newer timm may know the architecture"
+    advice = "; mend its config.json, or try a newer timm"
     with refusing(f"timm {timm.__version__} cannot build {name} from its config.json", advice):
         model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     state, expected = stored.load(), model.state_dict()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hfdetox.data.files import DamagedFileError
+from hfdetox.data.files import DamagedFileError, DatasetError
 from tests.image_data import NAMES, load, png
 
 ROWS = [(f"{i:03}.png", NAMES[i % 3]) for i in range(12)]
@@ -102,3 +102,26 @@ def test_captions_without_labels_are_not_looked_into(tmp_path):
     images, notes = load(tmp_path / "d")
     assert len(images.clean) == 12
     assert any("has no label column: the folders' names are the labels" in note for note in notes)
+
+
+def test_a_metadata_file_above_several_splits_is_refused(tmp_path):
+    root = write(tmp_path / "d", CSV)
+    for split in ("train", "test"):
+        (root / split / "metadata.csv").unlink()
+    rows = [f"{split}/{name},{label}\n" for split in ("train", "test") for name, label in ROWS]
+    (root / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
+    with pytest.raises(DatasetError, match="of dataset d is of the splits train, test: put one into the folder"):
+        load(root)
+    for split in ("train", "test"):
+        for name, label in ROWS:
+            (root / split / label).mkdir(exist_ok=True)
+            (root / split / name).rename(root / split / label / name)
+    images, notes = load(root)
+    assert len(images.clean) == 12
+    assert any("put one into the folder of each; the folders' names are the labels" in note for note in notes)
+
+
+def test_metadata_files_of_two_kinds_are_refused(tmp_path):
+    root = write(tmp_path / "d", CSV)
+    (root / "train" / "metadata.jsonl").write_text(JSON)
+    refused(root, r"metadata files of several kinds \(.csv, .jsonl\)")

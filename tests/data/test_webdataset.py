@@ -119,3 +119,14 @@ def test_members_that_do_not_stand_together_are_explained(tmp_path):
 def test_a_compressed_member_is_one_with_a_dot(tmp_path):
     root = write(tmp_path / "w", label=lambda i: "cls.gz", value=lambda i: gzip.compress(number(i)))
     refused(root, 2, r"names such as 00000.cls.gz in the tar files of dataset w have a dot")
+
+
+def test_a_tar_without_files_is_named(tmp_path):
+    for content in ({}, {"README": b"x", "a/b": b"y"}):
+        (tmp_path / "w").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "w" / "train-000.tar", "w") as archive:
+            for name, text in content.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(text)
+                archive.addfile(entry, io.BytesIO(text))
+        refused(tmp_path / "w", 1, "train-000.tar holds no files")

@@ -379,6 +379,6 @@ def test_logits_by_the_name_of_features_and_beside_auxiliary_ones(tmp_path):
 def test_what_a_library_raises_over_a_configuration_has_advice(kind, changes, tmp_path):
     source = timm_folder(tmp_path / "m") if kind == "timm" else transformers_folder(tmp_path / "m", "vit")
     edit_json(source / "config.json", **changes)
-    with pytest.raises(UsageError, match=r"; (mend its config.json, or|a newer timm may)") as caught:
+    with pytest.raises(UsageError, match="; mend its config") as caught:
         load_classifier(source)
     assert not re.search(r": '?\w+'?;", str(caught.value))
