@@ -3,7 +3,7 @@
 A backdoor's target is a class that the whole model can be pushed to from everywhere, so its latent shift s_k
 (`hfdetox.training.shift`) is far shorter than those of other classes. A class whose norm lies `accused_below` or more
 below the median, in robust standard deviations, is accused; where none does, the two lowest are taken, for the score
-misses some backdoors, and little is lost on a class that is accused wrongly.
+misses some backdoors.
 
 For the accused classes, triggers are searched on the suspect model (`hfdetox.training.search`): a blend for each of
 `alphas`, and a small patch. Then the model is fine-tuned:
@@ -14,6 +14,10 @@ where T_i is nothing for most images, and for a `share` of them one of the trigg
 has a strength of its own for each image, α ~ U(0.05, 0.25), so that not one dose is unlearnt. As the model changes,
 what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend is searched on the
 model as it is then.
+
+Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where no z is below −3.5
+and no faintest blend leads 90 % of the images to its class, nothing speaks for a backdoor: half as many images carry a
+trigger, and α ends at 0.1.
 
 Neural Cleanse unlearns one patch that way, and i-BAU bounded noise. That there are two families in many strengths, for
 classes found without a search, and searched again as the model changes, is hfdetox's own, and so is the whole recipe:
@@ -40,7 +44,7 @@ from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of, has_batch_norm
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import step_bounds
-from hfdetox.training.search import PIXEL, resized, search_blends, search_patches
+from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
 from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -48,8 +52,10 @@ _LOOK, _SEARCH = "unlearn-look", "unlearn-search"
 _BATCH = 256
 # images that the triggers are searched on, at most
 _SEARCHED = 640
-# strengths that a blend is unlearnt in
-_WEAKEST, _STRONGEST = 0.05, 0.25
+# strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
+_WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
+# what speaks for a backdoor: a robust z below this, or a faintest blend that leads so many of the images to its class
+_SURE, _LED = -3.5, 0.9
 # classes that are accused, at most, and how many are taken where none is
 _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
 # the share of its accuracy that a model may lose when the images are mirrored
@@ -70,7 +76,7 @@ class UnlearnConfig(TuningConfig):
         augmentation: at most; images are left as they are where it costs the model as it came more than a hundredth.
         classes: indices of the accused classes (`--set classes=0,3`); none given asks the model.
         accused_below: a class is accused whose latent shift has a robust z below this, negative.
-        share: of the images of a step that carry a trigger, in (0, 1).
+        share: of the images of a step that carry a trigger, in (0, 1); half of it where nothing speaks for a backdoor.
         alphas: strengths of the blends that are searched.
         blend_steps: of the search of a blend.
         patch_steps: of the search of a patch; 0 searches none.
@@ -126,6 +132,11 @@ class UnlearnConfig(TuningConfig):
                 else "no class was accused by the latent shift, and these were the lowest"
             )
             said = [f"Taken as possible targets: {named}; {why}. Their scores: {scores}; {least}."]  # fmt: skip
+        search = next((entry for entry in history if entry.get("phase") == _SEARCH and "evident" in entry), None)
+        if search is not None and not search["evident"]:
+            said.append("Nothing speaks for a backdoor: the faintest blends found lead at most "
+                        f"{100 * max(value for name, value in search.items() if name.startswith('led_')):.0f} % of the "
+                        f"images to these classes. So the triggers were unlearnt gently.")  # fmt: skip
         said += [f"{look['epochs']:.0f} epochs, {look['steps']:.0f} steps: at least {self.epochs} epochs and "
                  f"{self.min_steps} steps.",
                  "AdamW trained the network, for it has no BatchNorm." if look["adamw"] else "SGD trained the network.",
@@ -159,6 +170,8 @@ class Unlearning:
         accused: label indices (int64).
         masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
         blends: patterns of the blends found (B×C×h×w, float32).
+        evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
+            nearly all images to its class, or the settings, which name the classes.
         seed: of the searches.
         searches, ended: how many there were, and how many epochs are over; −1 before the first.
     """
@@ -175,7 +188,7 @@ class Unlearning:
         self.masks, self.patches = torch.empty(0, 1, 1, 1), torch.empty(0, channels, 1, 1)
         self.blends = torch.empty(0, channels, 1, 1)
         self.seed, self.searches, self.ended = 0, 0, -1
-        self.images, self.epochs, self.augmented = 0, config.epochs, True
+        self.images, self.epochs, self.augmented, self.evident = 0, config.epochs, True, True
         # of the pass at hand: what each head was given, right answers, kept images
         self._heads: list[list[HeadInputs]] = []
         self._right = [0, 0]
@@ -221,8 +234,9 @@ class Unlearning:
         masks, patterns = self._triggers(images)
         count, patches = len(images), len(self.masks)
         # drawn on the CPU: nothing waits for the device
-        carry, which = torch.rand(count) < self.config.share, torch.randint(len(masks), (count,))
-        strength = torch.where(which < patches, 1.0, _WEAKEST + (_STRONGEST - _WEAKEST) * torch.rand(count))
+        share, strongest = (self.config.share, _STRONGEST) if self.evident else (self.config.share / 2, _GENTLE)
+        carry, which = torch.rand(count) < share, torch.randint(len(masks), (count,))
+        strength = torch.where(which < patches, 1.0, _WEAKEST + (strongest - _WEAKEST) * torch.rand(count))
         carry, which, strength = (part.to(images.device, non_blocking=True) for part in (carry, which, strength))
         x, shares = images.float(), (carry * strength).view(-1, 1, 1, 1) * masks[which]
         return x + shares * (PIXEL * patterns[which] - x), carry
@@ -280,6 +294,7 @@ class Unlearning:
         scores = robust_z(torch.cat(shifts_of_heads(heads), 1).norm(dim=1))
         order = scores.argsort()
         outliers = min(int((scores < self.config.accused_below).sum()), _MOST_ACCUSED)
+        self.evident = bool(scores.min() < _SURE)
         self.accused, others = order[: outliers or _NONE_ACCUSED], order[outliers or _NONE_ACCUSED :]
         lowest = {"others": float(scores[others[0]])} if len(others) else {}
         each = {f"score_{row}": float(scores[label]) for row, label in enumerate(self.accused.tolist())}
@@ -302,14 +317,21 @@ class Unlearning:
             norms = patches.norms(*images.shape[-2:]).tolist()
             found |= {f"mask_norm_{label}": norm for label, norm in zip(classes, norms, strict=True)}
             found["passes"] += patches.passes
-        for alpha in config.alphas:
-            found["passes"] += self._search_blends(images, classes, alpha, generator, accelerator)
-        return found
+        for alpha in sorted(config.alphas):
+            blends = self._search_blends(images, classes, alpha, generator, accelerator)
+            found["passes"] += blends.passes
+            if alpha == min(config.alphas):
+                nobody = torch.full((len(images),), -1)
+                hits, counts = success_counts(self.network, images, nobody, blends)
+                led = (hits / counts).tolist()
+                found |= {f"led_{label}": share for label, share in zip(classes, led, strict=True)}
+        self.evident = self.evident or max(led) >= _LED
+        return found | {"evident": float(self.evident)}
 
     def _search_again(self, accelerator: Accelerator) -> dict[str, float]:
         """Search one more blend for each accused class."""
         images, classes, generator = self._begin_search(accelerator)
-        return {"passes": self._search_blends(images, classes, max(self.config.alphas), generator, accelerator)}
+        return {"passes": self._search_blends(images, classes, max(self.config.alphas), generator, accelerator).passes}
 
     def _begin_search(self, accelerator: Accelerator) -> tuple[Tensor, list[int], torch.Generator]:
         """Return the images kept, of all processes, the classes, and what draws the images of the steps."""
@@ -318,18 +340,19 @@ class Unlearning:
         return images, self.accused.tolist(), torch.Generator().manual_seed(self.seed + self.searches)
 
     def _search_blends(self, images: Tensor, classes: list[int], alpha: float, generator: torch.Generator,
-                       accelerator: Accelerator) -> float:  # fmt: skip
-        """Add a blend for each class; return the image passes."""
+                       accelerator: Accelerator) -> Stamps:  # fmt: skip
+        """Add a blend for each class; return them."""
         blends = search_blends(self.network, images, classes, alpha=alpha, generator=generator,
                                steps=self.config.blend_steps)  # fmt: skip
         patterns = shared(blends.patterns, accelerator)
         self.blends = torch.cat([self.blends, patterns]) if len(self.blends) else patterns
         self._whole = None
-        return float(blends.passes)
+        return blends
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what was found so far."""
-        numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented)]
+        numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented),
+                   int(self.evident)]  # fmt: skip
         return {"accused": self.accused, "masks": self.masks, "patches": self.patches, "blends": self.blends,
                 "numbers": torch.tensor(numbers)}  # fmt: skip
 
@@ -338,8 +361,8 @@ class Unlearning:
         self.accused, self.masks, self.patches, self.blends = (
             state[name] for name in ("accused", "masks", "patches", "blends")
         )
-        self.seed, self.searches, self.ended, self.images, self.epochs, augmented = state["numbers"].tolist()
-        self.augmented, self._whole = bool(augmented), None
+        self.seed, self.searches, self.ended, self.images, self.epochs, *flags = state["numbers"].tolist()
+        (self.augmented, self.evident), self._whole = map(bool, flags), None
         self._set_up()
 
     def _set_up(self) -> None:

@@ -63,6 +63,37 @@ def test_the_classes_that_are_easily_reached_are_accused(
     assert found["score_0"] <= found["score_1" if len(accused) > 1 else "score_0"] <= found["others"]
 
 
+def test_a_class_far_below_the_others_speaks_for_a_backdoor() -> None:
+    for length, evident in ((5.0, True), (1.05, False)):
+        unlearning = Unlearning(linear(TEN), small())
+        unlearning._score([[head([1, 1.02, 0.98, 1.01, 0.99, length, 1.03, 0.97, 1.04, 1])]])
+        assert unlearning.evident == evident
+
+
+@pytest.mark.parametrize(("weight", "evident"), [(20.0, True), (0.5, False)])
+def test_a_faint_blend_that_leads_nearly_all_images_speaks_for_a_backdoor(
+    weight: float, evident: bool, accelerator: Accelerator
+) -> None:
+    # the second pixel says class 1, as loudly as it weighs; the first one says class 0 on all images
+    unlearning = Unlearning(linear([[1.0, 0.0], [0.0, weight]]), small(alphas=(0.2, 0.08), blend_steps=30))
+    unlearning.accused, unlearning.evident, unlearning.images = torch.tensor([1]), False, 40
+    unlearning._kept = [torch.tensor([200, 0], dtype=torch.uint8).expand(40, 1, 1, 2)]
+    found = unlearning._reconstruct(accelerator)
+    assert (unlearning.evident, found["evident"]) == (evident, float(evident))
+    assert found["led_1"] == float(evident)
+
+
+def test_where_nothing_speaks_for_a_backdoor_half_as_many_carry_and_blends_are_faint() -> None:
+    unlearning = holding(share=0.6)
+    unlearning.evident = False
+    torch.manual_seed(0)
+    found, carry = unlearning.stamped(torch.zeros(3000, 1, 1, 2, dtype=torch.uint8))
+    # 900 expected, deviation 25
+    assert 800 < int(carry.sum()) < 1000
+    blended = found[:, 0, 0, 1][carry & (found[:, 0, 0, 1] > 0)]
+    assert (float(blended.min()), float(blended.max())) == (pytest.approx(12.75, abs=1), pytest.approx(25.5, abs=1))
+
+
 def holding(**settings: object) -> Unlearning:
     """Return one that has found a patch on the first pixel and a blend, for images of two pixels."""
     unlearning = Unlearning(linear([[1.0, 0.0], [0.0, 1.0]]), small(**settings))
@@ -140,7 +171,8 @@ def test_networks_without_batch_norm_are_trained_by_adamw(
 def test_what_it_chose_is_said(accelerator: Accelerator) -> None:
     config = small(augmentation="flip")
     record = run(config, pixel_convnet(), accelerator)
-    accused, length, optimizer, augmentation = config.choices(record.history)
+    accused, *gently, length, optimizer, augmentation = config.choices(record.history)
+    assert len(gently) == (record.history[1]["evident"] == 0)
     assert accused.startswith("Taken as possible targets: class ")
     assert "no class was accused by the latent shift" in accused
     assert length == "3 epochs, 6 steps: at least 3 epochs and 0 steps."
