@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from hfdetox.implanting import AttackResult, implant
     from hfdetox.models.classifier import Classifier, load_classifier
     from hfdetox.reporting.report import AttackReport, Report
+    from hfdetox.scanning import scan
     from hfdetox.verifying import Verification, verify
 
 _HOMES = {
     "detoxify": "detox", "evaluate": "detox", "DetoxResult": "detox",
+    "scan": "scanning",
     "implant": "implanting", "AttackResult": "implanting", "AttackReport": "reporting.report",
     "load_classifier": "models.classifier", "Classifier": "models.classifier",
     "load_images": "data.load",
@@ -33,7 +35,7 @@ _HOMES = {
 __all__ = [
     "D3", "AttackReport", "AttackResult", "Classifier", "D3Config", "DetoxResult", "HfdetoxError", "HubError", "Report",
     "RunError", "UsageError", "Verification", "__version__", "detoxify", "evaluate", "gate", "implant",
-    "load_classifier", "load_images", "verify",
+    "load_classifier", "load_images", "scan", "verify",
 ]  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `hfdetox --help` must not pay for them
     if name not in _HOMES:
         raise AttributeError(f"module 'hfdetox' has no attribute {name!r}")
-    if _HOMES[name] in ("implanting", "detox", "models.classifier", "gating", "verifying"):
+    if _HOMES[name] in ("implanting", "detox", "models.classifier", "gating", "scanning", "verifying"):
         from hfdetox.reporting.environment import check_torchvision
 
         # timm and transformers would die of a mismatch with a traceback that does not say what to do

@@ -177,13 +177,19 @@ def renamed(given: Mapping[str, Any], old: Mapping[str, str]) -> dict[str, Any]:
 
 
 def argv(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command: None is left out, True is its option, a list or mapping repeats it."""
+    """Return options as words of a command: None is left out, True is its option, False its negation.
+
+    A list or mapping repeats it.
+    """
     words = []
     for name, value in options.items():
         if isinstance(value, Mapping):
             value = [f"{key}={item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()]
         for item in value if isinstance(value, list | tuple) else [value]:
-            words += [] if item is None else [f"--{name}"] if item is True else [f"--{name}", to_text(item)]
+            if item is True or item is False:
+                words.append(f"--{name}" if item else f"--no-{name}")
+            elif item is not None:
+                words += [f"--{name}", to_text(item)]
     return words
 
 

@@ -17,7 +17,7 @@ from hfdetox.specs import redact_paths, target_text
 from hfdetox.values import to_text
 
 # a first word that is none of these is a model
-COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "gate", "push", "list", "verify")
+COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "gate", "push", "list", "scan", "verify")
 # chosen by examples/d3_heldout.yaml, whose models it was not made on
 DEFAULT_DEFENSE = "d3:auto"
 DEFAULT_SAMPLES = 0.05
@@ -228,6 +228,11 @@ class DetoxOptions(CleanedPublishOptions, TrainingOptions):
     max_accuracy_loss: float = option(
         5.0, RUN, "Points of accuracy that the run may cost; a model that lost more is rejected.", metavar="POINTS",
         check=check_points, more="It did where the whole 95 % interval of the loss, paired by image, is beyond.",
+    )  # fmt: skip
+
+    scan: bool = option(
+        True, RUN, "Look for a backdoor without its trigger, before and after.",
+        more="It takes at most half as many image passes as the defense.",
     )  # fmt: skip
 
     def check(self) -> None:

@@ -6,31 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from hfdetox.arguments import takes
-from hfdetox.config import DetoxOptions, EvaluateOptions, ImageOptions
-from hfdetox.data.load import Images, open_first, pin, pull_images
+from hfdetox.config import DetoxOptions, EvaluateOptions
+from hfdetox.data.load import open_first, pin
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
+from hfdetox.evidence.inquiry import Inquiry, planned_passes
 from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
-from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.models.classifier import Classifier
 from hfdetox.models.loaded import check_links
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
 from hfdetox.reporting.report import Report
 from hfdetox.runs.folder import RunFolder, check_output, command_of, fingerprint, holds_output, log_folder, open_run
+from hfdetox.runs.pictures import draw_strip, find_answers, show_evidence
 from hfdetox.runs.publish import check_push_allowed
+from hfdetox.runs.pulling import pull
 from hfdetox.runs.result import (
     DetoxResult,
     check_draft,
-    check_saves,
-    draw_strip,
-    find_answers,
     gather_artifacts,
     publish,
     save_result,
@@ -82,7 +81,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     notes = RunWarnings()
 
     with accelerator.main_process_first():
-        classifier, images = _pull(given, options, notes.warn)
+        classifier, images = pull(given, options, notes.warn)
     images = settle_order(images, classifier, accelerator, notes.warn, progress)
     inputs = fingerprint(classifier, images)
     if run is not None:
@@ -95,6 +94,10 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     options = replace(pin(options, classifier, images), push_to=push_to)
     report = open_report(options, classifier, images, method, preset, before, accelerator,
                          command=command_of(options), warnings=notes.texts)  # fmt: skip
+    pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
+    limit = planned_passes(method, len(pixels)) // 2
+    inquiry = Inquiry(evaluation, pixels, options.seed, limit, wanted=options.scan)
+    report = replace(report, evidence=inquiry.begin(before))
     artifacts = gather_artifacts(classifier, images, evaluation)
     check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),
                 push_to, accelerator)  # fmt: skip
@@ -102,7 +105,6 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         run.begin(options, known, inputs)
 
     start = selected_weights(classifier, method)
-    pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
     record, memory = train(classifier, method, pixels, accelerator, options, run=run, progress=progress,
                            warn=notes.warn)  # fmt: skip
     classifier.round_weights()
@@ -111,6 +113,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     artifacts.weight_changes = {name: now - start[name] for name, now in selected_weights(classifier, method).items()}
     artifacts.strip, artifacts.answers = draw_strip(evaluation, before, after), find_answers(evaluation, before, after)
     report = close_report(report, method, record, before, after, uncorrected, memory, options.max_accuracy_loss / 100)
+    report = replace(report, evidence=inquiry.end(after, before))
+    show_evidence(artifacts, inquiry, before, after)
     push_to, report = _judged(report, options, push_to, notes.warn)
     result = DetoxResult(report, classifier, artifacts)
     if options.output is not None:
@@ -139,7 +143,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     accelerator = make_accelerator(options.device, "no" if own is None else "auto", given=own)
     notes = RunWarnings()
     with accelerator.main_process_first():
-        classifier, images = _pull(given, options, notes.warn)
+        classifier, images = pull(given, options, notes.warn)
     images = settle_order(images, classifier, accelerator, notes.warn, given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress,
@@ -194,19 +198,6 @@ def _without_objects(given: DetoxOptions) -> DetoxOptions:
         spec, texts = describe_defense(given.defense)
         options = replace(options, defense=spec, settings=texts)
     return options
-
-
-def _pull(given: ImageOptions, options: ImageOptions, warn: Callable[[str], None]) -> tuple[Classifier, Images]:
-    """Return the classifier, the object that was given or the one that the options name, and the images for it."""
-    opened = open_first(given, options, warn)
-    model = given.model if isinstance(given.model, nn.Module) else str(options.model or "")
-    classifier = load_classifier(model, revision=options.revision, processor=given.processor,
-                                 preprocessing=given.preprocessing, labels=given.labels,
-                                 trust_remote_code=options.trust_remote_code)  # fmt: skip
-    if isinstance(options, DetoxOptions):
-        check_saves(classifier, options.output, warn)
-    images = pull_images(options, given.dataset, classifier, warn, progress=given.progress, opened=opened)
-    return classifier, images
 
 
 @takes(DetoxOptions)

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from hfdetox import config
 from hfdetox.cli import console as console
+from hfdetox.cli import findings
 from hfdetox.cli.console import attack_advice, output_of, resume_advice, written
 from hfdetox.cli.options import (
     CommandLine,
@@ -31,6 +32,7 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
+from hfdetox.config_scan import ScanOptions
 from hfdetox.config_verify import GateOptions, VerifyOptions
 from hfdetox.errors import HfdetoxError, UsageError, one_line
 from hfdetox.evaluation.verdict import describe_visibility
@@ -85,7 +87,8 @@ def detox(line: CommandLine) -> None:
             return
         result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
-        lines = [*console.rejection(report), console.title(report.model, report.dataset), console.report_table(report)]
+        lines = [*console.rejection(report), console.title(report.model, report.dataset), console.report_table(report),
+                 *findings.evidence_lines(report.evidence, dict(enumerate(result.classifier.labels)))]  # fmt: skip
         out.show(report.to_dict(), [*lines, *ends(result, "report and plots")])
         if report.rejected:
             raise typer.Exit(1)
@@ -106,6 +109,22 @@ def evaluate(line: CommandLine) -> None:
         if options.gallery is not None:
             lines.append(f"gallery: {options.gallery}")
         out.show(dataclasses.asdict(measured), lines)
+
+
+@app.command()
+@takes_line(ScanOptions, config.ConsoleOptions)
+def scan(line: CommandLine) -> None:
+    """Look for a backdoor in MODEL without its trigger; nothing is trained."""
+    shown, options = line.options(config.ConsoleOptions), line.options(ScanOptions)
+    options.check()
+    with running(shown, lambda: "nothing was written") as out:
+        from hfdetox.scanning import scan as look
+
+        found = look(**replace(options, progress=shows_progress(shown)).changed())
+        lines: list[Any] = [console.title(found.model, found.dataset)] if found.dataset else []
+        if found.measurement is not None:
+            lines.append(console.measurement_table({"as it is": found.measurement}))
+        out.show(dataclasses.asdict(found), [*lines, *findings.scan_lines(found)])
 
 
 @app.command()
@@ -233,12 +252,12 @@ def demo(
 
 @app.command(name="list")
 def list_entries(
-    what: Annotated[Literal["attacks", "defenses", "triggers"], typer.Argument(help="Which family to list.")],
+    what: Annotated[Literal["attacks", "defenses", "scores", "triggers"], typer.Argument(help="Which family to list.")],
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """List the attacks, the defenses (with presets and settings) or the trigger families."""
+    """List the attacks, the defenses (with presets and settings), the scores of a scan or the trigger families."""
     with running(config.ConsoleOptions(), lambda: "nothing was written"):
-        room = importlib.import_module(f"hfdetox.{what}")
+        room = importlib.import_module("hfdetox.evidence.base" if what == "scores" else f"hfdetox.{what}")
         if what == "defenses":
             say(f"without --defense: {config.DEFAULT_DEFENSE}; a name without a preset is its first")
         for name, entry in getattr(room, what.upper()).entries().items():

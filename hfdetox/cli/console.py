@@ -218,6 +218,9 @@ def entry_lines(name: str, entry: Entry[Any]) -> list[str | Table]:
     lines: list[str | Table] = [f"{name}: {member.summary} ({source})"]
     if entry.package:
         lines = [f"{lines[0]}, from {entry.package}"]
+    if hasattr(member, "names_class"):
+        needs = "clean images" if member.needs_images else "no images"
+        lines.append(f"needs {needs}; when: {member.when}; cost: {member.cost}")
     if hasattr(member, "presets"):
         lines.append(f"needs {member.data}; cost, relative to plain fine-tuning: {member.cost}")
         lines.append("; ".join(preset_line(name, *preset) for preset in member.presets.items()))

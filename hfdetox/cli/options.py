@@ -105,7 +105,7 @@ def _parameters(kind: type[Options]) -> list[tuple[int, inspect.Parameter]]:
         default = [] if _is(hints[one.name], Sequence, Mapping) else one.default
         if isinstance(default, float) and _kinds(hints[one.name]) == [int, float]:
             default = to_text(default)
-        shown = _info(one.name, said, positional=not one.kw_only)
+        shown = _info(one.name, said, one.default, positional=not one.kw_only)
         found.append((PANELS.index(said.panel), inspect.Parameter(
             one.name, inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if default is MISSING else default,
@@ -114,7 +114,7 @@ def _parameters(kind: type[Options]) -> list[tuple[int, inspect.Parameter]]:
     return found
 
 
-def _info(name: str, said: Option, *, positional: bool) -> Any:
+def _info(name: str, said: Option, default: Any, *, positional: bool) -> Any:
     rest: dict[str, Any] = {"help": said.help, "metavar": said.metavar}
     if said.path in ("file", "folder"):
         rest |= {"exists": True, "file_okay": said.path == "file", "dir_okay": said.path == "folder"}
@@ -124,7 +124,8 @@ def _info(name: str, said: Option, *, positional: bool) -> Any:
         rest |= {"is_eager": True, "callback": show_version}
     if said.shown:
         rest["show_default"] = said.shown
-    return typer.Option(f"--{said.flag}", **rest, min=said.least, rich_help_panel=said.panel)
+    flags = f"--{said.flag}/--no-{said.flag}" if default is True else f"--{said.flag}"
+    return typer.Option(flags, **rest, min=said.least, rich_help_panel=said.panel)
 
 
 def _type(hint: Any, said: Option) -> Any:

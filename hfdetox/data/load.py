@@ -37,6 +37,10 @@ _TRAIN_NAMES = ("train", "training")
 _EVAL_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 
+class NoDatasetError(UsageError):
+    """Neither a person nor the model's card names a dataset."""
+
+
 @dataclass(frozen=True)
 class Images:
     """`clean` images for the defense, `evaluation` images for measuring (no image is in both), and their record.
@@ -260,7 +264,7 @@ def default_dataset(card_text: str | None) -> str:
     listed = named if isinstance(named, list) else [named]
     ids = sorted({name.strip() for name in listed if isinstance(name, str)} - {""})
     if not ids:
-        raise UsageError(f"the model's card names no dataset; {advice}")
+        raise NoDatasetError(f"the model's card names no dataset; {advice}")
     if len(ids) > 1:
         raise UsageError(f"the model's card names {len(ids)} datasets ({list_names(ids, 5)}); {advice}")
     try:

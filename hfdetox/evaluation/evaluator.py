@@ -46,11 +46,12 @@ class Evaluator:
     views: list[TriggerView]
     progress: bool
 
-    def measure(self, title: str, *, broken: str = f"training was unstable: {UNSTABLE}") -> Predictions:
-        """Measure the classifier as it is now: float32, eval mode; `broken` as of `metrics.measure`."""
+    def measure(self, title: str, known: Predictions | None = None, *,
+                broken: str = f"training was unstable: {UNSTABLE}") -> Predictions:  # fmt: skip
+        """Measure the classifier as it is now: float32, eval mode; `known` and `broken` as of `metrics.measure`."""
         network = self.classifier.network.to(self.accelerator.device)
         return measure(network, self.clean, self.views, self.accelerator, labels=self.classifier.labels, title=title,
-                       progress=self.progress, broken=broken)  # fmt: skip
+                       progress=self.progress, broken=broken, known=known)  # fmt: skip
 
     def measure_plausible(self, title: str, warn: Callable[[str], None], *, trains: bool = True) -> Predictions:
         """Measure a model as it came, and check the result as `check_plausible` does."""

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -230,22 +230,19 @@ def class_accuracies(
 
 def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator, *,
             labels: Sequence[str] = (), title: str = "measure", progress: bool = False,
-            broken: str = BROKEN) -> Predictions:  # fmt: skip
+            broken: str = BROKEN, known: Predictions | None = None) -> Predictions:  # fmt: skip
     """Measure accuracy and loss on the clean images, and each trigger on its view of some of them.
 
     Args:
         labels: the model's label names, for what names a class; without, it is called by its index.
         broken: what to say of a network whose answers are not finite numbers.
+        known: what was measured of the same network on the same clean images, which are not measured again then.
 
     Raises:
         RunError: the network's answers are not finite numbers.
     """
-    truth = evaluation.labels.cpu().numpy()
+    clean = known or _measure_clean(network, evaluation, accelerator, labels, title, progress, broken)
     places = {position: place for place, position in enumerate(evaluation.positions.tolist())}
-    clean = predict(network, evaluation, accelerator, title=title, progress=progress)
-    if not np.isfinite(clean.losses).all():
-        raise RunError(f"the model's outputs on the evaluation images are not finite numbers; {broken}")
-    correct = clean.predicted == truth
     results: dict[str, TriggerResult] = {}
     hits, triggered = {}, {}
     for view in views:
@@ -260,13 +257,23 @@ def measure(network: nn.Module, evaluation: ImageSource, views: Sequence[Trigger
             attack_success_rate=rate(int(hit.sum()), len(hit)),
             robust_accuracy=rate(int((answers == own).sum()), len(hit)),
             accuracy_without=rate(int((unmoved == own).sum()), len(hit)),
-            destination=find_destination(own, answers, unmoved, clean.classes, labels),
+            destination=find_destination(own, answers, unmoved, view.classes, labels),
         )  # fmt: skip
         hits[name] = (shown, hit)
         triggered[name] = answers
-    measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), results,
+    return replace(clean, measurement=replace(clean.measurement, triggers=results), hits=hits, triggered=triggered)
+
+
+def _measure_clean(network: nn.Module, evaluation: ImageSource, accelerator: Accelerator, labels: Sequence[str],
+                   title: str, progress: bool, broken: str) -> Predictions:  # fmt: skip
+    truth = evaluation.labels.cpu().numpy()
+    clean = predict(network, evaluation, accelerator, title=title, progress=progress)
+    if not np.isfinite(clean.losses).all():
+        raise RunError(f"the model's outputs on the evaluation images are not finite numbers; {broken}")
+    correct = clean.predicted == truth
+    measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), {},
                               class_accuracies(truth, correct, clean.classes, labels))  # fmt: skip
-    return Predictions(measurement, correct, hits, clean.predicted, triggered)
+    return Predictions(measurement, correct, {}, clean.predicted, {})
 
 
 def ratings(before: Predictions, after: Predictions, *, seed: int = 0) -> dict[str, Rating]:

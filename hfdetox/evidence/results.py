@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hfdetox.evaluation.results import LabelRate, Rate, TriggerResult
+from hfdetox.data.info import DatasetInfo
+from hfdetox.evaluation.results import LabelRate, Measurement, Rate, TriggerResult
+from hfdetox.models.info import ModelInfo
 
 
 class Finding(StrEnum):
@@ -116,6 +118,11 @@ class Reconstructed:
     before: TriggerResult
     after: TriggerResult | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is, such as "reconstructed patch for 'cat'"."""
+        return f"reconstructed {self.score} for {self.class_name!r}"
+
 
 @dataclass(frozen=True)
 class ImageGrade:
@@ -128,7 +135,8 @@ class ImageGrade:
         largest: the most.
         accuracy: of the model as it came on them.
         bound: the lowest upper end of a 95 % interval that as many images without one failure give.
-        unsure: share of the images on which the model is less sure than it usually is of what it answers right.
+        far: share of the images whose features lie far from those of their class that the model is sure of (about 1 %
+            is usual); None where that cannot be told.
         notes: what a person should know, a sentence each.
     """
 
@@ -138,7 +146,7 @@ class ImageGrade:
     largest: int
     accuracy: Rate | None
     bound: float
-    unsure: float | None = None
+    far: float | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -186,3 +194,28 @@ class Evidence:
     reconstructed: dict[str, Reconstructed] = field(default_factory=dict)
     images: ImageGrade | None = None
     agreement: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What `hfdetox scan` finds.
+
+    Attributes:
+        model: which model.
+        dataset: which images; None without any.
+        when: `after` for a model that was cleaned, whose scores have thresholds of their own; else `before`.
+        scan: what the scores found, and what they allow to be said.
+        measurement: of the model on the evaluation images, known triggers included; None without images.
+        reconstructed: triggers reconstructed on the model, measured on the evaluation images, by their names.
+        images: how much the clean images can tell; None without images.
+        warnings: lines that a person should know of.
+    """
+
+    model: ModelInfo
+    dataset: DatasetInfo | None
+    when: str
+    scan: ScanResult
+    measurement: Measurement | None
+    reconstructed: dict[str, Reconstructed]
+    images: ImageGrade | None
+    warnings: list[str]

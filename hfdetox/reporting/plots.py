@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOT_FILES = ("before_after.png", "destinations.png", "training.png", "weight_changes.png", "samples.png")
+PLOT_FILES = ("before_after.png", "destinations.png", "training.png", "weight_changes.png", "samples.png",
+              "reconstructed.png", "moved.png")  # fmt: skip
 WIDTH, DPI = 6.5, 200  # inches × dots: 1300 pixels, twice the 650 CSS pixels of a Hub page
 BEFORE, AFTER, INK, FAINT, PANEL = "#c8651b", "#2468b0", "#1f2933", "#9aa5b1", "#f7f8fa"
 WRONG = "#b3261e"
@@ -78,7 +79,7 @@ class Answers:
 
 def draw_plots(
     report: Report, folder: Path, *, weight_changes: Mapping[str, np.ndarray[Any, Any]], strip: Sequence[StripRow],
-    answers: Sequence[Answers] = (),
+    answers: Sequence[Answers] = (), reconstructed: Sequence[StripRow] = (), moved: Sequence[StripRow] = (),
 ) -> list[str]:  # fmt: skip
     """Draw what there is data for into `folder` and return the paths, relative to the folder's parent.
 
@@ -88,6 +89,8 @@ def draw_plots(
         weight_changes: layer name to the weights after minus before (any shape); gives weight_changes.png.
         strip: rows of samples.png; of each the first MAX_COLUMNS images are shown.
         answers: of each trigger where its images go; gives destinations.png.
+        reconstructed: rows of reconstructed.png.
+        moved: rows of moved.png.
 
     Raises RunError when a file cannot be written.
     """
@@ -96,7 +99,8 @@ def draw_plots(
         folder.mkdir(parents=True, exist_ok=True)
         with house_style():
             figures = (draw_before_after(report), draw_destinations(answers), draw_training(report),
-                       draw_weight_changes(weight_changes), draw_samples(strip))  # fmt: skip
+                       draw_weight_changes(weight_changes),
+                       *map(draw_samples, (strip, reconstructed, moved)))  # fmt: skip
             for name, figure in zip(PLOT_FILES, figures, strict=True):
                 if figure is not None:
                     figure.savefig(folder / name, dpi=DPI)
@@ -122,6 +126,10 @@ def draw_before_after(report: Report) -> Figure | None:
             if old.accuracy_without and new.accuracy_without:
                 bars["ACC of the same, no trigger"] = [old.accuracy_without, new.accuracy_without]
             panels.append((f"Trigger {name}", bars))
+    for made in report.evidence.reconstructed.values() if report.evidence else ():
+        if made.after is not None:
+            rates = [one.attack_success_rate for one in (made.before, made.after)]
+            panels.append((f"{made.title} (no known trigger)", {"ASR, lower is better": rates}))
     figure = empty_figure(0.8 + sum(0.4 + 0.34 * len(bars) for _, bars in panels))
     all_axes = figure.subplots(len(panels), squeeze=False, sharex=True,
                                height_ratios=[len(bars) + 0.3 for _, bars in panels])  # fmt: skip

@@ -14,12 +14,13 @@ from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, located
 from hfdetox.evaluation.results import AccuracyLoss, Measurement, Rate, Rating
 from hfdetox.evaluation.verdict import Verdict, percent, run_verdict, trigger_verdicts
+from hfdetox.evidence.results import Evidence
 from hfdetox.files import ATTACK_REPORT_NAME as ATTACK_REPORT_NAME
 from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
 from hfdetox.values import read_fields
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # where an attack starts that draws its own weights
 SCRATCH: Final = "scratch"
 # a text has no line breaks of its own in JSON
@@ -191,6 +192,8 @@ class Report(RunReport):
             known.
         accuracy_loss: what the run cost, and whether that is too much; None until it is known, and in reports of schema
             versions 1 and 2.
+        evidence: what is known without the attacker's trigger; None of a run without a scan, and in reports of schema
+            versions 1 to 3.
     """
 
     NAME: ClassVar[str] = REPORT_NAME
@@ -198,6 +201,7 @@ class Report(RunReport):
     defense: DefenseInfo
     defense_effectiveness_rating: dict[str, Rating] | None
     accuracy_loss: AccuracyLoss | None = None
+    evidence: Evidence | None = None
 
     @property
     def rejected(self) -> AccuracyLoss | None:

@@ -18,12 +18,11 @@ from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from hfdetox.config import DetoxOptions, PublishOptions
-from hfdetox.data.cache import Pixels
 from hfdetox.data.load import Images
 from hfdetox.defenses import DefenseConfig
 from hfdetox.errors import RunError, UsageError, on_disk, one_line
 from hfdetox.evaluation.evaluator import Evaluator
-from hfdetox.evaluation.metrics import Predictions, shares_of_others
+from hfdetox.evaluation.metrics import Predictions
 from hfdetox.evaluation.results import Visibility
 from hfdetox.files import locked
 from hfdetox.hub.download import read_text_file
@@ -42,8 +41,6 @@ from hfdetox.triggers.base import Trigger
 Result = TypeVar("Result", bound="DetoxResult | AttackResult")
 Written = TypeVar("Written", Report, AttackReport)
 
-STRIP_COLUMNS = 6
-STRIP_ROWS = 4
 CHECKED_IMAGES = 8
 GALLERY: Final = "plots/gallery.png"
 
@@ -61,6 +58,8 @@ class Artifacts:
 
     weight_changes: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     strip: list[StripRow] = field(default_factory=list)
+    reconstructed: list[StripRow] = field(default_factory=list)
+    moved: list[StripRow] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
     triggers: Sequence[Trigger] = ()
     source_card: str | None = None
@@ -181,7 +180,7 @@ class DetoxResult(SavedResult[Report]):
     def _draw(self, folder: Path) -> list[str]:
         shown = self.artifacts
         draw_plots(self.report, folder / "plots", weight_changes=shown.weight_changes, strip=shown.strip,
-                   answers=shown.answers)  # fmt: skip
+                   answers=shown.answers, reconstructed=shown.reconstructed, moved=shown.moved)  # fmt: skip
         stated = eval_results(self.report, shown.dataset_eval_yaml, whole_split=shown.whole_split)
         for name, text in stated.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -311,43 +310,6 @@ def publish(result: Result, accelerator: Accelerator, push_to: str | None, optio
     # the main process knows the hash of what it wrote, and the commit
     result.report = broadcast_object_list([result.report])[0]
     return result
-
-
-def draw_strip(evaluation: Evaluator, before: Predictions, after: Predictions) -> list[StripRow]:
-    """Return the picture strip: a few images clean and with each trigger, with predictions before and after.
-
-    Nothing where the images are not pixels (a callable's own floats).
-    """
-    clean, labels = evaluation.clean, evaluation.classifier.labels
-    if evaluation.classifier.preprocessing.dtype != torch.uint8:
-        return []
-    shared = evaluation.common_positions()
-    chosen = shared or clean.positions.tolist()
-    chosen = chosen[:: max(1, len(chosen) // STRIP_COLUMNS)][:STRIP_COLUMNS]
-    rows = [_row("Clean images", clean, chosen, labels, clean.labels.cpu().numpy(), before.predicted, after.predicted)]
-    for view in evaluation.views[: STRIP_ROWS - 1] if shared else []:
-        old, new = (state.triggered[view.trigger.name] for state in (before, after))
-        rows.append(_row(f"Trigger {view.trigger.name}", view.source, chosen, labels, view.wanted(), old, new))
-    return rows
-
-
-def _row(title: str, pixels: Pixels, chosen: Sequence[int], labels: Sequence[str],
-         *answers: NDArray[np.int64]) -> StripRow:  # fmt: skip
-    items, pictures, truth = pixels.pictures(chosen)
-    wanted, before, after = ([labels[i] for i in found[items]] for found in answers)
-    return StripRow(title, pictures, [labels[i] for i in truth], before, after, wanted)
-
-
-def find_answers(evaluation: Evaluator, before: Predictions, after: Predictions) -> list[Answers]:
-    """Return where the images with each trigger go, before and after, and after without the trigger."""
-    found = []
-    for view in evaluation.views:
-        name, truth = view.trigger.name, view.source.labels.cpu().numpy()
-        clean = after.predicted[after.hits[name][0]]
-        shares = (shares_of_others(truth, answers, view.classes)
-                  for answers in (before.triggered[name], after.triggered[name], clean))  # fmt: skip
-        found.append(Answers(name, evaluation.classifier.labels, *shares))
-    return found
 
 
 class AttackResult(SavedResult[AttackReport]):

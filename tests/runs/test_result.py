@@ -18,7 +18,8 @@ from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import TriggerView
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.runs.folder import RunFolder
-from hfdetox.runs.result import Artifacts, DetoxResult, draw_strip, save_result
+from hfdetox.runs.pictures import draw_strip
+from hfdetox.runs.result import Artifacts, DetoxResult, save_result
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import BadNets
 from tests.reporting.test_report import full_report
