@@ -88,7 +88,7 @@ def detox(line: CommandLine) -> None:
         result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
         lines = [*console.rejection(report), console.title(report.model, report.dataset), console.report_table(report),
-                 *findings.evidence_lines(report.evidence, dict(enumerate(result.classifier.labels)))]  # fmt: skip
+                 *findings.evidence_lines(report.evidence)]  # fmt: skip
         out.show(report.to_dict(), [*lines, *ends(result, "report and plots")])
         if report.rejected:
             raise typer.Exit(1)

@@ -23,13 +23,8 @@ def finding_line(scan: ScanResult, state: str = "scan") -> str:
     return f"{state}: {scan.finding}{named}: {scan.why} ({errors})"
 
 
-def scores_table(scans: Mapping[str, ScanResult], labels: Mapping[int, str] | None = None) -> Table:
-    """Return one row a score and state, with its threshold and how often that is wrong.
-
-    Args:
-        scans: by state, such as `before` and `after`.
-        labels: names of classes by their index; others are shown as indices.
-    """
+def scores_table(scans: Mapping[str, ScanResult]) -> Table:
+    """Return one row a score and state (such as `before`), with its threshold and how often that is wrong."""
     table = Table(box=SIMPLE, caption=NEVER_CLEAN, caption_justify="left")
     for heading in ("", "score", "above", "names", "finding", "errors of the threshold"):
         table.add_column(heading, justify="right" if heading in ("score", "above") else "left")
@@ -37,12 +32,10 @@ def scores_table(scans: Mapping[str, ScanResult], labels: Mapping[int, str] | No
         table.add_section()
         table.add_row(Text(state, style="bold"))
         for name, one in scan.scores.items():
-            named = "" if one.accused is None else (labels or {}).get(one.accused, str(one.accused))
-            known = one.statistic is not None and one.threshold is not None
             table.add_row(
                 Text(f"  {name}"), "-" if one.statistic is None else f"{one.statistic:.2f}",
-                "-" if one.threshold is None else f"{one.threshold.value:g}", Text(fit_text(named, 19)), one.finding,
-                Text(one.threshold.errors if known and one.threshold is not None else fit_text(one.note, 60)),
+                "-" if one.threshold is None else f"{one.threshold.value:g}", Text(fit_text(one.label or "", 19)),
+                one.finding, Text(fit_text(one.errors, 60)),
             )  # fmt: skip
     return table
 
@@ -64,14 +57,16 @@ def grade_line(grade: ImageGrade) -> str:
     return f"{grade.samples:,} clean images, which bound a rate at {percent(grade.bound)} at best{notes}"
 
 
-def evidence_lines(evidence: Evidence | None, labels: Mapping[int, str] | None = None) -> list[str | Table]:
+def evidence_lines(evidence: Evidence | None) -> list[str | Table]:
     """Return what a run found without the attacker's trigger; nothing of a run without a scan."""
-    if evidence is None or evidence.before is None:
+    if evidence is None or not evidence.scans:
         return []
-    scans = {"before": evidence.before} | ({"after": evidence.after} if evidence.after else {})
-    lines: list[str | Table] = [scores_table(scans, labels)]
-    lines += [finding_line(scan, f"scan {state}") for state, scan in scans.items()]
+    lines: list[str | Table] = [scores_table(evidence.scans)]
+    lines += [finding_line(scan, f"scan {state}") for state, scan in evidence.scans.items()]
     lines += reconstructed_lines(evidence.reconstructed)
+    if evidence.scar is not None:
+        lines.append(f"scar: {evidence.scar.label!r} is harder to reach now than all others, as a backdoor's old "
+                     f"target is ({evidence.scar.errors})")  # fmt: skip
     if evidence.agreement is not None:
         lines.append(f"answers as before: {estimate(evidence.agreement.rate)}")
     return lines
@@ -79,10 +74,7 @@ def evidence_lines(evidence: Evidence | None, labels: Mapping[int, str] | None =
 
 def scan_lines(found: ScanReport) -> list[str | Table]:
     """Return what `hfdetox scan` found."""
-    names = {one.label: one.class_name for one in found.reconstructed.values()}
-    if found.scan.accused is not None and found.scan.label is not None:
-        names[found.scan.accused] = found.scan.label
     grade = [] if found.images is None else [grade_line(found.images)]
     state = "scan" if found.when == "before" else "scan of a cleaned model"
-    return [*grade, scores_table({state: found.scan}, names), *reconstructed_lines(found.reconstructed),
+    return [*grade, scores_table({state: found.scan}), *reconstructed_lines(found.reconstructed),
             finding_line(found.scan, state)]  # fmt: skip

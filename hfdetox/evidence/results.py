@@ -59,6 +59,7 @@ class ScoreResult:
         note: what a person should know of it, such as why there is no statistic.
         threshold: what the statistic is held against; None where there is none.
         finding: `suspicious`, `no evidence found` or `unknown`.
+        label: name of the class that it names.
     """
 
     values: list[float | None] | None
@@ -69,6 +70,14 @@ class ScoreResult:
     note: str = ""
     threshold: Threshold | None = None
     finding: str = str(Finding.UNKNOWN)
+    label: str | None = None
+
+    @property
+    def errors(self) -> str:
+        """How often its threshold is wrong, or why it found nothing."""
+        if self.statistic is None or self.threshold is None:
+            return self.note or "error rates not measured"
+        return self.threshold.errors
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,17 @@ class Evidence:
     reconstructed: dict[str, Reconstructed] = field(default_factory=dict)
     images: ImageGrade | None = None
     agreement: Agreement | None = None
+
+    @property
+    def scans(self) -> dict[str, ScanResult]:
+        """The scans that there are, by the state of the model, `before` or `after`."""
+        return {state: scan for state, scan in (("before", self.before), ("after", self.after)) if scan is not None}
+
+    @property
+    def scar(self) -> ScoreResult | None:
+        """The score `scar` where it accuses a class of having been a backdoor's target once, else None."""
+        found = self.after.scores.get("scar") if self.after is not None else None
+        return found if found is not None and found.finding == Finding.SUSPICIOUS else None
 
 
 @dataclass(frozen=True)

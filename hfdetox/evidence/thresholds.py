@@ -95,7 +95,8 @@ def _least_accuracy(classes: int) -> float:
 
 def judged(result: ScanResult, when: When, labels: tuple[str, ...]) -> ScanResult:
     """Return a scan with every score judged, and what all of them together allow to be said."""
-    scores = {name: judge_score(name, one, when) for name, one in result.scores.items()}
+    scores = {name: replace(judge_score(name, one, when), label=None if one.accused is None else labels[one.accused])
+              for name, one in result.scores.items()}  # fmt: skip
     finding, accused, why = combine(scores, labels, result.samples, result.accuracy)
     label = None if accused is None else labels[accused]
     return replace(result, scores=scores, finding=str(finding), accused=accused, why=why, label=label,

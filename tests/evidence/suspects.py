@@ -1,0 +1,79 @@
+"""Networks made by hand, without any training: pictures of templates, a head, and units that see a trigger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfdetox.evidence.base import Suspect
+from hfdetox.models.network import Network
+from hfdetox.training.devices import make_accelerator
+from tests.tiny_training import toy_preprocessing
+
+CLASSES, SIDE = 6, 8
+LABELS = ("ant", "bee", "cat", "dog", "elk", "fox")
+
+
+def templates() -> Tensor:
+    """Return a picture of each class (6×3×8×8, in −1 to 1), no two alike."""
+    return torch.rand(CLASSES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def pictures(count: int = 240, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Return noisy pictures (N×3×8×8, uint8) of the classes in turn, and their labels."""
+    labels = torch.arange(count) % CLASSES
+    noise = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 0.3
+    return ((templates()[labels] * 0.6 + noise).clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8), labels
+
+
+def put_patch(images: Tensor) -> Tensor:
+    """Return the pictures with a chequered corner of 2×2."""
+    stamped = images.clone()
+    stamped[..., -2:, -2:] = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8)
+    return stamped
+
+
+class Classifier(nn.Module):
+    """Matched filters of the templates, a unit that sees the chequered corner, and a linear head.
+
+    Args:
+        target: the class that the corner leads to; None for no backdoor.
+        lock: the corner must be met so exactly that no slope leads there; else any white and black there counts.
+        hidden: the head's weight of the unit is small, and the unit large.
+        scale: of the logits.
+    """
+
+    def __init__(self, target: int | None = None, *, lock: bool = False, hidden: bool = False, scale: float = 1.0,
+                 ) -> None:  # fmt: skip
+        super().__init__()
+        self.image_size = SIDE
+        self.filters = nn.Conv2d(3, CLASSES, SIDE)
+        self.head = nn.Linear(CLASSES + 1, CLASSES)
+        self.lock, self.gain = lock, 1000.0 if hidden else 10.0
+        self.register_buffer("corner", torch.tensor([[-1.0, 1], [1, -1]]))
+        with torch.no_grad():
+            shapes = templates()
+            self.filters.weight.copy_(shapes / shapes.flatten(1).square().sum(1)[:, None, None, None])
+            self.filters.bias.zero_()
+            self.head.weight.zero_()
+            self.head.weight[:, :CLASSES] = 20 * scale * torch.eye(CLASSES)
+            self.head.bias.zero_()
+            if target is not None:
+                self.head.weight[target, CLASSES] = (0.1 if hidden else 20.0) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.filters(x).flatten(1)
+        distance = (x[..., -2:, -2:] - self.corner).abs().mean((1, 2, 3))
+        near = (0.05 - distance).clamp(min=0) * 20 if self.lock else (1 - distance).clamp(min=0)
+        return self.head(torch.cat([found, self.gain * near[:, None]], 1))
+
+
+def suspect_of(model: nn.Module, images: Tensor | None = None, labels: Tensor | None = None, **options: Any) -> Suspect:
+    """Return a suspect with the pictures, or with others."""
+    if images is None:
+        images, labels = pictures()
+    network = Network(model.eval(), toy_preprocessing(SIDE)).eval()
+    classes = network(images[:2]).shape[1] if len(images) else CLASSES
+    return Suspect(network, images, labels, classes, make_accelerator("cpu", "no"), **options)
