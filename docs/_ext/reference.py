@@ -141,7 +141,8 @@ class Members(Generated):
     """The members of a family: summary, presets, settings with their defaults and what their docstring says."""
 
     def lines(self, name: str) -> Iterator[str]:
-        registry = getattr(importlib.import_module(f"hfdetox.{name}"), name.upper())
+        room = "hfdetox.evidence.base" if name == "scores" else f"hfdetox.{name}"
+        registry = getattr(importlib.import_module(room), name.upper())
         for key, entry in registry.entries().items():
             told = attributes(entry.member)
             yield from ["", f"## {code(key)}", "", getattr(self, f"_{name}")(entry.member), ""]
@@ -172,6 +173,15 @@ class Members(Generated):
 
     def _triggers(self, member: Any) -> str:
         return f"{_sentence(member.summary)} From {text(member.paper)}."
+
+    def _scores(self, member: Any) -> str:
+        needs = "clean images" if member.needs_images else "no images"
+        when = {"both": "before and after cleaning"}.get(member.when, f"{member.when} cleaning")
+        told = (
+            f"{_sentence(member.summary)} From {text(member.paper)}. Needs {needs}; {when}; cost: {text(member.cost)}."
+        )
+        # indented lines are formulas
+        return f"{told}\n\n{_prose(member)}"
 
     def _attacks(self, member: Any) -> str:
         return f"{_sentence(member.summary)} {_sentence(member.how)}"

@@ -35,7 +35,7 @@ def scores_table(scans: Mapping[str, ScanResult]) -> Table:
             table.add_row(
                 Text(f"  {name}"), "-" if one.statistic is None else f"{one.statistic:.2f}",
                 "-" if one.threshold is None else f"{one.threshold.value:g}", Text(fit_text(one.label or "", 19)),
-                one.finding, Text(fit_text(one.errors, 60)),
+                one.finding, Text(fit_text(one.errors, 72)),
             )  # fmt: skip
     return table
 
