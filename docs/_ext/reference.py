@@ -181,7 +181,7 @@ class Members(Generated):
             f"{_sentence(member.summary)} From {text(member.paper)}. Needs {needs}; {when}; cost: {text(member.cost)}."
         )
         # indented lines are formulas
-        return f"{told}\n\n{_prose(member)}"
+        return f"{told} Cost: {text(member.cost)}.\n\n{_prose(member)}"
 
     def _attacks(self, member: Any) -> str:
         return f"{_sentence(member.summary)} {_sentence(member.how)}"
