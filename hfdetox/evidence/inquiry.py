@@ -51,7 +51,9 @@ class Inquiry:
     after: Predictions | None = None
 
     def begin(self, measured: Predictions, when: When = "before") -> Evidence | None:
-        """Scan the model as it is, grade the clean images, and measure what was reconstructed for the class accused most.
+        """Scan the model as it is, grade the clean images, and measure what was reconstructed.
+
+        That is, of what was reconstructed for the class that is accused most.
 
         Args:
             measured: of the same model, on the evaluation images.
@@ -62,9 +64,9 @@ class Inquiry:
         share = _BEFORE if when == "before" else 1.0
         limit = None if self.limit is None else int(share * self.limit)
         scan, triggers, images = self._scan(when, limit, graded=True)
-        most = scan.accused if scan.accused is not None else (most_accused(scan.scores, when, 1) or [None])[0]
         # measuring takes as long as for a known trigger, so that of all classes looked at it is one
-        self.views = with_reconstructed(self.evaluation, [one for one in triggers if one.target == most])
+        most = most_accused(scan.scores, when, 1) if scan.accused is None else [scan.accused]
+        self.views = with_reconstructed(self.evaluation, [one for one in triggers if one.target in (most or ())])
         self.before = self.views.measure("reconstructed, before", known=measured)
         labels, results = self.evaluation.classifier.labels, self.before.measurement.triggers
         made = {name: Reconstructed(name.split("-")[1], int(one.target), labels[int(one.target)], one)
