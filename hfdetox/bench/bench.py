@@ -77,7 +77,7 @@ class Bench(TaskFolder[Run, BenchOptions]):
                 "samples": None if run.samples == SHARE else run.samples}  # fmt: skip
         model = str(self._zoo_folder(run.target.name)) if isinstance(source, Task) else source.model
         # what a bench compares is measured with the true triggers
-        return ["detox", model, "--no-scan", *self.options({}, last)]
+        return ["detox", model, *self.options({}, last), "--no-scan"]
 
     def argv(self, run: Run) -> list[str]:
         """Return the words of a run's process: a stopped one of the same command goes on from its checkpoint."""

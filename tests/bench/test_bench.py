@@ -365,6 +365,6 @@ bench: [{subjects: [hub], defenses: [{}], samples: [500], seeds: [3]}]
     assert bench.command(trial) == [
         "detox", "org/there", "--dataset", "org/pictures", "--image-column", "img", "--dataset-revision", "abc",
         "--eval-samples", "100", "--defense", "d3:code", "--seed", "3", "--trigger", "badnets:size=2",
-        "--target", "cat", "--revision", "v1", "--samples", "500",
+        "--target", "cat", "--revision", "v1", "--samples", "500", "--no-scan",
     ]  # fmt: skip
     assert bench.argv(trial)[-4:] == ["--output", str(tmp_path / "out" / "hub" / "d3_code-n500-s3"), "--device", "cpu"]

@@ -25,15 +25,15 @@ def test_the_file_gives_the_same_report(tmp_path: Path) -> None:
     assert list(json.loads(report.to_json()))[:2] == ["schema_version", "hfdetox_version"]
 
 
-def test_a_report_of_version_1_is_read_and_written_as_version_3() -> None:
+def test_a_report_of_version_1_is_read_and_written_as_version_4() -> None:
     old = json.loads((VERSION_1 / "attack_report.json").read_text())
     assert (old["schema_version"], old["took"], "succeeded" in old) == (1, True, False)
     report = AttackReport.load(VERSION_1)
     assert report == attack_report()
     new = report.to_dict()
-    assert (new["schema_version"], new["succeeded"], "took" in new) == (3, True, False)
-    with pytest.raises(UsageError, match="schema version 4; this hfdetox reads 1 to 3"):
-        AttackReport.from_dict({**new, "schema_version": 4})
+    assert (new["schema_version"], new["succeeded"], "took" in new) == (4, True, False)
+    with pytest.raises(UsageError, match="schema version 5; this hfdetox reads 1 to 4"):
+        AttackReport.from_dict({**new, "schema_version": 5})
 
 
 def test_only_a_report_with_triggers_is_of_a_backdoored_model() -> None:

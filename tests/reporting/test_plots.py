@@ -83,7 +83,7 @@ def test_every_plot_is_whole(tmp_path: Path, triggers: int, layers: int, columns
         warnings.simplefilter("error")
         written = draw_plots(
             with_triggers(triggers), tmp_path / "plots", weight_changes=changes, strip=strip(1 + triggers, columns),
-            answers=answers,
+            answers=answers, reconstructed=strip(1, columns), moved=strip(1, columns),
         )  # fmt: skip
     assert written == [f"plots/{name}" for name in PLOT_FILES if triggers or name != "destinations.png"]
     for name in written:

@@ -80,11 +80,11 @@ def test_round_trip_of_a_report_with_gaps(changes: dict[str, Any], tmp_path: Pat
 def test_the_keys_are_those_of_the_contract() -> None:
     plain = json.loads(json.dumps(full_report().to_dict()))
     assert list(plain)[:2] == ["schema_version", "hfdetox_version"]
-    assert plain["schema_version"] == 3
+    assert plain["schema_version"] == 4
     assert set(plain) - {"warnings"} == {
         "schema_version", "hfdetox_version", "model", "dataset", "defense", "before", "after",
         "defense_effectiveness_rating", "history", "output", "environment", "uncorrected",
-        "accuracy_loss",
+        "accuracy_loss", "evidence",
     }  # fmt: skip
     assert set(plain["model"]) == {
         "id", "revision", "library", "architecture", "num_labels", "parameters", "dtype", "weights_sha256",
@@ -130,10 +130,10 @@ def test_targets_in_words() -> None:
     assert describe_target("all-to-all") == "every class to the next one"
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", True, 1.0, None])
+@pytest.mark.parametrize("version", [0, 5, "1", True, 1.0, None])
 def test_another_schema_version_is_refused(version: object) -> None:
     plain = {**full_report().to_dict(), "schema_version": version}
-    with pytest.raises(UsageError, match=f"schema version {version!r}; this hfdetox reads 1 to 3"):
+    with pytest.raises(UsageError, match=f"schema version {version!r}; this hfdetox reads 1 to 4"):
         Report.from_dict(plain)
 
 
@@ -146,7 +146,7 @@ def test_a_report_of_an_earlier_version_is_read() -> None:
         for one in (now.before, now.after) if one is not None
     )  # fmt: skip
     assert again == replace(now, defense=replace(now.defense, description=""), before=before, after=after)
-    assert again.schema_version == 3
+    assert again.schema_version == 4
     # where its images go was not measured, so that less can be said
     assert again.verdicts["badnets"] == "inconclusive"
     validate_card(build_card(again, source_card=None, repo_id=None))
