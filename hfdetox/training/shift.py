@@ -17,6 +17,8 @@ _AGREEMENT = 0.99
 # of the norm of a shift, at most so much lies between what is found and what is proven to be needed
 _GAP = 1e-3
 _STEPS, _LOOK_EVERY, _POWER = 3000, 20, 20
+# a shift that is so many times longer than any feature is none
+_FAR = 100.0
 # numbers of a block of differences of logits
 _BLOCK = 2**23
 # makes of a median absolute deviation the standard deviation of a normal distribution
@@ -147,14 +149,13 @@ def latent_shifts(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         features: φ, N×D. weight: K×D. bias: K.
 
     Returns:
-        K×D, float32. The row of a class that no shift leads to (its weights lie between those of others) is inf.
+        K×D, float32. The row of a class that no shift leads to (its weights lie between those of others), or only one
+        100 times longer than the longest feature, is inf.
     """
     features, weight, bias = (part.double().cpu() for part in (features, weight, bias))
-    programme = _Programme(weight, _most_needed(features @ weight.T + bias))
-    duals = programme.solve()
-    shifts = programme.shifts(duals)
-    stretch = programme.stretch(shifts)
-    return torch.where(stretch.isfinite(), shifts * stretch, torch.inf).float()
+    longest = _FAR * max(1e-12, float(features.norm(dim=1).amax()))
+    programme = _Programme(weight, _most_needed(features @ weight.T + bias), longest)
+    return programme.solve().float()
 
 
 def _most_needed(logits: Tensor) -> Tensor:
@@ -170,60 +171,67 @@ def _most_needed(logits: Tensor) -> Tensor:
 class _Programme:
     """The duals of all classes: row k of every K×K tensor is class k's, and column j its constraint against class j."""
 
-    def __init__(self, weight: Tensor, needed: Tensor) -> None:
-        self.weight, self.others = weight, ~torch.eye(len(weight), dtype=torch.bool)
+    def __init__(self, weight: Tensor, needed: Tensor, longest: float) -> None:
+        """Take W (K×D), c (K×K), and the norm from which a shift counts as none."""
+        self.weight, self.longest = weight, longest
+        self.others = ~torch.eye(len(weight), dtype=torch.bool)
         # equal weights are no constraint that a shift could keep, and none to divide by
         self.lengths = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-12)
         self.needed = needed / self.lengths * self.others
 
-    def shifts(self, duals: Tensor) -> Tensor:
-        """Return Aᵀλ (K×D)."""
-        scaled = duals / self.lengths * self.others
-        return scaled.sum(1, keepdim=True) * self.weight - scaled @ self.weight
+    def shifts(self, duals: Tensor, rows: Tensor) -> Tensor:
+        """Return Aᵀλ (n×D) for the λ (n×K) of n classes."""
+        scaled = duals / self.lengths[rows] * self.others[rows]
+        return scaled.sum(1, keepdim=True) * self.weight[rows] - scaled @ self.weight
 
-    def gained(self, shifts: Tensor) -> Tensor:
-        """Return A s (K×K), 0 on the diagonal."""
+    def gained(self, shifts: Tensor, rows: Tensor) -> Tensor:
+        """Return A s (n×K), 0 in each class's own column."""
         logits = shifts @ self.weight.T
-        return (logits.diagonal()[:, None] - logits) / self.lengths
-
-    def stretch(self, shifts: Tensor) -> Tensor:
-        """Return by what factor ≥ 1 each shift must be longer to keep all constraints (K×1), inf where none does."""
-        gained, open_ = self.gained(shifts), self.needed > 0
-        factors = torch.where(open_, torch.where(gained > 0, self.needed / gained, torch.inf), 0.0)
-        # a constraint that a factor of ten does not keep is not kept at all
-        longest = factors.amax(1, keepdim=True).clamp(min=1)
-        return torch.where(longest < 10, longest, torch.inf)
+        return (logits.gather(1, rows[:, None]) - logits) / self.lengths[rows]
 
     def solve(self) -> Tensor:
-        """Return λ (K×K)."""
-        step = 1 / (1.05 * self._steepest())
+        """Return the shifts (K×D)."""
+        rows = torch.arange(len(self.weight))
+        found = torch.full_like(self.weight, torch.inf)
+        step = 1 / (1.05 * self._steepest(rows))
         duals = torch.zeros_like(self.needed)
-        ahead, age = duals, torch.ones(len(duals), 1, dtype=duals.dtype)
+        ahead, age = duals, torch.ones(len(rows), 1, dtype=duals.dtype)
         for count in range(1, _STEPS + 1):
-            slope = (self.needed - self.gained(self.shifts(ahead))) * self.others
+            slope = (self.needed[rows] - self.gained(self.shifts(ahead, rows), rows)) * self.others[rows]
             moved = (ahead + step * slope).clamp(min=0)
             # momentum that points away from the slope starts anew (O'Donoghue and Candès 2015)
             wrong = (slope * (moved - duals)).sum(1, keepdim=True) < 0
             older = (1 + (1 + 4 * age.square()).sqrt()) / 2
             ahead = moved + torch.where(wrong, 0.0, (age - 1) / older) * (moved - duals)
             duals, age = moved, torch.where(wrong, 1.0, older)
-            if count % _LOOK_EVERY == 0 and bool((self._gap(duals) < _GAP).all()):
-                break
-        return duals
+            if count % _LOOK_EVERY == 0:
+                found[rows], done = self._solved(duals, rows)
+                left = ~done
+                rows, duals, ahead, age, step = (part[left] for part in (rows, duals, ahead, age, step))
+                if not len(rows):
+                    break
+        return found
 
-    def _gap(self, duals: Tensor) -> Tensor:
-        """Return what share of each class's norm (K×1) is not proven to be needed."""
-        shifts = self.shifts(duals)
-        norm = shifts.norm(dim=1, keepdim=True)
-        least = (2 * (self.needed * duals).sum(1, keepdim=True) - norm.square()).clamp(min=0).sqrt()
-        most = norm * self.stretch(shifts)
-        return torch.where(norm > 0, 1 - least / most.clamp(min=1e-30), self.stretch(shifts) - 1)
+    def _solved(self, duals: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shifts as far as they are, inf where none keeps all constraints, and which of them are done."""
+        shifts, needed = self.shifts(duals, rows), self.needed[rows]
+        gained = self.gained(shifts, rows)
+        factors = torch.where(needed > 0, torch.where(gained > 0, needed / gained, torch.inf), 0.0)
+        stretch = factors.amax(1, keepdim=True).clamp(min=1)
+        # a constraint that a factor of ten does not keep is not kept at all
+        kept = torch.where(stretch < 10, shifts * stretch, torch.inf)
+        norm = shifts.norm(dim=1)
+        least = (2 * (needed * duals).sum(1) - norm.square()).clamp(min=0).sqrt()
+        most = norm * stretch[:, 0]
+        exact = torch.where(norm > 0, most - least < _GAP * most, stretch[:, 0] == 1)
+        none = least > self.longest
+        return torch.where(none[:, None], torch.inf, kept), exact | none
 
-    def _steepest(self) -> Tensor:
+    def _steepest(self, rows: Tensor) -> Tensor:
         """Return the largest eigenvalue of every class's A Aᵀ (K×1), by power iteration."""
         vectors = self.others.double()
         for _ in range(_POWER):
-            vectors = self.gained(self.shifts(vectors)) * self.others
+            vectors = self.gained(self.shifts(vectors, rows), rows) * self.others
             size = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
             vectors = vectors / size
         return size
