@@ -32,7 +32,7 @@ from tests.hub_server.server import HubServer
 CLEAN_IMAGES = 400
 # 2 in 10,000 of these 500 images is less than one: one image whose two best logits are equal but for rounding
 COUNT_TOLERANCE = 1
-PLOTS = ("before_after", "destinations", "samples", "training", "weight_changes")
+PLOTS = ("before_after", "destinations", "moved", "samples", "training", "weight_changes")
 
 
 @pytest.fixture(scope="module")

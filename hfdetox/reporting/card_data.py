@@ -127,9 +127,9 @@ def model_index(report: RunReport) -> list[EvalResult]:
     for name, made in evidence.reconstructed.items() if evidence is not None else ():
         arguments = {"trigger": made.before.spec, "mode": made.before.mode, "target": made.label, "reconstructed": True}
         results.append(EvalResult(
-            metric_type="attack_success_rate", metric_name=f"Attack success rate, {made.title}", metric_config=name,
-            metric_args=arguments, metric_value=made.after.attack_success_rate.value if made.after else PENDING,
-            **measured_on,
+            metric_type="reconstructed_attack_success_rate", metric_name=f"Attack success rate, {made.title}",
+            metric_config=name, metric_args=arguments,
+            metric_value=made.after.attack_success_rate.value if made.after else PENDING, **measured_on,
         ))  # fmt: skip
     return results
 

@@ -63,7 +63,9 @@ def test_what_was_reconstructed_is_no_known_trigger() -> None:
     results = card.partition("## Results")[2].partition("\n## ")[0]
     assert "reconstructed" not in results
     assert "**no backdoor was measured, neither before nor after**" in results
-    rows = [one for one in ModelCard(card).data.eval_results if one.metric_type == "attack_success_rate"]
+    rows = [one for one in ModelCard(card).data.eval_results if one.metric_type != "accuracy"]
+    # who looks for a known trigger's rate must not find this one
+    assert [one.metric_type for one in rows] == ["reconstructed_attack_success_rate"]
     assert [one.metric_name for one in rows] == ["Attack success rate, reconstructed patch for 'bird|nest'"]
     assert rows[0].metric_value == 0.0175
     assert rows[0].metric_args["reconstructed"] is True
