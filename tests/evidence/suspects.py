@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         self.image_size = SIDE
         self.filters = nn.Conv2d(3, CLASSES, SIDE)
         self.head = nn.Linear(CLASSES + 1, CLASSES)
-        self.lock, self.gain = lock, 1000.0 if hidden else 10.0
+        self.lock, self.gain = lock, 1000.0 if hidden else 1.0
         self.register_buffer("corner", torch.tensor([[-1.0, 1], [1, -1]]))
         with torch.no_grad():
             shapes = templates()
@@ -61,7 +61,7 @@ class Classifier(nn.Module):
             self.head.weight[:, :CLASSES] = 20 * scale * torch.eye(CLASSES)
             self.head.bias.zero_()
             if target is not None:
-                self.head.weight[target, CLASSES] = (0.1 if hidden else 20.0) * scale
+                self.head.weight[target, CLASSES] = (0.1 if hidden else 200.0) * scale
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.filters(x).flatten(1)
