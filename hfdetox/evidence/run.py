@@ -13,7 +13,7 @@ from torch import nn
 from hfdetox.data.cache import Pixels
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Rate
-from hfdetox.evidence.base import SCORES, Reconstruction, Score, Suspect
+from hfdetox.evidence.base import SCORES, Reconstruction, Score, Suspect, unmeasured
 from hfdetox.evidence.results import Finding, ScanResult, ScoreResult
 from hfdetox.evidence.thresholds import When, judge_score, judged
 from hfdetox.models.classifier import Classifier
@@ -25,6 +25,8 @@ from hfdetox.triggers.base import Trigger
 MOST_IMAGES = 1000
 # classes that a trigger is reconstructed for, unless all of them are
 LOOKED_AT = 2
+# where no score names a class, all are looked at, up to so many
+MOST_CLASSES = 20
 
 
 def make_suspect(
@@ -75,8 +77,17 @@ def scan_suspect(suspect: Suspect, labels: Sequence[str], when: When, *, thoroug
             if total is not None:
                 # each of those left may take an equal share of what is left
                 suspect.limit = max(0, total - sum(one.passes for one in results.values())) // -left
-            results[name], made = score.run(suspect, accused)
-            triggers += made
+            if (
+                isinstance(score, Reconstruction)
+                and accused is None
+                and not thorough
+                and suspect.classes > MOST_CLASSES
+            ):
+                results[name] = unmeasured(f"left out: no score names a class, and {suspect.classes} are too many to "
+                                           "look at all")  # fmt: skip
+            else:
+                results[name], made = score.run(suspect, accused)
+                triggers += made
             bar.update(1)
     samples = 0 if suspect.images is None else len(suspect.images)
     passes = sum(one.passes for one in results.values())
@@ -88,7 +99,8 @@ def scan_suspect(suspect: Suspect, labels: Sequence[str], when: When, *, thoroug
 def most_accused(results: Mapping[str, ScoreResult], when: When, count: int = LOOKED_AT) -> list[int] | None:
     """Return the classes that the scores accuse most, the first most; None, for all, where none accuses any.
 
-    First what each score names, the one furthest above its threshold first; then what latent-shift names next.
+    First what each score names, the one furthest above its threshold first; then what latent-shift names next, and
+    where it could not be measured any other, to compare with.
     """
     judged_ = [judge_score(name, one, when) for name, one in results.items() if one.accused is not None]
     naming = sorted(judged_, key=_exceeds, reverse=True)
@@ -97,7 +109,7 @@ def most_accused(results: Mapping[str, ScoreResult], when: When, count: int = LO
     if norms:
         finite = [(value, label) for label, value in enumerate(norms) if value is not None]
         places += [label for _, label in sorted(finite)]
-    return list(dict.fromkeys(places))[:count] or None
+    return list(dict.fromkeys([*places, *range(count)]))[:count] if places else None
 
 
 def _exceeds(one: ScoreResult) -> float:

@@ -49,19 +49,20 @@ class Classifier(nn.Module):
                  ) -> None:  # fmt: skip
         super().__init__()
         self.image_size = SIDE
-        self.filters = nn.Conv2d(3, CLASSES, SIDE)
-        self.head = nn.Linear(CLASSES + 1, CLASSES)
+        self.filters = nn.Conv2d(3, 2 * CLASSES, SIDE)
+        self.head = nn.Linear(2 * CLASSES + 1, CLASSES)
         self.lock, self.gain = lock, 1000.0 if hidden else 1.0
         self.register_buffer("corner", torch.tensor([[-1.0, 1], [1, -1]]))
         with torch.no_grad():
-            shapes = templates()
+            # each filter twice, or it would be a head itself
+            shapes = templates().repeat(2, 1, 1, 1)
             self.filters.weight.copy_(shapes / shapes.flatten(1).square().sum(1)[:, None, None, None])
             self.filters.bias.zero_()
             self.head.weight.zero_()
-            self.head.weight[:, :CLASSES] = 20 * scale * torch.eye(CLASSES)
+            self.head.weight[:, :-1] = 10 * scale * torch.eye(CLASSES).repeat(1, 2)
             self.head.bias.zero_()
             if target is not None:
-                self.head.weight[target, CLASSES] = (0.1 if hidden else 200.0) * scale
+                self.head.weight[target, -1] = (0.1 if hidden else 200.0) * scale
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.filters(x).flatten(1)

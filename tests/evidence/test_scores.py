@@ -12,7 +12,7 @@ from hfdetox.evidence.head_probe import HeadProbe
 from hfdetox.evidence.latent_shift import LatentShift
 from hfdetox.evidence.margin import Margin, p_value
 from hfdetox.evidence.odd_images import OddImages, odd_images
-from hfdetox.evidence.results import Finding
+from hfdetox.evidence.results import Finding, ScoreResult
 from hfdetox.evidence.run import chosen_scores, most_accused, scan_suspect, still
 from hfdetox.evidence.scar import Scar
 from hfdetox.evidence.thresholds import judge_score
@@ -197,6 +197,8 @@ def test_the_classes_looked_at_are_those_accused_and_then_those_next_to_them() -
     assert chosen[0] == TARGET
     assert len(chosen) == 2
     assert most_accused({}, "before") is None
+    # one alone is compared with another
+    assert most_accused({"blend": ScoreResult([None] * 6, 1.0, 0)}, "before") == [0, 1]
 
 
 def test_after_cleaning_other_scores_run() -> None:
