@@ -77,12 +77,8 @@ def scan_suspect(suspect: Suspect, labels: Sequence[str], when: When, *, thoroug
             if total is not None:
                 # each of those left may take an equal share of what is left
                 suspect.limit = max(0, total - sum(one.passes for one in results.values())) // -left
-            if (
-                isinstance(score, Reconstruction)
-                and accused is None
-                and not thorough
-                and suspect.classes > MOST_CLASSES
-            ):
+            many = accused is None and not thorough and suspect.classes > MOST_CLASSES
+            if many and isinstance(score, Reconstruction):
                 results[name] = unmeasured(f"left out: no score names a class, and {suspect.classes} are too many to "
                                            "look at all")  # fmt: skip
             else:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Rate
+from hfdetox.evidence.base import MIN_CLASSES
 from hfdetox.evidence.results import Finding, ScanResult, ScoreResult, Threshold
 
 When = Literal["before", "after"]
@@ -70,6 +71,8 @@ def combine(scores: Mapping[str, ScoreResult], labels: tuple[str, ...], samples:
     if accuracy is not None and accuracy.value < _least_accuracy(len(labels)):
         return Finding.UNKNOWN, None, (f"the model is right on only {accuracy.value:.1%} of the clean images, too "
                                        "few to tell a backdoor from what it never learnt")  # fmt: skip
+    if len(labels) < MIN_CLASSES:
+        return Finding.UNKNOWN, None, f"{len(labels)} classes are too few to tell one that stands out"
     if len(classes) > 1:
         said = "; ".join(
             f"{name} names {labels[one.accused]}" for name, one in above.items() if one.accused is not None

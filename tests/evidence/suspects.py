@@ -67,7 +67,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found = self.filters(x).flatten(1)
         distance = (x[..., -2:, -2:] - self.corner).abs().mean((1, 2, 3))
-        near = (0.05 - distance).clamp(min=0) * 20 if self.lock else (1 - distance).clamp(min=0)
+        near = (0.05 - distance).clamp(min=0) * 20 if self.lock else 2 * (0.5 - distance).clamp(min=0)
         return self.head(torch.cat([found, self.gain * near[:, None]], 1))
 
 

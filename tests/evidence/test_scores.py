@@ -36,7 +36,7 @@ def test_the_latent_shift_names_the_target_of_an_open_backdoor() -> None:
     assert found.accused == TARGET
     assert found.statistic is not None
     assert clean.statistic is not None
-    assert found.statistic > 3.5 > clean.statistic
+    assert found.statistic > 10 * clean.statistic
     assert found.values is not None
     assert found.values[TARGET] == min(v for v in found.values if v is not None)
     assert found.passes == 240
@@ -141,19 +141,21 @@ def test_two_classes_are_too_few_to_stand_out() -> None:
     images, labels = pictures()
     scan, _ = scan_suspect(suspect_of(model, images, labels % 2), LABELS[:2], "before", thorough=True)
     assert scan.finding == Finding.UNKNOWN
+    assert scan.why == "2 classes are too few to tell one that stands out"
     assert scan.scores["latent-shift"].note == "2 classes are too few to tell one that stands out"
 
 
-def test_a_thousand_classes_with_one_image_each_are_unknown() -> None:
+def test_many_classes_with_one_image_each_are_unknown() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1000))
-    images = torch.randint(0, 256, (1000, 3, 8, 8), dtype=torch.uint8)
-    labels = [str(index) for index in range(1000)]
-    suspect = suspect_of(model, images, torch.arange(1000), limit=3000)
+    count = 200
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, count))
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8)
+    labels = [str(index) for index in range(count)]
+    suspect = suspect_of(model, images, torch.arange(count), limit=3000)
     scan, _ = scan_suspect(suspect, labels, "before", thorough=True)
     assert scan.finding == Finding.UNKNOWN
     assert "the model is right on only" in scan.why
-    assert "left out: 1000 classes" in scan.scores["margin"].note
+    assert "left out: 200 classes" in scan.scores["margin"].note
 
 
 def test_without_images_the_scores_that_need_none_run_and_the_rest_say_so() -> None:
