@@ -68,11 +68,11 @@ def combine(scores: Mapping[str, ScoreResult], labels: tuple[str, ...], samples:
     above = {name: one for name, one in scores.items() if one.finding == Finding.SUSPICIOUS and name != "scar"}
     classes = Counter(one.accused for one in above.values() if one.accused is not None)
     names = ", ".join(above)
+    if len(labels) < MIN_CLASSES:
+        return Finding.UNKNOWN, None, f"{len(labels)} classes are too few to tell one that stands out"
     if accuracy is not None and accuracy.value < _least_accuracy(len(labels)):
         return Finding.UNKNOWN, None, (f"the model is right on only {accuracy.value:.1%} of the clean images, too "
                                        "few to tell a backdoor from what it never learnt")  # fmt: skip
-    if len(labels) < MIN_CLASSES:
-        return Finding.UNKNOWN, None, f"{len(labels)} classes are too few to tell one that stands out"
     if len(classes) > 1:
         said = "; ".join(
             f"{name} names {labels[one.accused]}" for name, one in above.items() if one.accused is not None

@@ -60,7 +60,10 @@ def test_the_head_probe_names_the_class_that_the_head_prefers_with_and_without_i
 
 
 def test_the_margin_names_the_class_with_the_largest_margin() -> None:
-    suspect = suspect_of(Classifier(TARGET))
+    model = Classifier()
+    with torch.no_grad():
+        model.head.weight[TARGET] *= 10
+    suspect = suspect_of(model)
     with still(suspect.network):
         found = Margin().measure(suspect)
     assert found.accused == TARGET
