@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -12,19 +11,15 @@ from typing import Any
 
 from hfdetox.arguments import takes
 from hfdetox.config_verify import GateOptions
-from hfdetox.data.info import DatasetInfo
-from hfdetox.data.load import pull_images
 from hfdetox.detox import detoxify
 from hfdetox.documents import read_json
 from hfdetox.errors import HfdetoxError, UsageError
-from hfdetox.evaluation.evaluator import decoded, settle_order
 from hfdetox.evaluation.results import Rate, TriggerResult
 from hfdetox.evaluation.verdict import Verdict, describe_loss, judge_trigger, percent
-from hfdetox.evidence.results import Evidence, Finding, ScanResult
-from hfdetox.evidence.run import make_suspect, scan_suspect
+from hfdetox.evidence.results import Finding, Reconstructed, ScanResult
 from hfdetox.files import write_atomically
 from hfdetox.gate_policy import Policy, load_policy
-from hfdetox.models.classifier import fetch_model, load_classifier
+from hfdetox.models.classifier import fetch_model
 from hfdetox.models.weights import find_weights
 from hfdetox.reporting.card_data import shown_id
 from hfdetox.reporting.cyclonedx import cyclonedx
@@ -34,10 +29,8 @@ from hfdetox.reporting.sarif import sarif
 from hfdetox.runs.folder import check_output
 from hfdetox.runs.integrity import made_by_hfdetox, pull_output
 from hfdetox.runs.publish import comes_backdoored
-from hfdetox.training.devices import accelerate_state_kept, make_accelerator
+from hfdetox.scanning import scan
 from hfdetox.verifying import MATCH, MISMATCH, verify
-
-logger = logging.getLogger(__name__)
 
 PASS, CLEANED, REJECT, UNKNOWN = GateVerdict.PASS, GateVerdict.CLEANED, GateVerdict.REJECT, GateVerdict.UNKNOWN
 # what may be said of a trigger for a cleaned model to pass, and for it to be refused
@@ -159,16 +152,17 @@ class _Gate:
 
     def _scan(self) -> None:
         # what was verified was cleaned; a report alone anybody can write
-        found, images = scan_model(self.options, cleaned=self.found.verified == MATCH)
-        self.found = replace(
-            self.found,
-            scan=found,
-            accuracy=self.found.accuracy or found.accuracy,
-            dataset=shown_id(images.id, images.revision),
-            dataset_revision=images.revision,
-        )
-        self.found.reasons.extend(judge_scan(found, self.policy, PASS))
-        self._check_accuracy(found.accuracy)
+        found = scan(**self.options.images(), cleaned=self.found.verified == MATCH)
+        images, measured = found.dataset, found.measurement
+        accuracy = measured.accuracy if measured is not None else found.scan.accuracy
+        self.found = replace(self.found, scan=found.scan, accuracy=accuracy, reconstructed=found.reconstructed)
+        if images is not None:
+            shown = shown_id(images.id, images.revision)
+            self.found = replace(self.found, dataset=shown, dataset_revision=images.revision)
+        if self.report is None:
+            self.found = replace(self.found, triggers={name: one.before for name, one in found.reconstructed.items()})
+        self.found.reasons.extend(judge_scan(found.scan, self.policy, PASS))
+        self._check_accuracy(accuracy)
 
     def _clean(self) -> None:
         """Clean the model into the output folder, and judge what came of it."""
@@ -176,11 +170,11 @@ class _Gate:
         cleaned = detoxify(**options.cleaning(), defense=self.policy.clean.defense,
                            max_accuracy_loss=self.policy.accuracy.most_lost)  # fmt: skip
         report = cleaned.report
-        evidence = _evidence(report)
+        evidence = report.evidence
         after = evidence.after if evidence is not None else None
         accuracy = report.after.accuracy if report.after else None
         self.found = replace(self.found, rescan=after, accuracy=accuracy, triggers=_after(report),
-                             base=report.model, output=str(options.output))  # fmt: skip
+                             base=report.model, output=str(options.output), reconstructed=_made(report))  # fmt: skip
         self.found.reasons.extend(_judge_report(report, CLEANED))
         if after is None:
             self._add(Rule.UNDECIDED, UNKNOWN, "the cleaned model was not scanned")
@@ -201,23 +195,6 @@ class _Gate:
             verdict = REJECT if high < least else UNKNOWN
             self._add(Rule.ACCURACY, verdict, f"its accuracy is {percent(accuracy.value)} ({percent(low)} to "
                       f"{percent(high)}), and {percent(least)} is asked for")  # fmt: skip
-
-
-def scan_model(options: GateOptions, *, cleaned: bool) -> tuple[ScanResult, DatasetInfo]:
-    """Scan a model with clean images, as one that came or as one that hfdetox cleaned; also return which images.
-
-    Raises:
-        UsageError, HubError, RunError: model or images cannot be had.
-    """
-    with accelerate_state_kept():
-        accelerator = make_accelerator(options.device, "no")
-        classifier = load_classifier(str(options.model), revision=options.revision,
-                                     trust_remote_code=options.trust_remote_code)  # fmt: skip
-        images = pull_images(options, options.dataset, classifier, logger.warning, progress=options.progress)
-        images = settle_order(images, classifier, accelerator, logger.warning, options.progress)
-        pixels = decoded(images.clean, classifier, accelerator, "decode", options.progress)
-        suspect = make_suspect(classifier, pixels, accelerator, seed=options.seed, progress=options.progress)
-        return scan_suspect(suspect, classifier.labels, "after" if cleaned else "before")[0], images.info
 
 
 def judge_scan(found: ScanResult, policy: Policy, good: GateVerdict) -> Iterator[Reason]:
@@ -264,20 +241,14 @@ def _judge_report(report: Report, good: GateVerdict) -> Iterator[Reason]:
 
 def _verdicts(report: Report) -> dict[str, Verdict]:
     """Return what may be said of each known and each reconstructed trigger of a cleaned model, by its name."""
-    evidence = _evidence(report)
-    made = evidence.reconstructed if evidence is not None else {}
-    return report.verdicts | {
-        f"{name} (reconstructed)": judge_trigger(one.before, one.after) for name, one in made.items()
-    }
-
-
-def _evidence(report: Report) -> Evidence | None:
-    return getattr(report, "evidence", None)
+    return report.verdicts | {name: judge_trigger(one.before, one.after) for name, one in _made(report).items()}
 
 
 def _after(report: Report) -> dict[str, TriggerResult]:
     """Return what each known and reconstructed trigger does to a cleaned model, by its name."""
-    evidence = _evidence(report)
-    made = evidence.reconstructed if evidence is not None else {}
     known = report.published.triggers if report.published else {}
-    return known | {f"{name} (reconstructed)": one.after for name, one in made.items() if one.after is not None}
+    return known | {name: one.after for name, one in _made(report).items() if one.after is not None}
+
+
+def _made(report: Report) -> dict[str, Reconstructed]:
+    return report.evidence.reconstructed if report.evidence is not None else {}

@@ -19,9 +19,11 @@ from hfdetox.data.labels import LabelMismatchError
 from hfdetox.data.load import Images, load_images
 from hfdetox.errors import HfdetoxError, UsageError, one_line
 from hfdetox.evaluation.evaluator import Evaluator, prepare_evaluator
-from hfdetox.evaluation.metrics import Predictions, paired_difference, ratings
+from hfdetox.evaluation.metrics import BROKEN, Predictions, paired_difference, ratings
 from hfdetox.evaluation.results import Measurement, TriggerResult
 from hfdetox.evaluation.verdict import judge_accuracy
+from hfdetox.evidence.claims import find_agreement
+from hfdetox.evidence.results import Reconstructed
 from hfdetox.hub.download import read_text_file
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card_data import eval_results
@@ -280,6 +282,7 @@ class _Verifier:
         before = self._compare("before", report.before, replace(evaluation, classifier=base), comparison)
         if isinstance(report, Report) and before is not None and after is not None:
             self.checks += _paired(report, before, after, comparison)
+            self.checks += _agreeing(report, before, after, evaluation, comparison)
 
     def _compare(self, where: str, stated: Measurement | None, evaluation: Evaluator,
                  comparison: Comparison) -> Predictions | None:  # fmt: skip
@@ -287,7 +290,7 @@ class _Verifier:
             return None
         found = None
         with self.trying(where):
-            found = evaluation.measure(where)
+            found = evaluation.measure(where, broken=BROKEN)
             self.checks += comparison.measurements(where, stated, found.measurement)
             for name, one in _reconstructed(self.report).items():
                 result = getattr(one, where)
@@ -312,9 +315,9 @@ def _results(report: RunReport) -> dict[str, TriggerResult]:
     return found | {name: one.before for name, one in _reconstructed(report).items()}
 
 
-def _reconstructed(report: RunReport) -> dict[str, Any]:
+def _reconstructed(report: RunReport) -> dict[str, Reconstructed]:
     """Return the reconstructed triggers of the report by name, each with its `before` and `after`."""
-    evidence = getattr(report, "evidence", None)
+    evidence = report.evidence if isinstance(report, Report) else None
     return evidence.reconstructed if evidence is not None else {}
 
 
@@ -337,6 +340,16 @@ def _arithmetic(report: RunReport) -> Iterator[Check]:
         succeeded = not missed_goals(report.after, report.goals)
         yield Check("the attack succeeded", str(report.succeeded), str(succeeded),
                     Finding.MATCH if succeeded == report.succeeded else Finding.MISMATCH)  # fmt: skip
+
+
+def _agreeing(
+    report: Report, before: Predictions, after: Predictions, evaluation: Evaluator, comparison: Comparison
+) -> Iterator[Check]:
+    """Give the check of how far the cleaned model answers as the one that came."""
+    if report.evidence is not None and report.evidence.agreement is not None:
+        truth = evaluation.clean.labels.cpu().numpy()
+        found = find_agreement(truth, before.predicted, after.predicted, evaluation.classifier.labels)
+        yield comparison.rates("answers as before", report.evidence.agreement.rate, found.rate)
 
 
 def _paired(report: Report, before: Predictions, after: Predictions, comparison: Comparison) -> Iterator[Check]:

@@ -147,6 +147,25 @@ def test_a_repository_that_hfdetox_cleaned_is_verified_first(
     assert not Path(f"{published.output}-new").exists()
 
 
+def test_what_is_suspected_is_cleaned_only_if_asked_and_judged_anew(made: Made, tmp_path: Path) -> None:
+    policy, out = tmp_path / "policy.yaml", tmp_path / "out"
+    policy.write_text("scan: {measured_rates: false}\naccuracy: {most_lost: 100}\nclean: {defense: d3:paper}\n")
+    found = at_gate(made.timm, made.digits, policy=policy, clean_samples=SAMPLES, clean=True, output=out,
+                    triggers=[backdoored.TRIGGER], target=backdoored.TARGET)  # fmt: skip
+    assert found.scan is not None
+    if found.scan.finding != "suspicious":
+        pytest.skip("the scores do not suspect this model any more")
+    assert found.output == str(out)
+    assert (out / "detox_report.json").is_file()
+    assert found.rescan is not None
+    assert found.base is not None
+    assert "badnets" in found.triggers
+    assert found.status in (10, 20, 30)
+    # what the model was is no reason against what was made of it
+    assert (found.status == 10) == all(reason.verdict == "pass after cleaning" for reason in found.reasons)
+    assert ("cleaned" in rules(found)) == (found.status == 10)
+
+
 def test_a_policy_that_asks_for_a_signature_needs_the_key(made: Made, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("cleaned: {signed: true}\n")

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load, save
 
 import hfdetox
 from hfdetox.cli import app as cli
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
+from hfdetox.evaluation.results import ClassAccuracies, Destination, Difference, Measurement, TriggerResult
 from hfdetox.reporting.card import retarget_card
 from hfdetox.reporting.comparison import Comparison, differing_environment, inconsistent
 from hfdetox.reporting.report import Report
+from hfdetox.triggers import TRIGGERS
 from hfdetox.verifying import Verification, verify
 from tests import backdoored
 from tests.backdoored import TARGET, TRIGGER
@@ -226,6 +229,43 @@ def test_a_changed_a_missing_and_an_added_trigger_are_found(hub: Any, published:
     assert wrong(found) == ["triggers/more.safetensors"]
 
 
+def test_reconstructed_triggers_and_the_agreement_are_counted_again(
+    hub: HubServer, published: Published, tampered: Any, tmp_path: Path
+) -> None:
+    name = "reconstructed-patch-3"
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.rand(3, backdoored.SIDE, backdoored.SIDE, generator=generator)
+    mask = torch.zeros(1, backdoored.SIDE, backdoored.SIDE)
+    mask[:, 3:8, 3:8] = 0.8
+    trigger = TRIGGERS["mask"](name=name, target=3, mode="input", mask=mask, pattern=pattern)
+    trigger.save(tmp_path / f"{name}.safetensors")
+    made = []
+    for model in (published.model, published.cleaned):
+        found = hfdetox.evaluate(model, dataset=published.dataset, eval_samples=120, triggers=[trigger], device="cpu",
+                                 progress=False)  # fmt: skip
+        made.append(dataclasses.asdict(found.triggers[name]))
+
+    def edit(plain: dict[str, Any], fewer: int) -> None:
+        one = made[1]["attack_success_rate"]
+        changed = dataclasses.asdict(rate(abs(one["successes"] - fewer), one["samples"]))
+        plain["evidence"] = plain["evidence"] or {}
+        plain["evidence"]["reconstructed"] = {name: {
+            "score": "patch", "label": 3, "class_name": "three", "before": made[0],
+            "after": {**made[1], "attack_success_rate": changed},
+        }}  # fmt: skip
+
+    files = {f"triggers/{name}.safetensors": (tmp_path / f"{name}.safetensors").read_bytes()}
+    honest = check(tampered({REPORT: edited(hub, published.cleaned, lambda plain: edit(plain, 0)), **files}))
+    named = {one.what for one in honest.checks}
+    assert {f"{state}: reconstructed {name}: attack success rate" for state in ("before", "after")} <= named
+    assert f"triggers/{name}.safetensors" in named
+    assert "answers as before" in named
+    # the card was not made anew with them
+    assert set(wrong(honest)) <= {"card (README.md)"}
+    forged = check(tampered({REPORT: edited(hub, published.cleaned, lambda plain: edit(plain, 7)), **files}))
+    assert f"after: reconstructed {name}: attack success rate" in wrong(forged)
+
+
 def test_a_signature_is_checked_and_one_by_another_key_is_one_clear_line(
     hub: HubServer, hub_token: str, published: Published, repo_name: Callable[..., str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -354,6 +394,25 @@ def test_counts_are_equal_or_within_two_of_ten_thousand_and_at_least_one() -> No
         assert ours.rates("x", rate(90, 100), rate(90 + apart, 100)).finding == finding
         assert ours.rates("x", rate(90, 100), rate(90 - apart, 100)).finding == finding
     assert other.rates("x", rate(90, 100), rate(90, 101)).finding == "mismatch"
+
+
+def test_another_worst_or_largest_class_is_taken_only_where_it_is_as_bad_or_as_large() -> None:
+    def classes(label: int, successes: int) -> ClassAccuracies:
+        return ClassAccuracies([], label, rate(successes, 50), 0.1)
+
+    def trigger(label: int, successes: int) -> TriggerResult:
+        share, base = rate(successes, 50), rate(2, 50)
+        there = Destination(label, f"class {label}", share, base, Difference(0.1, (0.0, 0.2)))
+        return TriggerResult("badnets", "badnets", "native", None, 0, share, base, base, there)
+
+    for exact, apart, finding in ((True, 0, "mismatch"), (False, 1, "match"), (False, 9, "mismatch")):
+        ours = Comparison(exact)
+        counts = {label: 20 + label * apart for label in (0, 1)}
+        states = [Measurement(rate(90, 100), 0.5, {"t": trigger(label, count)}, classes(label, count))
+                  for label, count in counts.items()]  # fmt: skip
+        found = {one.what: str(one.finding) for one in ours.measurements("after", *states)}
+        assert found["after: worst class"] == finding
+        assert found["after: t: largest class"] == finding
 
 
 def test_another_processor_threads_or_version_is_named() -> None:

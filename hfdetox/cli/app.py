@@ -20,7 +20,7 @@ from rich.console import Console
 
 from hfdetox import config
 from hfdetox.cli import console as console
-from hfdetox.cli import findings
+from hfdetox.cli import findings, verdicts
 from hfdetox.cli.console import attack_advice, output_of, resume_advice, written
 from hfdetox.cli.options import (
     CommandLine,
@@ -207,7 +207,7 @@ def verify(line: CommandLine) -> None:
         from hfdetox.verifying import verify as check
 
         found = check(**replace(options, progress=shows_progress(shown)).changed())
-        out.show(found.to_dict(), console.verification_lines(found))
+        out.show(found.to_dict(), verdicts.verification_lines(found))
         raise typer.Exit(found.status)
 
 
@@ -221,7 +221,7 @@ def gate(line: CommandLine) -> None:
         from hfdetox.gating import gate as decide
 
         found = decide(**replace(options, progress=shows_progress(shown)).changed())
-        out.show(found.to_dict(), console.gate_lines(found))
+        out.show(found.to_dict(), verdicts.gate_lines(found))
         raise typer.Exit(found.status)
 
 

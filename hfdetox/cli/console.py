@@ -21,10 +21,7 @@ from hfdetox.reporting.markdown import fit_text
 from hfdetox.reporting.report import SCRATCH, AttackReport, Report, describe_target, missed_goals
 
 if TYPE_CHECKING:
-    from hfdetox.evidence.results import ScanResult
     from hfdetox.plugins import Entry
-    from hfdetox.reporting.gate_facts import GateResult
-    from hfdetox.verifying import Verification
 
 
 def estimate(number: Rate | Rating) -> str:
@@ -142,54 +139,6 @@ def title(model: ModelInfo, dataset: DatasetInfo) -> str:
 def at_revision(name: str, revision: str | None) -> str:
     """Return `name` with the first 12 digits of its commit, if it has one."""
     return f"{name}@{revision[:12]}" if revision else name
-
-
-def verification_lines(found: Verification) -> list[str | Table]:
-    """Return what `hfdetox verify` found: a row a file or number, what could not be recomputed, and the verdict."""
-    table = Table(box=SIMPLE)
-    for heading in ("", "stated", "found", ""):
-        table.add_column(heading)
-    for check in found.checks:
-        reason = f"{check.finding}: {check.why}" if check.why else str(check.finding)
-        style = "bold red" if check.finding == "mismatch" else ""
-        table.add_row(*(Text(one, style=style) for one in (check.what, check.stated, check.found, reason)))
-    lines: list[str | Table] = [f"{at_revision(found.source, found.revision)}:", table]
-    lines += [f"not recomputed: {what}: {why}" for what, why in found.missing.items()]
-    same = "same processor model, threads and versions: counts have to be equal"
-    lines.append(f"within 2 of 10,000, at least 1: {'; '.join(found.differing)}" if found.differing else same)
-    wrong = "; ".join(check.what for check in found.mismatches)
-    counted = f"{len(found.checks)} checks"
-    lines.append(f"{found.verdict.upper()}: {wrong}" if wrong else f"{found.verdict}: {counted}"
-                 + (", not all could be recomputed" if found.missing else ""))  # fmt: skip
-    return lines
-
-
-def scores_table(scan: ScanResult) -> Table:
-    """Return what each score of a scan found, beside its threshold and its error rates."""
-    table = Table(box=SIMPLE)
-    for heading in ("score", "statistic", "suspicious above", "false alarms", "found", ""):
-        table.add_column(heading)
-    for name, score in scan.scores.items():
-        held = score.threshold
-        rates = [estimate(rate) if held and held.measured and rate else "not measured"
-                 for rate in (held.false_alarms if held else None, held.found if held else None)]  # fmt: skip
-        numbers = ["–" if value is None else f"{value:.2f}" for value in (score.statistic, held and held.value)]
-        table.add_row(Text(name), *numbers, *rates, Text("; ".join(filter(None, (score.finding, score.note)))))
-    return table
-
-
-def gate_lines(found: GateResult) -> list[str | Table]:
-    """Return the one screen of `hfdetox gate`: the model, what each score found, the reasons, and the verdict."""
-    model = found.model
-    images = at_revision(found.dataset, found.dataset_revision)
-    lines: list[str | Table] = [f"{at_revision(model.id, model.revision)} at the gate, images of {images}"]
-    if found.verified is not None:
-        lines.append(f"hfdetox verify: {found.verified}")
-    for when, scan in (("scan", found.scan), ("scan after cleaning", found.rescan)):
-        if scan is not None:
-            lines += [f"{when}: {scan.finding}, {scan.samples:,} clean images", scores_table(scan)]
-    lines += [f"{reason.verdict}: {reason.text} ({reason.rule})" for reason in found.reasons]
-    return [*lines, f"verdict: {found.verdict.upper()} (exit status {found.status})"]
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:

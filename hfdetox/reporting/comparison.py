@@ -123,16 +123,22 @@ class Comparison:
 
     def _classes(self, where: str, stated: ClassAccuracies, found: ClassAccuracies) -> Iterator[Check]:
         worst = self.rates(f"{where}: worst class", stated.worst, found.worst)
-        # of classes that are as bad but for one image, either may be named
-        if worst.finding is Finding.MATCH and stated.worst_label != found.worst_label and self.exact:
-            worst = dataclasses.replace(worst, finding=Finding.MISMATCH, why="another class is the worst")
-        yield worst if self.exact or stated.worst_label == found.worst_label else dataclasses.replace(
-            worst, finding=Finding.MATCH, why="of several classes as bad")  # fmt: skip
+        if stated.worst_label != found.worst_label:
+            # of classes that are as bad but for one image, either may be named
+            near = self._near(stated.worst, found.worst)
+            worst = dataclasses.replace(worst, finding=Finding.MATCH if near else Finding.MISMATCH,
+                                        why="another class is the worst")  # fmt: skip
+        yield worst
         wrong = [label for label, (old, new) in enumerate(zip(stated.accuracies, found.accuracies, strict=False))
                  if not self._class_fits(label, old, new)]  # fmt: skip
         same = len(stated.accuracies) == len(found.accuracies) and not wrong
         named = f"label {wrong[0]} differs" if wrong else f"{len(found.accuracies)} labels"
         yield _check(f"{where}: accuracy of each class", f"{len(stated.accuracies)} labels", named, same)
+
+    def _near(self, stated: Rate, found: Rate) -> bool:
+        """Tell whether two shares of different images are as large but for what may differ."""
+        least = min(stated.samples, found.samples)
+        return not self.exact and abs(stated.value - found.value) <= 2 * self.allowed(least) / least
 
     def _class_fits(self, label: int, stated: float | None, found: float | None) -> bool:
         if stated is None or found is None:
@@ -151,8 +157,7 @@ class Comparison:
             yield self.estimates(f"{what}, excess", stated.excess, found.excess, found.rate.samples)
             return
         # of two classes that take as many images but for one, either may be named; the others then are other images
-        near = not self.exact and abs(stated.rate.value - found.rate.value) <= 2 * self.allowed(found.rate.samples) / (
-            found.rate.samples)  # fmt: skip
+        near = self._near(stated.rate, found.rate)
         yield _check(what, f"{stated.name}: {_counts(stated.rate)}", f"{found.name}: {_counts(found.rate)}", near)
 
 

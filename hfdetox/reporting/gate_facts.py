@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from hfdetox._version import __version__
 from hfdetox.evaluation.results import Rate, TriggerResult
-from hfdetox.evidence.results import ScanResult
+from hfdetox.evidence.results import Reconstructed, ScanResult
 from hfdetox.models.info import ModelInfo
 
 
@@ -96,8 +96,9 @@ class GateResult:
         scan: of the model as it came, or of a model that hfdetox had cleaned; None where it was not scanned.
         rescan: of the model that `--clean` made.
         base: the model as it came, of a model that hfdetox cleaned.
-        accuracy: as the report of a cleaned model has it, else on the scanned images.
-        triggers: of a cleaned model, what each known and reconstructed trigger does to it.
+        accuracy: on the evaluation images, else on the scanned ones.
+        triggers: what each known trigger, of a cleaned model, and each reconstructed one does to the model.
+        reconstructed: the latter, before and after cleaning.
         verified: what `hfdetox verify` said of a repository that hfdetox cleaned; None of others.
         output: where the model lies that `--clean` made.
         hfdetox_version: of the program.
@@ -114,6 +115,7 @@ class GateResult:
     base: ModelInfo | None = None
     accuracy: Rate | None = None
     triggers: dict[str, TriggerResult] = field(default_factory=dict)
+    reconstructed: dict[str, Reconstructed] = field(default_factory=dict)
     verified: str | None = None
     output: str | None = None
     hfdetox_version: str = __version__

@@ -18,6 +18,7 @@ from hfdetox.evidence.results import Evidence
 from hfdetox.files import ATTACK_REPORT_NAME as ATTACK_REPORT_NAME
 from hfdetox.files import REPORT_NAME
 from hfdetox.models.info import ModelInfo
+from hfdetox.reporting.taxonomies import listed
 from hfdetox.values import read_fields
 
 SCHEMA_VERSION = 4
@@ -194,6 +195,7 @@ class Report(RunReport):
             versions 1 and 2.
         evidence: what is known without the attacker's trigger; None of a run without a scan, and in reports of schema
             versions 1 to 3.
+        taxonomies: what such attacks and their remedy are called by others, the ids by taxonomy and release.
     """
 
     NAME: ClassVar[str] = REPORT_NAME
@@ -202,6 +204,7 @@ class Report(RunReport):
     defense_effectiveness_rating: dict[str, Rating] | None
     accuracy_loss: AccuracyLoss | None = None
     evidence: Evidence | None = None
+    taxonomies: dict[str, list[str]] = field(default_factory=listed)
 
     @property
     def rejected(self) -> AccuracyLoss | None:

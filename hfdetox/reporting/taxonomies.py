@@ -53,3 +53,8 @@ OWASP = Taxonomy(
 TAXONOMIES = (ATLAS, NIST, OWASP)
 ATTACKS = tuple(taxon.id for taxonomy in TAXONOMIES for taxon in taxonomy.taxa if not taxon.mitigates)
 REMEDY = "AML.M0008"
+
+
+def listed() -> dict[str, list[str]]:
+    """Return the ids by taxonomy and release, as reports and cards have them."""
+    return {f"{one.name}, {one.version}": [taxon.id for taxon in one.taxa] for one in TAXONOMIES}

@@ -16,7 +16,7 @@ from hfdetox.reporting.sarif import sarif
 from hfdetox.reporting.taxonomies import ATTACKS, REMEDY, TAXONOMIES
 from tests.conftest import REPOSITORY
 from tests.gated import cleaned, result, scan
-from tests.written_report import MODEL_COMMIT
+from tests.written_report import MODEL_COMMIT, card_of, written_report
 
 SARIF = json.loads((REPOSITORY / "tests/schemas/sarif-2.1.0-rtm.5.json").read_text(encoding="utf-8"))
 IDS = {"AML.T0018.000", "AML.T0010.003", "AML.T0043.004", "AML.M0008", "NISTAML.023", "NISTAML.021", "NISTAML.026",
@@ -117,6 +117,14 @@ def test_a_refused_model_has_the_claim_against_it() -> None:
         assert mapped["conformance"]["score"] == 0
         assert "pedigree" not in bill["components"][0]
     assert "error rates of this scan were not measured" in json.dumps(cyclonedx(result(scan=scan(combined=None))))
+
+
+def test_report_and_card_of_a_cleaned_model_carry_the_ids() -> None:
+    report = written_report()
+    assert {taxon for ids in report.taxonomies.values() for taxon in ids} == IDS
+    assert "MITRE ATLAS, 2026.05" in report.taxonomies
+    own = card_of(report)
+    assert all(taxon in own for taxon in IDS)
 
 
 def test_the_worst_reason_decides_and_none_is_unknown() -> None:

@@ -84,7 +84,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert set(plain) - {"warnings"} == {
         "schema_version", "hfdetox_version", "model", "dataset", "defense", "before", "after",
         "defense_effectiveness_rating", "history", "output", "environment", "uncorrected",
-        "accuracy_loss", "evidence",
+        "accuracy_loss", "evidence", "taxonomies",
     }  # fmt: skip
     assert set(plain["model"]) == {
         "id", "revision", "library", "architecture", "num_labels", "parameters", "dtype", "weights_sha256",
