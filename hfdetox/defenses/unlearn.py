@@ -16,8 +16,8 @@ what is left of the backdoor is somewhere else: `rounds` times during the traini
 model as it is then.
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where no z is below −3.5
-and no faintest blend leads 90 % of the images to its class, nothing speaks for a backdoor: half as many images carry a
-trigger, and α ends at 0.1.
+and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the images to its class, nothing
+speaks for a backdoor: half as many images carry a trigger, and α ends at 0.1.
 
 Neural Cleanse unlearns one patch that way, and i-BAU bounded noise. That there are two families in many strengths, for
 classes found without a search, and searched again as the model changes, is hfdetox's own, and so is the whole recipe:
@@ -54,8 +54,9 @@ _BATCH = 256
 _SEARCHED = 640
 # strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
 _WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
-# what speaks for a backdoor: a robust z below this, or a faintest blend that leads so many of the images to its class
-_SURE, _LED = -3.5, 0.9
+# what speaks for a backdoor: a robust z below this; a faintest blend that leads so many of the images to its class; or
+# a patch that does, and covers so small a share of the image
+_SURE, _LED, _SMALL = -3.5, 0.9, 0.01
 # classes that are accused, at most, and how many are taken where none is
 _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
 # the share of its accuracy that a model may lose when the images are mirrored
@@ -134,7 +135,7 @@ class UnlearnConfig(TuningConfig):
             said = [f"Taken as possible targets: {named}; {why}. Their scores: {scores}; {least}."]  # fmt: skip
         search = next((entry for entry in history if entry.get("phase") == _SEARCH and "evident" in entry), None)
         if search is not None and not search["evident"]:
-            said.append("Nothing speaks for a backdoor: the faintest blends found lead at most "
+            said.append("Nothing speaks for a backdoor: no patch found is small, and the faintest blends lead at most "
                         f"{100 * max(value for name, value in search.items() if name.startswith('led_')):.0f} % of the "
                         f"images to these classes. So the triggers were unlearnt gently.")  # fmt: skip
         said += [f"{look['epochs']:.0f} epochs, {look['steps']:.0f} steps: at least {self.epochs} epochs and "
@@ -171,7 +172,7 @@ class Unlearning:
         masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
         blends: patterns of the blends found (B×C×h×w, float32).
         evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
-            nearly all images to its class, or the settings, which name the classes.
+            nearly all images to its class, a small patch, or the settings, which name the classes.
         seed: of the searches.
         searches, ended: how many there were, and how many epochs are over; −1 before the first.
     """
@@ -317,16 +318,21 @@ class Unlearning:
             norms = patches.norms(*images.shape[-2:]).tolist()
             found |= {f"mask_norm_{label}": norm for label, norm in zip(classes, norms, strict=True)}
             found["passes"] += patches.passes
+            small = patches.norms(*images.shape[-2:]).cpu() < _SMALL * images[0, 0].numel()
+            self.evident |= bool((small & (self._led(images, patches) >= _LED)).any())
         for alpha in sorted(config.alphas):
             blends = self._search_blends(images, classes, alpha, generator, accelerator)
             found["passes"] += blends.passes
             if alpha == min(config.alphas):
-                nobody = torch.full((len(images),), -1)
-                hits, counts = success_counts(self.network, images, nobody, blends)
-                led = (hits / counts).tolist()
-                found |= {f"led_{label}": share for label, share in zip(classes, led, strict=True)}
-        self.evident = self.evident or max(led) >= _LED
+                led = self._led(images, blends)
+                found |= {f"led_{label}": share for label, share in zip(classes, led.tolist(), strict=True)}
+                self.evident |= bool((led >= _LED).any())
         return found | {"evident": float(self.evident)}
+
+    def _led(self, images: Tensor, stamps: Stamps) -> Tensor:
+        """Return which share of the images each trigger leads to its class (k)."""
+        hits, counts = success_counts(self.network, images, torch.full((len(images),), -1), stamps)
+        return hits / counts
 
     def _search_again(self, accelerator: Accelerator) -> dict[str, float]:
         """Search one more blend for each accused class."""

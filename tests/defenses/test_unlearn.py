@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.defenses import parse_defense
+from hfdetox.defenses import parse_defense, unlearn
 from hfdetox.defenses.unlearn import UnlearnConfig, Unlearning
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
@@ -81,6 +81,22 @@ def test_a_faint_blend_that_leads_nearly_all_images_speaks_for_a_backdoor(
     found = unlearning._reconstruct(accelerator)
     assert (unlearning.evident, found["evident"]) == (evident, float(evident))
     assert found["led_1"] == float(evident)
+
+
+@pytest.mark.parametrize(("size", "evident"), [(60, True), (20, False)])
+def test_a_small_patch_that_leads_nearly_all_images_speaks_for_a_backdoor(
+    size: int, evident: bool, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the first pixel says class 1, loudly, and two thirds of it are enough; a blend of 1 % is not
+    monkeypatch.setattr(unlearn, "_SMALL", 0.018)
+    unlearning = Unlearning(linear([[0.0] * (size - 1) + [1.0], [5.0, *[0.0] * (size - 1)]]),
+                            small(alphas=(0.01,), patch_steps=150))  # fmt: skip
+    unlearning.accused, unlearning.evident, unlearning.images = torch.tensor([1]), False, 40
+    unlearning._kept = [torch.tensor([0] * (size - 1) + [255], dtype=torch.uint8).expand(40, 1, 1, size)]
+    found = unlearning._reconstruct(accelerator)
+    assert found["led_1"] == 0
+    assert found["mask_norm_1"] < 1.5
+    assert unlearning.evident == evident
 
 
 def test_where_nothing_speaks_for_a_backdoor_half_as_many_carry_and_blends_are_faint() -> None:
