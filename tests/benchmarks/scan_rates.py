@@ -1,0 +1,163 @@
+"""Fixes the thresholds of `hfdetox scan` and counts how often they are wrong, from the lines of `scan_zoo.py`.
+
+    python -m tests.benchmarks.scan_rates scores.jsonl --output tests/benchmarks/results/scan.json [--write]
+
+The rule: a model with an odd seed is of the half that gives thresholds, one with an even seed of the half that gives
+rates. The threshold of a score is its largest statistic on the never-backdoored models of the first half. A backdoored
+model counts where its trigger has an attack success of at least 30 % (0.3 times the accuracy where every class goes to
+the next one): what hardly got in is listed and not counted. A model that names the wrong class counts as not found.
+`--write` puts thresholds and rates into hfdetox/evidence/thresholds.json.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hfdetox.evaluation.metrics import rate
+from hfdetox.evidence import thresholds
+from hfdetox.evidence.results import Finding, ScoreResult
+
+FILE = Path(thresholds.__file__).with_name("thresholds.json")
+GOT_IN = 0.3
+RULE = "the largest on the never-backdoored models of one half"
+Line = dict[str, Any]
+
+
+def main() -> None:
+    """Read the lines, print the rates and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lines", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    lines = [json.loads(line) for line in options.lines.read_text().splitlines()]
+    found = {"command": "python -m tests.benchmarks.scan_rates scores.jsonl", **rates(lines, "before")}
+    options.output.write_text(written(found))
+    for name, one in found["scores"].items():
+        print(name, one["threshold"], "false", one["false_alarms"], "found", one["found"])
+    if options.write:
+        write(found, "before")
+
+
+def rates(lines: Iterable[Line], when: str) -> dict[str, Any]:
+    """Return, by score and for all together, threshold and counts; and what each model's scores said."""
+    models: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        if line["when"] == when:
+            models.setdefault(line["model"], {})[line["score"]] = line
+    first = {name: scores for name, scores in models.items() if odd(scores)}
+    second = {name: scores for name, scores in models.items() if not odd(scores)}
+    names = list(dict.fromkeys(score for scores in models.values() for score in scores))
+    limits: dict[str, float] = {}
+    for score in names:
+        there = [one[score]["statistic"] for one in first.values() if clean(one) and measured(one, score)]
+        limits |= {score: max(there)} if there else {}
+    verdicts = {name: judged(scores, limits) for name, scores in models.items()}
+    result: dict[str, Any] = {"scores": {}, "models": [], "by_attack": {}}
+    for score in [*limits, thresholds.COMBINED]:
+        flagged = {name: above(verdicts[name], score) for name in second}
+        innocent = [name for name in second if clean(second[name]) and known(verdicts[name], score)]
+        guilty = [name for name in second if got_in(second[name])]
+        result["scores"][score] = {
+            "threshold": limits.get(score), "models": sum(clean(s) for s in first.values()),
+            "false_alarms": [sum(flagged[name] is not None for name in innocent), len(innocent)],
+            "found": [sum(right(flagged[name], second[name]) for name in guilty), len(guilty)],
+            "seconds": [min_max(s[score]["seconds"] for s in models.values() if score in s)] if score in limits else [],
+        }  # fmt: skip
+    for name, scores in models.items():
+        one = next(iter(scores.values()))
+        result["models"].append({
+            "model": name, "half": "thresholds" if name in first else "rates", "architecture": one["architecture"],
+            "backdoored": one["backdoored"], "triggers": list(one["triggers"]), "targets": one["targets"],
+            "asr": [round(value, 4) for value in one["asr"]], "counts": clean(scores) or got_in(scores),
+            "statistics": {score: line["statistic"] for score, line in scores.items()},
+            "accused": {score: line["accused"] for score, line in scores.items()},
+            "verdict": verdicts[name][thresholds.COMBINED][0], "named": verdicts[name][thresholds.COMBINED][1],
+        })  # fmt: skip
+    return result
+
+
+def judged(scores: dict[str, Line], limits: dict[str, float]) -> dict[str, tuple[str, int | None]]:
+    """Return by score, and for all together, the finding and the class that is named, as a scan says them."""
+    results = {}
+    for name, line in scores.items():
+        finding = Finding.UNKNOWN
+        if measured(scores, name) and name in limits:
+            finding = Finding.SUSPICIOUS if line["statistic"] > limits[name] else Finding.NO_EVIDENCE
+        results[name] = ScoreResult(line["values"], line["statistic"], line["accused"], finding=str(finding))
+    one = next(iter(scores.values()))
+    classes = max((len(line["values"]) for line in scores.values() if line["values"]), default=2)
+    accuracy = None if one["accuracy"] is None else rate(round(one["accuracy"] * one["images"]), one["images"])
+    finding, accused, _ = thresholds.combine(results, tuple(map(str, range(classes))), one["images"], accuracy)
+    found: dict[str, tuple[str, int | None]] = {name: (one.finding, one.accused) for name, one in results.items()}
+    return found | {thresholds.COMBINED: (str(finding), accused)}
+
+
+def above(verdict: dict[str, tuple[str, int | None]], score: str) -> tuple[int | None] | None:
+    """Return the class that a score names, in a tuple, where it is suspicious; else None."""
+    finding, named = verdict.get(score, (str(Finding.UNKNOWN), None))
+    return (named,) if finding == Finding.SUSPICIOUS else None
+
+
+def known(verdict: dict[str, tuple[str, int | None]], score: str) -> bool:
+    """Return whether the score was measured; all together always say something."""
+    return score == thresholds.COMBINED or verdict.get(score, (str(Finding.UNKNOWN), None))[0] != Finding.UNKNOWN
+
+
+def right(named: tuple[int | None] | None, scores: dict[str, Line]) -> bool:
+    """Return whether a model was found: flagged, and with its target where a class is named."""
+    if named is None or named[0] is None:
+        return named is not None
+    targets = next(iter(scores.values()))["targets"]
+    return named[0] in targets or not all(isinstance(target, int) for target in targets)
+
+
+def odd(scores: dict[str, Line]) -> bool:
+    """Return whether a model is of the half that gives thresholds."""
+    return next(iter(scores.values()))["attack_seed"] % 2 == 1
+
+
+def clean(scores: dict[str, Line]) -> bool:
+    """Return whether a model was never backdoored."""
+    return not next(iter(scores.values()))["backdoored"]
+
+
+def got_in(scores: dict[str, Line]) -> bool:
+    """Return whether a model has a backdoor that works."""
+    one = next(iter(scores.values()))
+    least = [GOT_IN * (one["accuracy"] if isinstance(target, str) else 1) for target in one["targets"]]
+    return bool(one["asr"]) and all(asr >= low for asr, low in zip(one["asr"], least, strict=True))
+
+
+def measured(scores: dict[str, Line], name: str) -> bool:
+    """Return whether a score has a number on a model."""
+    return name in scores and scores[name]["statistic"] is not None
+
+
+def min_max(values: Iterable[float]) -> list[float]:
+    """Return the least and the most, rounded."""
+    listed = sorted(values)
+    return [round(listed[0], 1), round(listed[-1], 1)] if listed else []
+
+
+def write(found: dict[str, Any], when: str) -> None:
+    """Put thresholds and rates into the package's file."""
+    table = json.loads(FILE.read_text())
+    for name, one in found["scores"].items():
+        place = table["scores"][name].setdefault(when, {})
+        place |= {"measured": True, "models": one["models"], "false_alarms": one["false_alarms"], "found": one["found"]}
+        if one["threshold"] is not None:
+            place |= {"value": round(one["threshold"], 4), "rule": RULE}
+    FILE.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+
+
+def written(found: dict[str, Any]) -> str:
+    """Return the JSON with a line a model."""
+    models = ",\n".join("  " + json.dumps(model) for model in found["models"])
+    return json.dumps({**found, "models": ["MODELS"]}, indent=1).replace('"MODELS"', "\n" + models + "\n ") + "\n"
+
+
+if __name__ == "__main__":
+    main()
