@@ -1,4 +1,4 @@
-"""What reconstructed triggers say of cleaned models, beside the true ones, and whether the backdoors are gone or asleep.
+"""What reconstructed triggers say of cleaned models, beside the true ones, and whether backdoors are gone or asleep.
 
     python -m tests.benchmarks.clean_zoo --cifar CIFAR10 --zoo ZOO --triggers FOUND --output cleaned.json
 
