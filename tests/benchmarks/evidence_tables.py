@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from hfdetox.evaluation.metrics import rate
-from tests.benchmarks.markdown import exists, percent, read, source, table
+from tests.benchmarks.markdown import arrow, exists, percent, read, source, table
 
 WORDS = {"grid": "BadNets", "noise": "Blended", "wanet": "WaNet", "lf": "LF", "inputaware": "Input-aware", "sig": "SIG",
          "ssba": "SSBA"}  # fmt: skip
@@ -65,4 +67,48 @@ def _model(one: dict[str, Any], names: list[str], scores: dict[str, Any]) -> lis
     return [kind, attack + counted, percent(one["asr"][0]), *cells, one["verdict"]]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"scan": scan, "scan_models": models}
+def _true(row: dict[str, Any]) -> str:
+    return next(name for name in row["rates"] if not name.startswith(("patch-", "blend-")))
+
+
+def cleaned() -> list[str]:
+    """Return the attack success of true and of reconstructed triggers on cleaned models, and how they differ."""
+    if not exists("cleaned"):
+        return NOT_RUN
+    found, rows, apart = read("cleaned")["rows"], [], []
+    for row in found:
+        true = _true(row)
+        cells = []
+        for score in ("blend", "patch"):
+            made = next((rates for name, rates in row["rates"].items() if name.startswith(score)), None)
+            cells.append("–" if made is None else arrow(made[0][0], made[1][0]))
+        best = max((rates for name, rates in row["rates"].items() if name != true), key=lambda r: r[0][0], default=None)
+        if best is not None:
+            apart.append(abs(best[1][0] - row["rates"][true][1][0]))
+        rows.append([WORDS[next(part for part in row["cell"].split("-") if part in WORDS)], f"`{row['defense']}`",
+                     arrow(*row["accuracy"]), *(arrow(*pair) for pair in zip(*row["rates"][true], strict=True)),
+                     *cells])  # fmt: skip
+    header = ["attack", "defense", "ACC", "ASR", "RA", "reconstructed blend", "reconstructed patch"]
+    near = sum(one <= 0.1 for one in apart)
+    mean = f"{100 * np.mean(apart):.1f}"
+    said = ("Of the reconstruction with the higher rate before, the rate after is within 10 points of the true "
+            f"trigger's in {near} of {len(apart)} rows; the mean difference is {mean} points.")  # fmt: skip
+    return [*table(header, rows, text_columns=2), "", said, *source("cleaned")]
+
+
+def asleep() -> list[str]:
+    """Return the residual tests of the true trigger on cleaned models."""
+    if not exists("cleaned"):
+        return NOT_RUN
+    rows = []
+    for row in read("cleaned")["rows"]:
+        one = row["residual"][_true(row)]
+        rows.append([WORDS[next(part for part in row["cell"].split("-") if part in WORDS)], f"`{row['defense']}`",
+                     arrow(one["retuned"][0], one["retuned"][-1]), arrow(one["plain"][0], one["plain"][-1]),
+                     f"{one['reaches']:.1f}", arrow(*one["drift"])])  # fmt: skip
+    header = ["attack", "defense", "re-tuned with 5 triggered images", "re-tuned without", "path: reaches t", "drift"]
+    return table(header, rows, text_columns=2)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"scan": scan, "scan_models": models, "cleaned": cleaned,
+                                              "asleep": asleep}  # fmt: skip
