@@ -244,7 +244,7 @@ def demo(
         reports = run_demo(seed, output, say=say, compare=compare, progress=shows_progress(shown))
         for method, report in reports.items():
             say(*([f"with --defense {method}:"] if compare else []), *console.rejection(report),
-                console.report_table(report))  # fmt: skip
+                console.report_table(report), *findings.evidence_lines(report.evidence))  # fmt: skip
         say(f"model, card (README.md), report and plots: {output / 'cleaned'}{os.sep}")
         if reports[config.DEFAULT_DEFENSE].rejected:
             raise typer.Exit(1)
