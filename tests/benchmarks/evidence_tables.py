@@ -80,7 +80,7 @@ def cleaned() -> list[str]:
         true = _true(row)
         cells = []
         for score in ("blend", "patch"):
-            made = next((rates for name, rates in row["rates"].items() if name.startswith(score)), None)
+            made = next((rates for name, rates in row["rates"].items() if name.startswith(f"{score}-")), None)
             cells.append("–" if made is None else arrow(made[0][0], made[1][0]))
         best = max((rates for name, rates in row["rates"].items() if name != true), key=lambda r: r[0][0], default=None)
         if best is not None:

@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.lines.read_text().splitlines()]
-    found = {"command": "python -m tests.benchmarks.scan_rates scores.jsonl", **rates(lines, "before")}
+    command = "python -m tests.benchmarks.scan_rates scores.jsonl --output scan.json"
+    found = {"command": command, **rates(lines, "before")}
     options.output.write_text(written(found))
     for name, one in found["scores"].items():
         print(name, one["threshold"], "false", one["false_alarms"], "found", one["found"])
