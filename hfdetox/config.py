@@ -234,6 +234,7 @@ class DetoxOptions(CleanedPublishOptions, TrainingOptions):
         True, RUN, "Look for a backdoor without its trigger, before and after.",
         more="It takes at most half as many image passes as the defense.",
     )  # fmt: skip
+    residual: bool = option(False, RUN, "Test whether each trigger's backdoor is gone, or asleep.")
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""

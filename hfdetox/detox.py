@@ -96,7 +96,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
                          command=command_of(options), warnings=notes.texts)  # fmt: skip
     pixels = decoded(images.clean, classifier, accelerator, "decode", progress)
     limit = planned_passes(method, len(pixels)) // 2
-    inquiry = Inquiry(evaluation, pixels, options.seed, limit, wanted=options.scan)
+    inquiry = Inquiry(evaluation, pixels, options.seed, limit, wanted=options.scan, tested=options.residual)
     report = replace(report, evidence=inquiry.begin(before))
     artifacts = gather_artifacts(classifier, images, evaluation)
     check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hfdetox.cli.console import estimate
 from hfdetox.evaluation.verdict import percent
-from hfdetox.evidence.results import Evidence, ImageGrade, Reconstructed, ScanReport, ScanResult
+from hfdetox.evidence.results import Evidence, ImageGrade, Reconstructed, Residual, ScanReport, ScanResult
 from hfdetox.reporting.markdown import fit_text
 
 NEVER_CLEAN = "no scan can say that a model has no backdoor"
@@ -51,6 +51,13 @@ def reconstructed_lines(made: Mapping[str, Reconstructed]) -> list[str]:
     return lines
 
 
+def residual_lines(found: Mapping[str, Residual]) -> list[str]:
+    """Return a line for each trigger that was tested for being asleep."""
+    return [f"gone or asleep, {name}: {percent(one.retuned[0].value)} → {percent(one.retuned[-1].value)} by re-tuning "
+            f"with {one.triggered} triggered images, {percent(one.plain[-1].value)} without; half of it is there up to "
+            f"{one.reaches:g} of the way from the model as it came" for name, one in found.items()]  # fmt: skip
+
+
 def grade_line(grade: ImageGrade) -> str:
     """Return how much the clean images can tell, such as "500 clean images: 0.7 % at best; …"."""
     notes = "".join(f"; {note}" for note in grade.notes)
@@ -59,14 +66,15 @@ def grade_line(grade: ImageGrade) -> str:
 
 def evidence_lines(evidence: Evidence | None) -> list[str | Table]:
     """Return what a run found without the attacker's trigger; nothing of a run without a scan."""
-    if evidence is None or not evidence.scans:
+    if evidence is None:
         return []
-    lines: list[str | Table] = [scores_table(evidence.scans)]
+    lines: list[str | Table] = [scores_table(evidence.scans)] if evidence.scans else []
     lines += [finding_line(scan, f"scan {state}") for state, scan in evidence.scans.items()]
     lines += reconstructed_lines(evidence.reconstructed)
     if evidence.scar is not None:
         lines.append(f"scar: {evidence.scar.label!r} is harder to reach now than all others, as a backdoor's old "
                      f"target is ({evidence.scar.errors})")  # fmt: skip
+    lines += residual_lines(evidence.residual)
     if evidence.agreement is not None:
         lines.append(f"answers as before: {estimate(evidence.agreement.rate)}")
     return lines

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
 from hfdetox.evidence.claims import find_agreement, grade_images
+from hfdetox.evidence.residual import residual
 from hfdetox.evidence.results import Evidence, Reconstructed, ScanResult
 from hfdetox.evidence.run import make_suspect, most_accused, scan_suspect
 from hfdetox.evidence.thresholds import When
@@ -34,7 +36,9 @@ class Inquiry:
         limit: image passes that both scans may take together; None for any number.
         thorough: run all scores, and look at all classes.
         wanted: whether anything is looked for at all.
+        tested: whether known and reconstructed triggers are tested for being asleep, at the end.
         found: what was found so far.
+        suspect: the weights of the model as it came, where `tested`.
         views: the evaluation images with the reconstructed triggers; None before the first scan.
         before, after: what was measured of these.
     """
@@ -45,6 +49,8 @@ class Inquiry:
     limit: int | None = None
     thorough: bool = False
     wanted: bool = True
+    tested: bool = False
+    suspect: dict[str, Tensor] = field(default_factory=dict)
     found: Evidence = field(default_factory=Evidence)
     views: Evaluator | None = None
     before: Predictions | None = None
@@ -59,6 +65,9 @@ class Inquiry:
             measured: of the same model, on the evaluation images.
             when: whose thresholds count: `after` for a model that was cleaned in another run.
         """
+        if self.tested:
+            state = self.evaluation.classifier.network.state_dict()
+            self.suspect = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if not self.wanted:
             return None
         share = _BEFORE if when == "before" else 1.0
@@ -81,8 +90,12 @@ class Inquiry:
             measured: of the cleaned model, on the evaluation images.
             first: of the model as it came.
         """
+        if self.tested:
+            views = [*self.evaluation.views, *(self.views.views if self.views is not None else ())]
+            self.found = replace(self.found, residual=residual(self.evaluation, self.pixels, self.suspect, views,
+                                                               seed=self.seed))  # fmt: skip
         if self.views is None:
-            return None
+            return self.found if self.tested else None
         spent = self.found.before.passes if self.found.before else 0
         limit = None if self.limit is None else max(0, self.limit - spent)
         scan, _, _ = self._scan("after", limit, graded=False)

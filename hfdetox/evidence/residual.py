@@ -26,6 +26,7 @@ from hfdetox.defenses.base import clean_terms
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import TriggerView, predict, rate
 from hfdetox.evaluation.results import Rate
+from hfdetox.evidence.results import Residual
 from hfdetox.models.network import Network
 from hfdetox.training.batches import ImageSource
 from hfdetox.training.engine import Engine
@@ -36,35 +37,6 @@ TRIGGERED, CLEAN, EPOCHS, LEARNING_RATE, MOMENTUM, BATCH_SIZE = 5, 1000, 5, 0.01
 STEPS_OF_PATH = 10
 # images that each point of a curve is measured on
 MEASURED = 2000
-
-
-@dataclass(frozen=True)
-class Residual:
-    """What three tests say of one trigger; rates are of the images that the trigger's attack success is measured on.
-
-    Attributes:
-        retuned: attack success before the re-tuning with triggered images and after each epoch of it.
-        plain: the same with clean images alone.
-        path: attack success at t = 0 (the model as it came), 0.1, … 1 (cleaned) on the straight path.
-        path_accuracy: accuracy on clean images there.
-        drift: accuracy on triggered images of all classes, before and after cleaning.
-        triggered: images with the trigger in the re-tuning.
-        clean: images in the re-tuning without it.
-    """
-
-    retuned: list[Rate]
-    plain: list[Rate]
-    path: list[Rate]
-    path_accuracy: list[Rate]
-    drift: tuple[Rate, Rate]
-    triggered: int
-    clean: int
-
-    @property
-    def reaches(self) -> float:
-        """The last t of the path at which the attack still has half of the success that it had."""
-        half = self.path[0].value / 2
-        return max((place for place, found in enumerate(self.path) if found.value >= half), default=0) / STEPS_OF_PATH
 
 
 @dataclass
@@ -113,9 +85,8 @@ def residual(
         poisoned = PoisonedPixels(context, [Implant(view.trigger, view.target, count / len(part), BadNetsPoisoner())])
         retuned = _retune(cleaned, poisoned, [view], accelerator, seed)
         everywhere = evaluation.clean.view(view.trigger, positions=evaluation.clean.positions[:MEASURED])
-        drift = tuple(_accuracy(one, everywhere, accelerator) for one in (_with(cleaned, suspect), cleaned))
-        found[name] = Residual(retuned[name], plain[name], rates[name], accuracies, (drift[0], drift[1]), count,
-                               len(part) - count)  # fmt: skip
+        drift = [_accuracy(one, everywhere, accelerator) for one in (_with(cleaned, suspect), cleaned)]
+        found[name] = Residual(retuned[name], plain[name], rates[name], accuracies, drift, count, len(part) - count)
     return found
 
 

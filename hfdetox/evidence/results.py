@@ -134,6 +134,36 @@ class Reconstructed:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What three tests of a cleaned model say of one trigger (`hfdetox.evidence.residual`).
+
+    Attributes:
+        retuned: attack success before the re-tuning with triggered images and after each epoch of it.
+        plain: the same with clean images alone.
+        path: attack success at t = 0 (the model as it came), 0.1, … 1 (cleaned) on the straight path.
+        path_accuracy: accuracy on clean images there.
+        drift: accuracy on triggered images of all classes, before and after cleaning.
+        triggered: images with the trigger in the re-tuning.
+        clean: images in the re-tuning without it.
+    """
+
+    retuned: list[Rate]
+    plain: list[Rate]
+    path: list[Rate]
+    path_accuracy: list[Rate]
+    drift: list[Rate]
+    triggered: int
+    clean: int
+
+    @property
+    def reaches(self) -> float:
+        """The last t of the path at which the attack still has half of the success that it had."""
+        half = self.path[0].value / 2
+        last = max((place for place, found in enumerate(self.path) if found.value >= half), default=0)
+        return last / (len(self.path) - 1)
+
+
+@dataclass(frozen=True)
 class ImageGrade:
     """How much the clean images can tell, before anything is trained.
 
@@ -196,6 +226,7 @@ class Evidence:
         reconstructed: triggers reconstructed on the model as it came, by their names.
         images: how much the clean images can tell.
         agreement: of the cleaned model with the one that came.
+        residual: by trigger, known or reconstructed, whether it is gone or asleep; empty where not asked for.
     """
 
     before: ScanResult | None = None
@@ -203,6 +234,7 @@ class Evidence:
     reconstructed: dict[str, Reconstructed] = field(default_factory=dict)
     images: ImageGrade | None = None
     agreement: Agreement | None = None
+    residual: dict[str, Residual] = field(default_factory=dict)
 
     @property
     def scans(self) -> dict[str, ScanResult]:

@@ -17,7 +17,8 @@ from typing import Any
 from hfdetox import detoxify
 from hfdetox.data.load import load_images
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator
-from hfdetox.evidence.residual import Residual, residual
+from hfdetox.evidence.residual import residual
+from hfdetox.evidence.results import Residual
 from hfdetox.models.classifier import load_classifier
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import parse_trigger

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from hfdetox.cli.app import run
 from hfdetox.data.cache import Pixels
 from hfdetox.data.load import load_images
 from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator
-from hfdetox.evidence.residual import EPOCHS, STEPS_OF_PATH, Residual, residual
+from hfdetox.evidence.inquiry import Inquiry
+from hfdetox.evidence.residual import EPOCHS, STEPS_OF_PATH, residual
+from hfdetox.evidence.results import Residual
 from hfdetox.models.classifier import load_classifier
+from hfdetox.reporting.report import Report
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import parse_trigger
 from tests.backdoored import NAMES, TARGET, TRIGGER, made
@@ -78,4 +83,45 @@ def test_how_far_the_attack_reaches() -> None:
     from hfdetox.evaluation.metrics import rate
 
     path = [rate(count, 100) for count in (90, 80, 20, 50, 44, 10, 0, 0, 0, 0, 0)]
-    assert Residual(path[:1], path[:1], path, path, (path[0], path[0]), 5, 95).reaches == 0.3
+    assert Residual(path[:1], path[:1], path, path, path[:2], 5, 95).reaches == 0.3
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_run_that_is_asked_tests_every_trigger_it_knows(
+    scan: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Report, card and terminal have the numbers of known and of reconstructed triggers."""
+    folders = made(tmp_path_factory)
+    output = tmp_path / "out"
+    words = [str(folders.timm), "--dataset", str(folders.digits), "--trigger", TRIGGER, "--target", TARGET, "--samples"]
+    words += ["120", "--eval-samples", "100", "--defense", "ft", "--epochs", "2", "--residual", "--output", str(output)]
+    assert run([*words, *([] if scan else ["--no-scan"])]) == 0
+    report = Report.load(output)
+    assert report.evidence is not None
+    names = ["badnets", *report.evidence.reconstructed]
+    assert bool(report.evidence.scans) == scan
+    assert list(report.evidence.residual) == names
+    one, after = report.evidence.residual["badnets"], report.after
+    assert after is not None
+    assert one.retuned[0] == one.path[-1] == after.triggers["badnets"].attack_success_rate
+    assert (one.triggered, one.clean) == (5, 115)
+    card = (output / "README.md").read_text()
+    printed = capsys.readouterr().out
+    assert "Gone, or asleep?" in card
+    for name in names:
+        assert f"gone or asleep, {name}: " in printed
+        assert f"| `{name}` | " in card
+
+
+def test_what_was_reconstructed_is_tested_too(evaluation: tuple[Evaluator, Pixels]) -> None:
+    """Beside the known triggers, under its own name."""
+    prepared, clean = evaluation
+    inquiry = Inquiry(prepared, clean, 0, tested=True)
+    measured = prepared.measure("before")
+    inquiry.begin(measured)
+    found = inquiry.end(measured, measured)
+    assert found is not None
+    assert found.reconstructed
+    assert list(found.residual) == ["badnets", *found.reconstructed]
+    for name, one in found.reconstructed.items():
+        assert found.residual[name].path[0] == one.before.attack_success_rate
