@@ -123,10 +123,10 @@ def fresh_env(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def run_cli(fresh_env: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_cli(args, env=fresh_env, timeout=120, cwd=tmp_path)` runs `python -m hfdetox` and returns the process."""
+    """`run_cli(args, env=fresh_env, timeout=600, cwd=tmp_path)` runs `python -m hfdetox` and returns the process."""
 
     def run(
-        args: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 120, cwd: Path | None = None
+        args: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 600, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "hfdetox", *map(str, args)],

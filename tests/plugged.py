@@ -16,7 +16,7 @@ def install(source: Path, into: Path) -> Path:
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     done = subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", into, copy],
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return into
 

@@ -62,7 +62,7 @@ def test_the_page_works_as_it_stands(place: Path, run_cli: Cli, fresh_env: dict[
             (project / block.file).write_text(block.code, encoding="utf-8")
         if block.file == "clean.py":
             done = subprocess.run([sys.executable, project / "clean.py"], env=fresh_env, cwd=place, capture_output=True,
-                                  text=True, timeout=120)  # fmt: skip
+                                  text=True, timeout=600)  # fmt: skip
             assert done.returncode == 0, done.stderr
             assert 0 <= float(done.stdout) <= 1
         elif block.language == "toml" and block.file is None:

@@ -266,7 +266,7 @@ def launched(command: list[str], environment: dict[str, str], folder: Path) -> s
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes) as launcher:
         try:
-            out, err = launcher.communicate(timeout=150)
+            out, err = launcher.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             os.killpg(launcher.pid, signal.SIGKILL)
             raise

@@ -235,7 +235,7 @@ class Answer:
 def several(environment: dict[str, str], folder: Path, *commands: tuple[str, list[str]]) -> list[Answer]:
     """Run (token, arguments) one after the other in one new process with this environment."""
     done = subprocess.run([sys.executable, "-c", SEVERAL, json.dumps(commands)], env=environment, cwd=folder,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [Answer(*answer) for answer in json.loads(done.stdout)]
 

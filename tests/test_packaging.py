@@ -52,7 +52,7 @@ def build(kind: str, checkout: Path, into: Path) -> Path:
     """Build a `wheel`, `sdist` or `editable` as pip does, without its isolated environment (that needs a registry)."""
     into.mkdir()
     code = f"import setuptools.build_meta as b; b.build_{kind}({str(into)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     [built] = into.iterdir()
     return built

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 def codes(source: str, path: str) -> list[str]:
     """Return the codes of what ruff finds in `source`, as if it stood at `path` in the repository."""
     command = [sys.executable, "-m", "ruff", "check", "--output-format=concise", f"--stdin-filename={path}", "-"]
-    done = subprocess.run(command, cwd=REPOSITORY, input=source, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, input=source, capture_output=True, text=True, timeout=600)
     assert done.returncode in (0, 1), done.stderr
     return [line.split()[1] for line in done.stdout.splitlines() if line.startswith(path)]
 

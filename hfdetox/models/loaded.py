@@ -113,13 +113,16 @@ def library_of(folder: Path, name: str) -> Library:
 def check_label_keys(config: Mapping[str, Any]) -> None:
     """Raise UsageError where a configuration names its labels by other keys than 0, 1, ….
 
-    The libraries would leave names out, and the dataset's classes would be blamed.
+    The libraries would leave names out, and the dataset's classes would be blamed. timm's configurations may leave some
+    out: these are called by their index.
     """
     for field in ("id2label", "label_names"):
         named = config.get(field)
         keys = [str(key) for key in named] if isinstance(named, Mapping) else []
         known = {int(key) for key in keys if key.isdecimal()}
-        if known != set(range(len(keys))):
+        count = config.get("num_classes") if field == "label_names" else None
+        some = isinstance(count, int) and len(known) == len(keys) and 0 in known and max(known) < count
+        if known != set(range(len(keys))) and not some:
             raise UsageError(f"{field} must have the whole numbers 0 to {len(keys) - 1} as keys, one for each of its "
                              f"{len(keys)} labels, got {', '.join(map(shown, keys[:8]))}; mend it")  # fmt: skip
 

@@ -262,7 +262,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(zoo, tmp_path):
     try:
         wait_for(lambda: list(Path(f"{trial}.run").glob("**/*.safetensors")))
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130

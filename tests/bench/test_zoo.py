@@ -132,7 +132,7 @@ def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(tmp_path, pictures, fresh_
     finally:
         # also where it did not happen: it would go on for ever
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 130
     assert [line for line in said.splitlines() if line.startswith("hfdetox: ")] == [
         "hfdetox: interrupted; what is finished stays: give the same command again to go on"

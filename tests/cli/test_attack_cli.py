@@ -182,7 +182,7 @@ def test_an_interrupt_leaves_nothing_and_is_one_line(dataset: Path, tmp_path: Pa
             assert b"train" in seen
             process.send_signal(signal.SIGINT)
             os.set_blocking(process.stderr.fileno(), True)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == 130

@@ -77,7 +77,7 @@ def line(**spelled: Any) -> CommandLine:
 def probe(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command line in a fresh process that fails if it imported one of HEAVY."""
     return subprocess.run(
-        [sys.executable, "-c", PROBE, ",".join(HEAVY), *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROBE, ",".join(HEAVY), *arguments], capture_output=True, text=True, timeout=600
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections import Counter
@@ -106,7 +107,7 @@ def test_a_parquet_folder(folder):
     assert (info.clean_samples, info.eval_samples) == (12, 30)
     assert info.indices_sha256 == images.clean.indices_sha256
     assert info.eval_indices_sha256 == images.evaluation.indices_sha256
-    assert str(folder.parent) not in json.dumps(vars(info))
+    assert str(folder.parent) not in json.dumps(dataclasses.asdict(info))
 
 
 def test_the_seed_decides_the_choice(folder):

@@ -347,7 +347,7 @@ print(images.info.indices_sha256)
 """
 
 
-def run_script(environment, name, timeout=60):
+def run_script(environment, name, timeout=600):
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, name], env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -110,7 +110,7 @@ def test_an_answer_that_is_no_hubs_is_one_line(hub, repo_name):
 def run_python(code: str, environment: dict[str, str], **more: str) -> str:
     environment = {**environment, **more}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
 PULL = """

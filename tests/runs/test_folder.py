@@ -48,7 +48,7 @@ GIVEN: dict[str, Any] = {
     "eval_split": "test", "image_column": "img", "label_column": "fine label", "clean_samples": 2500,
     "pixel_range": "0,4095", "max_accuracy_loss": 2.5, "eval_samples": 100, "label_map": "map.json",
     "allow_missing_classes": True, "defense": "d3:code",
-    "settings": {"lambda": "1.5", "layers": "head,layer4.*"},
+    "settings": {"lambda": "1.5", "layers": "head,layer4.*"}, "scan": False, "residual": True,
     "triggers": ["badnets:size=5", "blended"], "target": "tench, Tinca tinca", "precision": "no", "seed": 7,
     "device": "cpu", "revision": "a" * 40, "dataset_revision": "b" * 40, "trust_remote_code": True, "output": "out dir",
 }  # fmt: skip

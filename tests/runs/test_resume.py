@@ -160,7 +160,7 @@ def test_ctrl_c_says_how_to_resume_and_the_resumed_run_is_still_pushed(
     process = start([*publishing, *arguments], {**fresh_env, "HF_TOKEN": hub_token})
     wait_for_epoch(process, run, 2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert error_line(err) == f"hfdetox: interrupted; resume with: hfdetox --resume {run}"
     assert out == ""
