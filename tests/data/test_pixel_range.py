@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
@@ -186,6 +187,10 @@ def test_a_tiff_of_colours_of_sixteen_bits_keeps_all_of_them(top, order, options
     if extra:
         values = np.concatenate([values, values[..., :1]], -1)
     tiff = deep_tiff(values, order, extra=extra, **options)
+    if extra == (0,) and options.get("packed") and "LOWEST_VERSIONS" in os.environ:
+        with pytest.raises(ValueError, match="raw mode"):  # Pillow 11.0 cannot read it
+            decode_image(tiff)
+        return
     assert Image.open(io.BytesIO(tiff)).mode in ("RGB", "RGBA")
     assert difference(decode_image(tiff), COLOURS) <= 1
 
