@@ -153,8 +153,7 @@ def test_what_is_suspected_is_cleaned_only_if_asked_and_judged_anew(made: Made, 
     found = at_gate(made.timm, made.digits, policy=policy, clean_samples=SAMPLES, clean=True, output=out,
                     triggers=[backdoored.TRIGGER], target=backdoored.TARGET)  # fmt: skip
     assert found.scan is not None
-    if found.scan.finding != "suspicious":
-        pytest.skip("the scores do not suspect this model any more")
+    assert found.scan.finding == "suspicious"
     assert found.output == str(out)
     assert (out / "detox_report.json").is_file()
     assert found.rescan is not None
