@@ -9,7 +9,6 @@ model, with the triggers of the others. A row that is there is not measured agai
 """
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def row_of(options: argparse.Namespace, cell: str, defense: str) -> dict[str, An
     evaluation = prepare_evaluator(cleaned, images.evaluation, known, accelerator, target=None, warn=print,
                                    progress=False)  # fmt: skip
     pixels = decoded(images.clean, cleaned, accelerator, "decode", progress=False)
-    tests = residual(evaluation, pixels, copy.deepcopy(suspect.network.state_dict()), evaluation.views)
+    tests = residual(evaluation, pixels, suspect.network.state_dict(), evaluation.views)
     return {
         "cell": cell, "defense": defense, "settings": settings, "true": [file.stem for file in true],
         "accuracy": [report.before.accuracy.value, report.after.accuracy.value], "rates": rates,
