@@ -24,7 +24,7 @@ PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 # uv trusts the certificates that this machine trusts, as pip does
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help test test-lowest demo gpu-bundle gpu gpu-paper docs tables style quality clean
+.PHONY: help test test-lowest demo gpu-bundle gpu gpu-paper docs tables dist style quality clean
 
 help:
 	@echo "make demo         clean a backdoored classifier of digits, without any network (some minutes)"
@@ -36,6 +36,7 @@ help:
 	@echo "make gpu-paper    there: the paper's setting; goes on where it stopped (9 minutes)"
 	@echo "make docs         build the documentation into build/docs; a warning is an error"
 	@echo "make tables       write the tables of docs/benchmarks.md from tests/benchmarks/results"
+	@echo "make dist         build sdist and wheel, check them, install the wheel elsewhere and run its demo there"
 	@echo "make style        format, and mend what lint can mend"
 	@echo "make clean        remove the virtual environments and caches"
 
@@ -93,6 +94,16 @@ docs: $(DOCS_STAMP)
 
 tables: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.tables
+
+# what a person gets by `pip install hfdetox`: an environment of its own, outside the clone
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/uv build --quiet --python $(BIN)/python
+	$(BIN)/uv tool run --quiet twine check --strict dist/*
+	place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && \
+	  $(BIN)/uv venv --quiet --python $(BIN)/python "$$place/env" && \
+	  $(if $(TORCH_INDEX),$(BIN)/uv pip install --quiet --python "$$place/env" --index-url $(TORCH_INDEX) torch torchvision &&) \
+	  $(BIN)/uv pip install --quiet --python "$$place/env" dist/*.whl && cd "$$place" && env/bin/hfdetox demo
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

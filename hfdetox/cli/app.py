@@ -46,10 +46,19 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # what an interrupted suite or bench says
 ONLY_THE_REST = "what is finished stays: give the same command again to go on"
-FIRST_WORDS = (*config.COMMANDS, "--help", "--version")
+FIRST_WORDS = (*config.COMMANDS, "--help", "--version", "--install-completion", "--show-completion")
+
+
+class ShortForm(typer.core.TyperGroup):
+    """The commands, the first of which may be left out: on a command line and while a shell completes one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `detox` first; a shell that completes the first word is offered the commands."""
+        return super().parse_args(ctx, args if ctx.resilient_parsing and not args else with_command(args))
+
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", no_args_is_help=False,
+    cls=ShortForm, pretty_exceptions_enable=False, rich_markup_mode="rich", no_args_is_help=False,
     help="Pull an image classifier, fine-tune a backdoor away on a few clean images, measure, publish it with a card."
     "\n\n"
     "[bold]hfdetox MODEL[/bold] is short for [bold]hfdetox detox MODEL[/bold]; "
@@ -352,7 +361,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status (0, 1, 2, 3 or 130, see design); errors are one line."""
     command = typer.main.get_command(app)
     try:
-        status = command.main(args=with_command(arguments), prog_name="hfdetox", standalone_mode=False)
+        status = command.main(args=list(arguments), prog_name="hfdetox", standalone_mode=False)
     except COMMAND_ERROR as error:
         complain(f"error: {error.format_message().replace('Value error, ', '')}")
         return error.exit_code
