@@ -1,6 +1,5 @@
 """A sample of the sweep over every architecture (tests/benchmarks/architectures.py), each through the whole job."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ SAMPLE = (
 )  # fmt: skip
 
 
-# the tiny configurations and each library's own loaders, which results are compared with, are those of newer releases
-@pytest.mark.skipif("LOWEST_VERSIONS" in os.environ, reason="the sweep is of the newest libraries")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_whole_job(name: str, tmp_path: Path) -> None:
     line = {"case": name}

@@ -39,7 +39,7 @@ from hfdetox.models.layers import head_layers, norms_before_head
 from hfdetox.models.network import library_logits
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
-from tests.benchmarks.tiny_configurations import OTHERS, TINY, VARIANTS
+from tests.benchmarks.tiny_configurations import OLDER, OTHERS, TINY, VARIANTS
 
 CLASSES = 5
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384)
@@ -63,8 +63,9 @@ def cases() -> dict[str, Callable[[Path], None]]:
                 folder, kind, options, architecture
             )
     for module in timm.list_modules():
-        found[f"timm/{module}"] = lambda folder, module=module: write_timm(folder, *VARIANTS[module])
-    for variant in OTHERS:
+        variant, arguments = VARIANTS[module] if timm.is_model(VARIANTS[module][0]) else OLDER[module]
+        found[f"timm/{module}"] = lambda folder, name=variant, arguments=arguments: write_timm(folder, name, arguments)
+    for variant in filter(timm.is_model, OTHERS):
         found[f"timm/{variant}"] = lambda folder, variant=variant: write_timm(folder, variant)
     return found
 
@@ -74,9 +75,9 @@ def write_transformers(folder: Path, kind: str, options: dict[str, Any], archite
     torch.manual_seed(0)
     if kind == "timm_wrapper":
         write_timm(folder / "timm", "test_resnet")
-        # the wrapper stumbles over a second num_classes
+        # the wrapper stumbles over a second num_classes, which timm writes since 1.0.31
         config = json.loads((folder / "timm" / "config.json").read_text(encoding="utf-8"))
-        config["model_args"].pop("num_classes")
+        config.get("model_args", {}).pop("num_classes", None)
         (folder / "timm" / "config.json").write_text(json.dumps(config), encoding="utf-8")
         for kept in (transformers.AutoModelForImageClassification, transformers.AutoImageProcessor):
             kept.from_pretrained(folder / "timm").save_pretrained(folder)
@@ -87,7 +88,9 @@ def write_transformers(folder: Path, kind: str, options: dict[str, Any], archite
     model = vary(architecture(config))
     model.save_pretrained(folder)
     side = 64 if kind in ("levit", "mobilevitv2") else 32
-    kinds = IMAGE_PROCESSOR_MAPPING.get(type(config), None) or {}
+    kinds: Any = IMAGE_PROCESSOR_MAPPING.get(type(config), None) or {}
+    if isinstance(kinds, tuple):  # transformers 5.0: the slow one and the fast one
+        kinds = dict(zip(("pil", "torchvision"), kinds, strict=True))
     processor = (kinds.get("torchvision") or kinds.get("pil") or transformers.ViTImageProcessor)()
     square = {"height": side, "width": side}
     if hasattr(processor, "size"):
@@ -103,8 +106,11 @@ def write_timm(folder: Path, name: str, arguments: dict[str, Any] | None = None)
         model = try_timm(name, size, arguments or {})
         if model is not None:
             labels = {"label_names": [f"class {index}" for index in range(CLASSES)]}
+            # what timm notes by itself since 1.0.31, and the wrapper of transformers needs
+            sized = model.pretrained_cfg.get("fixed_input_size") and not hasattr(model, "_model_args")
+            args = {"img_size": size} if sized else None
             try:
-                save_for_hf(model, folder, model_config=labels, safe_serialization=True)
+                save_for_hf(model, folder, model_config=labels, model_args=args, safe_serialization=True)
             except RuntimeError:  # CoaT shares tensors, which timm cannot write
                 load_classifier(model, labels=labels["label_names"]).save(folder)
             return

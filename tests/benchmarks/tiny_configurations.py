@@ -257,6 +257,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "xception_aligned": ("xception41p", {}),
     "xcit": ("xcit_nano_12_p8_224", {}),
 }
+# in place of those that timm 1.0.26 does not have yet
+OLDER: dict[str, tuple[str, dict[str, Any]]] = {
+    "eva": ("eva02_tiny_patch14_224", {"depth": 2}),
+    "maxxvit": ("coatnet_pico_rw_224", {}),
+    "vision_transformer_relpos": ("vit_relpos_small_patch16_224", {"depth": 2}),
+}
 # further variants, with heads, norms or convolutions of their own
 OTHERS = (
     "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "pit_ti_distilled_224", "levit_128s",
