@@ -17,7 +17,7 @@ from hfdetox.specs import redact_paths, target_text
 from hfdetox.values import to_text
 
 # a first word that is none of these is a model
-COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "gate", "push", "list", "scan", "verify")
+COMMANDS = ("attack", "bench", "demo", "detox", "evaluate", "gate", "push", "list", "report", "scan", "verify")
 # chosen by examples/d3_heldout.yaml, whose models it was not made on
 DEFAULT_DEFENSE = "d3:auto"
 DEFAULT_SAMPLES = 0.05
@@ -139,10 +139,12 @@ class PublishOptions(Options):
     create_pr: bool = option(False, HUB, "Open a pull request on the existing repository.", anew=True)
     overwrite: bool = option(False, HUB, "Replace an earlier result, or a repository that hfdetox did not make.",
                              anew=True)  # fmt: skip
+    publish_images: bool = option(False, HUB, "Publish pictures of images whose dataset is not public.", anew=True)
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        names = ("private", "create_pr", "overwrite", "public", "i_know_this_is_backdoored", "accept_accuracy_loss")
+        names = ("private", "create_pr", "overwrite", "publish_images", "public", "i_know_this_is_backdoored",
+                 "accept_accuracy_loss")  # fmt: skip
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 

@@ -35,6 +35,26 @@ class VerifyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PageOptions(Options):
+    """The options of `hfdetox report`, the arguments of `write_page`."""
+
+    source: str = field(kw_only=False, metadata=about(HUB, "What hfdetox wrote: a Hub id or a folder.",
+                                                      metavar="REPO|FOLDER"))  # fmt: skip
+    html: Path | None = option(None, HUB, "The file.", metavar="FILE.html", path="new", shown="NAME.html")
+    open_it: bool = option(False, HUB, "Open it in the browser.", flag="open")
+    revision: str | None = option(None, HUB, "The repository's commit or branch.")
+
+    def path(self) -> Path:
+        """Return where the page goes; UsageError for a name that is no page's, for what is there is replaced."""
+        path = self.html or Path(f"{Path(self.source).resolve().name}.html")
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--html {path}: give it a name that ends in .html")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"--html {path}: no such folder")
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateOptions(ImageOptions):
     """The options of `hfdetox gate`, the arguments of `hfdetox.gate`."""
 

@@ -39,6 +39,7 @@ from hfdetox.runs.integrity import (
     check_weights,
     pull_output,
 )
+from hfdetox.runs.publish import IMAGE_PICTURES
 from hfdetox.runs.signing import check_signature
 from hfdetox.threads import use_threads
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
@@ -140,7 +141,7 @@ class _Verifier:
     def run(self) -> Verification:
         output, report = self.output, self.report
         if self.options.public_key is not None:
-            self.checks.append(check_signature(output.folder, self.options.public_key))
+            self.checks.append(check_signature(output.folder, self.options.public_key, unpublished=IMAGE_PICTURES))
         self.checks += [check_weights(output), *check_manifest(output), *check_triggers(output, _results(report))]
         self.checks += _arithmetic(report)
         classifier = self._tried("after", self._load_output)

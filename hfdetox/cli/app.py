@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import json
 import os
 import sys
 import traceback
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from hfdetox import config
 from hfdetox.cli import console as console
@@ -32,9 +31,10 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
+from hfdetox.cli.output import Output, say, standard_output
 from hfdetox.config_scan import ScanOptions
-from hfdetox.config_verify import GateOptions, VerifyOptions
-from hfdetox.errors import HfdetoxError, UsageError, one_line
+from hfdetox.config_verify import GateOptions, PageOptions, VerifyOptions
+from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
@@ -221,6 +221,21 @@ def verify(line: CommandLine) -> None:
 
 
 @app.command()
+@takes_line(PageOptions, config.DebugOptions)
+def report(line: CommandLine) -> None:
+    """Write the report of REPO or FOLDER as one HTML file, which asks for nothing when it is opened."""
+    options = line.options(PageOptions)
+    path = options.path()
+    with running(config.ConsoleOptions(), lambda: "nothing was written"):
+        from hfdetox.runs.page import write_page
+
+        write_page(options.source, path, revision=options.revision)
+        say(f"report: {path}")
+        if options.open_it:
+            webbrowser.open(path.absolute().as_uri())
+
+
+@app.command()
 @takes_line(GateOptions, config.ConsoleOptions)
 def gate(line: CommandLine) -> None:
     """Decide whether MODEL may be used: pass, pass after cleaning, reject or unknown, with reasons."""
@@ -276,37 +291,6 @@ def list_entries(
             say(console.settings_table(dataclasses.asdict(room.TrainingSettings())))
 
 
-class Output:
-    """Standard output of a command: a JSON document, or lines and tables, or nothing."""
-
-    def __init__(self, options: config.ConsoleOptions, stream: Any) -> None:
-        self.options, self.stream = options, stream
-
-    def show(self, document: dict[str, Any], lines: Sequence[Any]) -> None:
-        """Write the document with `--json`, else the lines (text or rich tables) unless `--quiet`."""
-        if not is_main_process():
-            return
-        if self.options.as_json:
-            self.stream.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-        elif not self.options.quiet:
-            say(*lines)
-
-
-@contextlib.contextmanager
-def standard_output(options: config.ConsoleOptions) -> Iterator[Output]:
-    """With `--json`, send what a library prints to standard error: only the document goes to standard output."""
-    with contextlib.ExitStack() as stack:
-        stream = sys.stdout
-        if options.as_json:
-            if stream is sys.__stdout__:
-                # Gloo and NCCL write to the descriptor itself
-                stream = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
-                os.dup2(2, 1)
-                stack.callback(lambda: os.dup2(stream.fileno(), 1))
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        yield Output(options, stream)
-
-
 @contextlib.contextmanager
 def running(options: config.ConsoleOptions, advice: Callable[[], str]) -> Iterator[Output]:
     """Run a command that needs the libraries; Ctrl-C becomes one line with the `advice`, and exit status 130."""
@@ -336,16 +320,6 @@ def prepare_console(options: config.ConsoleOptions) -> None:
 def shows_progress(options: config.ConsoleOptions) -> bool:
     """Return whether this process draws progress bars (on standard error)."""
     return is_main_process() and not options.quiet
-
-
-def say(*lines: Any) -> None:
-    """Print text and rich tables on standard output, from the main process only."""
-    if is_main_process():
-        console = Console(file=sys.stdout, highlight=False, emoji=False)
-        for line in lines:
-            if isinstance(line, str):
-                line = " " * (len(line) - len(line.lstrip(" "))) + one_line(line, None)
-            console.print(line, markup=False, soft_wrap=isinstance(line, str))
 
 
 def with_command(arguments: Sequence[str]) -> list[str]:

@@ -88,6 +88,7 @@ def check_card(text: str) -> None:
 def push_folder(
     folder: Path, repo_id: str, *, message: str, private: bool = False, create_pr: bool = False,
     overwrite: bool = False, hidden: bool = False, retarget: Callable[[str], Iterable[str]] | None = None,
+    omit: Iterable[str] = (),
 ) -> PushResult:  # fmt: skip
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
 
@@ -103,12 +104,14 @@ def push_folder(
         hidden: nobody else may see it: into a new private repository, or an existing private one.
         retarget: called with the repository's whole id before anything is sent; may change files of the folder, which
             is only read otherwise, and returns their names.
+        omit: paths of files that stay here.
 
     Raises:
         UsageError: not an output folder, or the options do not fit the repository.
         HubError: no token, no right to write, the network, or what arrived is not what was meant.
     """
     files = _local_files(folder)
+    files = {path: files[path] for path in files.keys() - set(omit)}
     private = private or hidden
     name, user, state = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)
     if retarget is not None:

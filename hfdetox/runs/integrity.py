@@ -22,7 +22,7 @@ from hfdetox.reporting.card_data import EVAL_RESULTS_FOLDER, split_card
 from hfdetox.reporting.comparison import Check, Finding
 from hfdetox.reporting.report import RunReport
 from hfdetox.runs.folder import changed_files
-from hfdetox.runs.publish import load_report
+from hfdetox.runs.publish import IMAGE_PICTURES, load_report
 
 _READ = ("triggers/", f"{EVAL_RESULTS_FOLDER}/", "plots/")
 
@@ -46,13 +46,16 @@ class Output:
     report: RunReport
 
 
-def pull_output(source: str, revision: str | None = None, *, everything: bool = False) -> Output:
+def pull_output(
+    source: str, revision: str | None = None, *, everything: bool = False, with_weights: bool = True
+) -> Output:
     """Return a folder that hfdetox wrote, or one of its repositories: report, card, pictures and triggers are pulled.
 
     Args:
         source: a folder, else a Hub id.
         revision: commit, branch or tag of a repository.
         everything: pull every file of a repository, as a signature covers.
+        with_weights: pull the weights too.
 
     Raises:
         UsageError: hfdetox did not make it, its report cannot be read, or is of a newer hfdetox.
@@ -72,7 +75,7 @@ def pull_output(source: str, revision: str | None = None, *, everything: bool = 
     for name in state.files:
         if everything or name in (*REPORT_NAMES, CARD_NAME) or name.startswith(_READ):
             fetch(state, name)
-    for name in weight_files(state):
+    for name in weight_files(state) if with_weights else ():
         fetch(state, name)
     folder = snapshot_folder(state.id, state.repo_type, state.sha)
     return Output(state.id, folder, state.sha, frozenset(state.files), load_report(folder))
@@ -149,10 +152,13 @@ def check_card(output: Output, labels: Sequence[str] | None, source_card: str | 
     plots = sorted(name for name in output.files if name.startswith("plots/") and name.endswith(".png"))
     place = report.output.pushed_to
     with refusing(f"{output.name}: the report is not one that a card can be made of"):
-        if source_card is not None and labels is not None:
-            made = build_card(report, source_card=source_card, repo_id=place, plots=plots, labels=labels)
-        else:
-            made = retarget_card(card, report, repo_id=place, plots=plots)
+        for shown in (plots, [name for name in plots if name not in IMAGE_PICTURES]):  # a push leaves those out
+            if source_card is not None and labels is not None:
+                made = build_card(report, source_card=source_card, repo_id=place, plots=shown, labels=labels)
+            else:
+                made = retarget_card(card, report, repo_id=place, plots=shown)
+            if made == card:
+                break
     stated = "as the report makes it"
     if made == card:
         return _targets(card, report, labels) or Check(what, stated, stated, Finding.MATCH)

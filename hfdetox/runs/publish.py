@@ -2,15 +2,18 @@
 
 import logging
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from hfdetox._version import __version__
 from hfdetox.config import AnyPublishOptions
-from hfdetox.errors import HubError, UsageError, refusing
+from hfdetox.data.info import DatasetInfo
+from hfdetox.errors import HfdetoxError, HubError, UsageError, refusing
 from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, SIGNATURE, locked
+from hfdetox.hub.download import ask_info
 from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
@@ -19,6 +22,9 @@ from hfdetox.runs.folder import RunFolder, remove_one, write_own
 from hfdetox.runs.signing import require_signing, sign_folder
 
 logger = logging.getLogger(__name__)
+
+# the pictures that show images themselves, not numbers
+IMAGE_PICTURES = frozenset(f"plots/{name}.png" for name in ("samples", "reconstructed", "moved", "gallery"))
 
 
 def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -> str:
@@ -58,7 +64,8 @@ def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: 
     backdoored = is_backdoored(folder)
     options, message = AnyPublishOptions(**how), _commit_message(folder, backdoored=backdoored)
     policy = _policy(backdoored, options)
-    retarget = partial(_retarget, folder, accept=options.accept_accuracy_loss, sign=sign)
+    omit = _private_pictures(folder, options.publish_images)
+    retarget = partial(_retarget, folder, accept=options.accept_accuracy_loss, sign=sign, omit=omit)
     if sign is not None:
         require_signing(sign)
     elif (folder / SIGNATURE).is_file():
@@ -67,15 +74,42 @@ def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: 
         remove_one(folder, SIGNATURE)
     with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
         try:
-            pushed = push_folder(folder, repo_id, message=message, retarget=retarget, **policy)
+            pushed = push_folder(folder, repo_id, message=message, retarget=retarget, omit=omit, **policy)
         except HubError as error:
             command = push_command(folder, repo_id, sign=sign, **how)
             raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error
         report = load_report(folder)
         write_own(folder, report.NAME, replace(report, output=replace(report.output, commit=pushed.commit)).to_json())
         if sign is not None:
-            _sign(folder, sign)  # what is here knows the commit
+            _sign(folder, sign, omit)  # what is here knows the commit
     return pushed
+
+
+def _private_pictures(folder: Path, publish: bool) -> frozenset[str]:
+    """Return the pictures of images that stay here, and say which do: all, unless anybody may see the dataset."""
+    shown, dataset = {name for name in IMAGE_PICTURES if (folder / name).is_file()}, load_report(folder).dataset
+    if not shown:
+        return frozenset()
+    public = _is_public(dataset)
+    names = ", ".join(sorted(shown))
+    if public or publish:
+        why = f"{dataset.id} is public" if public else "--publish-images"
+        logger.info("published with pictures of images (%s): %s", why, names)
+        return frozenset()
+    logger.warning("pictures of images stay here, for %s is no public dataset of the Hub: %s; --publish-images "
+                   "publishes them", dataset.id, names)  # fmt: skip
+    return frozenset(shown)
+
+
+def _is_public(dataset: DatasetInfo) -> bool:
+    """Return whether anybody may see the images, at the commit that was used, without asking for it."""
+    if dataset.source != "hub" or dataset.revision is None:
+        return False
+    try:
+        found = ask_info(dataset.id, f"dataset {dataset.id}", repo_type="dataset", revision=dataset.revision)
+    except HfdetoxError:
+        return False
+    return found.private is False and found.gated is False
 
 
 def push_command(folder: Path, repo_id: str, *, sign: Path | None = None, **options: bool) -> str:
@@ -118,12 +152,12 @@ def load_report(folder: Path) -> Report | AttackReport:
     return AttackReport.load(folder) if (folder / ATTACK_REPORT_NAME).exists() else Report.load(folder)
 
 
-def _sign(folder: Path, key: Path) -> None:
-    sign_folder(folder, key)
+def _sign(folder: Path, key: Path, omit: Iterable[str]) -> None:
+    sign_folder(folder, key, omit=omit)
     write_own(folder, SIGNATURE, (folder / SIGNATURE).read_text(encoding="utf-8"))
 
 
-def _retarget(folder: Path, repo_id: str, *, accept: bool, sign: Path | None) -> list[str]:
+def _retarget(folder: Path, repo_id: str, *, accept: bool, sign: Path | None, omit: Iterable[str]) -> list[str]:
     """Make card and report name `repo_id`, sign, and return the names; nothing is written where they do already.
 
     UsageError for a model that was rejected for its accuracy, unless that is accepted.
@@ -138,13 +172,14 @@ def _retarget(folder: Path, repo_id: str, *, accept: bool, sign: Path | None) ->
         raise UsageError(f"{folder / CARD_NAME} cannot be read ({error}); name a whole output folder") from error
     plots = [path.relative_to(folder).as_posix() for path in sorted((folder / "plots").glob("*.png"))]
     with refusing(f"{folder / report.NAME} is not a report that a card can be made of"):
-        here, there = (
-            retarget_card(card, report, repo_id=at, plots=plots) for at in (report.output.pushed_to, repo_id)
-        )
-    if card == here != there:
+        # an earlier push may have left the pictures of images out
+        here = [retarget_card(card, report, repo_id=report.output.pushed_to, plots=shown)
+                for shown in (plots, [name for name in plots if name not in IMAGE_PICTURES])]  # fmt: skip
+        there = retarget_card(card, report, repo_id=repo_id, plots=[name for name in plots if name not in omit])
+    if card != there and card in here:
         validate_card(there)
         write_own(folder, CARD_NAME, there)
-    elif card not in (here, there):
+    elif card != there:
         logger.warning("%s is not word for word what this hfdetox wrote: it is pushed as it is, look whether it names "
                        "%s", folder / CARD_NAME, repo_id)  # fmt: skip
     # a commit cannot hold its own id
@@ -153,7 +188,7 @@ def _retarget(folder: Path, repo_id: str, *, accept: bool, sign: Path | None) ->
         write_own(folder, report.NAME, addressed.to_json())
     if sign is None:
         return [CARD_NAME, report.NAME]
-    _sign(folder, sign)
+    _sign(folder, sign, omit)
     return [CARD_NAME, report.NAME, SIGNATURE]
 
 

@@ -163,11 +163,12 @@ class DetoxResult(SavedResult[Report]):
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
-        accept_accuracy_loss: bool = False,
+        accept_accuracy_loss: bool = False, publish_images: bool = False,
     ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
-        Of several processes only the main one pushes; the others return at once, with an empty commit.
+        Of several processes only the main one pushes; the others return at once, with an empty commit. Pictures of
+        images are left out unless their dataset is public on the Hub, or `publish_images`.
 
         Raises:
             UsageError: the repository exists and was not made by hfdetox, or the model was rejected for its accuracy
@@ -175,7 +176,7 @@ class DetoxResult(SavedResult[Report]):
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
         return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite,
-                          accept_accuracy_loss=accept_accuracy_loss)  # fmt: skip
+                          accept_accuracy_loss=accept_accuracy_loss, publish_images=publish_images)  # fmt: skip
 
     def _draw(self, folder: Path) -> list[str]:
         shown = self.artifacts
@@ -330,10 +331,11 @@ class AttackResult(SavedResult[AttackReport]):
 
     def push_to_hub(
         self, repo_id: str, *, i_know_this_is_backdoored: bool = False, private: bool = False, public: bool = False,
-        create_pr: bool = False, overwrite: bool = False,
+        create_pr: bool = False, overwrite: bool = False, publish_images: bool = False,
     ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
+        Pictures of images are left out unless their dataset is public on the Hub, or `publish_images`.
         A new repository is private, and an existing public one is refused, unless `public`. A clean baseline goes
         where any model goes, to a private repository with `private`.
 
@@ -341,8 +343,8 @@ class AttackResult(SavedResult[AttackReport]):
             UsageError: a backdoored model without `i_know_this_is_backdoored`, or a repository that is not for it.
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
-        return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, private=private,
-                          public=public, create_pr=create_pr, overwrite=overwrite)  # fmt: skip
+        return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, private=private, public=public,
+                          create_pr=create_pr, overwrite=overwrite, publish_images=publish_images)  # fmt: skip
 
     def _draw(self, folder: Path) -> list[str]:
         if self.artifacts.gallery is None:

@@ -146,7 +146,19 @@ def test_probe_sees_a_heavy_import() -> None:
 def test_help_lists_the_commands_and_no_other(run_cli: Run) -> None:
     text = run_cli(["--help"]).stdout
     commands = {line.split()[1] for line in text.partition("Commands")[2].splitlines() if line[2:3].isalpha()}
-    assert commands == {"attack", "bench", "detox", "evaluate", "gate", "push", "demo", "list", "scan", "verify"}
+    assert commands == {
+        "attack",
+        "bench",
+        "detox",
+        "evaluate",
+        "gate",
+        "push",
+        "demo",
+        "list",
+        "report",
+        "scan",
+        "verify",
+    }
 
 
 def test_version_of_module_and_script_agree(run_cli: Run) -> None:
