@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions
-from hfdetox.data.load import open_first, pin
+from hfdetox.data.load import Images, open_first, pin
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
@@ -72,17 +72,11 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     method, preset = choose_defense(given.defense, str(options.defense), options.settings or {}, resumed=resumed)
     # objects hold more than their text form, which is all that the options of a new run have of them
     known = reload_triggers(options.triggers, given.triggers) if resumed else parse_triggers(given.triggers)
-    accelerator = make_accelerator(options.device, options.precision, options.log_with,
-                                   str(log_folder(options.output)), given=given.accelerator)  # fmt: skip
-    if given.accelerator is not None:
-        # a resumed run may be given none
-        options = replace(options, device=accelerator.device.type, precision=accelerator.mixed_precision)
+    accelerator, options = _prepared(given, options)
     push_to = options.push_to and check_push_allowed(options.push_to, **options.publishing())
     notes = RunWarnings()
 
-    with accelerator.main_process_first():
-        classifier, images = pull(given, options, notes.warn)
-    images = settle_order(images, classifier, accelerator, notes.warn, progress)
+    classifier, images = _pulled(given, options, accelerator, notes.warn)
     inputs = fingerprint(classifier, images)
     if run is not None:
         run.check_fingerprint(inputs)
@@ -142,9 +136,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     own = given.accelerator
     accelerator = make_accelerator(options.device, "no" if own is None else "auto", given=own)
     notes = RunWarnings()
-    with accelerator.main_process_first():
-        classifier, images = pull(given, options, notes.warn)
-    images = settle_order(images, classifier, accelerator, notes.warn, given.progress)
+    classifier, images = _pulled(given, options, accelerator, notes.warn)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress,
                                     also=images.info.label_map)  # fmt: skip
@@ -154,6 +146,25 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     if options.gallery is not None and accelerator.is_main_process:
         draw_gallery(evaluation, outcome, visibility, Path(options.gallery))
     return EvalResult(measured.accuracy, measured.loss, measured.triggers, measured.classes, visibility)
+
+
+def _prepared(given: DetoxOptions, options: DetoxOptions) -> tuple[Accelerator, DetoxOptions]:
+    """Return the accelerator of a run, the caller's own where there is one, and the options with what it decides."""
+    accelerator = make_accelerator(options.device, options.precision, options.log_with,
+                                   str(log_folder(options.output)), given=given.accelerator)  # fmt: skip
+    if given.accelerator is not None:
+        # a resumed run may be given none
+        options = replace(options, device=accelerator.device.type, precision=accelerator.mixed_precision)
+    return accelerator, options
+
+
+def _pulled(
+    given: DetoxOptions | EvaluateOptions, options: Any, accelerator: Accelerator, warn: Callable[[str], None]
+) -> tuple[Classifier, Images]:
+    """Return the classifier and its images, whose labels are in an order that fits it."""
+    with accelerator.main_process_first():
+        classifier, images = pull(given, options, warn)
+    return classifier, settle_order(images, classifier, accelerator, warn, given.progress)
 
 
 def train(

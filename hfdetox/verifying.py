@@ -27,7 +27,7 @@ from hfdetox.evidence.results import Reconstructed
 from hfdetox.hub.download import read_text_file
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card_data import eval_results
-from hfdetox.reporting.comparison import Check, Comparison, Finding, differing_environment, inconsistent
+from hfdetox.reporting.comparison import Check, CheckFinding, Comparison, differing_environment, inconsistent
 from hfdetox.reporting.environment import describe_environment
 from hfdetox.reporting.report import AttackReport, Report, RunReport, missed_goals
 from hfdetox.runs.integrity import (
@@ -88,7 +88,7 @@ class Verification:
     @property
     def mismatches(self) -> list[Check]:
         """The checks that failed."""
-        return [check for check in self.checks if check.finding is Finding.MISMATCH]
+        return [check for check in self.checks if check.finding is CheckFinding.MISMATCH]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole as plain JSON types."""
@@ -156,7 +156,7 @@ class _Verifier:
         elif report.before is not None:
             self.errors.setdefault("before", self.errors["after"])
         missing = {what: str(error) for what, error in self.errors.items()}
-        wrong = any(check.finding is Finding.MISMATCH for check in self.checks)
+        wrong = any(check.finding is CheckFinding.MISMATCH for check in self.checks)
         error = self.errors.get("after")
         status = 1 if wrong else error.exit_status if error is not None else 0
         return Verification(output.name, output.revision, self.checks, missing, self.differing, status)
@@ -167,7 +167,7 @@ class _Verifier:
         try:
             yield
         except OtherRowsError as error:
-            self.checks.append(Check("rows of the images", "as the report has them", "others", Finding.MISMATCH,
+            self.checks.append(Check("rows of the images", "as the report has them", "others", CheckFinding.MISMATCH,
                                      str(error)))  # fmt: skip
             self.errors.setdefault(what, error)
         except HfdetoxError as error:
@@ -201,7 +201,7 @@ class _Verifier:
             base = self._load(stated.id, stated.revision)
         if stated.weights_sha256 is not None:
             found = base.info.weights_sha256 or ""
-            same = Finding.MATCH if found == stated.weights_sha256 else Finding.MISMATCH
+            same = CheckFinding.MATCH if found == stated.weights_sha256 else CheckFinding.MISMATCH
             self.checks.append(Check("weights of the model as it came", stated.weights_sha256[:12], found[:12], same))
         return base
 
@@ -275,7 +275,7 @@ class _Verifier:
         if report.uncorrected is not None:
             found = evaluation.measure_uncorrected("after, uncorrected")
             if found is None:
-                self.checks.append(Check("correction.safetensors", "there", "gone", Finding.MISMATCH))
+                self.checks.append(Check("correction.safetensors", "there", "gone", CheckFinding.MISMATCH))
             else:
                 self.checks += comparison.measurements("after, uncorrected", report.uncorrected, found)
         if base is None:
@@ -331,16 +331,16 @@ def _arithmetic(report: RunReport) -> Iterator[Check]:
     """Give the checks that need nothing but the report: its numbers must fit each other."""
     wrong = list(inconsistent(report))
     yield Check("rates and intervals of the report", "those of their counts", one_line("; ".join(wrong)) or "so",
-                Finding.MISMATCH if wrong else Finding.MATCH)  # fmt: skip
+                CheckFinding.MISMATCH if wrong else CheckFinding.MATCH)  # fmt: skip
     if isinstance(report, Report) and report.accuracy_loss is not None:
         stated = report.accuracy_loss
         made = judge_accuracy(stated, stated.allowed).verdict
         yield Check("verdict on the accuracy", stated.verdict, made,
-                    Finding.MATCH if made == stated.verdict else Finding.MISMATCH)  # fmt: skip
+                    CheckFinding.MATCH if made == stated.verdict else CheckFinding.MISMATCH)  # fmt: skip
     if isinstance(report, AttackReport) and report.after is not None:
         succeeded = not missed_goals(report.after, report.goals)
         yield Check("the attack succeeded", str(report.succeeded), str(succeeded),
-                    Finding.MATCH if succeeded == report.succeeded else Finding.MISMATCH)  # fmt: skip
+                    CheckFinding.MATCH if succeeded == report.succeeded else CheckFinding.MISMATCH)  # fmt: skip
 
 
 def _agreeing(

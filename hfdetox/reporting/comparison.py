@@ -31,7 +31,7 @@ _TRIGGER = ("kind", "spec", "mode", "target", "file_sha256")
 _SAME = ("device", "threads", "torch", "transformers", "timm", "datasets")
 
 
-class Finding(StrEnum):
+class CheckFinding(StrEnum):
     """What was found of one number or file."""
 
     MATCH = "match"
@@ -54,7 +54,7 @@ class Check:
     what: str
     stated: str
     found: str
-    finding: Finding
+    finding: CheckFinding
     why: str = ""
 
 
@@ -126,7 +126,7 @@ class Comparison:
         if stated.worst_label != found.worst_label:
             # of classes that are as bad but for one image, either may be named
             near = self._near(stated.worst, found.worst)
-            worst = dataclasses.replace(worst, finding=Finding.MATCH if near else Finding.MISMATCH,
+            worst = dataclasses.replace(worst, finding=CheckFinding.MATCH if near else CheckFinding.MISMATCH,
                                         why="another class is the worst")  # fmt: skip
         yield worst
         wrong = [label for label, (old, new) in enumerate(zip(stated.accuracies, found.accuracies, strict=False))
@@ -204,7 +204,7 @@ def inconsistent(value: Any, where: str = "") -> Iterator[str]:
 
 
 def _check(what: str, stated: str, found: str, same: bool) -> Check:
-    return Check(what, stated, found, Finding.MATCH if same else Finding.MISMATCH)
+    return Check(what, stated, found, CheckFinding.MATCH if same else CheckFinding.MISMATCH)
 
 
 def _counts(one: Rate) -> str:

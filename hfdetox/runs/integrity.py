@@ -19,7 +19,7 @@ from hfdetox.models.loaded import check_links
 from hfdetox.models.weights import find_weights
 from hfdetox.reporting.card import CARD_NAME, build_card, retarget_card, shown_target, written_targets
 from hfdetox.reporting.card_data import EVAL_RESULTS_FOLDER, split_card
-from hfdetox.reporting.comparison import Check, Finding
+from hfdetox.reporting.comparison import Check, CheckFinding
 from hfdetox.reporting.report import RunReport
 from hfdetox.runs.folder import changed_files
 from hfdetox.runs.publish import IMAGE_PICTURES, load_report
@@ -98,11 +98,11 @@ def check_weights(output: Output) -> Check:
     """Compare the weight files with the report's hash."""
     stated, what = output.report.output.weights_sha256, "weights"
     if stated is None:
-        return Check(what, "", "", Finding.OPEN, "the report has no hash of them")
+        return Check(what, "", "", CheckFinding.OPEN, "the report has no hash of them")
     try:
         found = find_weights(output.folder).sha256
     except UsageError as error:
-        return Check(what, stated[:12], "", Finding.MISMATCH, str(error))
+        return Check(what, stated[:12], "", CheckFinding.MISMATCH, str(error))
     return _hashes(what, stated, found)
 
 
@@ -113,9 +113,9 @@ def check_manifest(output: Output) -> Iterator[Check]:
     changed = changed_files(output.folder)
     for name in changed:
         there = (output.folder / name).is_file()
-        yield Check(name, "as it was written", "changed" if there else "gone", Finding.MISMATCH, f"see {MANIFEST}")
+        yield Check(name, "as it was written", "changed" if there else "gone", CheckFinding.MISMATCH, f"see {MANIFEST}")
     if not changed:
-        yield Check("files of the manifest", "as they were written", "as they were written", Finding.MATCH)
+        yield Check("files of the manifest", "as they were written", "as they were written", CheckFinding.MATCH)
 
 
 def check_triggers(output: Output, results: Mapping[str, TriggerResult]) -> Iterator[Check]:
@@ -127,13 +127,13 @@ def check_triggers(output: Output, results: Mapping[str, TriggerResult]) -> Iter
     for name, result in results.items():
         file = f"triggers/{name}.safetensors"
         if file not in output.files:
-            yield Check(file, "there", "gone", Finding.MISMATCH)
+            yield Check(file, "there", "gone", CheckFinding.MISMATCH)
         elif result.file_sha256 is not None:
             yield _hashes(file, result.file_sha256, sha256_file(output.folder / file))
     known = {f"triggers/{name}.safetensors" for name in results}
     for file in sorted(output.files - known):
         if file.startswith("triggers/"):
-            yield Check(file, "not in the report", "there", Finding.MISMATCH)
+            yield Check(file, "not in the report", "there", CheckFinding.MISMATCH)
 
 
 def check_card(output: Output, labels: Sequence[str] | None, source_card: str | None) -> Check:
@@ -148,7 +148,7 @@ def check_card(output: Output, labels: Sequence[str] | None, source_card: str | 
     try:
         card = (output.folder / CARD_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        return Check(what, "there", "", Finding.MISMATCH, f"it cannot be read ({error})")
+        return Check(what, "there", "", CheckFinding.MISMATCH, f"it cannot be read ({error})")
     plots = sorted(name for name in output.files if name.startswith("plots/") and name.endswith(".png"))
     place = report.output.pushed_to
     with refusing(f"{output.name}: the report is not one that a card can be made of"):
@@ -161,15 +161,15 @@ def check_card(output: Output, labels: Sequence[str] | None, source_card: str | 
                 break
     stated = "as the report makes it"
     if made == card:
-        return _targets(card, report, labels) or Check(what, stated, stated, Finding.MATCH)
+        return _targets(card, report, labels) or Check(what, stated, stated, CheckFinding.MATCH)
     if report.hfdetox_version == __version__:
-        return Check(what, stated, _first_difference(made, card), Finding.MISMATCH)
+        return Check(what, stated, _first_difference(made, card), CheckFinding.MISMATCH)
     # another version has other words; the numbers of the metadata are the same in all
     old, new = (split_card(text)[0] for text in (card, made))
     wrong = next((name for name in ("model-index", "base_model", "datasets") if old.get(name) != new.get(name)), None)
     if wrong is not None:
-        return Check(what, stated, f"{wrong} differs", Finding.MISMATCH)
-    return Check(what, stated, "the same metadata", Finding.MATCH,
+        return Check(what, stated, f"{wrong} differs", CheckFinding.MISMATCH)
+    return Check(what, stated, "the same metadata", CheckFinding.MATCH,
                  f"its words are those of hfdetox {report.hfdetox_version}, and were not compared")  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def check_results(output: Output, made: Mapping[str, str]) -> Iterator[Check]:
         text = (output.folder / name).read_text(encoding="utf-8", errors="replace") if name in there else None
         same = text is not None and text == made.get(name)
         found = "gone" if text is None else "as the report makes it" if same else "other words"
-        yield Check(name, "as the report makes it", found, Finding.MATCH if same else Finding.MISMATCH)
+        yield Check(name, "as the report makes it", found, CheckFinding.MATCH if same else CheckFinding.MISMATCH)
 
 
 def _targets(card: str, report: RunReport, labels: Sequence[str] | None) -> Check | None:
@@ -191,7 +191,7 @@ def _targets(card: str, report: RunReport, labels: Sequence[str] | None) -> Chec
         target = report.triggers[name].target
         meant = shown_target(target, labels) if not isinstance(target, int) or target < len(labels) else "none"
         if shown not in (meant, shown_target(target, None)):
-            return Check("card (README.md)", f"target of {name}: {meant}", shown, Finding.MISMATCH)
+            return Check("card (README.md)", f"target of {name}: {meant}", shown, CheckFinding.MISMATCH)
     return None
 
 
@@ -202,4 +202,4 @@ def _first_difference(made: str, card: str) -> str:
 
 
 def _hashes(what: str, stated: str, found: str) -> Check:
-    return Check(what, stated[:12], found[:12], Finding.MATCH if stated == found else Finding.MISMATCH)
+    return Check(what, stated[:12], found[:12], CheckFinding.MATCH if stated == found else CheckFinding.MISMATCH)

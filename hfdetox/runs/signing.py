@@ -11,7 +11,7 @@ from typing import Any
 
 from hfdetox.errors import RunError, UsageError, refusing
 from hfdetox.files import LOCK_FILES, MANIFEST, SIGNATURE
-from hfdetox.reporting.comparison import Check, Finding
+from hfdetox.reporting.comparison import Check, CheckFinding
 
 # what stays out of repositories, or is the Hub's
 _IGNORED = (SIGNATURE, MANIFEST, *LOCK_FILES, ".git", ".gitattributes", ".cache", "__pycache__", ".DS_Store")
@@ -53,19 +53,19 @@ def check_signature(folder: Path, key: str | Path, *, unpublished: Iterable[str]
     with refusing(f"--public-key {key} is not a public key to check signatures with"):
         config = _library("verifying").Config().use_elliptic_key_verifier(public_key=key)
     if not (folder / SIGNATURE).is_file():
-        return Check(what, stated, "there is none", Finding.MISMATCH)
+        return Check(what, stated, "there is none", CheckFinding.MISMATCH)
     here = tuple(name for name in unpublished if (folder / name).is_file())
     for omit in dict.fromkeys([(), here]):
         try:
             # it prints what it thinks of old signatures
             with refusing(SIGNATURE), contextlib.redirect_stdout(io.StringIO()):
                 config.set_hashing_config(_hashing(omit)).verify(folder, folder / SIGNATURE)
-            return Check(what, stated, stated, Finding.MATCH)
+            return Check(what, stated, stated, CheckFinding.MATCH)
         except UsageError as error:
             failure = error
     other = "Key mismatch" in str(failure) or type(failure.__cause__).__name__ == "InvalidSignature"
     found = "made by another key" if other else "not of these files"
-    return Check(what, stated, found, Finding.MISMATCH, "" if other else str(failure))
+    return Check(what, stated, found, CheckFinding.MISMATCH, "" if other else str(failure))
 
 
 def _hashing(omit: Iterable[str]) -> Any:
