@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hfdetox import D3Config, load_classifier
+from hfdetox import D3, D3Config, load_classifier
+from hfdetox.integrations.trainer import D3Callback
 from hfdetox.training.engine import Engine
 from tests import tiny_models
 from tests.conftest import REPOSITORY
@@ -296,15 +297,15 @@ def test_trainer_does_not_project_after_a_step_that_fp16_skipped(
     torch.testing.assert_close(weights[3].norm(), radius, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["convnext", "vit"])
 def test_trainer_resumes_a_checkpoint_without_starting_d3_again(
-    example: Callable[[str], ModuleType], tmp_path: Path
+    example: Callable[[str], ModuleType], tmp_path: Path, kind: str
 ) -> None:
     module = example("d3_in_trainer")
     recorder = Recorder(16, len(tiny_models.NAMES))
     items = as_items(recorder, recorder.images / 255)
     arguments = {**TRAINING, "save_strategy": "epoch"}
-    # not a ViT: transformers 5.23 saves those under older names, which its Trainer does not find when it resumes
-    models = [tiny_models.transformers_model("convnext") for _ in range(2)]
+    models = [tiny_models.transformers_model(kind) for _ in range(2)]
     whole = module.make_trainer(models[0], items, CONFIG, str(tmp_path), **arguments)
     whole.train()
     assert load_file(str(tmp_path / "checkpoint-2" / "d3.safetensors")).keys() == whole.d3.initial.keys()
@@ -316,6 +317,23 @@ def test_trainer_resumes_a_checkpoint_without_starting_d3_again(
     assert resumed.state.global_step == whole.state.global_step == 6
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_trainer_of_ones_own_takes_the_callback(example: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    recorder = Recorder(16, len(tiny_models.NAMES))
+    model = tiny_models.transformers_model("convnext")
+    d3 = D3(model, CONFIG)
+
+    class Own(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+            return d3.loss(model(pixel_values=inputs["pixel_values"]).logits, inputs["labels"])
+
+    arguments = TrainingArguments(str(tmp_path), max_grad_norm=0, num_train_epochs=1, report_to="none", use_cpu=True)
+    items = as_items(recorder, recorder.images / 255)
+    Own(model, arguments, callbacks=[D3Callback(d3)], train_dataset=items).train()
+    moved = model.classifier.weight.detach() - d3.initial["classifier"]
+    assert moved.norm() > 0.1 * d3.initial["classifier"].norm()
+    torch.testing.assert_close(model.classifier.weight.norm(), d3.initial["classifier"].norm())
 
 
 def test_engine_steps_after_a_trainer_that_was_stopped_amid_its_accumulation(

@@ -10,14 +10,14 @@ What Trainer would do to D3 if it were let, and what is done here instead:
   `optimizers` are passed.
 - Its callbacks are called after a step that fp16 skipped, too: the callback asks the optimizer.
 - Its checkpoints know nothing of the weights that D3 started from: `d3.safetensors` is put beside them.
+- Of some models (ViT) it writes checkpoints under older parameter names, and would resume with a warning about missing
+  keys and the old weights: the checkpoint is read as `from_pretrained` reads it.
 
 What is left to its user:
 - Trainer clips gradients to a norm of 1 unless it is told `max_grad_norm=0`. Label smoothing stays off: the loss here
   does not know it. Of a config, Trainer reads neither epochs nor batch size: TrainingArguments has its own.
 - A batch whose accumulated parts differ in size (the last of an epoch) weighs the images of the smaller part more; the
   engine does not. Choose numbers that divide, or pass `dataloader_drop_last=True`.
-- Resuming works where Trainer's own does: of ViT, transformers 5.23 writes checkpoints under older parameter names and
-  then goes on with a warning about missing keys and the old weights.
 """
 
 import math
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hfdetox.defenses.auto import D3Config
 from hfdetox.defenses.d3 import D3
@@ -112,6 +112,8 @@ class D3Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **options: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **options)
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
         state = Path(resume_from_checkpoint) / STATE_FILE
         if state.is_file():
             self.d3.load_state_dict(load_file(str(state)))
