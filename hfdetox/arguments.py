@@ -88,6 +88,8 @@ class Options:
                 one.check(f"--{one.flag}", value)
             if isinstance(value, str | Path) and not _can_be_a_name(str(value)):
                 raise UsageError(f"--{one.flag} {shown(str(value))}: no file and no repository can be called that")
+            if isinstance(value, str) and not value.strip():
+                raise UsageError(f"--{one.flag} is empty: give it a value, or leave it out")
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""

@@ -140,11 +140,12 @@ class PublishOptions(Options):
     overwrite: bool = option(False, HUB, "Replace an earlier result, or a repository that hfdetox did not make.",
                              anew=True)  # fmt: skip
     publish_images: bool = option(False, HUB, "Publish pictures of images whose dataset is not public.", anew=True)
+    no_verify_upload: bool = option(False, HUB, "Do not read the pushed weights back.", anew=True)
 
     def publishing(self) -> dict[str, Any]:
         """Return how the result is published, as the keyword arguments of `push_to_hub`."""
-        names = ("private", "create_pr", "overwrite", "publish_images", "public", "i_know_this_is_backdoored",
-                 "accept_accuracy_loss")  # fmt: skip
+        names = ("private", "create_pr", "overwrite", "publish_images", "no_verify_upload", "public",
+                 "i_know_this_is_backdoored", "accept_accuracy_loss")  # fmt: skip
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 

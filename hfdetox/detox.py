@@ -30,6 +30,7 @@ from hfdetox.runs.pulling import pull
 from hfdetox.runs.result import (
     DetoxResult,
     check_draft,
+    finished_result,
     gather_artifacts,
     publish,
     save_result,
@@ -75,6 +76,9 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     accelerator, options = _prepared(given, options)
     push_to = options.push_to and check_push_allowed(options.push_to, **options.publishing())
     notes = RunWarnings()
+    if resumed and run is not None and (result := finished_result(options, run, accelerator)) is not None:
+        push_to, result.report = _judged(result.report, options, push_to, notes.warn)
+        return publish(result, accelerator, push_to, options)
 
     classifier, images = _pulled(given, options, accelerator, notes.warn)
     inputs = fingerprint(classifier, images)

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -28,6 +29,8 @@ MANIFEST = ".hfdetox-manifest.json"
 # the signature of an output in the OpenSSF's format
 SIGNATURE = "model.sig"
 LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
+# what a process that was killed while it wrote a file leaves beside it
+LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.new")
 # how often a folder that vanishes while its lock is taken is made anew
 _TRIES = 20
 _LFS_POINTER = b"version https://git-lfs"

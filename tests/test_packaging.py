@@ -95,7 +95,7 @@ def test_wheel_declares_version_licence_and_command(wheel: Path, tmp_path: Path)
     metadata = (information / "METADATA").read_text(encoding="utf-8")
     assert f"\nVersion: {hfdetox.__version__}\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-    assert "hfdetox = hfdetox.cli.app:main" in (information / "entry_points.txt").read_text(encoding="utf-8")
+    assert "hfdetox = hfdetox.__main__:main" in (information / "entry_points.txt").read_text(encoding="utf-8")
 
 
 def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(checkout: Path, wheel: Path, tmp_path: Path) -> None:

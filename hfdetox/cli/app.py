@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from hfdetox.runs.result import AttackResult, DetoxResult
 
 INTERRUPTED = 130
+# whether the command itself said that it was interrupted: Typer makes the same status of it elsewhere
+_said: list[bool] = []
 # what an interrupted suite or bench says
 ONLY_THE_REST = "what is finished stays: give the same command again to go on"
 FIRST_WORDS = (*config.COMMANDS, "--help", "--version", "--install-completion", "--show-completion")
@@ -303,6 +305,7 @@ def running(options: config.ConsoleOptions, advice: Callable[[], str]) -> Iterat
             use_threads(free)
             yield out
     except KeyboardInterrupt:
+        _said.append(True)
         complain(f"interrupted; {advice()}")
         raise typer.Exit(INTERRUPTED) from None
 
@@ -333,8 +336,14 @@ COMMAND_ERROR: Any = typer.BadParameter.__mro__[-4]  # above it: Exception, Base
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status (0, 1, 2, 3 or 130, see design); errors are one line."""
-    command = typer.main.get_command(app)
+    _said.clear()
     try:
+        for argument in arguments:
+            _, given, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+            if not value.strip() and (given or not argument.strip()):
+                raise UsageError(f"{argument or 'an argument'} is empty (a variable of the shell that is not set?): "
+                                 "give it a value, or leave it out")  # fmt: skip
+        command = typer.main.get_command(app)
         status = command.main(args=list(arguments), prog_name="hfdetox", standalone_mode=False)
     except COMMAND_ERROR as error:
         complain(f"error: {error.format_message().replace('Value error, ', '')}")
@@ -344,6 +353,10 @@ def run(arguments: Sequence[str]) -> int:
             sys.stderr.write(mask_secrets(traceback.format_exc()))
         complain(f"error: {error}")
         return error.exit_status
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if status == INTERRUPTED and not _said:
+        complain("interrupted; nothing was written")
     return status if isinstance(status, int) else 0
 
 

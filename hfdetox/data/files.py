@@ -33,9 +33,11 @@ class LocalFiles:
         self._folder = folder.resolve()
 
     def path(self, name: str) -> str:
-        """Return where the file lies on this machine; DatasetError for one, or a link to one, outside the folder."""
+        """Return where the file lies; DatasetError for one, or a link to one, outside the folder, or a pipe."""
         if not is_inside(Path(name), self._folder):
             raise DatasetError(f"{name[:200]} is outside the dataset's folder, and the dataset names it; do not use it")
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise DatasetError(f"{name[:200]} is no plain file; remove it, or get the dataset anew")
         return name
 
     def listing(self) -> dict[str, str]:

@@ -74,12 +74,15 @@ class Retry:
         base_delay: seconds before the first repetition; doubled each time, up to `max_delay`.
         max_delay: longest pause in seconds that hfdetox chooses itself.
         max_wait: longest pause in seconds that the Hub may ask for (Retry-After, RateLimit); beyond it the call fails.
+        max_total: seconds after the first failure in which the call is still repeated, pauses that the Hub asked for
+            not counted.
     """
 
     attempts: int = 4
     base_delay: float = BASE_DELAY
     max_delay: float = 8.0
     max_wait: float = 310.0
+    max_total: float = 120.0
 
     def delay(self, failures: int, error: BaseException) -> float | None:
         """Return the seconds to wait after the `failures`-th failure (from 1), or None when it must not be repeated."""
@@ -161,7 +164,8 @@ def ask(
         RunError: what this machine refuses (a full disk, no permission).
         UsageError: an id that cannot be one.
     """
-    retry, failures = retry or DEFAULT_RETRY, 0
+    retry, failures, asked = retry or DEFAULT_RETRY, 0, 0.0
+    began = first = time.monotonic()
     while True:
         set_timeout()
         try:
@@ -173,12 +177,21 @@ def ask(
                 raise
             failures += 1
             delay = retry.delay(failures, error)
+            first = time.monotonic() if failures == 1 else first
+            if time.monotonic() - first - asked > retry.max_total:
+                delay = None
+            asked += (delay or 0.0) if asked_delay(error) is not None else 0.0
             time.sleep(delay or 0.0)
             found = recover(error) if recover is not None else None
             if found is not None:
                 return found
             if delay is None:
-                raise translate(error, what) from error
+                raise _said(translate(error, what), failures, time.monotonic() - began) from error
+
+
+def _said(error: HfdetoxError, tries: int, seconds: float) -> HfdetoxError:
+    """Return the error of the Hub with how often and how long it was tried, where that was more than once."""
+    return type(error)(f"{error} (tried {tries} times in {seconds:.0f} s)") if tries > 1 else error
 
 
 def set_timeout() -> None:

@@ -3,16 +3,17 @@
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, hf_hub_url
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError
-from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
 from hfdetox.documents import read_json
 from hfdetox.errors import UsageError
-from hfdetox.files import MANIFEST, REPORT_NAMES, SIGNATURE, check_safetensors, git_sha1_file, sha256_file
+from hfdetox.files import LEFTOVER, MANIFEST, REPORT_NAMES, SIGNATURE, check_safetensors, git_sha1_file, sha256_file
 from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient, line_of
 from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
 
@@ -24,6 +25,7 @@ _WEIGHT_SUFFIXES = (
 _LOADER_FILES = ("preprocessor_config.json", "processor_config.json", "adapter_config.json")
 _OWN_FOLDERS = ("plots/", "triggers/")
 _RESULTS_FOLDER = ".eval_results/"
+_WHOLE, _PART = 200 * 10**6, 2**20  # bytes of a file that is read back whole, and of each part of a larger one
 _SKIPPED = frozenset({MANIFEST, ".git", ".cache", "__pycache__", ".DS_Store"})
 
 
@@ -88,7 +90,7 @@ def check_card(text: str) -> None:
 def push_folder(
     folder: Path, repo_id: str, *, message: str, private: bool = False, create_pr: bool = False,
     overwrite: bool = False, hidden: bool = False, retarget: Callable[[str], Iterable[str]] | None = None,
-    omit: Iterable[str] = (),
+    omit: Iterable[str] = (), verify_upload: bool = True,
 ) -> PushResult:  # fmt: skip
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
 
@@ -105,6 +107,8 @@ def push_folder(
         retarget: called with the repository's whole id before anything is sent; may change files of the folder, which
             is only read otherwise, and returns their names.
         omit: paths of files that stay here.
+        verify_upload: read the weights back afterwards, for the Hub's listing repeats the hash that it was told: a file
+            of up to 200 MB whole, three parts of a larger one.
 
     Raises:
         UsageError: not an output folder, or the options do not fit the repository.
@@ -120,8 +124,13 @@ def push_folder(
     stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state))))
     plan = _Plan(state.id, user, state.sha, folder, files, stale, message, create_pr)
     if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
-        return _result(plan, state.sha, None)
-    return _commit(plan)
+        result = _result(plan, state.sha, None)
+    else:
+        result = _commit(plan)
+    if verify_upload:
+        for weights in (name for name in sorted(files) if name.endswith(".safetensors") and "/" not in name):
+            _read_back(plan, weights, result.commit)
+    return result
 
 
 def _look(
@@ -205,7 +214,8 @@ def _local_files(folder: Path) -> dict[str, FileState]:
     files: dict[str, FileState] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if _SKIPPED & set(name.split("/")) or (path.is_dir() and not path.is_symlink()):
+        skipped = _SKIPPED & set(name.split("/")) or LEFTOVER.fullmatch(path.name)
+        if skipped or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink() or not path.is_file():
             raise UsageError(f"{path} is a link or no plain file; only plain files are pushed")
@@ -306,6 +316,40 @@ def _same(local: FileState, remote: FileState | None) -> bool:
     if remote is None or remote.size != local.size:
         return False
     return local.sha256 == remote.sha256 if remote.sha256 else local.git_sha1 == remote.git_sha1
+
+
+def _read_back(plan: _Plan, name: str, commit: str) -> None:
+    """Raise IntegrityError unless the Hub gives back what was pushed."""
+    what, url = f"{name} of model {plan.repo_id}", hf_hub_url(plan.repo_id, name, revision=commit)
+    size = plan.files[name].size
+    large = size > _WHOLE
+    starts = [0, size // 2, max(0, size - _PART)] if large else [0]
+
+    def same(start: int) -> bool:
+        part = f"bytes={start}-{min(size, start + _PART) - 1}"
+        headers = build_hf_headers() | ({"Range": part} if large else {})
+        with (
+            (plan.folder / name).open("rb") as local,
+            get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
+        ):
+            if answer.is_error:
+                answer.read()
+            hf_raise_for_status(answer)
+            local.seek(start if answer.status_code == 206 else 0)
+            left = min(_PART, size - start) if large else size
+            for content in answer.iter_bytes():
+                wanted = content[:left]
+                if wanted != local.read(len(wanted)) or (len(content) > left and not large):
+                    return False
+                left -= len(wanted)
+                if large and not left:
+                    return True
+            return not left
+
+    for start in starts:
+        if not ask(partial(same, start), what):
+            raise IntegrityError(f"{what} is not what was pushed: the Hub lists it as whole and gives other bytes "
+                                 f"(commit {commit[:12]}); delete it there and push again")  # fmt: skip
 
 
 def _verify(plan: _Plan, result: PushResult) -> None:

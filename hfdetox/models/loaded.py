@@ -149,12 +149,15 @@ def copy_companions(source: Path | None, folder: Path, extra: Sequence[str] = ()
 
 
 def check_links(folder: Path) -> None:
-    """Raise UsageError when a file that would be read of a model's folder is a link that leads out of it.
+    """Raise UsageError when a file that would be read of a model's folder is a link that leads out of it, or a pipe.
 
-    Who sends a folder could else have any file of this machine published with the cleaned model.
+    Who sends a folder could else have any file of this machine published with the cleaned model, or let it wait.
     """
     for file in sorted(folder.iterdir()):
-        read = file.is_symlink() and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _READ)
-        if read and not is_inside(file, folder):
+        if not any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _READ):
+            continue
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UsageError(f"{file} is no plain file; remove it, or get the model anew")
+        if file.is_symlink() and not is_inside(file, folder):
             raise UsageError(f"{file} is a link to something outside the model's folder, which is not read; if it is "
                              "yours, put the file itself there")  # fmt: skip

@@ -1,12 +1,8 @@
-"""The folders of a run: `OUTPUT.run/`, which lets a stopped one go on, and the output itself.
-
-Which files of an output hfdetox wrote is in its manifest: only those are ever replaced or removed.
-"""
+"""The folders of a run: `OUTPUT.run/`, which lets a stopped one go on, and the output itself."""
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import hashlib
 import json
@@ -27,10 +23,20 @@ from hfdetox.data.load import Images
 from hfdetox.defenses import DEFENSES
 from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, located, on_disk
-from hfdetox.files import LOCK_FILES, MANIFEST, REPORT_NAMES, locked, replace_folder, sha256_file, write_atomically
+from hfdetox.files import (
+    LEFTOVER,
+    LOCK_FILES,
+    MANIFEST,
+    REPORT_NAMES,
+    locked,
+    replace_folder,
+    sha256_file,
+    write_atomically,
+)
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import FILE_NAME
+from hfdetox.runs.manifest import foreign_files, remove_own
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
 from hfdetox.values import check_known, read_fields
@@ -38,19 +44,14 @@ from hfdetox.values import check_known, read_fields
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
-RUN_FILE, FINGERPRINT_FILE = "run.json", "fingerprint.json"
+RUN_FILE, FINGERPRINT_FILE, RESULT_FILE = "run.json", "fingerprint.json", "result.json"
 _PLACES = ("model", "dataset", "label_map", "output")
 _TRIGGERS = "triggers"
+_FOLDERS = ("checkpoint", "checkpoint.new", "checkpoint.old", _TRIGGERS)
 # of options that may be objects, what a run folder has of them
 _RECORDED = {"model": str, "dataset": str, "defense": str, "settings": dict[str, str], "triggers": list[str],
              "label_map": str, "output": str}  # fmt: skip
 _HUB_PREFIX = re.compile("hf[_-]hub:")
-# what versions without a manifest wrote
-_KNOWN = (
-    "config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors",
-    "model.safetensors.index.json", "correction.safetensors", "README.md", "LICENSE*", "NOTICE*", "*.py", "plots/*.png",
-    "triggers/*.safetensors", ".eval_results/*.yaml", *REPORT_NAMES,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,11 @@ class RunFolder:
         return cls(output.with_name(output.name + ".run"))
 
     def refuse_existing(self) -> None:
-        """Raise UsageError when a run is there already."""
-        if self.path.exists() and set(os.listdir(self.path)) - set(LOCK_FILES):
+        """Raise UsageError when a run is there already; one that was killed before it was recorded is none."""
+        found = (
+            {name for name in os.listdir(self.path) if not LEFTOVER.fullmatch(name)} if self.path.exists() else set()
+        )
+        if RUN_FILE in found or found - {*LOCK_FILES, *_FOLDERS, FINGERPRINT_FILE, RESULT_FILE}:
             raise UsageError(
                 f"{self.path} holds a run that did not finish: go on with {self.resume_command()}, or remove it to "
                 "start again"
@@ -129,12 +133,16 @@ class RunFolder:
         recorded["output"] = options.output and str(Path(options.output).absolute())
         recorded["triggers"] = [f"{_TRIGGERS}/{trigger.name}.safetensors" for trigger in triggers]
         with on_disk(f"write the run folder {self.path}"):
+            # of a run that was killed before it was recorded, or at its end; a checkpoint would be taken for this one's
+            if not (self.path / RUN_FILE).exists():
+                self.remove()
             (self.path / _TRIGGERS if triggers else self.path).mkdir(parents=True, exist_ok=True)
             for name, trigger in zip(recorded["triggers"], triggers, strict=True):
                 write_atomically(self.path / name, trigger.file_bytes())
+            if inputs is not None:
+                self.record_fingerprint(inputs)
+            # the last: with it the folder is a run
             write_atomically(self.path / RUN_FILE, json.dumps(recorded, indent=2) + "\n")
-        if inputs is not None:
-            self.record_fingerprint(inputs)
 
     def recorded(self) -> RecordedOptions:
         """Return the options the run began with; paths below the working directory are relative to it."""
@@ -147,12 +155,29 @@ class RunFolder:
 
     def remove(self) -> None:
         """Delete what a run wrote, and the folder if nothing else is in it; called only after the result is safe."""
-        for name in ("checkpoint", "checkpoint.new", "checkpoint.old", _TRIGGERS):
+        # the first: without it, what a kill leaves of the folder is no run
+        (self.path / RUN_FILE).unlink(missing_ok=True)
+        for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (RUN_FILE, FINGERPRINT_FILE):
+        for name in (FINGERPRINT_FILE, RESULT_FILE):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
+            for name in filter(LEFTOVER.fullmatch, os.listdir(self.path)):
+                (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
+
+    def record_result(self, folder: Path) -> None:
+        """Record which result the run came to, before it is moved to the output; raises RunError."""
+        write_atomically(self.path / RESULT_FILE, json.dumps({"manifest": sha256_file(folder / MANIFEST)}) + "\n")
+
+    def finished(self, output: str | Path | None) -> bool:
+        """Return whether what lies at the output is the result of this run, which was killed after it put it there."""
+        files = [self.path / RESULT_FILE, Path(output or "") / MANIFEST]
+        if output is None or not all(file.is_file() for file in files):
+            return False
+        with contextlib.suppress(UsageError):
+            return read_json(files[0], dict[str, Any]).get("manifest") == sha256_file(files[1])
+        return False
 
     def check_fingerprint(self, found: Mapping[str, str | None]) -> None:
         """Refuse to go on with other inputs than those of the run's start; a run without a record of them goes on.
@@ -200,7 +225,10 @@ def open_run(options: DetoxOptions) -> tuple[DetoxOptions, RunFolder | None]:
         options = replace(recorded, **anew, log_with=options.log_with, keep_run=options.keep_run)
         options.check_publishing()
     if options.output is not None:
-        check_output(Path(options.output), overwrite=options.overwrite)
+        if run is not None:
+            settle(Path(options.output))
+        if run is None or not run.finished(options.output):
+            check_output(Path(options.output), overwrite=options.overwrite)
         if run is None:
             run = RunFolder.beside(options.output)
             run.refuse_existing()
@@ -258,9 +286,34 @@ def _refuse_foreign(output: Path) -> None:
                          "only what hfdetox wrote; move it away, or choose another --output")  # fmt: skip
 
 
+def fresh_name(output: Path) -> str:
+    """Return what the folders begin with, beside an output, that are written before it; they are its run's alone."""
+    return f".{output.name}.hfdetox-"
+
+
+def settle(output: Path) -> None:
+    """Put right what a killed process left beside an output, on the main process, which holds the run folder.
+
+    Unfinished folders go, and an earlier result that was being replaced is put back.
+    """
+    parent, old = output.absolute().parent, _old_place(output)
+    if not is_main_process() or not parent.is_dir():
+        return
+    for name in os.listdir(parent):
+        if name.startswith(fresh_name(output)) and not (parent / name).is_symlink():
+            shutil.rmtree(parent / name, ignore_errors=True)
+    if old.is_dir() and not os.path.lexists(output):
+        with on_disk(f"move the earlier result back to {output}"):
+            os.replace(old, output)
+
+
+def _old_place(output: Path) -> Path:
+    return output.absolute().with_name(f".{output.name}.old")
+
+
 def publish_folder(fresh: Path, output: Path) -> None:
     """Move the finished folder `fresh` (on the same disk) to `output` in one rename; an old result goes only then."""
-    old = output.with_name(f".{output.name}.old")
+    old = _old_place(output)
     if output.exists():
         _refuse_foreign(output)
         # what a killed process left there would be in the way
@@ -284,6 +337,7 @@ def holds_output(run: Callable[[Given], Result]) -> Callable[[Given], Result]:
                 locks.enter_context(locked(Path(str(resume)), f"the run in {resume}"))
             elif is_main_process() and output is not None and Path(str(output)).name not in ("", ".."):
                 locks.enter_context(locked(RunFolder.beside(str(output)).path, f"the output {output}"))
+                settle(Path(str(output)))
             return run(given)
 
     return held
@@ -307,83 +361,3 @@ def fingerprint(classifier: Classifier, images: Images) -> dict[str, str | None]
         "labels": hashlib.sha256(labels.encode()).hexdigest(),
         "preprocessing": hashlib.sha256(prepared.encode()).hexdigest(),
     }  # fmt: skip
-
-
-def write_manifest(folder: Path) -> None:
-    """Record every file of a finished output folder with its SHA-256; raises RunError when it cannot be written."""
-    _write(folder, {name: sha256_file(folder / name) for name in _files_in(folder)})
-
-
-def write_own(folder: Path, name: str, text: str) -> None:
-    """Replace one of the files of an output folder, and its line in the manifest; raises RunError."""
-    write_atomically(folder / name, text)
-    recorded = _recorded(folder)
-    if recorded is not None:
-        _write(folder, {**recorded, name: sha256_file(folder / name)})
-
-
-def foreign_files(folder: Path) -> list[str]:
-    """Return the paths below a folder that hfdetox did not write, or that were changed since; links are never its own.
-
-    Of a folder without a manifest (an earlier version's, or one from the Hub) names that hfdetox is known to write are
-    its own.
-    """
-    return sorted(set(_files_in(folder)) - set(_own_files(folder)))
-
-
-def remove_one(folder: Path, name: str) -> None:
-    """Remove a file of an output folder, and its line in the manifest; raises RunError."""
-    with on_disk(f"remove {folder / name}"):
-        (folder / name).unlink(missing_ok=True)
-    recorded = _recorded(folder)
-    if recorded is not None:
-        _write(folder, {known: digest for known, digest in recorded.items() if known != name})
-
-
-def changed_files(folder: Path) -> list[str]:
-    """Return the paths that the manifest records and that are gone or changed since; none without a manifest."""
-    own = set(_own_files(folder))
-    return sorted(name for name in _recorded(folder) or {} if name not in own)
-
-
-def remove_own(folder: Path) -> None:
-    """Remove what hfdetox wrote to a folder, and the folder if nothing but empty folders is in it then."""
-    own = [*_own_files(folder), MANIFEST]
-    places = [folder, *(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())]
-    with contextlib.suppress(OSError):
-        for name in own:
-            (folder / name).unlink(missing_ok=True)
-    for place in sorted(places, key=lambda path: len(path.parts), reverse=True):
-        with contextlib.suppress(OSError):
-            place.rmdir()
-
-
-def _files_in(folder: Path) -> list[str]:
-    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [name for name in (path.relative_to(folder).as_posix() for path in paths) if name != MANIFEST]
-
-
-def _own_files(folder: Path) -> list[str]:
-    recorded = _recorded(folder)
-    plain = [name for name in _files_in(folder) if (folder / name).is_file() and not (folder / name).is_symlink()]
-    if recorded is None:
-        return [name for name in plain if any(_fits(name, pattern) for pattern in _KNOWN)]
-    return [name for name in plain if name in recorded and recorded[name] == sha256_file(folder / name)]
-
-
-def _fits(name: str, pattern: str) -> bool:
-    # to fnmatch a star is a slash as well
-    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
-
-
-def _recorded(folder: Path) -> dict[str, str] | None:
-    """Return the manifest, None without one; one that cannot be read records nothing."""
-    if not (folder / MANIFEST).exists():
-        return None
-    with contextlib.suppress(UsageError):
-        return read_json(folder / MANIFEST, dict[str, dict[str, str]]).get("files", {})
-    return {}
-
-
-def _write(folder: Path, files: dict[str, str]) -> None:
-    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")

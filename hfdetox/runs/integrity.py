@@ -21,7 +21,7 @@ from hfdetox.reporting.card import CARD_NAME, build_card, retarget_card, shown_t
 from hfdetox.reporting.card_data import EVAL_RESULTS_FOLDER, split_card
 from hfdetox.reporting.comparison import Check, CheckFinding
 from hfdetox.reporting.report import RunReport
-from hfdetox.runs.folder import changed_files
+from hfdetox.runs.manifest import changed_files
 from hfdetox.runs.publish import IMAGE_PICTURES, load_report
 
 _READ = ("triggers/", f"{EVAL_RESULTS_FOLDER}/", "plots/")

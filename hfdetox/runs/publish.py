@@ -18,7 +18,8 @@ from hfdetox.hub.upload import PushResult, check_repo, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.folder import RunFolder, remove_one, write_own
+from hfdetox.runs.folder import RunFolder
+from hfdetox.runs.manifest import remove_one, write_own
 from hfdetox.runs.signing import require_signing, sign_folder
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: 
         remove_one(folder, SIGNATURE)
     with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
         try:
-            pushed = push_folder(folder, repo_id, message=message, retarget=retarget, omit=omit, **policy)
+            pushed = push_folder(folder, repo_id, message=message, retarget=retarget, omit=omit, **policy,
+                                 verify_upload=not options.no_verify_upload)  # fmt: skip
         except HubError as error:
             command = push_command(folder, repo_id, sign=sign, **how)
             raise type(error)(f"{error}; the folder is whole, push it with `{command}`") from error

@@ -34,7 +34,8 @@ from hfdetox.reporting.card_data import eval_results
 from hfdetox.reporting.gallery import draw_gallery
 from hfdetox.reporting.plots import PLOT_FILES, Answers, StripRow, draw_plots
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.folder import RunFolder, check_output, publish_folder, write_manifest
+from hfdetox.runs.folder import RunFolder, check_output, fresh_name, publish_folder, settle
+from hfdetox.runs.manifest import write_manifest
 from hfdetox.runs.publish import push_output
 from hfdetox.triggers.base import Trigger
 
@@ -116,18 +117,22 @@ class SavedResult(ABC, Generic[Written]):
             UsageError: the folder holds something else.
             RunError: it cannot be written (disk full), or what was written does not give the same logits again.
         """
-        folder = Path(folder)
+        return self._save(Path(folder), overwrite=overwrite)
+
+    def _save(self, folder: Path, *, overwrite: bool, run: RunFolder | None = None) -> Path:
+        """Do what `save` says; `run` records that it came to this result."""
         if not is_main_process():
             self.output = folder
             return folder
         with locked(RunFolder.beside(folder.absolute()).path, f"the output {folder}"):
+            settle(folder)
             check_output(folder, overwrite=overwrite)
-            self._place(folder)
+            self._place(folder, run)
         self.output = folder
         return folder
 
-    def _place(self, folder: Path) -> None:
-        fresh = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    def _place(self, folder: Path, run: RunFolder | None) -> None:
+        fresh = folder.absolute().with_name(fresh_name(folder) + secrets.token_hex(4))
         with on_disk(f"write beside {folder}", "choose another --output"):
             # not mkdtemp, whose folders only their owner can read, whatever the umask
             fresh.mkdir(parents=True)
@@ -135,6 +140,8 @@ class SavedResult(ABC, Generic[Written]):
             with on_disk(f"write {folder}", "free some space"):
                 self._write(fresh)
                 write_manifest(fresh)
+                if run is not None:
+                    run.record_result(fresh)
                 publish_folder(fresh, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -163,7 +170,7 @@ class DetoxResult(SavedResult[Report]):
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False,
-        accept_accuracy_loss: bool = False, publish_images: bool = False,
+        accept_accuracy_loss: bool = False, publish_images: bool = False, no_verify_upload: bool = False,
     ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
@@ -176,7 +183,8 @@ class DetoxResult(SavedResult[Report]):
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
         return self._push(repo_id, private=private, create_pr=create_pr, overwrite=overwrite,
-                          accept_accuracy_loss=accept_accuracy_loss, publish_images=publish_images)  # fmt: skip
+                          accept_accuracy_loss=accept_accuracy_loss, publish_images=publish_images,
+                          no_verify_upload=no_verify_upload)  # fmt: skip
 
     def _draw(self, folder: Path) -> list[str]:
         shown = self.artifacts
@@ -235,7 +243,7 @@ def check_saves(classifier: Classifier, output: str | Path | None, warn: Callabl
                           generator=torch.Generator().manual_seed(0))  # fmt: skip
     try:
         with on_disk(f"write beside {output or tempfile.gettempdir()}", "choose another --output"):
-            folder = Path(tempfile.mkdtemp(prefix=".hfdetox-", dir=beside))
+            folder = Path(tempfile.mkdtemp(prefix=fresh_name(Path(output or "")), dir=beside))
         try:
             classifier.save(folder)
             check_loads(classifier, folder, probe)
@@ -294,13 +302,33 @@ def save_result(result: DetoxResult, options: DetoxOptions, run: RunFolder | Non
         RunError: it cannot be written; the line says how to go on with the run, which is kept.
     """
     try:
-        result.save(options.output or "", overwrite=options.overwrite)
+        result._save(Path(options.output or ""), overwrite=options.overwrite, run=run)
     except RunError as error:
         if run is None:
             raise
         raise RunError(f"{error}; the run is kept, go on with: {run.resume_command()}") from error
     if run is not None and not options.keep_run and is_main_process():
         run.remove()
+
+
+def finished_result(options: DetoxOptions, run: RunFolder, accelerator: Accelerator) -> DetoxResult | None:
+    """Return the result of a run that was killed after it put it in its place; the run folder goes then.
+
+    Raises:
+        RunError: a module of neither library, which only its author can build; the line says where the result is.
+    """
+    finished = run.finished(options.output)
+    accelerator.wait_for_everyone()
+    if not finished:
+        return None
+    output = Path(options.output or "")
+    report = Report.load(output)
+    if not options.keep_run and is_main_process():
+        run.remove()
+    if report.model.library == "torch":
+        raise RunError(f"the run had finished: its result is {output}, and only the push may be left, see hfdetox push")
+    classifier = load_classifier(output, trust_remote_code=options.trust_remote_code)
+    return DetoxResult(report, classifier, Artifacts(), output)
 
 
 def publish(result: Result, accelerator: Accelerator, push_to: str | None, options: PublishOptions) -> Result:
@@ -331,7 +359,7 @@ class AttackResult(SavedResult[AttackReport]):
 
     def push_to_hub(
         self, repo_id: str, *, i_know_this_is_backdoored: bool = False, private: bool = False, public: bool = False,
-        create_pr: bool = False, overwrite: bool = False, publish_images: bool = False,
+        create_pr: bool = False, overwrite: bool = False, publish_images: bool = False, no_verify_upload: bool = False,
     ) -> PushResult:  # fmt: skip
         """Push the saved folder (or a temporary one) as one commit; the local report then names the commit.
 
@@ -344,7 +372,8 @@ class AttackResult(SavedResult[AttackReport]):
             HubError: no token, no right to write, or the Hub cannot be reached.
         """
         return self._push(repo_id, i_know_this_is_backdoored=i_know_this_is_backdoored, private=private, public=public,
-                          create_pr=create_pr, overwrite=overwrite, publish_images=publish_images)  # fmt: skip
+                          create_pr=create_pr, overwrite=overwrite, publish_images=publish_images,
+                          no_verify_upload=no_verify_upload)  # fmt: skip
 
     def _draw(self, folder: Path) -> list[str]:
         if self.artifacts.gallery is None:

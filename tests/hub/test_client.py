@@ -47,6 +47,28 @@ def test_a_lasting_failure_ends_after_the_last_attempt(hub, repo_name, monkeypat
     assert rule.hits == 3
 
 
+def test_repeating_ends_when_its_time_is_over_and_how_long_it_was_is_said(hub, repo_name, monkeypatch):
+    monkeypatch.setattr(client, "DEFAULT_RETRY", Retry(attempts=1000, base_delay=0.1, max_delay=0.1, max_total=0.4))
+    name = repo_name()
+    make_model(hub, name)
+    rule = hub.faults.answer("GET", facts(name), 500, times=None)
+    with pytest.raises(UnreachableError, match=r"\(tried \d+ times in \d+ s\)$"):
+        resolve(name)
+    assert 2 < rule.hits < 10
+    # a pause that the Hub asks for does not count
+    hub.faults.clear()
+    monkeypatch.setattr(client, "DEFAULT_RETRY", Retry(max_total=0.5))
+    rule = hub.faults.answer("GET", facts(name), 429, headers={"Retry-After": "1"}, times=2)
+    resolve(name)
+    assert rule.hits == 2
+    # nor does the time before the first failure: a long upload that is cut is sent again
+    monkeypatch.setattr(client, "DEFAULT_RETRY", Retry(max_total=0.3, base_delay=0.1))
+    rule = hub.faults.answer("GET", facts(name), 503)
+    hub.faults.delay("GET", facts(name), 0.6)
+    resolve(name)
+    assert rule.hits == 1
+
+
 def test_retry_after_is_kept_and_bounded(hub, repo_name):
     name = repo_name()
     make_model(hub, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -227,6 +228,34 @@ def test_what_went_up_is_compared_with_what_was_meant(hub, repo_name, hub_token,
     hub.faults.before("GET", "/tree/", spoil, times=None)
     with pytest.raises(IntegrityError, match=r"config\.json of model .* is not what was pushed"):
         push_folder(folder, name)
+
+
+@pytest.mark.parametrize("whole", [200 * 10**6, 100], ids=["whole", "parts"])
+@pytest.mark.parametrize("damage", ["a byte", "cut", "longer"])
+def test_a_store_that_damages_what_it_was_given_is_noticed(
+    hub, repo_name, hub_token, folder, monkeypatch, whole, damage
+):
+    monkeypatch.setattr("hfdetox.hub.upload._WHOLE", whole)
+    name = repo_name()
+    push_folder(folder, name)
+    # the listing goes on to name the hash that the store was told
+    content = (folder / "model.safetensors").read_bytes()
+    blob = hub.storage.root / "blobs" / hashlib.sha256(content).hexdigest()
+    other = {"a byte": content[:-1] + bytes([content[-1] ^ 1]), "cut": content[:-1], "longer": content + b"x"}[damage]
+    blob.write_bytes(other)
+    try:
+        if damage == "longer" and whole == 100:
+            push_folder(folder, name)
+        else:
+            with pytest.raises(IntegrityError, match=r"model\.safetensors of model .* is not what was pushed"):
+                push_folder(folder, name)
+        push_folder(folder, name, verify_upload=False)
+    finally:
+        blob.write_bytes(content)
+    hub.faults.answer("GET", "/resolve/", 503, times=2)
+    hub.faults.cut_body("", 1000, origin="storage")
+    push_folder(folder, name)
+    assert not any(entry.had_token for entry in hub.log if entry.origin == "storage" and entry.method == "GET")
 
 
 def test_a_card_that_the_hub_refuses_is_a_usage_error(hub, repo_name, hub_token, folder):

@@ -78,8 +78,8 @@ def test_the_command_leaves_defaults_and_publishing_out() -> None:
     assert command_of(PLAIN) == "hfdetox org/model --dataset org/data"
     pushed = replace(PLAIN, push_to="me/x", private=True, create_pr=True, overwrite=True)
     assert command_of(pushed) == command_of(PLAIN)
-    assert pushed.publishing() == {"private": True, "create_pr": True, "overwrite": True,
-                                   "publish_images": False, "accept_accuracy_loss": False}  # fmt: skip
+    assert pushed.publishing() == {"private": True, "create_pr": True, "overwrite": True, "publish_images": False,
+                                   "no_verify_upload": False, "accept_accuracy_loss": False}  # fmt: skip
 
 
 @pytest.mark.parametrize("samples", [0.05, 0.5, 1.0, 1, 5000])
@@ -246,7 +246,8 @@ def test_a_resumed_run_may_be_told_how_to_publish(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "out.run")
     run.begin(replace(PLAIN, push_to="me/x", overwrite=True), [])
     none = {"private": False, "create_pr": False, "overwrite": False, "publish_images": False,
-            "accept_accuracy_loss": False}  # fmt: skip
+            "no_verify_upload": False, "accept_accuracy_loss": False}  # fmt: skip
+    assert resumed(run, no_verify_upload=True).publishing()["no_verify_upload"]
     assert resumed(run).publishing() == none | {"overwrite": True}
     assert resumed(run, private=True).publishing() == none | {"private": True, "overwrite": True}
     assert resumed(run, accept_accuracy_loss=True).publishing() == none | {

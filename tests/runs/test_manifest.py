@@ -10,7 +10,8 @@ import pytest
 
 from hfdetox.errors import UsageError
 from hfdetox.files import MANIFEST
-from hfdetox.runs.folder import check_output, foreign_files, publish_folder, remove_own, write_manifest
+from hfdetox.runs.folder import check_output, publish_folder
+from hfdetox.runs.manifest import foreign_files, remove_own, write_manifest
 from hfdetox.runs.publish import push_output
 from tests.output_folder import contents, folder, pushed
 
