@@ -238,6 +238,8 @@ class DetoxOptions(CleanedPublishOptions, TrainingOptions):
         more="It takes at most half as many image passes as the defense.",
     )  # fmt: skip
     residual: bool = option(False, RUN, "Test whether each trigger's backdoor is gone, or asleep.")
+    max_minutes: float | None = option(None, RUN, "Refuse a run that will take longer, and say what would not.",
+                                       anew=True)  # fmt: skip
 
     def check(self) -> None:
         """Raise UsageError for options that do not go together."""

@@ -14,6 +14,7 @@ from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, pa
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
+from hfdetox.evidence.cost import measure_cost
 from hfdetox.evidence.inquiry import Inquiry, planned_passes
 from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
@@ -86,6 +87,9 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         run.check_fingerprint(inputs)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress, also=images.info.label_map)  # fmt: skip
+    if not resumed:
+        cost = measure_cost(evaluation, method, len(images.clean), scan=options.scan)
+        cost.check(options.max_minutes, progress=progress and accelerator.is_main_process)
     before = evaluation.measure_plausible("before", notes.warn)
 
     # a run must not fail at its end for a reason known at its start
