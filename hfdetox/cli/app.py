@@ -202,10 +202,15 @@ def push(line: CommandLine) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
     options = line.options(config.PushOptions)
     with running(config.ConsoleOptions(), lambda: "the folder is whole: give the same command again"):
+        from hfdetox.hub.upload import add_to_collection, check_collection
         from hfdetox.runs.publish import push_output
 
+        if options.collection is not None:
+            check_collection(options.collection)
         pushed = push_output(options.folder, options.repo, sign=options.sign, **options.publishing())
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
+        if options.collection is not None:
+            say(f"in the collection: {add_to_collection(options.collection, pushed.repo_id)}")
 
 
 @app.command()

@@ -43,6 +43,7 @@ API_PATH = re.compile(
     rf"/api/(models|datasets|spaces)/([^/]+(?:/(?!(?:{WORDS})(?:/|$))[^/]+)?)(?:/({WORDS})(?:/(.*))?)?"
 )
 RESOLVE_PATH = re.compile(r"/(?:(datasets|spaces)/)?([^/]+(?:/(?!resolve/)[^/]+)?)/resolve/(.+)")
+COLLECTION_PATH = re.compile(r"/api/collections/([^/]+/[^/]+)(/items)?")
 LFS_PATH = re.compile(r"/(?:(datasets|spaces)/)?([^/]+(?:/[^/]+)?)\.git/info/lfs/objects/batch")
 
 
@@ -53,6 +54,10 @@ def respond_hub(hub: HubServer, request: Request) -> Answer:
     fixed = FIXED.get((method, request.path.rstrip("/")))
     if fixed is not None:
         return fixed(hub, request, caller)
+    if match := COLLECTION_PATH.fullmatch(request.path):
+        if (method == "GET") is (match[2] is None):
+            return collection(hub, request, caller, match[1], match[2])
+        raise info.unknown(request)
     action, rest = None, ""
     if match := API_PATH.fullmatch(request.path):
         kind, repo_id, word, rest = match.groups()
@@ -149,6 +154,24 @@ def validate_yaml(hub: HubServer, request: Request, caller: Caller) -> Answer:
     errors, warnings = cards.check(body["content"], body.get("repoType") or "model")
     answer = {name: [{"message": m} for m in found] for name, found in (("errors", errors), ("warnings", warnings))}
     return json_answer(answer, status=400 if errors else 200)
+
+
+def collection(hub: HubServer, request: Request, caller: Caller, slug: str, action: str | None) -> Answer:
+    """GET `/api/collections/{slug}`, POST `…/items`; 404, 403 and 409 as the Hub gives them."""
+    if slug not in hub.collections:
+        raise Refusal(404, "Collection not found")
+    items = hub.collections[slug]
+    if action is not None:
+        check_namespace(caller, slug.split("/")[0], "change a collection")
+        item = request.json["item"]["id"]
+        check_visible(caller, hub.storage.get(item, request.json["item"]["type"]))
+        if item in items:
+            raise Refusal(409, "Item is already in the collection")
+        items.append(item)
+    owner = {"name": slug.split("/")[0], "type": "user"}
+    shown = [{"_id": f"{n:024x}", "id": name, "type": "model", "position": n} for n, name in enumerate(items)]
+    facts = {"slug": slug, "title": slug, "owner": owner, "items": shown, "lastUpdated": "2026-01-01T00:00:00.000Z"}
+    return json_answer(facts | {"position": 0, "private": False, "theme": "green", "upvotes": 0})
 
 
 FIXED: dict[tuple[str, str], Callable[[HubServer, Request, Caller], Answer]] = {

@@ -56,6 +56,8 @@ class HubServer:
         self.multipart_above: int | None = None
         self.multipart_chunk = 5 * 1024 * 1024
         self.accounts = Accounts()
+        # the ids of the models in each collection, by its slug (OWNER/TITLE-ID)
+        self.collections: dict[str, list[str]] = {}
         self.add_user(USER, self.token, "write", (ORG,))
         self.add_user(USER, self.read_token, "read", (ORG,))
         self.add_user(STRANGER, self.stranger_token)

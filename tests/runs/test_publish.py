@@ -63,6 +63,22 @@ def test_card_and_report_name_the_repository_they_are_pushed_to(hub, repo_name, 
     assert push_output(folder, first).commit == head
 
 
+def test_a_model_joins_a_collection(hub, repo_name, hub_token, folder, capsys):
+    name, slug = repo_name(), "me/clean-models-0123"
+    words = ["push", str(folder), name, "--collection", slug]
+    assert cli.run(words) == 3  # which is said before anything is sent
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not hub.exists(name)
+    hub.collections[slug] = ["me/another"]
+    for _ in range(2):
+        assert cli.run(words) == 0
+        assert f"in the collection: {hub.url}/collections/{slug}\n" in capsys.readouterr().out
+        assert hub.collections[slug] == ["me/another", name]
+    hub.collections["someone/theirs-01"] = []
+    assert cli.run([*words[:-1], "someone/theirs-01"]) == 3
+    assert hub.collections["someone/theirs-01"] == []
+
+
 def test_a_card_edited_by_hand_is_pushed_as_it_is(hub, repo_name, hub_token, folder, capsys):
     name = repo_name()
     card = (folder / "README.md").read_text()
