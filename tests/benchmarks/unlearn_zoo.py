@@ -40,10 +40,12 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
 SAMPLES, MEASURED = 2500, 2000
 
 
-def opened(cell: Path, cifar: Path, accelerator: Accelerator, samples: int) -> tuple[Network, Pixels, Evaluator]:
+def opened(
+    cell: Path, cifar: Path, accelerator: Accelerator, samples: int, measured: int = MEASURED
+) -> tuple[Network, Pixels, Evaluator]:
     """Return the network of a cell, its clean images, and what it is measured on."""
     classifier = load_classifier(cell)
-    options = DetoxOptions(model=str(cell), dataset=str(cifar), clean_samples=samples, eval_samples=MEASURED)
+    options = DetoxOptions(model=str(cell), dataset=str(cifar), clean_samples=samples, eval_samples=measured)
     images = pull_images(options, str(cifar), classifier, lambda _: None, progress=False)
     triggers = parse_triggers(sorted(map(str, (cell / "triggers").glob("*.safetensors"))))
     evaluator = prepare_evaluator(classifier, images.evaluation, triggers, accelerator, target=None,
