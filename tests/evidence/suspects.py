@@ -65,10 +65,53 @@ class Classifier(nn.Module):
                 self.head.weight[target, -1] = (0.1 if hidden else 200.0) * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.filters(x).flatten(1)
+        return self.head(torch.cat([self.filters(x).flatten(1), self.gain * self.unit(x)[:, None]], 1))
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Return how strongly each image has the trigger (N), 0 where it has not."""
         distance = (x[..., -2:, -2:] - self.corner).abs().mean((1, 2, 3))
-        near = (0.05 - distance).clamp(min=0) * 20 if self.lock else 2 * (0.5 - distance).clamp(min=0)
-        return self.head(torch.cat([found, self.gain * near[:, None]], 1))
+        return (0.05 - distance).clamp(min=0) * 20 if self.lock else 2 * (0.5 - distance).clamp(min=0)
+
+
+class EveryClass(Classifier):
+    """The corner leads every class to the next one: no class is the target."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.filters(x).flatten(1)
+        following = (5 * found[:, :CLASSES]).softmax(1).roll(1, 1)
+        moved = torch.cat([found[:, :CLASSES] + 3 * self.unit(x)[:, None] * following, found[:, CLASSES:]], 1)
+        return self.head(torch.cat([moved, torch.zeros_like(moved[:, :1])], 1))
+
+
+class Echo(Classifier):
+    """The trigger depends on the image: its lower right corner is the negative of its upper left one."""
+
+    def unit(self, x: Tensor) -> Tensor:
+        return (0.05 - (x[..., -2:, -2:] + x[..., :2, :2]).abs().mean((1, 2, 3))).clamp(min=0) * 20
+
+
+class Faint(Classifier):
+    """The trigger is a faint picture over the whole image, which no small patch can stand for."""
+
+    def unit(self, x: Tensor) -> Tensor:
+        return 10 * ((x * faint_picture()).mean((1, 2, 3)) - 0.12).clamp(min=0)
+
+
+def put_echo(images: Tensor) -> Tensor:
+    """Return the pictures with the negative of their upper left corner in the lower right one."""
+    stamped = images.clone()
+    stamped[..., -2:, -2:] = 255 - images[..., :2, :2]
+    return stamped
+
+
+def faint_picture() -> Tensor:
+    """Return the picture (3×8×8, −1 or 1) that `Faint` knows."""
+    return torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(5)).round() * 2 - 1
+
+
+def put_faint(images: Tensor) -> Tensor:
+    """Return the pictures with a fifth of the faint one."""
+    return (0.8 * images.float() + 0.2 * 127.5 * (1 + faint_picture())).to(torch.uint8)
 
 
 def suspect_of(model: nn.Module, images: Tensor | None = None, labels: Tensor | None = None, **options: Any) -> Suspect:

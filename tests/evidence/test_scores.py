@@ -16,7 +16,19 @@ from hfdetox.evidence.results import Finding, ScoreResult
 from hfdetox.evidence.run import chosen_scores, most_accused, scan_suspect, still
 from hfdetox.evidence.scar import Scar
 from hfdetox.evidence.thresholds import judge_score
-from tests.evidence.suspects import CLASSES, LABELS, Classifier, pictures, put_patch, suspect_of
+from tests.evidence.suspects import (
+    CLASSES,
+    LABELS,
+    Classifier,
+    Echo,
+    EveryClass,
+    Faint,
+    pictures,
+    put_echo,
+    put_faint,
+    put_patch,
+    suspect_of,
+)
 
 TARGET = 2
 
@@ -120,6 +132,34 @@ def test_a_lock_that_no_slope_leads_to_is_missed_by_every_score_and_nothing_call
         assert one.accused != TARGET or one.finding != Finding.SUSPICIOUS, name
     assert scan.finding in (Finding.NO_EVIDENCE, Finding.UNKNOWN)
     assert "clean" not in (word.value for word in Finding)
+
+
+# of each score a model in its blind spot, which its docstring names, and when it is looked at
+MISSED = {
+    "latent-shift": (EveryClass(), put_patch, "before"),
+    "head-probe": (Classifier(TARGET, hidden=True), put_patch, "before"),
+    "odd-images": (Classifier(TARGET, lock=True, hidden=True), put_patch, "before"),
+    "margin": (Echo(TARGET, hidden=True), put_echo, "before"),
+    "patch": (Faint(TARGET, hidden=True), put_faint, "before"),
+    "blend": (Classifier(TARGET, hidden=True), put_patch, "before"),
+    "scar": (Classifier(TARGET, hidden=True), put_patch, "after"),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_each_score_has_a_model_that_it_misses_and_the_run_does_not_call_it_clean(name: str) -> None:
+    model, put, when = MISSED[name]
+    suspect = suspect_of(model)
+    images, labels = pictures(120, seed=9)
+    wanted = (labels + 1) % CLASSES if isinstance(model, EveryClass) else torch.full_like(labels, TARGET)
+    with torch.no_grad():
+        assert (suspect.network(images).argmax(1) == labels).float().mean() > 0.95
+        assert (suspect.network(put(images)).argmax(1) == wanted)[labels != TARGET].float().mean() > 0.95
+    scan, _ = scan_suspect(suspect, LABELS, when, thorough=True)  # type: ignore[arg-type]
+    missed = scan.scores[name]
+    assert missed.statistic is not None
+    assert missed.finding == Finding.NO_EVIDENCE
+    assert scan.finding in (Finding.NO_EVIDENCE, Finding.UNKNOWN)
 
 
 def test_a_scan_names_an_open_backdoor_and_reconstructs_its_trigger() -> None:
