@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfdetox.errors import RunError
+from hfdetox.evaluation.results import Rate
+from hfdetox.evidence.results import Residual
 from hfdetox.reporting.markdown import fit_text
 from hfdetox.reporting.report import Report
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOT_FILES = ("before_after.png", "destinations.png", "training.png", "weight_changes.png", "samples.png",
-              "reconstructed.png", "moved.png")  # fmt: skip
+              "reconstructed.png", "moved.png", "residual.png")  # fmt: skip
 WIDTH, DPI = 6.5, 200  # inches × dots: 1300 pixels, twice the 650 CSS pixels of a Hub page
 BEFORE, AFTER, INK, FAINT, PANEL = "#c8651b", "#2468b0", "#1f2933", "#9aa5b1", "#f7f8fa"
 WRONG = "#b3261e"
@@ -84,7 +86,8 @@ def draw_plots(
     """Draw what there is data for into `folder` and return the paths, relative to the folder's parent.
 
     Args:
-        report: `before` and `after` give before_after.png, `history` training.png (rows with `clean_loss`, `distance`).
+        report: `before` and `after` give before_after.png, `history` training.png (rows with `clean_loss`, `distance`),
+            the residual tests of `evidence` residual.png.
         folder: created when missing; `OUTPUT/plots` by the contract.
         weight_changes: layer name to the weights after minus before (any shape); gives weight_changes.png.
         strip: rows of samples.png; of each the first MAX_COLUMNS images are shown.
@@ -100,7 +103,8 @@ def draw_plots(
         with house_style():
             figures = (draw_before_after(report), draw_destinations(answers), draw_training(report),
                        draw_weight_changes(weight_changes),
-                       *map(draw_samples, (strip, reconstructed, moved)))  # fmt: skip
+                       *map(draw_samples, (strip, reconstructed, moved)),
+                       draw_residual(report.evidence.residual if report.evidence else {}))  # fmt: skip
             for name, figure in zip(PLOT_FILES, figures, strict=True):
                 if figure is not None:
                     figure.savefig(folder / name, dpi=DPI)
@@ -237,6 +241,42 @@ def draw_weight_changes(weight_changes: Mapping[str, np.ndarray[Any, Any]]) -> F
     more = f" ({len(names)} of {len(size)} layers, those that changed most)" if len(size) > len(names) else ""
     figure.supxlabel(f"change of a weight, after − before{more}", fontsize=8.5)
     return figure
+
+
+def draw_residual(residual: Mapping[str, Residual]) -> Figure | None:
+    """Return for each trigger the curves of the three tests, with 95 % intervals as bands; None without such tests."""
+    if not residual:
+        return None
+    figure = empty_figure(0.9 + 1.75 * len(residual))
+    all_axes = figure.subplots(len(residual), 3, squeeze=False, sharey=True, width_ratios=[3, 3, 2])
+    for (tuning, path, drift), (name, one) in zip(all_axes, residual.items(), strict=True):
+        steps = [place / (len(one.path) - 1) for place in range(len(one.path))]
+        _draw_rates(tuning, range(len(one.retuned)), one.retuned, BEFORE, "ASR")
+        _draw_rates(tuning, range(len(one.plain)), one.plain, BEFORE, "ASR, tuned without triggered images", "--")
+        _draw_rates(path, steps, one.path, BEFORE, "ASR")
+        _draw_rates(path, steps, one.path_accuracy, AFTER, "ACC, all classes")
+        _draw_rates(drift, [0, 1], one.drift, AFTER, "ACC, all classes")
+        tuning.set_title(fit_text(name, 26))
+        path.set_title("Straight path")
+        drift.set_title("With the trigger")
+        drift.set_xticks([0, 1], ["before", "after"])
+        drift.set_xlim(-0.3, 1.3)
+        tuning.set(ylim=(-3, 103))
+        tuning.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
+    tuning.set_xlabel(f"re-tuning: epochs, {one.triggered} triggered images", fontsize=8)
+    path.set_xlabel("came (0) to cleaned (1)", fontsize=8)
+    handles, words = (one + other[1:] for one, other in zip(tuning.get_legend_handles_labels(),
+                                                            path.get_legend_handles_labels(), strict=True))  # fmt: skip
+    figure.legend(handles, words, loc="outside upper right", ncols=3)
+    return figure
+
+
+def _draw_rates(axes: Axes, places: Sequence[float], rates: Sequence[Rate], color: str, label: str, line: str = "-",
+                ) -> None:  # fmt: skip
+    """Draw a curve of rates in percent, with a band of their intervals."""
+    values, lows, highs = 100 * np.array([[rate.value, *rate.interval] for rate in rates]).T
+    axes.plot(list(places), values, line, color=color, label=label, linewidth=1.6, marker="o", markersize=3)
+    axes.fill_between(list(places), lows, highs, color=color, alpha=0.15, linewidth=0)
 
 
 def draw_samples(strip: Sequence[StripRow]) -> Figure | None:

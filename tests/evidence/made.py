@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Rate
 from hfdetox.evidence.results import (
     Agreement,
@@ -9,6 +10,7 @@ from hfdetox.evidence.results import (
     ImageGrade,
     Moved,
     Reconstructed,
+    Residual,
     ScanResult,
     ScoreResult,
     Threshold,
@@ -49,3 +51,12 @@ def evidence(*, finished: bool = True) -> Evidence:
                        ["3 have the same pixels as another one"])  # fmt: skip
     return Evidence(scan(), scan("no evidence found", after=True) if finished else None,
                     {"reconstructed-patch-2": made}, grade, agreement if finished else None)  # fmt: skip
+
+
+def residual() -> Residual:
+    """Return the tests of a trigger whose backdoor five triggered images wake."""
+    path = [rate(count, 400) for count in (390, 388, 380, 360, 300, 190, 120, 60, 30, 20, 16)]
+    return Residual([rate(count, 400) for count in (16, 90, 180, 240, 250, 256)],
+                    [rate(count, 400) for count in (16, 20, 24, 26, 28, 30)], path,
+                    [rate(count, 600) for count in (560, 561, 562, 560, 558, 560, 562, 563, 560, 561, 562)],
+                    [rate(60, 600), rate(470, 600)], 5, 495)  # fmt: skip

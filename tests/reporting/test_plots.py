@@ -24,11 +24,14 @@ from hfdetox.reporting.plots import (
     StripRow,
     draw_destinations,
     draw_plots,
+    draw_residual,
     draw_samples,
     draw_training,
     draw_weight_changes,
+    house_style,
 )
 from hfdetox.reporting.report import Report
+from tests.evidence.made import evidence, residual
 from tests.written_report import trigger, written_report
 
 LONG = "a trigger name that is far too long to fit on one line of the card, with $dollars$ and | pipes 输入"
@@ -79,13 +82,17 @@ def test_every_plot_is_whole(tmp_path: Path, triggers: int, layers: int, columns
     changes = {f"layers.{i}.{LONG}": rng.normal(0, 0.1, (10, 64)) for i in range(layers)}
     names = [f"{i} {LONG} {'x' * 200}" for i in range(1000)]
     answers = [Answers(LONG, names, *rng.dirichlet(np.full(1000, 0.01), 3)) for _ in range(triggers)]
+    tested = replace(evidence(), reconstructed={}, residual={f"{i} {LONG}": residual() for i in range(triggers)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         written = draw_plots(
-            with_triggers(triggers), tmp_path / "plots", weight_changes=changes, strip=strip(1 + triggers, columns),
+            replace(with_triggers(triggers), evidence=tested), tmp_path / "plots", weight_changes=changes,
+            strip=strip(1 + triggers, columns),
             answers=answers, reconstructed=strip(1, columns), moved=strip(1, columns),
         )  # fmt: skip
-    assert written == [f"plots/{name}" for name in PLOT_FILES if triggers or name != "destinations.png"]
+    assert written == [
+        f"plots/{name}" for name in PLOT_FILES if triggers or name not in ("destinations.png", "residual.png")
+    ]
     for name in written:
         picture = pixels(tmp_path / name)
         height, width = picture.shape[:2]
@@ -115,6 +122,24 @@ def test_only_what_there_is_data_for_is_drawn(tmp_path: Path) -> None:
     assert draw_training(no_numbers) is None
     assert draw_weight_changes({"fc": np.zeros((0, 3)), "nan": np.full(3, np.nan)}) is None
     assert draw_samples([StripRow("empty", np.zeros((0, 8, 8, 3), np.uint8), [], [], [])]) is None
+
+
+def test_the_residual_tests_have_a_curve_each() -> None:
+    with house_style():
+        figure = draw_residual({"a": residual(), "b": residual()})
+    assert figure is not None
+    assert len(figure.axes) == 6
+    for name, axes in zip("ab", figure.axes[::3], strict=True):
+        assert axes.get_title(loc="left") == name
+        again, plain = (line.get_ydata() for line in axes.lines)
+        assert list(again) == pytest.approx([4, 22.5, 45, 60, 62.5, 64])
+        assert list(plain) == pytest.approx([4, 5, 6, 6.5, 7, 7.5])
+    success, accuracy = figure.axes[1].lines
+    assert list(success.get_xdata()) == pytest.approx([step / 10 for step in range(11)])
+    assert list(success.get_ydata())[::5] == pytest.approx([97.5, 47.5, 4])
+    assert next(iter(accuracy.get_ydata())) == pytest.approx(100 * 560 / 600)
+    assert list(figure.axes[2].lines[0].get_ydata()) == pytest.approx([10, 100 * 470 / 600])
+    assert draw_residual({}) is None
 
 
 def test_training_shows_phases_and_the_series_that_exist() -> None:
