@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 from torch import nn
@@ -127,19 +128,25 @@ def predict(network: nn.Module, source: ImageSource, accelerator: Accelerator, *
     predicted = torch.zeros(int(places.max()) + 1, dtype=torch.long, device=device)
     losses = torch.zeros(len(predicted), device=device)
     values = math.prod(getattr(network, "input_size", (1,)))
-    loader = accelerator.prepare(source_loader(source, batch_size(source, device, values), device))
+    loader, shared = source_loader(source, batch_size(source, device, values), device), accelerator.num_processes > 1
+    if shared:
+        loader = accelerator.prepare(loader)
     bar = progress_bar(title, len(source), "image", shown=progress)
     classes = 0
     with bar, exact_float32():
-        for positions, images, labels in loader:
+        for batch in loader:
+            positions, images, labels = send_to_device(batch, device, non_blocking=True)
             logits = network(images).float()
             classes = logits.shape[1]
             loss = cross_entropy(logits, labels, reduction="none")
             # drops what a last uneven batch was padded with
-            positions, answers, loss = accelerator.gather_for_metrics((positions, logits.argmax(1), loss))
+            found = (positions, logits.argmax(1), loss)
+            positions, answers, loss = accelerator.gather_for_metrics(found) if shared else found
             predicted[positions], losses[positions] = answers, loss
             bar.update(len(labels) * accelerator.num_processes)
-    accelerator.free_memory()
+    if shared:
+        # collects garbage too, which takes longer than a small measurement
+        accelerator.free_memory()
     network.train(training)
     return SourcePredictions(predicted.cpu()[places].numpy(), losses.cpu().double()[places].numpy(), classes)
 
