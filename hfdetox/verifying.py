@@ -17,19 +17,21 @@ from hfdetox.config_verify import VerifyOptions
 from hfdetox.data.info import DatasetInfo, ImageChoice
 from hfdetox.data.labels import LabelMismatchError
 from hfdetox.data.load import Images, load_images
-from hfdetox.errors import HfdetoxError, UsageError, one_line
-from hfdetox.evaluation.evaluator import Evaluator, prepare_evaluator
+from hfdetox.errors import HfdetoxError, UsageError
+from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator
 from hfdetox.evaluation.metrics import BROKEN, Predictions, paired_difference, ratings
 from hfdetox.evaluation.results import Measurement, TriggerResult
-from hfdetox.evaluation.verdict import judge_accuracy
-from hfdetox.evidence.claims import find_agreement
+from hfdetox.evidence.claims import find_agreement, grade_images
+from hfdetox.evidence.recount import recount_scores
 from hfdetox.evidence.results import Reconstructed
+from hfdetox.evidence.run import make_suspect
 from hfdetox.hub.download import read_text_file
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card_data import eval_results
-from hfdetox.reporting.comparison import Check, CheckFinding, Comparison, differing_environment, inconsistent
+from hfdetox.reporting.comparison import Check, CheckFinding, Comparison, differing_environment
 from hfdetox.reporting.environment import describe_environment
-from hfdetox.reporting.report import AttackReport, Report, RunReport, missed_goals
+from hfdetox.reporting.report import Report, RunReport
+from hfdetox.reporting.stated import arithmetic, unchecked
 from hfdetox.runs.integrity import (
     Output,
     check_card,
@@ -66,6 +68,7 @@ class Verification:
         revision: its commit; None for a folder.
         checks: every file and number that was compared.
         missing: what could not be recomputed, and why.
+        unchecked: what the report has that is never recomputed, whatever is there.
         differing: in what this machine differs from the report's; while it is empty, counts have to be equal.
         status: the exit status: 0, 1 for a mismatch, else that of the error for which the model's rates could not be
             counted again.
@@ -75,6 +78,7 @@ class Verification:
     revision: str | None
     checks: list[Check]
     missing: dict[str, str] = field(default_factory=dict)
+    unchecked: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     status: int = 0
 
@@ -143,7 +147,7 @@ class _Verifier:
         if self.options.public_key is not None:
             self.checks.append(check_signature(output.folder, self.options.public_key, unpublished=IMAGE_PICTURES))
         self.checks += [check_weights(output), *check_manifest(output), *check_triggers(output, _results(report))]
-        self.checks += _arithmetic(report)
+        self.checks += arithmetic(report)
         classifier = self._tried("after", self._load_output)
         base = self._tried("before", self._load_base)
         # the card of a folder that was named need not be that of the model as it came
@@ -159,7 +163,8 @@ class _Verifier:
         wrong = any(check.finding is CheckFinding.MISMATCH for check in self.checks)
         error = self.errors.get("after")
         status = 1 if wrong else error.exit_status if error is not None else 0
-        return Verification(output.name, output.revision, self.checks, missing, self.differing, status)
+        return Verification(output.name, output.revision, self.checks, missing, unchecked(report), self.differing,
+                            status)  # fmt: skip
 
     @contextlib.contextmanager
     def trying(self, what: str) -> Iterator[None]:
@@ -278,12 +283,33 @@ class _Verifier:
                 self.checks.append(Check("correction.safetensors", "there", "gone", CheckFinding.MISMATCH))
             else:
                 self.checks += comparison.measurements("after, uncorrected", report.uncorrected, found)
+        self._rescan("after", classifier, images, comparison)
         if base is None:
             return
+        self._rescan("before", base, images, comparison)
         before = self._compare("before", report.before, replace(evaluation, classifier=base), comparison)
         if isinstance(report, Report) and before is not None and after is not None:
             self.checks += _paired(report, before, after, comparison)
             self.checks += _agreeing(report, before, after, evaluation, comparison)
+
+    def _rescan(self, when: str, classifier: Classifier, images: Images, comparison: Comparison) -> None:
+        """Measure again the scores that search nothing, and grade the clean images again."""
+        evidence = self.report.evidence if isinstance(self.report, Report) else None
+        scan = evidence.scans.get(when) if evidence is not None else None
+        if evidence is None or scan is None:
+            return
+        with self.trying(f"{when}: scan"):
+            pixels = decoded(images.clean, classifier, self.accelerator, "decode", self.options.progress)
+            suspect = make_suspect(classifier, pixels, self.accelerator, seed=self.report.environment.seed)
+            for name, old, new in recount_scores(scan, suspect):
+                self.checks.append(comparison.scores(f"{when}: score {name}", old.statistic, new.statistic))
+            if when == "before" and evidence.images is not None:
+                counts = [(one.samples, one.duplicates, one.smallest, one.largest)
+                          for one in (evidence.images, grade_images(pixels, suspect))]  # fmt: skip
+                stated, found = (f"{samples:,}, {duplicates:,} duplicates, {low:,} to {high:,} a class"
+                                 for samples, duplicates, low, high in counts)  # fmt: skip
+                self.checks.append(Check("grade of the clean images", stated, found,
+                                         CheckFinding.MATCH if counts[0] == counts[1] else CheckFinding.MISMATCH))  # fmt: skip
 
     def _compare(self, where: str, stated: Measurement | None, evaluation: Evaluator,
                  comparison: Comparison) -> Predictions | None:  # fmt: skip
@@ -325,22 +351,6 @@ def _reconstructed(report: RunReport) -> dict[str, Reconstructed]:
 def _is_of(found: DatasetInfo, stated: DatasetInfo, *, trained: bool) -> bool:
     names = ["eval_indices_sha256", "label_map", *(["indices_sha256"] if trained else [])]
     return all(getattr(found, name) == getattr(stated, name) for name in names)
-
-
-def _arithmetic(report: RunReport) -> Iterator[Check]:
-    """Give the checks that need nothing but the report: its numbers must fit each other."""
-    wrong = list(inconsistent(report))
-    yield Check("rates and intervals of the report", "those of their counts", one_line("; ".join(wrong)) or "so",
-                CheckFinding.MISMATCH if wrong else CheckFinding.MATCH)  # fmt: skip
-    if isinstance(report, Report) and report.accuracy_loss is not None:
-        stated = report.accuracy_loss
-        made = judge_accuracy(stated, stated.allowed).verdict
-        yield Check("verdict on the accuracy", stated.verdict, made,
-                    CheckFinding.MATCH if made == stated.verdict else CheckFinding.MISMATCH)  # fmt: skip
-    if isinstance(report, AttackReport) and report.after is not None:
-        succeeded = not missed_goals(report.after, report.goals)
-        yield Check("the attack succeeded", str(report.succeeded), str(succeeded),
-                    CheckFinding.MATCH if succeeded == report.succeeded else CheckFinding.MISMATCH)  # fmt: skip
 
 
 def _agreeing(

@@ -105,7 +105,8 @@ def test_what_was_published_matches_count_by_count(published: Published, capsys:
     assert named >= {
         "weights", "weights of the model as it came", "card (README.md)", "triggers/badnets.safetensors",
         "triggers/other.safetensors", "DER of badnets", "DER, mean", "points of accuracy lost",
-        "rates and intervals of the report", "verdict on the accuracy", *states,
+        "rates and intervals of the report", "verdict on the accuracy", *states, "before: findings of the scores",
+        "before: score latent-shift", "after: score scar", "grade of the clean images",
     }  # fmt: skip
     assert cli.run(["verify", published.cleaned, "--quiet"]) == 0
     assert cli.run(["verify", published.cleaned, "--json", "--device", "cpu"]) == 0

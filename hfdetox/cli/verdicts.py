@@ -27,6 +27,7 @@ def verification_lines(found: Verification) -> list[str | Table]:
         table.add_row(*(Text(one, style=style) for one in (check.what, check.stated, check.found, reason)))
     lines: list[str | Table] = [f"{at_revision(found.source, found.revision)}:", table]
     lines += [f"not recomputed: {what}: {why}" for what, why in found.missing.items()]
+    lines.append(f"never recomputed: {', '.join(found.unchecked)}")
     same = "same processor model, threads and versions: counts have to be equal"
     lines.append(f"within 2 of 10,000, at least 1: {'; '.join(found.differing)}" if found.differing else same)
     wrong = "; ".join(check.what for check in found.mismatches)

@@ -27,6 +27,8 @@ IMAGES_A_FLIP, FLIPS = 10_000, 2
 EXACT = 1e-9
 # how far a mean loss may be apart, relative to the larger of it and 1: with equal counts, and with other processors
 LOSS_EXACT, LOSS_OTHER = 1e-5, 1e-2
+# the same of a score, which rounding moves further: outliers divide by a small spread, and odd images follow signs
+SCORE_EXACT, SCORE_OTHER = 1e-3, 5e-2
 _TRIGGER = ("kind", "spec", "mode", "target", "file_sha256")
 _SAME = ("device", "threads", "torch", "transformers", "timm", "datasets")
 
@@ -117,6 +119,12 @@ class Comparison:
         apart = max(EXACT, 4 * self.allowed(samples) / samples)
         pairs = zip((stated.value, *stated.interval), (found.value, *found.interval), strict=True)
         return _check(what, _estimate(stated), _estimate(found), all(abs(a - b) <= apart for a, b in pairs))
+
+    def scores(self, what: str, stated: float | None, found: float | None) -> Check:
+        """Compare two values of a score, which has no counts; None where it had none."""
+        if stated is None or found is None:
+            return _check(what, f"{stated}", f"{found}", stated == found)
+        return self._numbers(what, stated, found, (SCORE_EXACT if self.exact else SCORE_OTHER) * max(1.0, abs(stated)))
 
     def _numbers(self, what: str, stated: float, found: float, apart: float) -> Check:
         return _check(what, f"{stated:.6g}", f"{found:.6g}", abs(stated - found) <= apart)
