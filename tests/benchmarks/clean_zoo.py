@@ -4,8 +4,10 @@
 
 Each backdoored model of ZOO is cleaned with 2,500 images by each defense. FOUND has the triggers that `scan_zoo.py
 --triggers FOUND` reconstructed on the same models, a folder a model; of these the ones of the attacker's class are
-measured, on 2,000 test images. The residual tests are those of `hfdetox.evidence.residual`, also for a never-backdoored
-model, with the triggers of the others. A row that is there is not measured again.
+measured, on 2,000 test images. The residual tests are those of `hfdetox.evidence.residual`. A row that is there is not
+measured again. How soon a model that never had a backdoor learns one from five images:
+
+    python -m tests.benchmarks.clean_zoo … --cells resnet-a-clean-s1 --triggers-of BACKDOORED --defenses none
 """
 
 import argparse
@@ -29,6 +31,8 @@ DEFENSES: dict[str, tuple[str, dict[str, str]]] = {
     "ft-sam": ("ft-sam", {"epochs": "10"}),
     "unlearn": ("unlearn", {}),
 }
+# no defense: the model as it came
+AS_IT_IS = "none"
 SAMPLES, MEASURED = 2500, 2000
 
 
@@ -38,46 +42,50 @@ def main() -> None:
     for name in ("--cifar", "--zoo", "--triggers", "--output"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--cells", nargs="+", required=True, help="models of the zoo, by the names of their folders")
-    parser.add_argument("--defenses", nargs="+", default=list(DEFENSES))
+    parser.add_argument("--defenses", nargs="+", choices=[*DEFENSES, AS_IT_IS], default=list(DEFENSES))
+    parser.add_argument("--triggers-of", help="measure with the triggers of this model of the zoo")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
     for cell in options.cells:
         for defense in options.defenses:
-            if not any((row["cell"], row["defense"]) == (cell, defense) for row in rows):
+            known = [(row["cell"], row["defense"], row.get("triggers_of", row["cell"])) for row in rows]
+            if (cell, defense, options.triggers_of or cell) not in known:
                 rows.append(row_of(options, cell, defense))
                 print(json.dumps(rows[-1]["rates"]), flush=True)
                 options.output.write_text(written(rows))
 
 
 def row_of(options: argparse.Namespace, cell: str, defense: str) -> dict[str, Any]:
-    """Clean one model and return its numbers."""
-    folder: Path = options.zoo / cell
-    true = sorted((folder / "triggers").glob("*.safetensors"))
+    """Clean one model, or take it as it is, and return its numbers."""
+    folder, source = options.zoo / cell, options.triggers_of or cell
+    true = sorted((options.zoo / source / "triggers").glob("*.safetensors"))
     target = parse_trigger(str(true[0])).target
-    found = sorted((options.triggers / cell).glob(f"*-{target}.safetensors"))
-    name, settings = DEFENSES[defense]
-    result = detoxify(folder, dataset=str(options.cifar), clean_samples=SAMPLES, eval_samples=MEASURED, defense=name,
-                      settings=settings, triggers=[str(file) for file in (*true, *found)], progress=False)  # fmt: skip
-    report = result.report
-    assert report.before is not None
-    assert report.after is not None
-    rates = {}
-    for trigger, before in report.before.triggers.items():
-        after = report.after.triggers[trigger]
-        rates[trigger] = [[one.attack_success_rate.value, one.robust_accuracy.value] for one in (before, after)]
+    files = [*true, *sorted((options.triggers / source).glob(f"*-{target}.safetensors"))]
+    (name, settings), seconds = DEFENSES.get(defense, (defense, {})), 0.0
+    suspect = load_classifier(str(folder))
+    cleaned, measured = suspect, None
+    if defense != AS_IT_IS:
+        result = detoxify(folder, dataset=str(options.cifar), clean_samples=SAMPLES, eval_samples=MEASURED,
+                          defense=name, settings=settings, triggers=list(map(str, files)), scan=False,
+                          progress=False)  # fmt: skip
+        cleaned, seconds = result.classifier, result.report.defense.seconds
+        measured = (result.report.before, result.report.after)
     accelerator = make_accelerator("cpu", "no")
-    cleaned, suspect = result.classifier, load_classifier(str(folder))
     images = load_images(options.cifar, labels=cleaned.labels, clean_samples=SAMPLES, eval_samples=MEASURED)
-    known = [parse_trigger(str(file)) for file in (*true, *found)]
-    evaluation = prepare_evaluator(cleaned, images.evaluation, known, accelerator, target=None, warn=print,
-                                   progress=False)  # fmt: skip
+    evaluation = prepare_evaluator(cleaned, images.evaluation, [parse_trigger(str(file)) for file in files],
+                                   accelerator, target=None, warn=print, progress=False)  # fmt: skip
+    before, after = measured or (evaluation.measure("").measurement,) * 2
+    assert before is not None
+    assert after is not None
+    rates = {trigger: [[one.attack_success_rate.value, one.robust_accuracy.value]
+                       for one in (found, after.triggers[trigger])]
+             for trigger, found in before.triggers.items()}  # fmt: skip
     pixels = decoded(images.clean, cleaned, accelerator, "decode", progress=False)
     tests = residual(evaluation, pixels, suspect.network.state_dict(), evaluation.views)
     return {
         "cell": cell, "defense": defense, "settings": settings, "true": [file.stem for file in true],
-        "accuracy": [report.before.accuracy.value, report.after.accuracy.value], "rates": rates,
-        "residual": {name: shown(one) for name, one in tests.items()},
-        "seconds": round(report.defense.seconds, 1),
+        "triggers_of": source, "accuracy": [before.accuracy.value, after.accuracy.value], "rates": rates,
+        "residual": {name: shown(one) for name, one in tests.items()}, "seconds": round(seconds, 1),
     }  # fmt: skip
 
 

@@ -67,6 +67,11 @@ def _model(one: dict[str, Any], names: list[str], scores: dict[str, Any]) -> lis
     return [kind, attack + counted, percent(one["asr"][0]), *cells, one["verdict"]]
 
 
+def _attack(cell: str) -> str:
+    """Return what the attack of a model of the zoo is called."""
+    return WORDS[next(part for part in cell.split("-") if part in WORDS)]
+
+
 def _true(row: dict[str, Any]) -> str:
     return next(name for name in row["rates"] if not name.startswith(("patch-", "blend-")))
 
@@ -75,7 +80,7 @@ def cleaned() -> list[str]:
     """Return the attack success of true and of reconstructed triggers on cleaned models, and how they differ."""
     if not exists("cleaned"):
         return NOT_RUN
-    found, rows, apart = read("cleaned")["rows"], [], []
+    found, rows, apart = [row for row in read("cleaned")["rows"] if row["defense"] != "none"], [], []
     for row in found:
         true = _true(row)
         cells = []
@@ -85,7 +90,7 @@ def cleaned() -> list[str]:
         best = max((rates for name, rates in row["rates"].items() if name != true), key=lambda r: r[0][0], default=None)
         if best is not None:
             apart.append(abs(best[1][0] - row["rates"][true][1][0]))
-        rows.append([WORDS[next(part for part in row["cell"].split("-") if part in WORDS)], f"`{row['defense']}`",
+        rows.append([_attack(row["cell"]), f"`{row['defense']}`",
                      arrow(*row["accuracy"]), *(arrow(*pair) for pair in zip(*row["rates"][true], strict=True)),
                      *cells])  # fmt: skip
     header = ["attack", "defense", "ACC", "ASR", "RA", "reconstructed blend", "reconstructed patch"]
@@ -103,12 +108,38 @@ def asleep() -> list[str]:
     rows = []
     for row in read("cleaned")["rows"]:
         one = row["residual"][_true(row)]
-        rows.append([WORDS[next(part for part in row["cell"].split("-") if part in WORDS)], f"`{row['defense']}`",
+        attack = _attack(row.get("triggers_of", row["cell"]))
+        never = row["defense"] == "none"
+        rows.append([f"never backdoored ({attack}'s trigger)" if never else attack,
+                     "–" if never else f"`{row['defense']}`",
                      arrow(one["retuned"][0], one["retuned"][-1]), arrow(one["plain"][0], one["plain"][-1]),
-                     f"{one['reaches']:.1f}", arrow(*one["drift"])])  # fmt: skip
+                     "–" if never else f"{one['reaches']:.1f}",
+                     percent(one["drift"][1]) if never else arrow(*one["drift"])])  # fmt: skip
     header = ["attack", "defense", "re-tuned with 5 triggered images", "re-tuned without", "path: reaches t", "drift"]
     return table(header, rows, text_columns=2)
 
 
+def canaries() -> list[str]:
+    """Return the attack success of planted triggers and of the true one on the same cleaned copies, and the rule."""
+    if not exists("canaries"):
+        return NOT_RUN
+    found, rows = read("canaries"), []
+    for row in found["rows"]:
+        left = [percent(row["canaries"].get(kind)) for kind in ("patch", "blend", "warp", "few")]
+        said = row["mean"]
+        rows.append([_attack(row["cell"]) + ("" if row["counts"] else "*"), row["recipe"], arrow(*row["accuracy"][:2]),
+                     arrow(*row["true"]), *left, percent(said), percent(row["copy"]),
+                     percent(row["suspect"])])  # fmt: skip
+    header = ["attack", "recipe", "ACC, planting", "true ASR, planting", "patch", "blend", "warp", "few", "mean",
+              "true, same copy", "true, suspect"]  # fmt: skip
+    lines = [*table(header, rows, text_columns=2), ""]
+    for against, words in (("copy", "on the same copy"), ("suspect", "on the cleaned suspect")):
+        one = found["agreement"][against]["mean"]
+        lines.append(f"The canaries' mean against the true trigger {words}: within 10 points in {one['near']:.0%} of "
+                     f"{one['cells']} cells, {100 * one['apart']:.1f} points apart on average, rank correlation "
+                     f"{one['rank']:.2f}.")  # fmt: skip
+    return [*lines, *source("canaries")]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {"scan": scan, "scan_models": models, "cleaned": cleaned,
-                                              "asleep": asleep}  # fmt: skip
+                                              "asleep": asleep, "canaries": canaries}  # fmt: skip
