@@ -308,8 +308,8 @@ class _Verifier:
                           for one in (evidence.images, grade_images(pixels, suspect))]  # fmt: skip
                 stated, found = (f"{samples:,}, {duplicates:,} duplicates, {low:,} to {high:,} a class"
                                  for samples, duplicates, low, high in counts)  # fmt: skip
-                self.checks.append(Check("grade of the clean images", stated, found,
-                                         CheckFinding.MATCH if counts[0] == counts[1] else CheckFinding.MISMATCH))  # fmt: skip
+                same = CheckFinding.MATCH if stated == found else CheckFinding.MISMATCH
+                self.checks.append(Check("grade of the clean images", stated, found, same))
 
     def _compare(self, where: str, stated: Measurement | None, evaluation: Evaluator,
                  comparison: Comparison) -> Predictions | None:  # fmt: skip
