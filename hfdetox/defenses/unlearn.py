@@ -3,7 +3,9 @@
 A backdoor's target is a class that the whole model can be pushed to from everywhere, so its latent shift s_k
 (`hfdetox.training.shift`) is far shorter than those of other classes. A class whose norm lies `accused_below` or more
 below the median, in robust standard deviations, is accused; where none does, the two lowest are taken, for the score
-misses some backdoors.
+misses some backdoors. So is a class whose clean images the model hardly finds any more, fewer than half as many as of
+the median class: that is what poisoning with images of the target's own class (SIG) leaves behind, for the model has
+learnt to wait for the trigger.
 
 For the accused classes, triggers are searched on the suspect model (`hfdetox.training.search`): a blend for each of
 `alphas`, and a small patch. Then the model is fine-tuned:
@@ -14,6 +16,13 @@ where T_i is nothing for most images, and for a `share` of them one of the trigg
 has a strength of its own for each image, α ~ U(0.05, 0.25), so that not one dose is unlearnt. As the model changes,
 what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend is searched on the
 model as it is then.
+
+Networks without BatchNorm lose accuracy by any tuning on few images. There, where the suspect is right on x_i, half of
+an image's loss (β) is the distance from what the suspect said of x_i without a trigger:
+
+    (1 − β) ce(f_θ(T_i(x_i)), y_i) + β τ² KL(softmax(f_θ⁰(x_i) / τ) ‖ softmax(f_θ(T_i(x_i)) / τ)),   τ = 2
+
+With BatchNorm that cost more of the removal than it kept of the accuracy (WaNet: 6.2 → 9.6 % ASR for 0.6 points).
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where no z is below −3.5
 and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the images to its class, nothing
@@ -26,41 +35,21 @@ no paper has it. It never sees a true trigger.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from hfdetox.defenses._perturbed import require_pixels
-from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
+from hfdetox.defenses._unlearning import LOOK, SEARCH, Unlearning
+from hfdetox.defenses.base import Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import classes_of, has_batch_norm
-from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
-from hfdetox.training.batches import step_bounds
-from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
-from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
+from hfdetox.models.layers import has_batch_norm
+from hfdetox.training.augment import Augmentation
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
-
-_LOOK, _SEARCH = "unlearn-look", "unlearn-search"
-_BATCH = 256
-# images that the triggers are searched on, at most
-_SEARCHED = 640
-# strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
-_WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
-# what speaks for a backdoor: a robust z below this; a faintest blend that leads so many of the images to its class; or
-# a patch that does, and covers so small a share of the image
-_SURE, _LED, _SMALL = -3.5, 0.9, 0.01
-# classes that are accused, at most, and how many are taken where none is
-_MOST_ACCUSED, _NONE_ACCUSED = 4, 2
-# the share of its accuracy that a model may lose when the images are mirrored
-_TOLERATED = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +71,8 @@ class UnlearnConfig(TuningConfig):
         blend_steps: of the search of a blend.
         patch_steps: of the search of a patch; 0 searches none.
         rounds: how often one more blend is searched during the training.
+        teacher: β, in [0, 1]: for networks without BatchNorm, how much of the loss of an image is what the suspect says
+            of it without a trigger, where that is right; 0 is the labels alone.
     """
 
     name = "unlearn"
@@ -108,6 +99,7 @@ class UnlearnConfig(TuningConfig):
     blend_steps: PositiveInt = 50
     patch_steps: NonNegativeInt = 120
     rounds: NonNegativeInt = 2
+    teacher: Annotated[float, Interval("[0, 1]")] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +109,7 @@ class UnlearnConfig(TuningConfig):
             raise UsageError("unlearn: alphas must be one or more shares between 0 and 1, as in 0.08,0.2")
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
-        look = next((entry for entry in history if entry.get("phase") == _LOOK), None)
+        look = next((entry for entry in history if entry.get("phase") == LOOK), None)
         if look is None:
             return []
         accused = [f"class {look[f'accused_{row}']:.0f}" for row in range(_count(look, "accused_"))]
@@ -127,13 +119,16 @@ class UnlearnConfig(TuningConfig):
         else:
             scores = ", ".join(f"{look[f'score_{row}']:.1f}" for row in range(len(accused)))
             least = f"the lowest of the others is {look['others']:.1f}" if "others" in look else "there are no others"
+            hidden = int(look.get("hidden", 0))
             why = (
                 f"the classes accused by the latent shift (robust z below {self.accused_below:g})"
-                if look["outliers"]
-                else "no class was accused by the latent shift, and these were the lowest"
+                if look["outliers"] > hidden
+                else "no class was accused by the latent shift" + (", and these were the lowest" if not hidden else "")
             )
+            if hidden:
+                why += f"; of {', '.join(accused[:hidden])} the model hardly finds its clean images"
             said = [f"Taken as possible targets: {named}; {why}. Their scores: {scores}; {least}."]  # fmt: skip
-        search = next((entry for entry in history if entry.get("phase") == _SEARCH and "evident" in entry), None)
+        search = next((entry for entry in history if entry.get("phase") == SEARCH and "evident" in entry), None)
         if search is not None and not search["evident"]:
             said.append("Nothing speaks for a backdoor: no patch found is small, and the faintest blends lead at most "
                         f"{100 * max(value for name, value in search.items() if name.startswith('led_')):.0f} % of the "
@@ -154,6 +149,10 @@ class UnlearnConfig(TuningConfig):
                            on_epoch_end=unlearning.searches_again)  # fmt: skip
         return [unlearning.look(phase), unlearning.search(), phase]
 
+    def taught(self, model: nn.Module) -> bool:
+        """Tell whether the suspect's answers to images without a trigger are part of the loss of `model`."""
+        return self.teacher > 0 and not has_batch_norm(model)
+
     def adamw_for(self, model: nn.Module) -> bool:
         """Tell whether AdamW trains `model`."""
         return self.optimizer == "adamw" or (self.optimizer == "auto" and not has_batch_norm(model))
@@ -162,225 +161,6 @@ class UnlearnConfig(TuningConfig):
         if not self.adamw_for(network.model):
             return self.sgd
         return partial(torch.optim.AdamW, lr=self.adamw_learning_rate, weight_decay=self.weight_decay)
-
-
-class Unlearning:
-    """What the passes find out, and the loss that unlearns it.
-
-    Attributes:
-        accused: label indices (int64).
-        masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
-        blends: patterns of the blends found (B×C×h×w, float32).
-        evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
-            nearly all images to its class, a small patch, or the settings, which name the classes.
-        seed: of the searches.
-        searches, ended: how many there were, and how many epochs are over; −1 before the first.
-    """
-
-    def __init__(self, network: Network, config: UnlearnConfig) -> None:
-        """Start with the classes that the settings name; raises UsageError when the model has no such class."""
-        self.network, self.config = network, config
-        self.phase: Phase | None = None
-        named, count = [int(text) for text in config.classes], classes_of(network.model)
-        if max(named, default=0) >= count:
-            raise UsageError(f"unlearn: this model has the classes 0 to {count - 1}, and classes names {max(named)}")
-        channels = network.input_size[0]
-        self.accused = torch.tensor(named, dtype=torch.int64)
-        self.masks, self.patches = torch.empty(0, 1, 1, 1), torch.empty(0, channels, 1, 1)
-        self.blends = torch.empty(0, channels, 1, 1)
-        self.seed, self.searches, self.ended = 0, 0, -1
-        self.images, self.epochs, self.augmented, self.evident = 0, config.epochs, True, True
-        # of the pass at hand: what each head was given, right answers, kept images
-        self._heads: list[list[HeadInputs]] = []
-        self._right = [0, 0]
-        self._kept: list[Tensor] = []
-        self._generator = torch.Generator()
-        self._whole: tuple[Tensor, Tensor] | None = None
-
-    def look(self, phase: Phase) -> Pass:
-        """Return the pass that accuses classes; `phase` gets the length and the augmentation that follow."""
-        self.phase = phase
-        return Pass(name=_LOOK, on_batch=self._see, finish=self._accuse, batch_size=_BATCH, state=self)
-
-    def search(self) -> Pass:
-        """Return the pass that searches triggers on the model as it came."""
-
-        def start() -> None:
-            self.seed = torch.initial_seed() % 2**31
-
-        return Pass(name=_SEARCH, start=start, on_batch=self._keep, finish=self._reconstruct, state=self)
-
-    def searches_again(self) -> list[Pass]:
-        """Return the pass that searches one more blend, where it is time; called before the first epoch and after each.
-
-        The searches lie evenly between the epochs.
-        """
-        self.ended += 1
-        rounds = self.config.rounds
-        due = {math.ceil(self.epochs * part / (rounds + 1)) for part in range(1, rounds + 1)}
-        if self.ended not in due or not 0 < self.ended < self.epochs:
-            return []
-        return [Pass(name=_SEARCH, on_batch=self._keep, finish=self._search_again)]
-
-    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss of a batch of which some images carry triggers, and that of the others, `clean_loss`."""
-        images, carry = batch.once("stamped", lambda: self.stamped(batch.images))
-        with torch.autocast(images.device.type, enabled=False):
-            errors = cross_entropy(model(images).float(), batch.labels, reduction="none")
-        clean = batch.weights * ~carry
-        return {"loss": batch.mean(errors), "clean_loss": (clean * errors.detach()).sum() / clean.sum().clamp(min=1e-6)}
-
-    def stamped(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images (N×C×H×W, 0 to 255) of which a share carry triggers (float32), and which do (N, bool)."""
-        masks, patterns = self._triggers(images)
-        count, patches = len(images), len(self.masks)
-        # drawn on the CPU: nothing waits for the device
-        share, strongest = (self.config.share, _STRONGEST) if self.evident else (self.config.share / 2, _GENTLE)
-        carry, which = torch.rand(count) < share, torch.randint(len(masks), (count,))
-        strength = torch.where(which < patches, 1.0, _WEAKEST + (strongest - _WEAKEST) * torch.rand(count))
-        carry, which, strength = (part.to(images.device, non_blocking=True) for part in (carry, which, strength))
-        x, shares = images.float(), (carry * strength).view(-1, 1, 1, 1) * masks[which]
-        return x + shares * (PIXEL * patterns[which] - x), carry
-
-    def _triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return masks and patterns on whole images (M×1×H×W, M×C×H×W), the patches first; the blends' masks are 1."""
-        if self._whole is None:
-            height, width = images.shape[-2:]
-            patterns = torch.cat([resized(part, height, width) for part in (self.patches, self.blends) if len(part)])
-            ones = torch.ones(len(self.blends), 1, height, width)
-            masks = torch.cat([resized(self.masks, height, width), ones]) if len(self.masks) else ones
-            self._whole = masks, patterns
-        masks, patterns = (part.to(images.device, non_blocking=True) for part in self._whole)
-        self._whole = masks, patterns
-        return masks, patterns
-
-    def _see(self, network: nn.Module, batch: Batch) -> None:
-        """Note what the heads are given, and how right the model is with and without augmentation."""
-        config, images = self.config, batch.images
-        self.images += len(images)
-        if not config.classes:
-            try:
-                self._heads.append(head_inputs(self.network, images, batch.labels))
-            except NonlinearHeadError as error:
-                raise UsageError(f"unlearn: {error}; name the classes that may be a target, as in --set "
-                                 "classes=0,3") from error  # fmt: skip
-        augmenter = Augmenter(resolve_augmentation(config.augmentation, images.shape[-2]), 0)
-        for place, seen in enumerate((images, augmenter(images, augmenter.draw(0, 0, self.images, len(images))))):
-            self._right[place] += int((network(seen).argmax(1) == batch.labels).sum())
-
-    def _accuse(self, accelerator: Accelerator) -> dict[str, float]:
-        """Take the accused classes, the length and the augmentation; return them for the history."""
-        counts = gather_object([(self.images, *self._right)])
-        count, plain, augmented = (sum(column) for column in zip(*counts, strict=True))
-        found: dict[str, float] = {"accuracy": plain / count, "accuracy_augmented": augmented / count}
-        self.images = count
-        if not self.config.classes:
-            found |= self._score(gather_object(self._heads))
-        self._heads, self._right = [], [0, 0]
-        self.augmented = augmented >= plain - _TOLERATED * count
-        parts = self.config.gradient_accumulation_steps * accelerator.num_processes
-        steps = len(step_bounds(count, self.config.batch_size, parts))
-        self.epochs = max(self.config.epochs, math.ceil(self.config.min_steps / steps))
-        self._set_up()
-        return {**found, **{f"accused_{row}": float(label) for row, label in enumerate(self.accused.tolist())},
-                "epochs": self.epochs, "steps": self.epochs * steps, "images": count,
-                "augmented": float(self.augmented), "adamw": float(self.config.adamw_for(self.network.model)),
-                }  # fmt: skip
-
-    def _score(self, seen: list[list[HeadInputs]]) -> dict[str, float]:
-        """Accuse classes by their latent shifts; return the scores of those, and the lowest of the others."""
-        heads = [replace(parts[0], features=torch.cat([part.features for part in parts]),
-                         labels=torch.cat([part.labels for part in parts]))
-                 for parts in zip(*seen, strict=True)]  # fmt: skip
-        scores = robust_z(torch.cat(shifts_of_heads(heads), 1).norm(dim=1))
-        order = scores.argsort()
-        outliers = min(int((scores < self.config.accused_below).sum()), _MOST_ACCUSED)
-        self.evident = bool(scores.min() < _SURE)
-        self.accused, others = order[: outliers or _NONE_ACCUSED], order[outliers or _NONE_ACCUSED :]
-        lowest = {"others": float(scores[others[0]])} if len(others) else {}
-        each = {f"score_{row}": float(scores[label]) for row, label in enumerate(self.accused.tolist())}
-        return {"outliers": float(outliers), **each, **lowest}
-
-    def _keep(self, network: nn.Module, batch: Batch) -> None:
-        """Keep some of the images to search on."""
-        if not self._kept:
-            self._generator.manual_seed(self.seed + self.searches)
-        chosen = torch.rand(len(batch.images), generator=self._generator) < _SEARCHED / self.images
-        self._kept.append(batch.images.cpu()[chosen])
-
-    def _reconstruct(self, accelerator: Accelerator) -> dict[str, float]:
-        """Search a patch and blends for each accused class."""
-        config, (images, classes, generator) = self.config, self._begin_search(accelerator)
-        found: dict[str, float] = {"passes": 0.0}
-        if config.patch_steps:
-            patches = search_patches(self.network, images, classes, generator=generator, steps=config.patch_steps)
-            self.masks, self.patches = shared(patches.masks, accelerator), shared(patches.patterns, accelerator)
-            norms = patches.norms(*images.shape[-2:]).tolist()
-            found |= {f"mask_norm_{label}": norm for label, norm in zip(classes, norms, strict=True)}
-            found["passes"] += patches.passes
-            small = patches.norms(*images.shape[-2:]).cpu() < _SMALL * images[0, 0].numel()
-            self.evident |= bool((small & (self._led(images, patches) >= _LED)).any())
-        for alpha in sorted(config.alphas):
-            blends = self._search_blends(images, classes, alpha, generator, accelerator)
-            found["passes"] += blends.passes
-            if alpha == min(config.alphas):
-                led = self._led(images, blends)
-                found |= {f"led_{label}": share for label, share in zip(classes, led.tolist(), strict=True)}
-                self.evident |= bool((led >= _LED).any())
-        return found | {"evident": float(self.evident)}
-
-    def _led(self, images: Tensor, stamps: Stamps) -> Tensor:
-        """Return which share of the images each trigger leads to its class (k)."""
-        hits, counts = success_counts(self.network, images, torch.full((len(images),), -1), stamps)
-        return hits / counts
-
-    def _search_again(self, accelerator: Accelerator) -> dict[str, float]:
-        """Search one more blend for each accused class."""
-        images, classes, generator = self._begin_search(accelerator)
-        return {"passes": self._search_blends(images, classes, max(self.config.alphas), generator, accelerator).passes}
-
-    def _begin_search(self, accelerator: Accelerator) -> tuple[Tensor, list[int], torch.Generator]:
-        """Return the images kept, of all processes, the classes, and what draws the images of the steps."""
-        images, self._kept = torch.cat(gather_object(self._kept)).to(accelerator.device), []
-        self.searches += 1
-        return images, self.accused.tolist(), torch.Generator().manual_seed(self.seed + self.searches)
-
-    def _search_blends(self, images: Tensor, classes: list[int], alpha: float, generator: torch.Generator,
-                       accelerator: Accelerator) -> Stamps:  # fmt: skip
-        """Add a blend for each class; return them."""
-        blends = search_blends(self.network, images, classes, alpha=alpha, generator=generator,
-                               steps=self.config.blend_steps)  # fmt: skip
-        patterns = shared(blends.patterns, accelerator)
-        self.blends = torch.cat([self.blends, patterns]) if len(self.blends) else patterns
-        self._whole = None
-        return blends
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what was found so far."""
-        numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented),
-                   int(self.evident)]  # fmt: skip
-        return {"accused": self.accused, "masks": self.masks, "patches": self.patches, "blends": self.blends,
-                "numbers": torch.tensor(numbers)}  # fmt: skip
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with what a stopped run found."""
-        self.accused, self.masks, self.patches, self.blends = (
-            state[name] for name in ("accused", "masks", "patches", "blends")
-        )
-        self.seed, self.searches, self.ended, self.images, self.epochs, *flags = state["numbers"].tolist()
-        (self.augmented, self.evident), self._whole = map(bool, flags), None
-        self._set_up()
-
-    def _set_up(self) -> None:
-        if self.phase is not None:
-            self.phase.epochs = self.epochs
-            self.phase.augmentation = self.config.augmentation if self.augmented else "none"
-
-
-def shared(found: Tensor, accelerator: Accelerator) -> Tensor:
-    """Return what the first process found, on the CPU of each: devices need not round alike."""
-    sent: Tensor = broadcast(found.to(accelerator.device))
-    return sent.cpu()
 
 
 def _count(entry: Mapping[str, Any], prefix: str) -> int:

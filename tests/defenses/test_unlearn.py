@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hfdetox.defenses import parse_defense, unlearn
-from hfdetox.defenses.unlearn import UnlearnConfig, Unlearning
+from hfdetox.defenses import _unlearning, parse_defense
+from hfdetox.defenses._unlearning import Unlearning, hardly_found
+from hfdetox.defenses.unlearn import UnlearnConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
+from hfdetox.training.batches import Batch
 from hfdetox.training.shift import HeadInputs
 from tests.defenses.pixels import linear, pixel_convnet
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
@@ -21,6 +23,7 @@ from tests.tiny_training import _quick_garbage, accelerator, mlp, toy_preprocess
 __all__ = ["_quick_garbage", "accelerator"]
 
 SMALL = {"epochs": 3, "min_steps": 0, "batch_size": 24, "augmentation": "none", "blend_steps": 3, "patch_steps": 3}
+NONE = torch.empty(0, dtype=torch.int64)
 TEN = [[float(row == column) for column in range(10)] for row in range(10)]
 
 
@@ -57,16 +60,45 @@ def test_the_classes_that_are_easily_reached_are_accused(
     # of two processes, or two batches
     parts = [HeadInputs("1", whole.weight, whole.bias, whole.features[at], whole.labels[at])
              for at in (slice(6), slice(6, 10))]  # fmt: skip
-    found = unlearning._score([[part] for part in parts])
+    found = unlearning._score([[part] for part in parts], NONE)
     assert sorted(unlearning.accused.tolist()) == sorted(accused)
     assert found["outliers"] == outliers
     assert found["score_0"] <= found["score_1" if len(accused) > 1 else "score_0"] <= found["others"]
 
 
+def test_a_class_that_the_model_hardly_finds_is_accused_first_and_speaks_for_a_backdoor() -> None:
+    unlearning = Unlearning(linear(TEN), small())
+    found = unlearning._score([[head([1, 1.02, 0.98, 1.01, 0.99, 5, 1.03, 0.97, 1.04, 1])]], torch.tensor([7]))
+    assert unlearning.accused.tolist() == [7, 5]
+    assert unlearning.evident
+    assert (found["outliers"], found["hidden"]) == (2, 1)
+    look = {"phase": "unlearn-look", "epochs": 3, "steps": 6, "adamw": 0, "augmented": 0, "accuracy": 1.0,
+            "accuracy_augmented": 1.0, "accused_0": 7, "accused_1": 5}  # fmt: skip
+    said = small().choices([{**look, **found}])
+    assert "of class 7 the model hardly finds its clean images" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "counts", "hidden"),
+    [
+        # half of the median's share is not below it
+        ([90, 80, 40, 39, 85], [100] * 5, [3]),
+        ([90, 80, 10, 5, 85], [100] * 5, [3, 2]),
+        # nine images say nothing, none say nothing
+        ([90, 80, 0, 0, 85], [100, 100, 9, 0, 100], []),
+        ([0, 1], [3, 3], []),
+        # a poor model is poor on all
+        ([20, 12, 11, 30], [100] * 4, []),
+    ],
+)
+def test_who_is_hardly_found(right: list[int], counts: list[int], hidden: list[int]) -> None:
+    assert hardly_found(torch.tensor(right), torch.tensor(counts)).tolist() == hidden
+
+
 def test_a_class_far_below_the_others_speaks_for_a_backdoor() -> None:
     for length, evident in ((5.0, True), (1.05, False)):
         unlearning = Unlearning(linear(TEN), small())
-        unlearning._score([[head([1, 1.02, 0.98, 1.01, 0.99, length, 1.03, 0.97, 1.04, 1])]])
+        unlearning._score([[head([1, 1.02, 0.98, 1.01, 0.99, length, 1.03, 0.97, 1.04, 1])]], NONE)
         assert unlearning.evident == evident
 
 
@@ -88,7 +120,7 @@ def test_a_small_patch_that_leads_nearly_all_images_speaks_for_a_backdoor(
     size: int, evident: bool, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the first pixel says class 1, loudly, and two thirds of it are enough; a blend of 1 % is not
-    monkeypatch.setattr(unlearn, "_SMALL", 0.018)
+    monkeypatch.setattr(_unlearning, "_SMALL", 0.018)
     unlearning = Unlearning(linear([[0.0] * (size - 1) + [1.0], [5.0, *[0.0] * (size - 1)]]),
                             small(alphas=(0.01,), patch_steps=150))  # fmt: skip
     unlearning.accused, unlearning.evident, unlearning.images = torch.tensor([1]), False, 40
@@ -134,6 +166,31 @@ def test_a_share_carries_a_patch_as_it_is_or_a_blend_in_any_strength() -> None:
     assert torch.equal(first[blended], second[blended])
     low, high = float(first[blended].min()), float(first[blended].max())
     assert (low, high) == (pytest.approx(0.05 * 255, abs=1), pytest.approx(0.25 * 255, abs=1))
+
+
+def test_without_batch_norm_the_suspect_teaches_what_it_has_right() -> None:
+    """By hand: two images, of which it has one right; the suspect says what it said before its weights moved."""
+    unlearning = Unlearning(linear([[1.0, 0.0], [0.0, 1.0]]), small(share=1e-9, teacher=0.25))
+    unlearning.blends = torch.tensor([[[[1.0, 1.0]]]])
+    model = linear([[2.0, 0.0], [0.0, 1.0]])
+    images = torch.tensor([[255, 0], [255, 0]], dtype=torch.uint8).view(2, 1, 1, 2)
+    batch = Batch(images, torch.tensor([0, 1]), torch.full((2,), 0.5))
+    with torch.no_grad():
+        old, new = unlearning.network(images).float(), model(images).float()
+    errors = torch.nn.functional.cross_entropy(new, batch.labels, reduction="none")
+    target, said = (old / 2).softmax(1), (new / 2).softmax(1)
+    apart = 4 * (target * (target / said).log()).sum(1)
+    expected = (0.75 * errors[0] + 0.25 * apart[0] + errors[1]) / 2
+    assert float(unlearning.terms(model, batch)["loss"].detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_who_has_a_teacher() -> None:
+    body = mlp().model
+    assert isinstance(body, nn.Module)
+    without = Network(body, toy_preprocessing()).eval()
+    assert Unlearning(without, small()).teacher is not None
+    assert Unlearning(without, small(teacher=0)).teacher is None
+    assert Unlearning(pixel_convnet(), small()).teacher is None
 
 
 @pytest.mark.parametrize(
@@ -240,6 +297,7 @@ def test_a_head_that_is_not_linear_asks_for_the_classes(accelerator: Accelerator
         ({"alphas": "0.1,1"}, "alphas must be one or more shares between 0 and 1"),
         ({"accused_below": "0"}, "accused_below must be"),
         ({"share": "1"}, "share must be"),
+        ({"teacher": "1.5"}, r"teacher must be"),
         ({"reweight": "class"}, "unlearn: reweight looks at the network .*; leave reweight out"),
     ],
 )

@@ -1,0 +1,307 @@
+"""What `unlearn` finds out about a suspect model, and the loss; `hfdetox.defenses.unlearn` says why."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax, softmax
+
+from hfdetox.defenses.base import Batch, Network, Pass, Phase
+from hfdetox.errors import UsageError
+from hfdetox.models.layers import classes_of
+from hfdetox.training.augment import Augmenter, resolve_augmentation
+from hfdetox.training.batches import step_bounds
+from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
+from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
+
+if TYPE_CHECKING:
+    from hfdetox.defenses.unlearn import UnlearnConfig
+
+LOOK, SEARCH = "unlearn-look", "unlearn-search"
+_BATCH = 256
+# images that the triggers are searched on, at most
+_SEARCHED = 640
+# strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
+_WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
+# what speaks for a backdoor: a robust z below this; a faintest blend that leads so many of the images to its class; or
+# a patch that does, and covers so small a share of the image
+_SURE, _LED, _SMALL = -3.5, 0.9, 0.01
+# classes that are accused, at most, and how many are taken where none is
+_MOST_ACCUSED, _NONE_ACCUSED = 4, 2
+# a class is hardly found of which the model has a smaller share right than this of the median class's
+_HARDLY, _FEWEST = 0.5, 10
+# of the suspect's answers, where they teach
+TEMPERATURE = 2.0
+# the share of its accuracy that a model may lose when the images are mirrored
+_TOLERATED = 0.01
+
+
+class Unlearning:
+    """What the passes find out, and the loss that unlearns it.
+
+    Attributes:
+        accused: label indices (int64).
+        masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
+        blends: patterns of the blends found (B×C×h×w, float32).
+        evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
+            nearly all images to its class, a small patch, or the settings, which name the classes.
+        seed: of the searches.
+        searches, ended: how many there were, and how many epochs are over; −1 before the first.
+    """
+
+    def __init__(self, network: Network, config: UnlearnConfig) -> None:
+        """Start with the classes that the settings name; raises UsageError when the model has no such class."""
+        self.network, self.config = network, config
+        self.phase: Phase | None = None
+        named, count = [int(text) for text in config.classes], classes_of(network.model)
+        if max(named, default=0) >= count:
+            raise UsageError(f"unlearn: this model has the classes 0 to {count - 1}, and classes names {max(named)}")
+        channels = network.input_size[0]
+        self.accused = torch.tensor(named, dtype=torch.int64)
+        self.masks, self.patches = torch.empty(0, 1, 1, 1), torch.empty(0, channels, 1, 1)
+        self.blends = torch.empty(0, channels, 1, 1)
+        self.seed, self.searches, self.ended = 0, 0, -1
+        self.images, self.epochs, self.augmented, self.evident = 0, config.epochs, True, True
+        # of the pass at hand: what each head was given, right answers, kept images
+        self._heads: list[list[HeadInputs]] = []
+        # what the suspect says of an image without a trigger
+        self.teacher = copy.deepcopy(network).requires_grad_(False).eval() if config.taught(network.model) else None
+        self._right = [0, 0]
+        self._found = torch.zeros(2, count, dtype=torch.int64)
+        self._kept: list[Tensor] = []
+        self._generator = torch.Generator()
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def look(self, phase: Phase) -> Pass:
+        """Return the pass that accuses classes; `phase` gets the length and the augmentation that follow."""
+        self.phase = phase
+        return Pass(name=LOOK, on_batch=self._see, finish=self._accuse, batch_size=_BATCH, state=self)
+
+    def search(self) -> Pass:
+        """Return the pass that searches triggers on the model as it came."""
+
+        def start() -> None:
+            self.seed = torch.initial_seed() % 2**31
+
+        return Pass(name=SEARCH, start=start, on_batch=self._keep, finish=self._reconstruct, state=self)
+
+    def searches_again(self) -> list[Pass]:
+        """Return the pass that searches one more blend, where it is time; called before the first epoch and after each.
+
+        The searches lie evenly between the epochs.
+        """
+        self.ended += 1
+        rounds = self.config.rounds
+        due = {math.ceil(self.epochs * part / (rounds + 1)) for part in range(1, rounds + 1)}
+        if self.ended not in due or not 0 < self.ended < self.epochs:
+            return []
+        return [Pass(name=SEARCH, on_batch=self._keep, finish=self._search_again)]
+
+    def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss of a batch of which some images carry triggers, and that of the others, `clean_loss`."""
+        images, carry = batch.once("stamped", lambda: self.stamped(batch.images))
+        with torch.autocast(images.device.type, enabled=False):
+            logits = model(images).float()
+            errors = cross_entropy(logits, batch.labels, reduction="none")
+            wanted = errors if self.teacher is None else self._taught(batch, logits, errors)
+        clean = batch.weights * ~carry
+        return {"loss": batch.mean(wanted), "clean_loss": (clean * errors.detach()).sum() / clean.sum().clamp(min=1e-6)}
+
+    def _taught(self, batch: Batch, logits: Tensor, errors: Tensor) -> Tensor:
+        """Return the errors (N) mixed with the divergence from what the suspect says, where it is right."""
+        teacher, share = self.teacher, self.config.teacher
+        assert teacher is not None
+        # a resumed run has not moved it yet
+        if next(teacher.parameters()).device != batch.images.device:
+            teacher.to(batch.images.device)
+        with torch.no_grad():
+            says = teacher(batch.images).float()
+        target = softmax(says / TEMPERATURE, 1)
+        apart = (target * (log_softmax(says / TEMPERATURE, 1) - log_softmax(logits / TEMPERATURE, 1))).sum(1)
+        mixed = torch.lerp(errors, TEMPERATURE**2 * apart, share)
+        return torch.where(says.argmax(1) == batch.labels, mixed, errors)
+
+    def stamped(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (N×C×H×W, 0 to 255) of which a share carry triggers (float32), and which do (N, bool)."""
+        masks, patterns = self._triggers(images)
+        count, patches = len(images), len(self.masks)
+        # drawn on the CPU: nothing waits for the device
+        share, strongest = (self.config.share, _STRONGEST) if self.evident else (self.config.share / 2, _GENTLE)
+        carry, which = torch.rand(count) < share, torch.randint(len(masks), (count,))
+        strength = torch.where(which < patches, 1.0, _WEAKEST + (strongest - _WEAKEST) * torch.rand(count))
+        carry, which, strength = (part.to(images.device, non_blocking=True) for part in (carry, which, strength))
+        x, shares = images.float(), (carry * strength).view(-1, 1, 1, 1) * masks[which]
+        return x + shares * (PIXEL * patterns[which] - x), carry
+
+    def _triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return masks and patterns on whole images (M×1×H×W, M×C×H×W), the patches first; the blends' masks are 1."""
+        if self._whole is None:
+            height, width = images.shape[-2:]
+            patterns = torch.cat([resized(part, height, width) for part in (self.patches, self.blends) if len(part)])
+            ones = torch.ones(len(self.blends), 1, height, width)
+            masks = torch.cat([resized(self.masks, height, width), ones]) if len(self.masks) else ones
+            self._whole = masks, patterns
+        masks, patterns = (part.to(images.device, non_blocking=True) for part in self._whole)
+        self._whole = masks, patterns
+        return masks, patterns
+
+    def _see(self, network: nn.Module, batch: Batch) -> None:
+        """Note what the heads are given, and how right the model is with and without augmentation."""
+        config, images = self.config, batch.images
+        self.images += len(images)
+        if not config.classes:
+            try:
+                self._heads.append(head_inputs(self.network, images, batch.labels))
+            except NonlinearHeadError as error:
+                raise UsageError(f"unlearn: {error}; name the classes that may be a target, as in --set "
+                                 "classes=0,3") from error  # fmt: skip
+        augmenter = Augmenter(resolve_augmentation(config.augmentation, images.shape[-2]), 0)
+        for place, seen in enumerate((images, augmenter(images, augmenter.draw(0, 0, self.images, len(images))))):
+            right = network(seen).argmax(1) == batch.labels
+            self._right[place] += int(right.sum())
+            if not place:
+                both = (batch.labels[right], batch.labels)
+                self._found += torch.stack([part.bincount(minlength=self._found.shape[1]).cpu() for part in both])
+
+    def _accuse(self, accelerator: Accelerator) -> dict[str, float]:
+        """Take the accused classes, the length and the augmentation; return them for the history."""
+        counts = gather_object([(self.images, *self._right)])
+        count, plain, augmented = (sum(column) for column in zip(*counts, strict=True))
+        found: dict[str, float] = {"accuracy": plain / count, "accuracy_augmented": augmented / count}
+        self.images = count
+        if not self.config.classes:
+            hidden = hardly_found(*accelerator.reduce(self._found.to(accelerator.device), reduction="sum").cpu())
+            found |= self._score(gather_object(self._heads), hidden)
+        self._heads, self._right, self._found = [], [0, 0], torch.zeros_like(self._found)
+        self.augmented = augmented >= plain - _TOLERATED * count
+        parts = self.config.gradient_accumulation_steps * accelerator.num_processes
+        steps = len(step_bounds(count, self.config.batch_size, parts))
+        self.epochs = max(self.config.epochs, math.ceil(self.config.min_steps / steps))
+        self._set_up()
+        return {**found, **{f"accused_{row}": float(label) for row, label in enumerate(self.accused.tolist())},
+                "epochs": self.epochs, "steps": self.epochs * steps, "images": count,
+                "augmented": float(self.augmented), "adamw": float(self.config.adamw_for(self.network.model)),
+                }  # fmt: skip
+
+    def _score(self, seen: list[list[HeadInputs]], hidden: Tensor) -> dict[str, float]:
+        """Accuse classes by their latent shifts, and the hidden ones (int64).
+
+        Returns the scores of those accused, and the lowest of the others.
+        """
+        heads = [replace(parts[0], features=torch.cat([part.features for part in parts]),
+                         labels=torch.cat([part.labels for part in parts]))
+                 for parts in zip(*seen, strict=True)]  # fmt: skip
+        scores = robust_z(torch.cat(shifts_of_heads(heads), 1).norm(dim=1))
+        order = scores.argsort()
+        order = torch.cat([hidden, order[~torch.isin(order, hidden)]])
+        shifted = int((scores[order[len(hidden) :]] < self.config.accused_below).sum())
+        outliers = min(len(hidden) + shifted, _MOST_ACCUSED)
+        self.evident = bool(scores.min() < _SURE) or len(hidden) > 0
+        self.accused, others = order[: outliers or _NONE_ACCUSED], order[outliers or _NONE_ACCUSED :]
+        lowest = {"others": float(scores[others[0]])} if len(others) else {}
+        each = {f"score_{row}": float(scores[label]) for row, label in enumerate(self.accused.tolist())}
+        return {"outliers": float(outliers), "hidden": float(len(hidden)), **each, **lowest}
+
+    def _keep(self, network: nn.Module, batch: Batch) -> None:
+        """Keep some of the images to search on."""
+        if not self._kept:
+            self._generator.manual_seed(self.seed + self.searches)
+        chosen = torch.rand(len(batch.images), generator=self._generator) < _SEARCHED / self.images
+        self._kept.append(batch.images.cpu()[chosen])
+
+    def _reconstruct(self, accelerator: Accelerator) -> dict[str, float]:
+        """Search a patch and blends for each accused class."""
+        config, (images, classes, generator) = self.config, self._begin_search(accelerator)
+        found: dict[str, float] = {"passes": 0.0}
+        if config.patch_steps:
+            patches = search_patches(self.network, images, classes, generator=generator, steps=config.patch_steps)
+            self.masks, self.patches = shared(patches.masks, accelerator), shared(patches.patterns, accelerator)
+            norms = patches.norms(*images.shape[-2:]).tolist()
+            found |= {f"mask_norm_{label}": norm for label, norm in zip(classes, norms, strict=True)}
+            found["passes"] += patches.passes
+            small = patches.norms(*images.shape[-2:]).cpu() < _SMALL * images[0, 0].numel()
+            self.evident |= bool((small & (self._led(images, patches) >= _LED)).any())
+        for alpha in sorted(config.alphas):
+            blends = self._search_blends(images, classes, alpha, generator, accelerator)
+            found["passes"] += blends.passes
+            if alpha == min(config.alphas):
+                led = self._led(images, blends)
+                found |= {f"led_{label}": share for label, share in zip(classes, led.tolist(), strict=True)}
+                self.evident |= bool((led >= _LED).any())
+        return found | {"evident": float(self.evident)}
+
+    def _led(self, images: Tensor, stamps: Stamps) -> Tensor:
+        """Return which share of the images each trigger leads to its class (k)."""
+        hits, counts = success_counts(self.network, images, torch.full((len(images),), -1), stamps)
+        return hits / counts
+
+    def _search_again(self, accelerator: Accelerator) -> dict[str, float]:
+        """Search one more blend for each accused class."""
+        images, classes, generator = self._begin_search(accelerator)
+        return {"passes": self._search_blends(images, classes, max(self.config.alphas), generator, accelerator).passes}
+
+    def _begin_search(self, accelerator: Accelerator) -> tuple[Tensor, list[int], torch.Generator]:
+        """Return the images kept, of all processes, the classes, and what draws the images of the steps."""
+        images, self._kept = torch.cat(gather_object(self._kept)).to(accelerator.device), []
+        self.searches += 1
+        return images, self.accused.tolist(), torch.Generator().manual_seed(self.seed + self.searches)
+
+    def _search_blends(self, images: Tensor, classes: list[int], alpha: float, generator: torch.Generator,
+                       accelerator: Accelerator) -> Stamps:  # fmt: skip
+        """Add a blend for each class; return them."""
+        blends = search_blends(self.network, images, classes, alpha=alpha, generator=generator,
+                               steps=self.config.blend_steps)  # fmt: skip
+        patterns = shared(blends.patterns, accelerator)
+        self.blends = torch.cat([self.blends, patterns]) if len(self.blends) else patterns
+        self._whole = None
+        return blends
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was found so far."""
+        numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented),
+                   int(self.evident)]  # fmt: skip
+        return {"accused": self.accused, "masks": self.masks, "patches": self.patches, "blends": self.blends,
+                "numbers": torch.tensor(numbers)}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what a stopped run found."""
+        self.accused, self.masks, self.patches, self.blends = (
+            state[name] for name in ("accused", "masks", "patches", "blends")
+        )
+        self.seed, self.searches, self.ended, self.images, self.epochs, *flags = state["numbers"].tolist()
+        (self.augmented, self.evident), self._whole = map(bool, flags), None
+        self._set_up()
+
+    def _set_up(self) -> None:
+        if self.phase is not None:
+            self.phase.epochs = self.epochs
+            self.phase.augmentation = self.config.augmentation if self.augmented else "none"
+
+
+def hardly_found(right: Tensor, counts: Tensor) -> Tensor:
+    """Return the classes (int64, least found first) of which the model has far fewer images right than of the median.
+
+    Args:
+        right: images of each class that it has right (K).
+        counts: images of each class (K); a class with fewer than 10 is not judged.
+    """
+    known = counts >= _FEWEST
+    shares = torch.where(known, right / counts.clamp(min=1), torch.inf)
+    if not known.any():
+        return torch.empty(0, dtype=torch.int64)
+    order = shares.argsort()
+    return order[shares[order] < _HARDLY * shares[known].median()][:_MOST_ACCUSED]
+
+
+def shared(found: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return what the first process found, on the CPU of each: devices need not round alike."""
+    sent: Tensor = broadcast(found.to(accelerator.device))
+    return sent.cpu()
