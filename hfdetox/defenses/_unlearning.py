@@ -36,6 +36,8 @@ _WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
 _SURE, _LED, _SMALL = -3.5, 0.9, 0.01
 # classes that are accused, at most, and how many are taken where none is
 _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
+# the latter are those to which the faintest blends lead most images: of how many classes, how faint, steps and images
+_SCREENED, _FAINT, _SCREEN_STEPS, _SCREEN_IMAGES = 10, 0.05, 25, 32
 # a class is hardly found of which the model has a smaller share right than this of the median class's
 _HARDLY, _FEWEST = 0.5, 10
 # of the suspect's answers, where they teach
@@ -49,6 +51,7 @@ class Unlearning:
 
     Attributes:
         accused: label indices (int64).
+        screened: classes (int64) of which the search takes those that are accused, where the look accused none.
         masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
         blends: patterns of the blends found (B×C×h×w, float32).
         evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
@@ -66,6 +69,7 @@ class Unlearning:
             raise UsageError(f"unlearn: this model has the classes 0 to {count - 1}, and classes names {max(named)}")
         channels = network.input_size[0]
         self.accused = torch.tensor(named, dtype=torch.int64)
+        self.screened = torch.empty(0, dtype=torch.int64)
         self.masks, self.patches = torch.empty(0, 1, 1, 1), torch.empty(0, channels, 1, 1)
         self.blends = torch.empty(0, channels, 1, 1)
         self.seed, self.searches, self.ended = 0, 0, -1
@@ -206,6 +210,7 @@ class Unlearning:
         outliers = min(len(hidden) + shifted, _MOST_ACCUSED)
         self.evident = bool(scores.min() < _SURE) or len(hidden) > 0
         self.accused, others = order[: outliers or _NONE_ACCUSED], order[outliers or _NONE_ACCUSED :]
+        self.screened = order[: 0 if outliers else _SCREENED]
         lowest = {"others": float(scores[others[0]])} if len(others) else {}
         each = {f"score_{row}": float(scores[label]) for row, label in enumerate(self.accused.tolist())}
         return {"outliers": float(outliers), "hidden": float(len(hidden)), **each, **lowest}
@@ -221,6 +226,9 @@ class Unlearning:
         """Search a patch and blends for each accused class."""
         config, (images, classes, generator) = self.config, self._begin_search(accelerator)
         found: dict[str, float] = {"passes": 0.0}
+        if len(self.screened) > _NONE_ACCUSED:
+            found |= self._screen(images, generator, accelerator)
+            classes = self.accused.tolist()
         if config.patch_steps:
             patches = search_patches(self.network, images, classes, generator=generator, steps=config.patch_steps)
             self.masks, self.patches = shared(patches.masks, accelerator), shared(patches.patterns, accelerator)
@@ -237,6 +245,17 @@ class Unlearning:
                 found |= {f"led_{label}": share for label, share in zip(classes, led.tolist(), strict=True)}
                 self.evident |= bool((led >= _LED).any())
         return found | {"evident": float(self.evident)}
+
+    def _screen(self, images: Tensor, generator: torch.Generator, accelerator: Accelerator) -> dict[str, float]:
+        """Accuse the classes to which a very faint blend, shortly searched, leads most images."""
+        blends = search_blends(self.network, images, self.screened.tolist(), alpha=_FAINT, generator=generator,
+                               steps=_SCREEN_STEPS, batch_size=_SCREEN_IMAGES)  # fmt: skip
+        shares = shared(self._led(images, blends), accelerator)
+        order = shares.argsort(descending=True)[:_NONE_ACCUSED]
+        self.accused = self.screened[order]
+        return {"passes": float(blends.passes), **{f"screened_{row}": float(label) for row, label in
+                enumerate(self.accused.tolist())}, **{f"faint_{row}": float(shares[place]) for row, place in
+                enumerate(order.tolist())}}  # fmt: skip
 
     def _led(self, images: Tensor, stamps: Stamps) -> Tensor:
         """Return which share of the images each trigger leads to its class (k)."""
@@ -268,13 +287,13 @@ class Unlearning:
         """Return what was found so far."""
         numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented),
                    int(self.evident)]  # fmt: skip
-        return {"accused": self.accused, "masks": self.masks, "patches": self.patches, "blends": self.blends,
-                "numbers": torch.tensor(numbers)}  # fmt: skip
+        return {"accused": self.accused, "screened": self.screened, "masks": self.masks, "patches": self.patches,
+                "blends": self.blends, "numbers": torch.tensor(numbers)}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with what a stopped run found."""
-        self.accused, self.masks, self.patches, self.blends = (
-            state[name] for name in ("accused", "masks", "patches", "blends")
+        self.accused, self.screened, self.masks, self.patches, self.blends = (
+            state[name] for name in ("accused", "screened", "masks", "patches", "blends")
         )
         self.seed, self.searches, self.ended, self.images, self.epochs, *flags = state["numbers"].tolist()
         (self.augmented, self.evident), self._whole = map(bool, flags), None

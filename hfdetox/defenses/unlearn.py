@@ -2,8 +2,9 @@
 
 A backdoor's target is a class that the whole model can be pushed to from everywhere, so its latent shift s_k
 (`hfdetox.training.shift`) is far shorter than those of other classes. A class whose norm lies `accused_below` or more
-below the median, in robust standard deviations, is accused; where none does, the two lowest are taken, for the score
-misses some backdoors. So is a class whose clean images the model hardly finds any more, fewer than half as many as of
+below the median, in robust standard deviations, is accused; where none does, for the score misses some backdoors, a
+blend of α = 0.05 is searched for each of the ten lowest, in 25 steps, and the two that it leads most images to are
+taken. So is a class whose clean images the model hardly finds any more, fewer than half as many as of
 the median class: that is what poisoning with images of the target's own class (SIG) leaves behind, for the model has
 learnt to wait for the trigger.
 
@@ -112,23 +113,8 @@ class UnlearnConfig(TuningConfig):
         look = next((entry for entry in history if entry.get("phase") == LOOK), None)
         if look is None:
             return []
-        accused = [f"class {look[f'accused_{row}']:.0f}" for row in range(_count(look, "accused_"))]
-        named = ", ".join(accused)
-        if "outliers" not in look:
-            said = [f"Taken as possible targets, as the settings say: {named}."]
-        else:
-            scores = ", ".join(f"{look[f'score_{row}']:.1f}" for row in range(len(accused)))
-            least = f"the lowest of the others is {look['others']:.1f}" if "others" in look else "there are no others"
-            hidden = int(look.get("hidden", 0))
-            why = (
-                f"the classes accused by the latent shift (robust z below {self.accused_below:g})"
-                if look["outliers"] > hidden
-                else "no class was accused by the latent shift" + (", and these were the lowest" if not hidden else "")
-            )
-            if hidden:
-                why += f"; of {', '.join(accused[:hidden])} the model hardly finds its clean images"
-            said = [f"Taken as possible targets: {named}; {why}. Their scores: {scores}; {least}."]  # fmt: skip
         search = next((entry for entry in history if entry.get("phase") == SEARCH and "evident" in entry), None)
+        said = [self._accusation(look, search or {})]
         if search is not None and not search["evident"]:
             said.append("Nothing speaks for a backdoor: no patch found is small, and the faintest blends lead at most "
                         f"{100 * max(value for name, value in search.items() if name.startswith('led_')):.0f} % of the "
@@ -140,6 +126,27 @@ class UnlearnConfig(TuningConfig):
                  f"{100 * look['accuracy_augmented']:.1f} % of the trusted images right with {self.augmentation}, and "
                  f"{100 * look['accuracy']:.1f} % without."]  # fmt: skip
         return said
+
+    def _accusation(self, look: Mapping[str, Any], search: Mapping[str, Any]) -> str:
+        """Return who was accused and why, a sentence."""
+        accused = [f"class {look[f'accused_{row}']:.0f}" for row in range(_count(look, "accused_"))]
+        if "outliers" not in look:
+            return f"Taken as possible targets, as the settings say: {', '.join(accused)}."
+        scores = [look[f"score_{row}"] for row in range(len(accused))]
+        if screened := _count(search, "screened_"):
+            led = [f"class {search[f'screened_{row}']:.0f} ({100 * search[f'faint_{row}']:.0f} %)"
+                   for row in range(screened)]  # fmt: skip
+            return (f"No class was accused by the latent shift: the lowest score is {min(scores):.1f}. Taken as "
+                    f"possible targets: {', '.join(led)}, to which faint blends led most images.")  # fmt: skip
+        hidden = int(look["hidden"])
+        why = (f"the classes accused by the latent shift (robust z below {self.accused_below:g})"
+               if look["outliers"] > hidden else "no class was accused by the latent shift"
+               + (", and these were the lowest" if not hidden else ""))  # fmt: skip
+        if hidden:
+            why += f"; of {', '.join(accused[:hidden])} the model hardly finds its clean images"
+        least = f"the lowest of the others is {look['others']:.1f}" if "others" in look else "there are no others"
+        return (f"Taken as possible targets: {', '.join(accused)}; {why}. "
+                f"Their scores: {', '.join(f'{score:.1f}' for score in scores)}; {least}.")  # fmt: skip
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

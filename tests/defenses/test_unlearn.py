@@ -142,6 +142,23 @@ def test_where_nothing_speaks_for_a_backdoor_half_as_many_carry_and_blends_are_f
     assert (float(blended.min()), float(blended.max())) == (pytest.approx(12.75, abs=1), pytest.approx(25.5, abs=1))
 
 
+def test_where_none_is_accused_the_classes_that_faint_blends_lead_to_are(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # each pixel speaks for a class of its own, pixel 4 and pixel 1 loudest; the first one is bright on all images
+    monkeypatch.setattr(_unlearning, "_FAINT", 0.1)
+    loud = [1.0, 4.0, 1.0, 1.0, 60.0]
+    unlearning = Unlearning(linear([[loud[row] * (row == column) for column in range(5)] for row in range(5)]), small())
+    unlearning.screened, unlearning.evident, unlearning.images = torch.tensor([2, 1, 3, 4]), False, 40
+    unlearning._kept = [torch.tensor([200, 0, 0, 0, 0], dtype=torch.uint8).expand(40, 1, 1, 5)]
+    found = unlearning._reconstruct(accelerator)
+    assert unlearning.accused.tolist()[0] == 4
+    assert len(unlearning.accused) == 2
+    assert (found["screened_0"], found["faint_0"]) == (4, 1)
+    assert {name for name in found if name.startswith("led_")} == {f"led_{label}" for label in unlearning.accused}
+    assert len(unlearning.masks) == 2
+
+
 def holding(**settings: object) -> Unlearning:
     """Return one that has found a patch on the first pixel and a blend, for images of two pixels."""
     unlearning = Unlearning(linear([[1.0, 0.0], [0.0, 1.0]]), small(**settings))
