@@ -136,8 +136,8 @@ class UnlearnConfig(TuningConfig):
         if screened := _count(search, "screened_"):
             led = [f"class {search[f'screened_{row}']:.0f} ({100 * search[f'faint_{row}']:.0f} %)"
                    for row in range(screened)]  # fmt: skip
-            return (f"No class was accused by the latent shift: the lowest score is {min(scores):.1f}. Taken as "
-                    f"possible targets: {', '.join(led)}, to which faint blends led most images.")  # fmt: skip
+            return (f"Taken as possible targets: {', '.join(led)}, the classes to which faint blends led most images; "
+                    f"no class was accused by the latent shift, whose lowest score is {min(scores):.1f}.")  # fmt: skip
         hidden = int(look["hidden"])
         why = (f"the classes accused by the latent shift (robust z below {self.accused_below:g})"
                if look["outliers"] > hidden else "no class was accused by the latent shift"
