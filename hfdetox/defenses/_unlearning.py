@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,16 +14,14 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-from hfdetox.defenses.base import Batch, Network, Pass, Phase
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import classes_of
-from hfdetox.training.augment import Augmenter, resolve_augmentation
+from hfdetox.models.layers import classes_of, has_batch_norm
+from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import step_bounds
 from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
 from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
-
-if TYPE_CHECKING:
-    from hfdetox.defenses.unlearn import UnlearnConfig
+from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
 LOOK, SEARCH = "unlearn-look", "unlearn-search"
 _BATCH = 256
@@ -46,6 +44,53 @@ TEMPERATURE = 2.0
 _TOLERATED = 0.01
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnlearnSettings(TuningConfig):
+    """Settings of the unlearning of reconstructed triggers.
+
+    Attributes:
+        epochs: passes over the clean images, at least; as many more as `min_steps` needs.
+        min_steps: optimiser steps at least.
+        learning_rate: of SGD, for networks with BatchNorm.
+        optimizer: `sgd`, `adamw`, or `auto`: AdamW for networks without BatchNorm, which are trained with it from the
+            start.
+        adamw_learning_rate: of AdamW.
+        augmentation: at most; images are left as they are where it costs the model as it came more than a hundredth.
+        classes: indices of the accused classes (`--set classes=0,3`); none given asks the model.
+        accused_below: a class is accused whose latent shift has a robust z below this, negative.
+        share: of the images of a step that carry a trigger, in (0, 1); half of it where nothing speaks for a backdoor.
+        alphas: strengths of the blends that are searched.
+        blend_steps: of the search of a blend.
+        patch_steps: of the search of a patch; 0 searches none.
+        rounds: how often one more blend is searched during the training.
+        teacher: β, in [0, 1]: for networks without BatchNorm, how much of the loss of an image is what the suspect says
+            of it without a trigger, where that is right; 0 is the labels alone.
+    """
+
+    epochs: PositiveInt = 3
+    min_steps: NonNegativeInt = 75
+    batch_size: Annotated[int, Interval("[2, inf]")] = 96
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
+    adamw_learning_rate: PositiveFloat = 3e-4
+    augmentation: Augmentation = "flip"
+    classes: tuple[str, ...] = ()
+    accused_below: Annotated[float, Interval("(-inf, 0)")] = -2.5
+    share: Annotated[float, Interval("(0, 1)")] = 1 / 3
+    alphas: tuple[float, ...] = (0.08, 0.2)
+    blend_steps: PositiveInt = 50
+    patch_steps: NonNegativeInt = 120
+    rounds: NonNegativeInt = 2
+    teacher: Annotated[float, Interval("[0, 1]")] = 0.5
+
+    def taught(self, model: nn.Module) -> bool:
+        """Tell whether the suspect's answers to images without a trigger are part of the loss of `model`."""
+        return self.teacher > 0 and not has_batch_norm(model)
+
+    def adamw_for(self, model: nn.Module) -> bool:
+        """Tell whether AdamW trains `model`."""
+        return self.optimizer == "adamw" or (self.optimizer == "auto" and not has_batch_norm(model))
+
+
 class Unlearning:
     """What the passes find out, and the loss that unlearns it.
 
@@ -60,7 +105,7 @@ class Unlearning:
         searches, ended: how many there were, and how many epochs are over; −1 before the first.
     """
 
-    def __init__(self, network: Network, config: UnlearnConfig) -> None:
+    def __init__(self, network: Network, config: UnlearnSettings) -> None:
         """Start with the classes that the settings name; raises UsageError when the model has no such class."""
         self.network, self.config = network, config
         self.phase: Phase | None = None

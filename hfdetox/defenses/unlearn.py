@@ -39,42 +39,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from hfdetox.defenses._perturbed import require_pixels
-from hfdetox.defenses._unlearning import LOOK, SEARCH, Unlearning
-from hfdetox.defenses.base import Network, Pass, Phase, TuningConfig, trained_parameters
+from hfdetox.defenses._unlearning import LOOK, SEARCH, Unlearning, UnlearnSettings
+from hfdetox.defenses.base import Network, Pass, Phase, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import has_batch_norm
-from hfdetox.training.augment import Augmentation
-from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnConfig(TuningConfig):
-    """Settings of the unlearning of reconstructed triggers.
-
-    Attributes:
-        epochs: passes over the clean images, at least; as many more as `min_steps` needs.
-        min_steps: optimiser steps at least.
-        learning_rate: of SGD, for networks with BatchNorm.
-        optimizer: `sgd`, `adamw`, or `auto`: AdamW for networks without BatchNorm, which are trained with it from the
-            start.
-        adamw_learning_rate: of AdamW.
-        augmentation: at most; images are left as they are where it costs the model as it came more than a hundredth.
-        classes: indices of the accused classes (`--set classes=0,3`); none given asks the model.
-        accused_below: a class is accused whose latent shift has a robust z below this, negative.
-        share: of the images of a step that carry a trigger, in (0, 1); half of it where nothing speaks for a backdoor.
-        alphas: strengths of the blends that are searched.
-        blend_steps: of the search of a blend.
-        patch_steps: of the search of a patch; 0 searches none.
-        rounds: how often one more blend is searched during the training.
-        teacher: β, in [0, 1]: for networks without BatchNorm, how much of the loss of an image is what the suspect says
-            of it without a trigger, where that is right; 0 is the labels alone.
-    """
+class UnlearnConfig(UnlearnSettings):
+    """The defense; its settings are those of `UnlearnSettings`."""
 
     name = "unlearn"
     summary = "reconstruct triggers of the classes that the model accuses, and teach them their true labels"
@@ -86,21 +63,6 @@ class UnlearnConfig(TuningConfig):
                  "their true labels.")  # fmt: skip
     unweighted = "reweight looks at the network between the epochs, where this defense searches triggers"
     presets: ClassVar = {"auto": {}}
-
-    epochs: PositiveInt = 3
-    min_steps: NonNegativeInt = 75
-    batch_size: Annotated[int, Interval("[2, inf]")] = 96
-    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
-    adamw_learning_rate: PositiveFloat = 3e-4
-    augmentation: Augmentation = "flip"
-    classes: tuple[str, ...] = ()
-    accused_below: Annotated[float, Interval("(-inf, 0)")] = -2.5
-    share: Annotated[float, Interval("(0, 1)")] = 1 / 3
-    alphas: tuple[float, ...] = (0.08, 0.2)
-    blend_steps: PositiveInt = 50
-    patch_steps: NonNegativeInt = 120
-    rounds: NonNegativeInt = 2
-    teacher: Annotated[float, Interval("[0, 1]")] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,14 +117,6 @@ class UnlearnConfig(TuningConfig):
                            optimizer=self._optimizer(network), state=unlearning,
                            on_epoch_end=unlearning.searches_again)  # fmt: skip
         return [unlearning.look(phase), unlearning.search(), phase]
-
-    def taught(self, model: nn.Module) -> bool:
-        """Tell whether the suspect's answers to images without a trigger are part of the loss of `model`."""
-        return self.teacher > 0 and not has_batch_norm(model)
-
-    def adamw_for(self, model: nn.Module) -> bool:
-        """Tell whether AdamW trains `model`."""
-        return self.optimizer == "adamw" or (self.optimizer == "auto" and not has_batch_norm(model))
 
     def _optimizer(self, network: Network) -> Any:
         if not self.adamw_for(network.model):
