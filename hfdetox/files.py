@@ -33,7 +33,7 @@ LOCK_FILES = (LOCK, HOLDER) = (".lock", ".lock-holder.json")
 LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.new")
 # how often a folder that vanishes while its lock is taken is made anew
 _TRIES = 20
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 
 
 class NotSafetensorsError(UsageError):
@@ -157,8 +157,8 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     Raises NotSafetensorsError (a UsageError) when the file is something else, a git-lfs pointer for instance.
     """
     with path.open("rb") as file:
-        start = file.read(8 + len(_LFS_POINTER))
-        if start.startswith(_LFS_POINTER):
+        start = file.read(8 + len(LFS_POINTER))
+        if start.startswith(LFS_POINTER):
             raise NotSafetensorsError(f"{path.name} is a git-lfs pointer, not weights; run `git lfs pull` there")
         try:
             with safe_open(str(path), framework="numpy"):

@@ -20,6 +20,8 @@ def read_target(target: str | int) -> str | int:
         index = _INDEX.fullmatch(target.strip())
         return int(index[1]) if index else target
     try:
+        if isinstance(target, bool):  # an integer in Python
+            raise TypeError
         return operator.index(target)
     except TypeError:
         raise UsageError(f"a target is a label's name, its index or all-to-all, got {shown(target)}") from None

@@ -158,9 +158,15 @@ def _one(
             raise ColumnError(f"column {named!r} holds {found}, {not_it}; give --{what}-column (of {_all(features)})")
         return named
     if not candidates:
+        wrong = [
+            f"column {name[:24]!r} holds {_kind(feature)}, {not_it}"
+            for name, feature in features.items()
+            if name not in fitting and name.lower() in (IMAGE_NAMES if what == "image" else LABEL_NAMES)
+        ]
         raise ColumnError(
             f"the dataset has no {what} column that can be told from its features; its columns are {_all(features)}; "
-            f"name one with --{what}-column, or choose another dataset")  # fmt: skip
+            f"{wrong[0] + ': mend it,' if wrong else f'name one with --{what}-column,'} or choose another dataset"
+        )  # fmt: skip
     if len(candidates) > 1:
         names = list_names(candidates, 12)
         raise ColumnError(f"several columns may hold the {what}: {names}; choose with --{what}-column")

@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from hfdetox.errors import HfdetoxError, RunError, UsageError, one_line
+from hfdetox.files import LFS_POINTER
 
 MAX_PIXELS = 89_478_485  # PIL's own limit (a quarter of 1 GiB), an error here and not a warning
 # the raster formats that datasets hold; PIL's other plugins (EPS runs Ghostscript) never see a stranger's file
@@ -59,7 +60,7 @@ Extremes = tuple[float, float, str]  # the lowest and the highest value that an 
 
 
 class BrokenImageError(RunError):
-    """An image that cannot be decoded; the message names its split and row."""
+    """An image that cannot be decoded; the message names its split and row, and its file where it has one."""
 
 
 class Spool:
@@ -128,7 +129,7 @@ class ImageSet:
         """Return one image as PIL RGB (L when `channels` is 1), upright; not to be changed in place.
 
         Decoded images are kept, up to KEPT_BYTES in all: the same are hashed, prepared, and prepared again with each
-        trigger. Raises BrokenImageError, which names the split and row.
+        trigger. Raises BrokenImageError, which names the split, the row and the file.
         """
         place = self._places[position]
         if place in self._decoded:
@@ -147,15 +148,18 @@ class ImageSet:
         return self._read(position, pixel_extremes)
 
     def _read(self, position: int, function: Callable[[Encoded], Result]) -> Result:
-        encoded = self._encoded[self._places[position]]
+        encoded, file = self._encoded[self._places[position]], ""
         try:
-            return function(encoded() if callable(encoded) else encoded)
+            encoded = encoded() if callable(encoded) else encoded
+            file = "/".join(Path(encoded).parts[-2:]) + ": " if isinstance(encoded, str) else ""
+            return function(encoded)
         except HfdetoxError:
             raise
         except Exception as error:  # PIL raises anything for a broken or hostile file
             reason = one_line(error)[:120] or type(error).__name__
-            raise BrokenImageError(f"image {self.indices[position]} of split {self.split} cannot be decoded ({reason});"
-                                   " repair or remove it, or choose another split or seed") from error  # fmt: skip
+            image = f"image {self.indices[position]} of split {self.split}"
+            raise BrokenImageError(f"{image} cannot be decoded ({file}{reason}); repair or remove it, or choose "
+                                   "another split or seed") from error  # fmt: skip
 
     def subset(self, positions: Sequence[int]) -> ImageSet:
         """Return the images at `positions` as a set of their own; nothing is copied."""
@@ -229,7 +233,7 @@ def decode_image(
         image = np.asarray(_to_mode(image, "RGB"))
     if isinstance(image, np.ndarray):
         low, high = pixel_range or usual_range([_extremes_of(image)])
-        scaled = (image.astype(np.float64) - low) * (_BYTE / (high - low))
+        scaled = (_finite(image).astype(np.float64) - low) * (_BYTE / (high - low))
         image = Image.fromarray(np.rint(scaled).clip(0, _BYTE).astype(np.uint8))
     return _to_mode(image, "L" if channels == 1 else "RGB")
 
@@ -237,7 +241,7 @@ def decode_image(
 def pixel_extremes(encoded: Encoded) -> Extremes | None:
     """Return the lowest and highest value of an image whose type does not say its range; None for 8-bit images."""
     found = _opened(encoded, upright=False)
-    return _extremes_of(found) if isinstance(found, np.ndarray) else None
+    return _extremes_of(_finite(found)) if isinstance(found, np.ndarray) else None
 
 
 def usual_range(found: Sequence[Extremes]) -> Range:
@@ -261,6 +265,12 @@ def usual_range(found: Sequence[Extremes]) -> Range:
     return (-1.0 if low < 0 else 0.0, float(top))
 
 
+def _finite(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError("some of its pixels are no finite numbers")
+    return values
+
+
 def _extremes_of(values: np.ndarray) -> Extremes:
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     return low, high, str(values.dtype)
@@ -276,6 +286,8 @@ def _opened(encoded: Encoded, *, upright: bool = True) -> Image.Image | np.ndarr
         content = encoded if isinstance(encoded, bytes) else Path(encoded).read_bytes()
         if content.startswith(ARRAY_MAGIC):
             return _upright_array(np.load(io.BytesIO(content), allow_pickle=False))
+        if content.startswith(LFS_POINTER):
+            raise ValueError("a git-lfs pointer, not an image; run `git lfs pull` there")
         Image.init()
         try:
             image = Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN])

@@ -143,16 +143,8 @@ def load_classifier(
     # whatever a library raises over a stranger's configuration
     with refusing(f"{name} cannot be made of its config.json and weights", _ADVICE):
         stored = _weights.find_weights(pulled.folder, pulled.weights)
-        # a library is imported only for its own models: transformers takes seconds
-        if library_of(pulled.folder, pulled.id) == "timm":
-            from hfdetox.models import timm as _timm
-
-            loaded = _timm.load_folder(pulled.folder, stored, pulled.id)
-        else:
-            from hfdetox.models import transformers as _transformers
-
-            loaded = _transformers.load_folder(pulled.folder, stored, pulled.id, trust_remote_code=trust_remote_code,
-                                               processor=processor, preprocessing=preprocessing)  # fmt: skip
+        with _weights.no_larger_than(stored, pulled.id):
+            loaded = _load(pulled, stored, processor, preprocessing, trust_remote_code)
         classifier = assemble(loaded, name, pulled.revision or None, labels, preprocessing=preprocessing,
                               folder=pulled.folder, stored=stored)  # fmt: skip
         classifier.trusts_remote_code, classifier.warnings = trust_remote_code, pulled.warnings
@@ -162,6 +154,21 @@ def load_classifier(
         classifier.warnings += (f"{name} comes with a correction that hfdetox applies (correction.safetensors); loaded "
                                 "with timm or transformers alone it answers without it",)  # fmt: skip
     return classifier
+
+
+def _load(
+    pulled: PulledRepo, stored: _weights.StoredWeights, processor: Any, preprocessing: Preprocessing | None,
+    trust_remote_code: bool,
+) -> Loaded:  # fmt: skip
+    # a library is imported only for its own models: transformers takes seconds
+    if library_of(pulled.folder, pulled.id) == "timm":
+        from hfdetox.models import timm as _timm
+
+        return _timm.load_folder(pulled.folder, stored, pulled.id)
+    from hfdetox.models import transformers as _transformers
+
+    return _transformers.load_folder(pulled.folder, stored, pulled.id, trust_remote_code=trust_remote_code,
+                                     processor=processor, preprocessing=preprocessing)  # fmt: skip
 
 
 def _card_warnings(card: str | None) -> tuple[str, ...]:

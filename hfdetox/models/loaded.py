@@ -33,7 +33,10 @@ _Size = Annotated[list[_Side], Shape("must be channels, height and width, got {}
 _Scale = Annotated[float, Shape("must be above 0, got {}", lambda x: x > 0)]
 _Resize = Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lanczos", "random"]
 _Means = Annotated[list[float], Shape("must be one number a channel, got {}", bool)]
-_NAMES = {"architecture": str, "num_classes": int, "label_names": list[str | int] | dict[str, str],
+_Classes = Annotated[
+    int, Shape("must be a whole number, got {}, not one from 0 to 1000000", lambda n: 0 <= n <= 1_000_000)
+]
+_NAMES = {"architecture": str, "num_classes": _Classes, "label_names": list[str | int] | dict[str, str],
           "label_descriptions": dict[str, str]}  # fmt: skip
 _TIMM = _NAMES | {"model_args": dict[str, Any], "pretrained_cfg": dict[str, Any]}
 _TIMM_IMAGES = _NAMES | {
@@ -44,8 +47,8 @@ _TIMM_IMAGES = _NAMES | {
 _Number = Annotated[int, Shape("must be a whole number from 1 to 100000, got {}", lambda n: 1 <= n <= 100_000)]
 _TRANSFORMERS = {
     "model_type": str, "architectures": list[str], "id2label": dict[str, str | int | float], "auto_map": dict[str, Any],
-    "problem_type": str, "num_labels": int, "num_channels": _Side, "num_hidden_layers": _Number, "hidden_size": _Number,
-    "pretrained_cfg": dict[str, Any],
+    "problem_type": str, "num_labels": _Classes, "num_channels": _Side, "num_hidden_layers": _Number,
+    "hidden_size": _Number, "pretrained_cfg": dict[str, Any],
 }  # fmt: skip
 
 

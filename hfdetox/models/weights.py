@@ -1,8 +1,9 @@
 """Weight files: which ones a folder has, in which dtypes they are stored, and rounding to those dtypes."""
 
+import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hfdetox import documents
 from hfdetox.errors import RunError, UsageError
@@ -20,6 +22,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN_KEYS = 5
+# how much larger a network may become than its weights before it is no network of theirs: a factor, and as many more
+_FACTOR, _MORE = 4, 2**24
 # what stands in checkpoints that are not a model's own, by how the names begin
 _ADVICE = {
     "loss": "it holds a tensor of the training's loss: save the model without it",
@@ -36,12 +40,14 @@ class WeightsMismatchError(UsageError):
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weight files of a folder; `dtypes` has the floating-point tensors by their names in the files."""
+    """The weight files of a folder; `dtypes` has the floating-point tensors by their names in the files, `numbers` how
+    many numbers these hold."""
 
     files: tuple[Path, ...]
     dtypes: dict[str, torch.dtype]
     dominant: torch.dtype
     sha256: str
+    numbers: int
 
     def load(self) -> dict[str, torch.Tensor]:
         """Read every tensor, on the CPU, as stored."""
@@ -69,7 +75,34 @@ def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> Stored
             counts[dtypes[name]] += int(torch.Size(entry["shape"]).numel())
     dominant = counts.most_common(1)[0][0] if counts else torch.float32
     sha256 = {file.name: (known or {}).get(file.name) or sha256_file(file) for file in files}
-    return StoredWeights(files, dtypes, dominant, digest(sha256))
+    return StoredWeights(files, dtypes, dominant, digest(sha256), counts.total())
+
+
+@contextlib.contextmanager
+def no_larger_than(stored: StoredWeights, name: str) -> Iterator[None]:
+    """Stop a network that is built inside from growing far beyond its weights, before its memory is filled.
+
+    Raises:
+        UsageError: its configuration describes a much larger one.
+    """
+    sizes: dict[tuple[int, str], int] = {}
+    total = 0
+
+    def grown(module: nn.Module, key: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        size = 0 if parameter is None else parameter.numel()
+        # a parameter may be put in its place again
+        total += size - sizes.get((id(module), key), 0)
+        sizes[id(module), key] = size
+        if total > _FACTOR * stored.numbers + _MORE:
+            raise UsageError(f"the config.json of {name} describes a network of more than {total:,} parameters, and "
+                             f"its weights have {stored.numbers:,}; mend it")  # fmt: skip
+
+    hook = register_module_parameter_registration_hook(grown)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

@@ -83,6 +83,19 @@ def test_no_label_column():
         load(table(image=pictures(9), score=(datasets.Value("float32"), [0.5] * 9)))
 
 
+@pytest.mark.parametrize(("image", "label", "message"), [
+    ((datasets.Value("string"), ["a.png"] * 9), (datasets.ClassLabel(names=NAMES), cycle(9)),
+     "column 'image' holds string, not images: mend it"),
+    (None, (datasets.List(datasets.ClassLabel(names=NAMES)), [[0]] * 9), "column 'label' holds List, not one label"),
+    (None, ({"id": datasets.Value("int64")}, [{"id": 0}] * 9), "column 'label' holds dict, not one label an image"),
+    (None, (datasets.Value("binary"), [b"red"] * 9), "column 'label' holds binary, not one label an image"),
+])  # fmt: skip
+def test_a_column_of_the_name_that_holds_something_else_is_named(image, label, message):
+    with pytest.raises(ColumnError, match=message) as caught:
+        load(table(image=image or pictures(9), label=label))
+    assert "name one with" not in str(caught.value)
+
+
 def test_several_label_columns_must_be_chosen_from():
     classes = datasets.ClassLabel(names=NAMES)
     dataset = table(img=pictures(30), fine_label=(classes, cycle(30)), coarse_label=(classes, [0] * 30))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from hfdetox.config import DetoxOptions
-from hfdetox.data.images import decode_image
+from hfdetox.data.images import BrokenImageError, decode_image
 from hfdetox.errors import UsageError
 from tests.image_data import NAMES, cycle, load, png, table
 
@@ -239,6 +239,16 @@ def test_the_range_is_that_of_all_images_and_is_said():
     assert [np.asarray(images.clean.image(i))[4, 4, 0] for i in range(12)] == [round((100 + i) / 4095 * 255)
                                                                               for i in range(12)]  # fmt: skip
     assert any("from 100 to 4000, and 0 was taken for black, 4095 for white; --pixel-range" in note for note in notes)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("named", [None, "0,1"])
+def test_an_image_with_pixels_that_are_no_numbers_is_named(wrong, named):
+    images = [np.full((8, 8), 0.5 + i / 100, dtype=np.float32) for i in range(12)]
+    images[7][2, 3] = wrong
+    message = "image 7 of split train cannot be decoded .some of its pixels are no finite numbers"
+    with pytest.raises(BrokenImageError, match=message):
+        load(depths([saved(image) for image in images], [saved(image / 2) for image in images[:6]]), pixel_range=named)
 
 
 def test_a_range_can_be_named():

@@ -107,6 +107,18 @@ def test_images_that_are_none_are_named_by_their_row(tmp_path, image):
     refused(tmp_path / "d", 1, "of split train cannot be decoded")
 
 
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"", "not an image in a known format"), (b"<html>404</html>", "not an image in a known format"),
+    (png(0)[:40], ""), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "run `git lfs pull`"),
+])  # fmt: skip
+def test_a_broken_file_of_an_image_folder_is_named(tmp_path, content, reason):
+    for split in ("train", "test"):
+        write_folders(tmp_path / "d", split, 12)
+    broken = sorted((tmp_path / "d").glob("train/*/*.png"))[0]
+    broken.write_bytes(content)
+    refused(tmp_path / "d", 1, f"cannot be decoded ({broken.parent.name}/{broken.name}: ", reason)
+
+
 def bomb(width, height):
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 9) + b"IDAT"

@@ -56,7 +56,7 @@ def test_numbers_of_every_kind_are_indices_and_texts_are_names_first() -> None:
     assert BadNets(target="index:2").target == 2
 
 
-@pytest.mark.parametrize("target", [2.5, [1], b"2"])
+@pytest.mark.parametrize("target", [2.5, [1], b"2", True, False])
 def test_what_is_neither_text_nor_a_whole_number_is_refused(target: object) -> None:
     with pytest.raises(UsageError, match="a target is a label's name, its index or all-to-all, got "):
         read_target(target)  # type: ignore[arg-type]

@@ -107,6 +107,10 @@ FIELDS = [
     ("timm", {"pretrained_cfg": []}, "pretrained_cfg must be a mapping"),
     ("timm", {"model_args": [1]}, "model_args must be"),
     ("timm", {"num_classes": "5"}, "num_classes must be a whole number, got '5'"),
+    ("timm", {"num_classes": 10**12}, "num_classes must be .* got 1000000000000, not one from 0 to 1000000"),
+    ("timm", {"num_classes": -5}, "got -5, not one from 0"),
+    ("timm", {"pretrained_cfg.num_classes": 10**12}, "pretrained_cfg.num_classes must be a whole number, got 1"),
+    ("vit", {"num_labels": 10**12}, "num_labels must be a whole number, got 1"),
     ("timm", {"pretrained_cfg.mean": [0.5, "x", 0.5]}, r"pretrained_cfg.mean\[1\] must be a number"),
     ("timm", {"pretrained_cfg.mean": []}, "pretrained_cfg.mean must be one number a channel"),
     ("timm", {"pretrained_cfg.std": [0.5, 0, 0.5]}, r"pretrained_cfg.std\[1\] must be above 0"),
@@ -148,6 +152,23 @@ def test_a_field_of_a_wrong_type_is_named(kind, changes, said, tmp_path):
     with pytest.raises(UsageError, match=said) as caught:
         load_classifier(source)
     assert "config.json" in str(caught.value) or "transformers" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("timm/vit", {"model_args": {"embed_dim": 12_000}}), ("timm/vit", {"model_args": {"depth": 50_000}}),
+    ("timm/vit", {"model_args": {"mlp_ratio": 9000}}),
+    ("transformers/vit", {"hidden_size": 12_000}), ("transformers/vit", {"num_hidden_layers": 50_000}),
+    ("transformers/vit", {"intermediate_size": 10**7}), ("transformers/vit", {"image_size": 10**6}),
+])  # fmt: skip
+def test_a_network_far_larger_than_its_weights_is_refused_before_it_fills_the_memory(kind, changes, tmp_path):
+    source = make_folder(tmp_path / "m", kind)
+    config = json.loads((source / "config.json").read_text())
+    given = config.get("model_args", {}) | changes.pop("model_args", {})
+    edit_json(source / "config.json", **({"model_args": given} if given else {}), **changes)
+    with pytest.raises(
+        UsageError, match=r"config.json of .* a network of more than [\d,]+ parameters, and its weights"
+    ):
+        load_classifier(source)
 
 
 def test_a_loaded_models_label_names_have_every_number(tmp_path):
