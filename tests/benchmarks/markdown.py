@@ -42,7 +42,9 @@ def source(*names: str) -> list[str]:
     for name in names:
         result = read(name)
         asked = f"; {len(result['rows'])} of the suite's {result['asked']} runs" if "asked" in result else ""
-        version = result.get("hfdetox_version", "0.1.0")
+        # the first results did not name it
+        named = result.get("hfdetox_version", result.get("hfdetox"))
+        version = named if isinstance(named, str) else "0.1.0"
         # of a bench and of the demo; other results have no column for it
         known = "largest_share" in result.get("columns", ["largest_share"])
         known = known and all("largest_class" in run for run in result.get("runs", []))
