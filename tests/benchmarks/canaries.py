@@ -17,6 +17,8 @@ The rule, written before any cleaned model was looked at:
 - What the planting is (shares, rate, epochs) was chosen on resnet-b-noise-to-5-0.1-s2 by what the copy is before
   cleaning: the canaries' ASR, the true trigger's and the accuracy.
 
+Added once it was clear that there was time for few models alone: fewer than 8 decide nothing, and nothing is built.
+
 One JSON line a model and recipe; a line that is there is not measured again.
 """
 
@@ -66,7 +68,7 @@ RECIPES: dict[str, tuple[str, dict[str, str]]] = {
     "unlearn": ("unlearn", {}),
 }
 SAMPLES, MEASURED = 2500, 1000
-TOOK, STILL_THERE, LEAST, NEAR, ENOUGH = 0.9, 0.3, 2, 0.1, 0.8
+TOOK, STILL_THERE, LEAST, NEAR, ENOUGH, MODELS = 0.9, 0.3, 2, 0.1, 0.8, 8
 
 
 def canaries(taken: Iterable[int], classes: int) -> list[Trigger]:
@@ -188,9 +190,11 @@ def count(options: argparse.Namespace) -> None:
     }
     found = {against: {name: agreement([(said, row[against]) for row in counted if (said := of(row)) is not None])
                        for name, of in kinds.items()} for against in ("copy", "suspect")}  # fmt: skip
-    built = all(found[against]["mean"]["near"] >= ENOUGH for against in found)
+    # a study of fewer models decides nothing, and then nothing is built
+    models = len({row["cell"] for row in counted})
+    built = models >= MODELS and all((found[against]["mean"]["near"] or 0) >= ENOUGH for against in found)
     command = "python -m tests.benchmarks.canaries count canaries.jsonl --output canaries.json"
-    head = {"command": command, "models": len({row["cell"] for row in counted}), "built": built, "agreement": found}
+    head = {"command": command, "models": models, "built": built, "agreement": found}
     listed = ",\n".join("  " + json.dumps(row) for row in rows)
     options.output.write_text(
         json.dumps({**head, "rows": ["ROWS"]}, indent=1).replace('"ROWS"', "\n" + listed + "\n ") + "\n"
@@ -213,13 +217,15 @@ def cell_row(line: dict[str, Any]) -> dict[str, Any]:
             }  # fmt: skip
 
 
-def agreement(pairs: list[tuple[float, float]]) -> dict[str, float]:
+def agreement(pairs: list[tuple[float, float]]) -> dict[str, float | None]:
     """Return cells, rank correlation, mean absolute difference and the share within 10 points."""
     said, true = np.array(pairs).T if pairs else (np.zeros(0), np.zeros(0))
     apart = np.abs(said - true)
-    rank = float(spearmanr(said, true).statistic) if len(pairs) > 2 else float("nan")
-    return {"cells": len(pairs), "rank": round(rank, 3), "apart": round(float(apart.mean()), 4) if len(pairs) else 1.0,
-            "near": round(float((apart <= NEAR).mean()), 4) if len(pairs) else 0.0}  # fmt: skip
+    if len(pairs) < 3:
+        return {"cells": len(pairs), "rank": None, "apart": None, "near": None}
+    rank = float(spearmanr(said, true).statistic)
+    return {"cells": len(pairs), "rank": round(rank, 3), "apart": round(float(apart.mean()), 4),
+            "near": round(float((apart <= NEAR).mean()), 4)}  # fmt: skip
 
 
 def main() -> None:

@@ -135,7 +135,9 @@ def canaries() -> list[str]:
     lines = [*table(header, rows, text_columns=2), ""]
     for against, words in (("copy", "on the same copy"), ("suspect", "on the cleaned suspect")):
         one = found["agreement"][against]["mean"]
-        lines.append(f"The canaries' mean against the true trigger {words}: within 10 points in {one['near']:.0%} of "
+        if one["near"] is None:
+            continue
+        lines.append(f"The canaries' mean against the true trigger {words}: within 10 points in {100 * one['near']:.0f} % of "
                      f"{one['cells']} cells, {100 * one['apart']:.1f} points apart on average, rank correlation "
                      f"{one['rank']:.2f}.")  # fmt: skip
     return [*lines, *source("canaries")]
