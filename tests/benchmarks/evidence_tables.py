@@ -137,7 +137,8 @@ def canaries() -> list[str]:
         one = found["agreement"][against]["mean"]
         if one["near"] is None:
             continue
-        lines.append(f"The canaries' mean against the true trigger {words}: within 10 points in {100 * one['near']:.0f} % of "
+        near = f"{100 * one['near']:.0f} %"
+        lines.append(f"The canaries' mean against the true trigger {words}: within 10 points in {near} of "
                      f"{one['cells']} cells, {100 * one['apart']:.1f} points apart on average, rank correlation "
                      f"{one['rank']:.2f}.")  # fmt: skip
     return [*lines, *source("canaries")]
