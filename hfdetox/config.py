@@ -326,9 +326,7 @@ class PushOptions(AnyPublishOptions):
 
     folder: Path = field(kw_only=False, metadata=about(HUB, "What hfdetox wrote (--output).", path="folder"))
     repo: str = field(kw_only=False, metadata=about(HUB, "Where to publish it: USER/NAME."))
-    sign: Path | None = option(
-        None, HUB, "Sign it with this private key (PEM; hfdetox[sign]).", metavar="KEY", path="file"
-    )
+    sign: Path | None = option(None, HUB, "Sign it with this key (PEM; hfdetox[sign]).", metavar="KEY", path="file")
     collection: str | None = option(None, HUB, "Add it to this collection: OWNER/TITLE-ID.", metavar="SLUG")
 
 
