@@ -53,7 +53,7 @@ def read_pair(option: str, text: str) -> tuple[str, str]:
     """Split KEY=VALUE (dashes in the key count as underscores); UsageError without a key or an equals sign."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"{option} {text!r} is not KEY=VALUE")
+        raise UsageError(f"{option} {shown(text)} is not KEY=VALUE")
     return key.strip().replace("-", "_"), value.strip()
 
 
@@ -72,7 +72,7 @@ def read_pairs(where: str, items: Iterable[str], known: Iterable[str], listed: s
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or key not in keys:
-            raise UsageError(f"{where}: {item!r} is not one of {listed}")
+            raise UsageError(f"{where}: {shown(item)} is not one of {listed}")
         if key in found:
             raise UsageError(f"{where}: {key} is given twice")
         found[key] = value

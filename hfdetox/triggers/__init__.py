@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors import safe_open
 
 from hfdetox.documents import parse_json
-from hfdetox.errors import UsageError, refusing
+from hfdetox.errors import UsageError, one_line, refusing
 from hfdetox.plugins import Registry
 from hfdetox.specs import read_pairs, split_items
 from hfdetox.triggers.badnets import BadNets
 from hfdetox.triggers.base import Trigger
 from hfdetox.triggers.blended import Blended
-from hfdetox.values import read, words_of
+from hfdetox.values import read, shown, words_of
 
 __all__ = ["TRIGGERS", "BadNets", "Blended", "Trigger", "load_trigger", "parse_trigger", "parse_triggers"]
 
@@ -79,17 +79,20 @@ def parse_trigger(spec: str) -> Trigger:
     kind = TRIGGERS.get(name)
     if kind is None:
         known = ", ".join(sorted(TRIGGERS))
-        raise UsageError(f"unknown trigger {name!r}; known: {known}, or a .safetensors trigger file")
+        raise UsageError(f"unknown trigger {shown(name)}; known: {known}, or a .safetensors trigger file")
     own = {f.name: f for f in fields(kind)}
-    shown = ", ".join(f"{key}=…" for key, f in own.items() if f.metadata.get("tensor", "picture") == "picture")
+    listed = ", ".join(f"{key}=…" for key, f in own.items() if f.metadata.get("tensor", "picture") == "picture")
     items = (_whole(kind, item) for item in split_items(f"trigger {name}", rest))
-    texts = read_pairs(f"trigger {name}", items, own, shown)
+    texts = read_pairs(f"trigger {name}", items, own, listed)
     return kind(**{key: _parse_value(kind, own[key], text) for key, text in texts.items()})
 
 
 def load_trigger(path: Path) -> Trigger:
     """Read a trigger file; raises UsageError when it is missing or not one."""
-    with refusing(f"{path} cannot be read as a trigger file"), safe_open(str(path), framework="pt") as file:
+    with (
+        refusing(f"{one_line(path, 200)} cannot be read as a trigger file"),
+        safe_open(str(path), framework="pt") as file,
+    ):
         header = parse_json((file.metadata() or {}).get("trigger", "null"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     name = header.pop("kind", None) if isinstance(header, dict) else None
@@ -102,13 +105,13 @@ def load_trigger(path: Path) -> Trigger:
     grouped, strange = kind.grouped(tensors)
     unknown = sorted(strange | (set(header) - ({f.name for f in fields(kind)} - set(kind.tensor_fields()))))
     if unknown:
-        raise UsageError(f"{path}: unknown fields {', '.join(unknown)} for a {kind.kind} trigger")
+        raise UsageError(f"{path}: unknown fields {one_line(', '.join(unknown), 200)} for a {kind.kind} trigger")
     hints = typing.get_type_hints(kind)
     for name, value in header.items():
         try:
             read(name, hints[name], value)
         except UsageError:
-            raise UsageError(f"{path}: {name} cannot be {value!r} for a {kind.kind} trigger") from None
+            raise UsageError(f"{path}: {name} cannot be {shown(value)} for a {kind.kind} trigger") from None
     with refusing(f"{path} holds no {kind.kind} trigger"):
         return kind(**header, **grouped)
 
@@ -131,11 +134,11 @@ def _parse_value(kind: type[Trigger], field: Field[Any], text: str) -> Any:
     where = f"trigger {kind.kind}: {field.name}"
     # a specification has one spelling
     if hint is bool and text != text.lower():
-        raise UsageError(f"{where} must be true or false, got {text!r}")
+        raise UsageError(f"{where} must be true or false, got {shown(text)}")
     return read(where, hint, text, text=True)
 
 
 def _read_picture(path: Path) -> torch.Tensor:
     # Pillow raises a dozen types over a damaged file
-    with refusing(f"trigger picture {path} cannot be read"), Image.open(path) as image:
+    with refusing(f"trigger picture {one_line(path, 200)} cannot be read"), Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()

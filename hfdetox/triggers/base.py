@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from hfdetox.errors import UsageError
 from hfdetox.specs import join_items, read_target, target_text
-from hfdetox.values import check_fields, to_text
+from hfdetox.values import check_fields, shown, to_text
 
 Mode = Literal["native", "input"]
 Value = TypeVar("Value")
@@ -58,8 +58,8 @@ class Trigger(ABC):
             object.__setattr__(self, "target", read_target(self.target))
         # the name becomes a file's name, which has room for 255 bytes, and `mean` is a key of the report
         if not re.fullmatch(r"[\w-][\w.-]{0,63}", self.name) or len(self.name.encode()) > 192 or self.name == "mean":
-            raise UsageError(f"trigger name {self.name!r}: use letters, digits, '_', '-' and '.', up to 64 and 192 "
-                             "bytes, and not 'mean'")  # fmt: skip
+            raise UsageError(f"trigger name {shown(self.name)}: use letters, digits, '_', '-' and '.', up to 64 and "
+                             "192 bytes, and not 'mean'")  # fmt: skip
         for name, value in self.parameters().items():
             # JSON has whole numbers of any size, tensors and fractions have not
             if type(value) is int and not -(2**63) <= value < 2**63:

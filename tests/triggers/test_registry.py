@@ -246,6 +246,30 @@ def test_a_file_that_is_no_picture_is_an_error(tmp_path: Path) -> None:
         parse_trigger(f"badnets:image={tmp_path / 'p.png'}")
 
 
+LONG = "9" * 9000
+
+
+@pytest.mark.parametrize("spec", [
+    f"badnets:image={LONG}", f"lc:name={LONG}", f"blended:seed={LONG}", f"bpp:dither={LONG}", f"sig:{LONG}",
+    f"{LONG}:size=3", f"/tmp/{LONG}.safetensors", f"wanet:{LONG}={LONG}", f"badnets:bpp={LONG}", f"bpp:dither=T{LONG}",
+])  # fmt: skip
+def test_what_is_said_of_a_long_value_is_short(spec: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_trigger(spec)
+    assert len(str(caught.value)) < 700
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["levels", "name", "mode", "target", LONG])
+def test_what_is_said_of_a_long_value_in_a_trigger_file_is_short(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    header = json.dumps({"kind": "bpp", field: [LONG] * 3})
+    save_file({}, path, metadata={"trigger": header})
+    with pytest.raises(UsageError) as caught:
+        load_trigger(path)
+    assert len(str(caught.value)) < 700
+
+
 def test_several_triggers_need_names_of_their_own() -> None:
     with pytest.raises(UsageError, match="two triggers are named 'badnets'; give one of them another name with name=…"):
         parse_triggers(["badnets", "badnets:size=5"])
