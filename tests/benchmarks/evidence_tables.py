@@ -11,7 +11,8 @@ from hfdetox.evaluation.metrics import rate
 from tests.benchmarks.markdown import arrow, exists, percent, read, source, table
 
 WORDS = {"grid": "BadNets", "noise": "Blended", "wanet": "WaNet", "lf": "LF", "inputaware": "Input-aware", "sig": "SIG",
-         "ssba": "SSBA"}  # fmt: skip
+         "ssba": "SSBA", "badnets": "BadNets", "blended": "Blended"}  # fmt: skip
+KINDS = {"resnet": "ResNet", "convnext": "ConvNeXt", "vit": "ViT"}
 NOT_RUN = ["Not run."]
 
 
@@ -144,5 +145,35 @@ def canaries() -> list[str]:
     return [*lines, *source("canaries")]
 
 
+def _unlearnt(name: str) -> list[str]:
+    """Return what defenses made of the models of a zoo, phases alone."""
+    if not exists(name):
+        return NOT_RUN
+    rows = []
+    for row in sorted(read(name)["rows"], key=lambda row: ("clean" in row["cell"], row["cell"])):
+        before, after = row["before"], row["after"]
+        kind, attack = row["cell"].split("-")[0], "none" if "clean" in row["cell"] else _attack(row["cell"])
+        attack += ", all to all" if "all-to-all" in row["cell"] else ""
+        cells = ["–"] * 3
+        if "asr" in after:
+            cells = [arrow(*(state[key] for state in (before, after))) for key in ("asr", "ra")]
+            cells.append(f"{100 * after['share']:.0f} ({100 * after['excess']:+.0f})")
+        accuracy = arrow(before["accuracy"], after["accuracy"])
+        rows.append([KINDS[kind], attack, f"`{row['arm']}`", accuracy, *cells, f"{row['passes']:,}"])
+    header = ["model", "attack", "defense", "ACC", "ASR", "RA", "into one class", "passes"]
+    return [*table(header, rows, text_columns=3), *source(name)]
+
+
+def unlearnt() -> list[str]:
+    """Return `unlearn` on some of the models on which it was made."""
+    return _unlearnt("unlearn_development")
+
+
+def held_out() -> list[str]:
+    """Return `unlearn`, `d3:auto` and plain fine-tuning on models that had no say."""
+    return _unlearnt("unlearn_heldout")
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {"scan": scan, "scan_models": models, "cleaned": cleaned,
-                                              "asleep": asleep, "canaries": canaries}  # fmt: skip
+                                              "asleep": asleep, "canaries": canaries,
+                                              "unlearnt": unlearnt, "held_out": held_out}  # fmt: skip
