@@ -24,12 +24,13 @@ PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 # uv trusts the certificates that this machine trusts, as pip does
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help test test-lowest demo gpu-bundle gpu gpu-paper docs tables dist style quality clean
+.PHONY: help test test-lowest faults demo gpu-bundle gpu gpu-paper docs tables dist style quality clean
 
 help:
 	@echo "make demo         clean a backdoored classifier of digits, without any network (some minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run the tests with the oldest versions that pyproject.toml allows"
+	@echo "make faults       malformed inputs, kills, full disks, faults of the Hub: a table of figures (40 minutes; goes on)"
 	@echo "make quality      check format, lint, types, the order of the floors, and that newer Pythons find versions"
 	@echo "make gpu-bundle   put what the machine with a GPU lacks into build/gpu-bundle: wheels, images (CIFAR10=DIR)"
 	@echo "make gpu          there, without an environment or a network: GPU tests, CPU against GPU, speed (8 minutes)"
@@ -54,6 +55,10 @@ $(STAMP): pyproject.toml
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(ARGS)
+
+# writes build/faults/faults.json as it goes; another call goes on there
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 # exactly the lower bounds of pyproject.toml; what those need is as new as they allow
 $(LOWEST_STAMP): pyproject.toml | $(STAMP)

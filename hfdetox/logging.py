@@ -5,6 +5,7 @@ the root logger. `HFDETOX_VERBOSITY` (debug, info, warning, error or critical) o
 Bars are shown unless `HF_HUB_DISABLE_PROGRESS_BARS` or `disable_progress_bars` says otherwise; the variable wins.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -82,7 +83,9 @@ def _known_secrets() -> set[str]:
     if "huggingface_hub" in sys.modules:
         from huggingface_hub import get_token
 
-        secrets.add(get_token() or "")
+        # a token that nobody may read is in no message
+        with contextlib.suppress(OSError):
+            secrets.add(get_token() or "")
     return {secret for secret in (s.strip() for s in secrets) if len(secret) >= _SHORTEST_SECRET}
 
 

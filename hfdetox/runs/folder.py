@@ -155,11 +155,10 @@ class RunFolder:
 
     def remove(self) -> None:
         """Delete what a run wrote, and the folder if nothing else is in it; called only after the result is safe."""
-        # the first: without it, what a kill leaves of the folder is no run
-        (self.path / RUN_FILE).unlink(missing_ok=True)
         for name in _FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (FINGERPRINT_FILE, RESULT_FILE):
+        # the last: until then the run can be resumed, which removes the rest
+        for name in (FINGERPRINT_FILE, RUN_FILE, RESULT_FILE):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             for name in filter(LEFTOVER.fullmatch, os.listdir(self.path)):
@@ -294,7 +293,8 @@ def fresh_name(output: Path) -> str:
 def settle(output: Path) -> None:
     """Put right what a killed process left beside an output, on the main process, which holds the run folder.
 
-    Unfinished folders go, and an earlier result that was being replaced is put back.
+    Unfinished folders go, and so does what is left of a run folder that was being removed; an earlier result that was
+    being replaced is put back.
     """
     parent, old = output.absolute().parent, _old_place(output)
     if not is_main_process() or not parent.is_dir():
@@ -302,6 +302,9 @@ def settle(output: Path) -> None:
     for name in os.listdir(parent):
         if name.startswith(fresh_name(output)) and not (parent / name).is_symlink():
             shutil.rmtree(parent / name, ignore_errors=True)
+    run = RunFolder.beside(output)
+    if (run.path / RESULT_FILE).exists() and not (run.path / RUN_FILE).exists():
+        run.remove()
     if old.is_dir() and not os.path.lexists(output):
         with on_disk(f"move the earlier result back to {output}"):
             os.replace(old, output)

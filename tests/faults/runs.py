@@ -202,6 +202,10 @@ def after_kill(arguments: Sequence[str], output: Path, expected: bytes, *, earli
         return f"cannot go on: {ended.status} {ended.said[-300:]}"
     if not whole(output) or weights.read_bytes() != expected:
         return "other weights than a run that was not killed"
+    folder = output.with_name(f"{output.name}.run")
+    if folder.exists() and not (folder / "run.json").exists():
+        # a kill in the last instants leaves this much, which the next command with this output removes
+        run([word for word in arguments if word != "--overwrite"])
     left = sorted(set(os.listdir(output.parent)) - {output.name})
     return f"left behind: {left}" if left else ""
 
