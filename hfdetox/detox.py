@@ -73,7 +73,10 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     resumed, progress = given.resume is not None, given.progress
     method, preset = choose_defense(given.defense, str(options.defense), options.settings or {}, resumed=resumed)
     # objects hold more than their text form, which is all that the options of a new run have of them
-    known = reload_triggers(options.triggers, given.triggers) if resumed else parse_triggers(given.triggers)
+    # a run that was killed while its folder was removed has its result, and maybe no trigger files
+    done = run is not None and resumed and run.finished(options.output)
+    recorded = [] if done else options.triggers
+    known = reload_triggers(recorded, given.triggers) if resumed else parse_triggers(given.triggers)
     accelerator, options = _prepared(given, options)
     push_to = options.push_to and check_push_allowed(options.push_to, **options.publishing())
     notes = RunWarnings()

@@ -166,7 +166,13 @@ class RunReport(ABC):
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise UsageError(f"report has schema version {version!r}; this hfdetox reads 1 to {SCHEMA_VERSION}, "
                              "a newer one may read more")  # fmt: skip
-        return cast(Self, read_fields("", cls, {**cls._upgraded(plain), "schema_version": SCHEMA_VERSION}))
+        report = cast(Self, read_fields("", cls, {**cls._upgraded(plain), "schema_version": SCHEMA_VERSION}))
+        try:
+            report.to_json()
+        except ValueError as error:
+            # in a field of any kind, such as a setting
+            raise UsageError("a number in it is not finite") from error
+        return report
 
     @classmethod
     def _upgraded(cls, plain: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def reshaped(draw: st.DrawFn, documents: Sequence[Any]) -> Any:
             case 1 if isinstance(holder, dict):
                 holder[str(draw(st.sampled_from(HOSTILE)))[:40]] = holder.pop(key)
             case 2 if isinstance(holder, dict):
-                holder["added"] = value
+                holder["added"] = copy.deepcopy(value)
             case _:
                 holder[key] = copy.deepcopy(value)
         if holder is root and not isinstance(root[0], list | dict):

@@ -194,3 +194,12 @@ def test_reports_cannot_be_changed_in_place() -> None:
     report = full_report()
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.hfdetox_version = "2"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_refused_in_a_field_of_any_kind(number: float) -> None:
+    plain = written_report().to_dict()
+    settings = next(value for value in plain["defense"].values() if isinstance(value, dict) and "epsilon" in value)
+    settings["epsilon"] = number
+    with pytest.raises(UsageError, match="a number in it is not finite"):
+        Report.from_dict(plain)
