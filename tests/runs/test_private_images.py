@@ -21,7 +21,7 @@ from tests.written_report import DATA_COMMIT, SOURCE, written_report
 
 __all__ = ["folder"]
 
-NUMBERS = {"before_after.png", "destinations.png", "training.png", "weight_changes.png"}
+NUMBERS = {"before_after.png", "destinations.png", "training.png", "weight_changes.png", "residual.png"}
 
 
 def test_every_picture_is_of_images_or_of_numbers() -> None:
