@@ -77,7 +77,8 @@ class Classifier:
         """Return the text of the source's README.md, or None without one."""
         if self.folder is None or not is_inside(readme := self.folder / "README.md", self.folder):
             return None
-        return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        with refusing(f"{readme} cannot be read"):
+            return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
 
     def round_weights(self) -> None:
         """Round every tensor in place to the dtype in which it will be saved, and leave the model in eval mode.

@@ -139,6 +139,9 @@ class SavedResult(ABC, Generic[Written]):
         try:
             with on_disk(f"write {folder}", "free some space"):
                 self._write(fresh)
+                # safetensors writes files that only their owner can read, whatever the umask
+                for file in fresh.glob("*.safetensors"):
+                    file.chmod((fresh / CARD_NAME).stat().st_mode)
                 write_manifest(fresh)
                 if run is not None:
                     run.record_result(fresh)

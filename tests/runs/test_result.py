@@ -71,7 +71,8 @@ def test_who_may_read_the_folder_is_the_umasks_business(umask: int, tmp_path: Pa
     finally:
         os.umask(before)
     assert output.stat().st_mode & 0o777 == 0o777 & ~umask
-    assert (output / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    for name in ("config.json", "model.safetensors"):
+        assert (output / name).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
