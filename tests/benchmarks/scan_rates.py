@@ -30,16 +30,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lines", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--when", choices=["before", "after"], default="before")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.lines.read_text().splitlines()]
     command = "python -m tests.benchmarks.scan_rates scores.jsonl --output scan.json"
-    found = {"command": command, **rates(lines, "before")}
+    command += "" if options.when == "before" else " --when after"
+    found = {"command": command, **rates(lines, options.when)}
     options.output.write_text(written(found))
     for name, one in found["scores"].items():
         print(name, one["threshold"], "false", one["false_alarms"], "found", one["found"])
     if options.write:
-        write(found, "before")
+        write(found, options.when)
 
 
 def rates(lines: Iterable[Line], when: str) -> dict[str, Any]:

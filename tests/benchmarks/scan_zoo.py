@@ -1,7 +1,7 @@
 """Run the scores of a scan on every model of a folder that `hfdetox attack --suite` wrote.
 
     python -m tests.benchmarks.scan_zoo ZOO --dataset cifar10 --output scores.jsonl
-    python -m tests.benchmarks.scan_zoo CLEANED --dataset cifar10 --output after.jsonl --when after
+    python -m tests.benchmarks.scan_zoo CLEANED --dataset cifar10 --output after.jsonl --when after --suspects ZOO
 
 One line a model and score: what the model is (`backdoored`, `triggers`, `targets` of its `attack_report.json`), its
 accuracy on the clean images, and what `ScoreResult` has. A line that is there is not measured again. Everything is
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2500, help="clean images; the scores look at 1,000 of them")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--when", choices=["before", "after"], default="before")
+    parser.add_argument("--suspects", type=Path, help="the models as they came, by the same names; else those of ZOO")
     parser.add_argument("--thorough", action="store_true", help="all scores, and all classes")
     parser.add_argument("--score", action="append", help="these alone; repeatable")
     parser.add_argument("--match", default="*", help="shell pattern of the folders' names")
@@ -55,7 +56,8 @@ def scan_model(folder: Path, arguments: argparse.Namespace, done: dict[tuple[str
     if all((folder.name, name) in done for name in wanted):
         return
     classifier = load_classifier(str(folder))
-    what, suspect = described(folder), suspect_of(classifier, folder, arguments, pulled)
+    came = (arguments.suspects or arguments.zoo) / folder.name
+    what, suspect = described(came), suspect_of(classifier, folder, arguments, pulled)
     results: dict[str, ScoreResult] = {}
     with still(suspect.network):
         for name in scores:

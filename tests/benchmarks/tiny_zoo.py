@@ -1,7 +1,8 @@
 """Trains many tiny classifiers that were never backdoored, for the false alarms of `hfdetox scan`.
 
-    python -m tests.benchmarks.tiny_zoo --cifar CIFAR10 --output ZOO --models 60
+    python -m tests.benchmarks.tiny_zoo --cifar CIFAR10 --output ZOO --models 60 [--cleaned CLEANED]
 
+With `--cleaned` each is then cleaned as a person would, by the default with 800 images: for the scores after cleaning.
 Each is what its seed draws: scikit-learn's digits or a part of CIFAR-10, 3 to 10 classes, a network and its width, the
 images, the epochs. Folders that are there are kept. Odd seeds give thresholds, even seeds rates, as in
 examples/scan_zoo.yaml.
@@ -17,10 +18,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dat
 from PIL import Image as Pictures
 from sklearn.datasets import load_digits
 
+from hfdetox import detoxify
 from hfdetox.errors import HfdetoxError
 from hfdetox.implanting import implant
 
-SIDE = 32
+SIDE, SAMPLES = 32, 800
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnetv2_18": {"layers": [1, 1, 1], "stem_chs": 16},
     "convnext_atto": {"patch_size": 2, "depths": [1, 1, 1, 1]},
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, required=True, help="folder with CIFAR-10 as parquet")
     parser.add_argument("--output", type=Path, required=True, help="folder of the models")
     parser.add_argument("--models", type=int, default=60)
+    parser.add_argument("--cleaned", type=Path, help="folder of the cleaned models")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     sources = {"digits": digits(), "cifar": cifar(options.cifar)}
@@ -48,6 +51,10 @@ def main() -> None:
         folder = options.output / f"tiny-s{seed}"
         if not folder.exists():
             print(json.dumps(one(seed, folder, sources)), flush=True)
+        if options.cleaned and not (options.cleaned / folder.name).exists() and folder.exists():
+            found = detoxify(folder, dataset=str(folder.with_suffix(".images")), clean_samples=SAMPLES, scan=False,
+                             output=options.cleaned / folder.name)  # fmt: skip
+            print(folder.name, found.report.after.accuracy.value, flush=True)
 
 
 def one(seed: int, folder: Path, sources: dict[str, tuple[Any, np.ndarray, list[str], int]]) -> dict[str, Any]:
