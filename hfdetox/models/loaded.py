@@ -103,7 +103,9 @@ def library_of(folder: Path, name: str) -> Library:
             check_known("", config, _TIMM_IMAGES)
             check_known("pretrained_cfg", config.get("pretrained_cfg") or {}, _TIMM_IMAGES)
             check_label_keys(config)
-            check_label_keys(config.get("pretrained_cfg") or {})
+            # older timm leaves in it how many classes the network was pretrained for
+            own = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+            check_label_keys({**(config.get("pretrained_cfg") or {}), **own})
             return "timm"
         if "model_type" in config or "auto_map" in config:
             check_known("", config, _TRANSFORMERS)
