@@ -75,10 +75,7 @@ class Classifier:
 
     def card_source(self) -> str | None:
         """Return the text of the source's README.md, or None without one."""
-        if self.folder is None or not is_inside(readme := self.folder / "README.md", self.folder):
-            return None
-        with refusing(f"{readme} cannot be read"):
-            return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        return None if self.folder is None else _card_of(self.folder)
 
     def round_weights(self) -> None:
         """Round every tensor in place to the dtype in which it will be saved, and leave the model in eval mode.
@@ -172,6 +169,15 @@ def _load(
                                      processor=processor, preprocessing=preprocessing)  # fmt: skip
 
 
+def _card_of(folder: Path) -> str | None:
+    """Return the text of a model's card, None without one in its folder; UsageError where it may not be read."""
+    readme = folder / "README.md"
+    with refusing(f"{readme} cannot be read"):
+        if not is_inside(readme, folder) or not readme.is_file():
+            return None
+        return readme.read_text(encoding="utf-8", errors="replace")
+
+
 def _card_warnings(card: str | None) -> tuple[str, ...]:
     """Return what a person must know of a model's card: nothing, or that it does not tell the licence."""
     lost = "what it says of the licence is not taken over; see to that before you publish"
@@ -196,8 +202,7 @@ def peek(
     pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=None)
     if not pulled.revision:
         _weights.weight_files(pulled.folder)
-    readme = pulled.folder / "README.md"
-    card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+    card = _card_of(pulled.folder)
     config = _weights.read_json(pulled.folder / "config.json")
     with refusing(f"{name} cannot be made of its config.json and weights", _ADVICE):
         if library_of(pulled.folder, name) == "timm":
