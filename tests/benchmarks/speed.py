@@ -184,7 +184,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, float]:
     code = (
         "import resource, sys; from hfdetox import detoxify\n"
         f"r = detoxify(sys.argv[1], dataset=sys.argv[2], clean_samples={SAMPLES}, triggers=['badnets'], "
-        f"target={TARGET}, defense='d3:paper', settings={'epochs': '1'}, progress=False)\n"
+        f"target={TARGET}, defense='d3:paper', settings={{'epochs': '1'}}, progress=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, r.report.model.parameters)"
     )
     done = subprocess.run(
