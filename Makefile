@@ -76,8 +76,9 @@ endif
 test-lowest: $(LOWEST_STAMP)
 	OMP_NUM_THREADS=1 LOWEST_VERSIONS=1 $(LOWEST)/bin/python $(PYTEST) $(ARGS)
 
+# one thread: the figures are then the same whatever else the machine does, and those of the README
 demo: $(STAMP)
-	$(BIN)/hfdetox demo $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/hfdetox demo $(ARGS)
 
 gpu-bundle: $(STAMP)
 	$(BIN)/python -m tests.gpu.bundle --cifar $(CIFAR10) --output build/gpu-bundle $(ARGS)

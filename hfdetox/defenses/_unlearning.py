@@ -39,7 +39,7 @@ _SCREENED, _FAINT, _SCREEN_STEPS, _SCREEN_IMAGES = 10, 0.05, 25, 32
 # a class is hardly found of which the model has a smaller share right than this of the median class's
 _HARDLY, _FEWEST = 0.5, 10
 # of the suspect's answers, where they teach
-TEMPERATURE = 2.0
+_TEMPERATURE = 2.0
 # the share of its accuracy that a model may lose when the images are mirrored
 _TOLERATED = 0.01
 
@@ -173,9 +173,9 @@ class Unlearning:
             teacher.to(batch.images.device)
         with torch.no_grad():
             says = teacher(batch.images).float()
-        target = softmax(says / TEMPERATURE, 1)
-        apart = (target * (log_softmax(says / TEMPERATURE, 1) - log_softmax(logits / TEMPERATURE, 1))).sum(1)
-        mixed = torch.lerp(errors, TEMPERATURE**2 * apart, share)
+        target = softmax(says / _TEMPERATURE, 1)
+        apart = (target * (log_softmax(says / _TEMPERATURE, 1) - log_softmax(logits / _TEMPERATURE, 1))).sum(1)
+        mixed = torch.lerp(errors, _TEMPERATURE**2 * apart, share)
         return torch.where(says.argmax(1) == batch.labels, mixed, errors)
 
     def stamped(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ an image's loss (β) is the distance from what the suspect said of x_i without a
 
 With BatchNorm that cost more of the removal than it kept of the accuracy (WaNet: 6.2 → 9.6 % ASR for 0.6 points).
 
-Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where no z is below −3.5
+Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
+found, no z is below −3.5
 and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the images to its class, nothing
 speaks for a backdoor: half as many images carry a trigger, and α ends at 0.1.
 
@@ -56,7 +57,8 @@ class UnlearnConfig(UnlearnSettings):
     name = "unlearn"
     summary = "reconstruct triggers of the classes that the model accuses, and teach them their true labels"
     paper = "none: hfdetox's own, after Neural Cleanse (IEEE S&P 2019) and i-BAU (arXiv 2110.03735)"
-    cost = "3 epochs and about 2 passes over 10,000 images for each accused class"
+    cost = ("3 epochs and about 8,000 images there and back for each accused class; as many once more where the "
+            "classes have to be screened")  # fmt: skip
     card_text = ("The classes that the model can most easily be pushed to were taken as possible targets of a backdoor "
                  "(latent shift). Triggers that lead to them, faint blends and small patches, were reconstructed on "
                  "{images}, and the model was fine-tuned on those images, a part of them with these triggers and "
