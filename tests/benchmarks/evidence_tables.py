@@ -174,6 +174,21 @@ def held_out() -> list[str]:
     return _unlearnt("unlearn_heldout")
 
 
+def trials() -> list[str]:
+    """Return ideas that were tried alone, at the end and on the way back to the suspect's weights."""
+    if not exists("unlearn_trials"):
+        return NOT_RUN
+    rows = []
+    for row in read("unlearn_trials")["rows"]:
+        kind, attack = row["cell"].split("-")[0], "none" if "clean" in row["cell"] else _attack(row["cell"])
+        attack += ", all to all" if "all-to-all" in row["cell"] else ""
+        ends = [" / ".join(percent(state[key]) if key in state else "–" for key in ("accuracy", "asr", "ra"))
+                for state in (row["before"], row["after"]["1"], row["after"]["0.75"], row["after"]["0.5"])]  # fmt: skip
+        rows.append([KINDS[kind], attack, row["trial"], *ends])
+    header = ["model", "attack", "trial", "before", "after", "¾ of the way", "½ of the way"]
+    return ["ACC / ASR / RA.", "", *table(header, rows, text_columns=3), *source("unlearn_trials")]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {"scan": scan, "scan_models": models, "cleaned": cleaned,
                                               "asleep": asleep, "canaries": canaries,
-                                              "unlearnt": unlearnt, "held_out": held_out}  # fmt: skip
+                                              "unlearnt": unlearnt, "held_out": held_out, "trials": trials}  # fmt: skip
