@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax, softmax
+from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig
 from hfdetox.errors import UsageError
@@ -38,8 +37,6 @@ _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
 _SCREENED, _FAINT, _SCREEN_STEPS, _SCREEN_IMAGES = 10, 0.05, 25, 32
 # a class is hardly found of which the model has a smaller share right than this of the median class's
 _HARDLY, _FEWEST = 0.5, 10
-# of the suspect's answers, where they teach
-_TEMPERATURE = 2.0
 # the share of its accuracy that a model may lose when the images are mirrored
 _TOLERATED = 0.01
 
@@ -63,8 +60,6 @@ class UnlearnSettings(TuningConfig):
         blend_steps: of the search of a blend.
         patch_steps: of the search of a patch; 0 searches none.
         rounds: how often one more blend is searched during the training.
-        teacher: β, in [0, 1]: for networks without BatchNorm, how much of the loss of an image is what the suspect says
-            of it without a trigger, where that is right; 0 is the labels alone.
     """
 
     epochs: PositiveInt = 3
@@ -80,11 +75,6 @@ class UnlearnSettings(TuningConfig):
     blend_steps: PositiveInt = 50
     patch_steps: NonNegativeInt = 120
     rounds: NonNegativeInt = 2
-    teacher: Annotated[float, Interval("[0, 1]")] = 0.5
-
-    def taught(self, model: nn.Module) -> bool:
-        """Tell whether the suspect's answers to images without a trigger are part of the loss of `model`."""
-        return self.teacher > 0 and not has_batch_norm(model)
 
     def adamw_for(self, model: nn.Module) -> bool:
         """Tell whether AdamW trains `model`."""
@@ -121,8 +111,6 @@ class Unlearning:
         self.images, self.epochs, self.augmented, self.evident = 0, config.epochs, True, True
         # of the pass at hand: what each head was given, right answers, kept images
         self._heads: list[list[HeadInputs]] = []
-        # what the suspect says of an image without a trigger
-        self.teacher = copy.deepcopy(network).requires_grad_(False).eval() if config.taught(network.model) else None
         self._right = [0, 0]
         self._found = torch.zeros(2, count, dtype=torch.int64)
         self._kept: list[Tensor] = []
@@ -158,25 +146,9 @@ class Unlearning:
         """Return the loss of a batch of which some images carry triggers, and that of the others, `clean_loss`."""
         images, carry = batch.once("stamped", lambda: self.stamped(batch.images))
         with torch.autocast(images.device.type, enabled=False):
-            logits = model(images).float()
-            errors = cross_entropy(logits, batch.labels, reduction="none")
-            wanted = errors if self.teacher is None else self._taught(batch, logits, errors)
+            errors = cross_entropy(model(images).float(), batch.labels, reduction="none")
         clean = batch.weights * ~carry
-        return {"loss": batch.mean(wanted), "clean_loss": (clean * errors.detach()).sum() / clean.sum().clamp(min=1e-6)}
-
-    def _taught(self, batch: Batch, logits: Tensor, errors: Tensor) -> Tensor:
-        """Return the errors (N) mixed with the divergence from what the suspect says, where it is right."""
-        teacher, share = self.teacher, self.config.teacher
-        assert teacher is not None
-        # a resumed run has not moved it yet
-        if next(teacher.parameters()).device != batch.images.device:
-            teacher.to(batch.images.device)
-        with torch.no_grad():
-            says = teacher(batch.images).float()
-        target = softmax(says / _TEMPERATURE, 1)
-        apart = (target * (log_softmax(says / _TEMPERATURE, 1) - log_softmax(logits / _TEMPERATURE, 1))).sum(1)
-        mixed = torch.lerp(errors, _TEMPERATURE**2 * apart, share)
-        return torch.where(says.argmax(1) == batch.labels, mixed, errors)
+        return {"loss": batch.mean(errors), "clean_loss": (clean * errors.detach()).sum() / clean.sum().clamp(min=1e-6)}
 
     def stamped(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (N×C×H×W, 0 to 255) of which a share carry triggers (float32), and which do (N, bool)."""

@@ -18,17 +18,9 @@ has a strength of its own for each image, α ~ U(0.05, 0.25), so that not one do
 what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend is searched on the
 model as it is then.
 
-Networks without BatchNorm lose accuracy by any tuning on few images. There, where the suspect is right on x_i, half of
-an image's loss (β) is the distance from what the suspect said of x_i without a trigger:
-
-    (1 − β) ce(f_θ(T_i(x_i)), y_i) + β τ² KL(softmax(f_θ⁰(x_i) / τ) ‖ softmax(f_θ(T_i(x_i)) / τ)),   τ = 2
-
-With BatchNorm that cost more of the removal than it kept of the accuracy (WaNet: 6.2 → 9.6 % ASR for 0.6 points).
-
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
-found, no z is below −3.5
-and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the images to its class, nothing
-speaks for a backdoor: half as many images carry a trigger, and α ends at 0.1.
+found, no z is below −3.5, and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the
+images to its class, nothing speaks for a backdoor: half as many images carry a trigger, and α ends at 0.1.
 
 Neural Cleanse unlearns one patch that way, and i-BAU bounded noise. That there are two families in many strengths, for
 classes found without a search, and searched again as the model changes, is hfdetox's own, and so is the whole recipe:

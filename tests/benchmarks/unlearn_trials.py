@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses._unlearning import Unlearning
@@ -29,6 +29,7 @@ from tests.benchmarks.unlearn_zoo import SAMPLES, opened, state
 
 # parts of the way from the suspect's weights to the cleaned ones
 WAY = (0.5, 0.75)
+TEMPERATURE = 2.0
 
 
 def plain(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
@@ -53,13 +54,25 @@ def hinge(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
 
 
 def taught(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
-    """Let the suspect teach networks with BatchNorm too."""
-    phases = config.phases(network)
-    assert isinstance(phases[-1], Phase)
-    unlearning = phases[-1].state
+    """Take half of an image's loss from what the suspect says of it without a trigger, where it is right."""
+    look, search, phase = config.phases(network)
+    assert isinstance(phase, Phase)
+    unlearning = phase.state
     assert isinstance(unlearning, Unlearning)
-    unlearning.teacher = copy.deepcopy(network).requires_grad_(False).eval()
-    return phases
+    teacher = copy.deepcopy(network).requires_grad_(False).eval()
+
+    def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        images, _ = batch.once("stamped", lambda: unlearning.stamped(batch.images))
+        logits = model(images).float()
+        errors = cross_entropy(logits, batch.labels, reduction="none")
+        says = teacher(batch.images).float()
+        target = softmax(says / TEMPERATURE, 1)
+        apart = (target * (log_softmax(says / TEMPERATURE, 1) - log_softmax(logits / TEMPERATURE, 1))).sum(1)
+        mixed = torch.where(says.argmax(1) == batch.labels, (errors + TEMPERATURE**2 * apart) / 2, errors)
+        return {"loss": batch.mean(mixed), "clean_loss": errors.detach().mean()}
+
+    phase.loss = loss
+    return [look, search, phase]
 
 
 def turned(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
@@ -87,7 +100,7 @@ def turned(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
 
 Make = Callable[[UnlearnConfig, Network], list[Phase | Pass]]
 TRIALS: dict[str, tuple[Make, dict[str, str]]] = {
-    "as it is": (plain, {}), "without the teacher": (plain, {"teacher": "0"}), "6 epochs": (plain, {"epochs": "6"}),
+    "as it is": (plain, {}), "6 epochs": (plain, {"epochs": "6"}),
     "half with triggers": (plain, {"share": "0.5"}), "rate 0.02": (plain, {"learning_rate": "0.02"}),
     "hinge": (hinge, {}), "taught": (taught, {}), "turned": (turned, {}),
 }  # fmt: skip

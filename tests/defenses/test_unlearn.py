@@ -14,7 +14,6 @@ from hfdetox.defenses._unlearning import Unlearning, hardly_found
 from hfdetox.defenses.unlearn import UnlearnConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
-from hfdetox.training.batches import Batch
 from hfdetox.training.shift import HeadInputs
 from tests.defenses.pixels import linear, pixel_convnet
 from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
@@ -185,31 +184,6 @@ def test_a_share_carries_a_patch_as_it_is_or_a_blend_in_any_strength() -> None:
     assert (low, high) == (pytest.approx(0.05 * 255, abs=1), pytest.approx(0.25 * 255, abs=1))
 
 
-def test_without_batch_norm_the_suspect_teaches_what_it_has_right() -> None:
-    """By hand: two images, of which it has one right; the suspect says what it said before its weights moved."""
-    unlearning = Unlearning(linear([[1.0, 0.0], [0.0, 1.0]]), small(share=1e-9, teacher=0.25))
-    unlearning.blends = torch.tensor([[[[1.0, 1.0]]]])
-    model = linear([[2.0, 0.0], [0.0, 1.0]])
-    images = torch.tensor([[255, 0], [255, 0]], dtype=torch.uint8).view(2, 1, 1, 2)
-    batch = Batch(images, torch.tensor([0, 1]), torch.full((2,), 0.5))
-    with torch.no_grad():
-        old, new = unlearning.network(images).float(), model(images).float()
-    errors = torch.nn.functional.cross_entropy(new, batch.labels, reduction="none")
-    target, said = (old / 2).softmax(1), (new / 2).softmax(1)
-    apart = 4 * (target * (target / said).log()).sum(1)
-    expected = (0.75 * errors[0] + 0.25 * apart[0] + errors[1]) / 2
-    assert float(unlearning.terms(model, batch)["loss"].detach()) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_who_has_a_teacher() -> None:
-    body = mlp().model
-    assert isinstance(body, nn.Module)
-    without = Network(body, toy_preprocessing()).eval()
-    assert Unlearning(without, small()).teacher is not None
-    assert Unlearning(without, small(teacher=0)).teacher is None
-    assert Unlearning(pixel_convnet(), small()).teacher is None
-
-
 @pytest.mark.parametrize(
     ("epochs", "rounds", "after"), [(3, 2, [1, 2]), (12, 2, [4, 8]), (2, 2, [1]), (1, 2, []), (5, 0, [])]
 )
@@ -314,7 +288,6 @@ def test_a_head_that_is_not_linear_asks_for_the_classes(accelerator: Accelerator
         ({"alphas": "0.1,1"}, "alphas must be one or more shares between 0 and 1"),
         ({"accused_below": "0"}, "accused_below must be"),
         ({"share": "1"}, "share must be"),
-        ({"teacher": "1.5"}, r"teacher must be"),
         ({"reweight": "class"}, "unlearn: reweight looks at the network .*; leave reweight out"),
     ],
 )
