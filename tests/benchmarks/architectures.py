@@ -33,6 +33,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+import hfdetox
 from hfdetox.defenses.auto import D3Config
 from hfdetox.models.classifier import load_classifier
 from hfdetox.models.layers import head_layers, norms_before_head
@@ -326,7 +327,11 @@ def write_result(lines: dict[str, dict[str, Any]], path: Path) -> None:
         line |= {key: float(f"{line[key]:.1g}") for key in ("own", "wrapper", "pipeline") if key in line}
         rows.append(json.dumps(line))
     versions = f"timm {timm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    head = {"command": "python -m tests.benchmarks.architectures OUT.jsonl", "versions": versions}
+    head = {
+        "command": "python -m tests.benchmarks.architectures OUT.jsonl",
+        "hfdetox_version": hfdetox.__version__,
+        "versions": versions,
+    }
     body = ",\n  ".join(rows)
     path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n  {body}\n]}}\n', encoding="utf-8")
 

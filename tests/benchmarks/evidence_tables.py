@@ -182,8 +182,9 @@ def trials() -> list[str]:
     for row in read("unlearn_trials")["rows"]:
         kind, attack = row["cell"].split("-")[0], "none" if "clean" in row["cell"] else _attack(row["cell"])
         attack += ", all to all" if "all-to-all" in row["cell"] else ""
+        states = [row["before"], *(row["after"].get(part, {}) for part in ("1", "0.75", "0.5"))]
         ends = [" / ".join(percent(state[key]) if key in state else "–" for key in ("accuracy", "asr", "ra"))
-                for state in (row["before"], row["after"]["1"], row["after"]["0.75"], row["after"]["0.5"])]  # fmt: skip
+                for state in states]  # fmt: skip
         rows.append([KINDS[kind], attack, row["trial"], *ends])
     header = ["model", "attack", "trial", "before", "after", "¾ of the way", "½ of the way"]
     return ["ACC / ASR / RA.", "", *table(header, rows, text_columns=3), *source("unlearn_trials")]

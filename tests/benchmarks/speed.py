@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, relu
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+import hfdetox
 from hfdetox.data.cache import apply_to_image
 from hfdetox.data.images import ImageSet
 from hfdetox.data.load import load_images
@@ -265,6 +266,7 @@ def main() -> None:
     result = {
         "command": f"python -m tests.benchmarks.speed --cifar CIFAR10 --model ZOO/{arguments.model.name} "
         f"--output {arguments.output.name} --epochs {arguments.epochs}",
+        "hfdetox_version": hfdetox.__version__,
         "device": str(make_accelerator().device),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
+import hfdetox
 from hfdetox.defenses import parse_defense
 from hfdetox.defenses._unlearning import Unlearning
 from hfdetox.defenses.auto import LEAST_EPSILON, AutoD3, D3Config
@@ -138,7 +139,10 @@ def main() -> None:
         for trial in given.trials:
             if not any((done["cell"], done["trial"]) == (cell, trial) for done in rows):
                 rows.append(row(given.zoo / cell, given.cifar, trial))
-                given.output.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+                given.output.write_text(
+                    json.dumps({"command": command, "hfdetox_version": hfdetox.__version__, "rows": rows}, indent=1)
+                    + "\n"
+                )
                 print(json.dumps(rows[-1]), flush=True)
 
 

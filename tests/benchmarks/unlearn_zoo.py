@@ -19,6 +19,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+import hfdetox
 from hfdetox.config import DetoxOptions
 from hfdetox.data.cache import Pixels
 from hfdetox.data.load import pull_images
@@ -115,7 +116,7 @@ def main() -> None:
         if any((done["cell"], done["arm"], done["samples"]) == (cell, arm, given.samples) for done in rows):
             continue
         rows.append(row(given.zoo / cell, given.cifar, arm, given.samples))
-        given.output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        given.output.write_text(json.dumps({"hfdetox_version": hfdetox.__version__, "rows": rows}, indent=1) + "\n")
         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
 
