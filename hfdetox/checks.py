@@ -54,3 +54,11 @@ def check_there(what: str, name: Any) -> None:
     path = isinstance(name, Path) or (isinstance(name, str) and name.startswith((".", "/", "~")))
     if path and not os.path.exists(name):
         raise UsageError(f"{what} {name}: no such folder")
+
+
+def check_replaced(option: str, path: Path, mark: str) -> None:
+    """Raise UsageError for a file that cannot be written, or is there without the `mark` of what hfdetox writes."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: no such folder")
+    if os.path.lexists(path) and not (path.is_file() and mark.encode() in path.read_bytes()):
+        raise UsageError(f"{option} {path} is there, and is none that hfdetox wrote; choose another name")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdetox.arguments import Options, about, option
-from hfdetox.checks import check_samples, check_there
+from hfdetox.checks import check_replaced, check_samples, check_there
 from hfdetox.config import DEFAULT_SAMPLES, HUB, IMAGES, RUN, Device, ImageOptions
 from hfdetox.errors import UsageError
 
@@ -45,12 +45,11 @@ class PageOptions(Options):
     revision: str | None = option(None, HUB, "The repository's commit or branch.")
 
     def path(self) -> Path:
-        """Return where the page goes; UsageError for a name that is no page's, for what is there is replaced."""
+        """Return where the page goes, in place of an earlier one; UsageError for another file, or a name of none."""
         path = self.html or Path(f"{Path(self.source).resolve().name}.html")
         if path.suffix.lower() not in (".html", ".htm"):
             raise UsageError(f"--html {path}: give it a name that ends in .html")
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"--html {path}: no such folder")
+        check_replaced("--html", path, '<meta name="generator" content="hfdetox ')
         return path
 
 
@@ -84,8 +83,8 @@ class GateOptions(ImageOptions):
                              "known triggers of a model as it is")  # fmt: skip
         for name in ("sarif", "cyclonedx"):
             file = getattr(self, name)
-            if file is not None and not Path(file).absolute().parent.is_dir():
-                raise UsageError(f"--{name} {file}: no such folder")
+            if file is not None:
+                check_replaced(f"--{name}", Path(file), '"name": "hfdetox"')
 
     def images(self) -> dict[str, Any]:
         """Return the options that choose model and images, as arguments of other commands."""

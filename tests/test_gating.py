@@ -46,6 +46,17 @@ def rules(found: GateResult) -> list[str]:
     return [str(reason.rule) for reason in found.reasons]
 
 
+@pytest.mark.parametrize("option", ["--sarif", "--cyclonedx"])
+def test_nobody_elses_file_is_overwritten(
+    option: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"name": "mine"}')
+    assert cli.run(["gate", str(made.timm), "--dataset", str(made.digits), option, str(mine)]) not in (0, 10)
+    assert f"{option} {mine} is there, and is none that hfdetox wrote" in capsys.readouterr().err
+    assert mine.read_text() == '{"name": "mine"}'
+
+
 def test_a_backdoored_model_never_passes_and_the_files_say_so(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +70,8 @@ def test_a_backdoored_model_never_passes_and_the_files_say_so(
     assert json.loads(log.read_text())["runs"][0]["properties"]["exitStatus"] == status
     assert json.loads(bill.read_text())["components"][0]["type"] == "machine-learning-model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gate.cdx.json", "gate.sarif"]
-    assert cli.run([*command, "--json"]) == status
+    # its own file is replaced
+    assert cli.run([*command, "--json", "--sarif", str(log)]) == status
     document = json.loads(capsys.readouterr().out)
     assert document["status"] == status
     assert document["scan"]["samples"] == SAMPLES

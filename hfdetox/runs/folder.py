@@ -109,7 +109,11 @@ class RunFolder:
         found = (
             {name for name in os.listdir(self.path) if not LEFTOVER.fullmatch(name)} if self.path.exists() else set()
         )
-        if RUN_FILE in found or found - {*LOCK_FILES, *_FOLDERS, FINGERPRINT_FILE, RESULT_FILE}:
+        inside = [path for name in _FOLDERS for path in (self.path / name).rglob("*")]
+        # what a run never writes there is somebody's own, and would be removed
+        foreign = [path for path in inside if path.is_symlink() or not (
+            path.suffix in (".safetensors", ".json") or LEFTOVER.fullmatch(path.name))]  # fmt: skip
+        if RUN_FILE in found or foreign or found - {*LOCK_FILES, *_FOLDERS, FINGERPRINT_FILE, RESULT_FILE}:
             raise UsageError(
                 f"{self.path} holds a run that did not finish: go on with {self.resume_command()}, or remove it to "
                 "start again"

@@ -61,7 +61,7 @@ def test_a_run_that_is_killed_goes_on_to_equal_weights_and_leaves_nothing(
 
 @pytest.mark.parametrize("left", [
     ["triggers/badnets.safetensors"], ["fingerprint.json"], [".0123456789abcdef.new"], ["checkpoint/record.json"],
-    ["checkpoint.old/x", "triggers/.0123456789abcdef.new", RESULT_FILE],
+    ["checkpoint.old/record.json", "triggers/.0123456789abcdef.new", RESULT_FILE],
 ])  # fmt: skip
 def test_what_is_left_of_a_run_that_was_never_recorded_is_in_nobodys_way(left: list[str], tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "out.run")
@@ -82,6 +82,16 @@ def test_what_is_left_of_a_run_that_was_never_recorded_is_in_nobodys_way(left: l
     assert os.listdir(run.path) == ["0123456789abcdef.new"]
     with pytest.raises(UsageError, match="holds a run that did not finish"):
         run.refuse_existing()
+
+
+@pytest.mark.parametrize("name", ["triggers/mine.txt", "checkpoint/notes/x.md", "triggers/mine/LICENSE", "mine.json"])
+def test_what_no_run_writes_is_never_removed(name: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "out.run")
+    (run.path / name).parent.mkdir(parents=True)
+    (run.path / name).write_text("mine")
+    with pytest.raises(UsageError, match="holds a run that did not finish"):
+        run.refuse_existing()
+    assert (run.path / name).read_text() == "mine"
 
 
 def test_an_unfinished_folder_goes_and_an_earlier_result_comes_back(tmp_path: Path) -> None:

@@ -142,3 +142,19 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys, source, html, 
     said = capsys.readouterr().err
     assert line in said
     assert len(said.splitlines()) == 1
+
+
+def test_an_earlier_page_is_replaced_and_nobody_elses_file_is(tmp_path, capsys) -> None:
+    output(tmp_path / "out")
+    path, link = tmp_path / "page.html", tmp_path / "link.html"
+    for _ in range(2):
+        assert cli.run(["report", str(tmp_path / "out"), "--html", str(path)]) == 0
+    link.symlink_to(tmp_path / "nowhere.html")
+    (tmp_path / "folder.html").mkdir()
+    path.write_text("<p>mine, of hfdetox</p>", encoding="utf-8")
+    capsys.readouterr()
+    for mine in (path, link, tmp_path / "folder.html"):
+        assert cli.run(["report", str(tmp_path / "out"), "--html", str(mine)]) == 2
+        assert "is none that hfdetox wrote; choose another name" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == "<p>mine, of hfdetox</p>"
+    assert link.is_symlink()
