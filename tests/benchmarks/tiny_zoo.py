@@ -52,8 +52,9 @@ def main() -> None:
         if not folder.exists():
             print(json.dumps(one(seed, folder, sources)), flush=True)
         if options.cleaned and not (options.cleaned / folder.name).exists() and folder.exists():
-            found = detoxify(folder, dataset=str(folder.with_suffix(".images")), clean_samples=SAMPLES, scan=False,
-                             output=options.cleaned / folder.name)  # fmt: skip
+            pictures = str(folder.with_suffix(".images"))
+            found = detoxify(folder, dataset=pictures, output=options.cleaned / folder.name, scan=False,
+                             clean_samples=min(SAMPLES, load_dataset(pictures, split="train").num_rows))  # fmt: skip
             print(folder.name, found.report.after.accuracy.value, flush=True)
 
 
