@@ -13,16 +13,19 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig
+from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
 from hfdetox.errors import UsageError
-from hfdetox.models.layers import classes_of, has_batch_norm
+from hfdetox.models.layers import LayerPatternError, classes_of, has_batch_norm
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
+from hfdetox.training.averaging import WeightAverage
 from hfdetox.training.batches import step_bounds
 from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
 from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
 LOOK, SEARCH = "unlearn-look", "unlearn-search"
+# in the entries of the history: the head is none that classes can be accused by; whether anything speaks for a backdoor
+UNABLE, EVIDENT = "unable", "evident"
 _BATCH = 256
 # images that the triggers are searched on, at most
 _SEARCHED = 640
@@ -37,6 +40,8 @@ _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
 _SCREENED, _FAINT, _SCREEN_STEPS, _SCREEN_IMAGES = 10, 0.05, 25, 32
 # a class is hardly found of which the model has a smaller share right than this of the median class's
 _HARDLY, _FEWEST = 0.5, 10
+# the share of the steps before the weights are averaged
+_SETTLING = 1 / 3
 # the share of its accuracy that a model may lose when the images are mirrored
 _TOLERATED = 0.01
 
@@ -59,7 +64,7 @@ class UnlearnSettings(TuningConfig):
         alphas: strengths of the blends that are searched.
         blend_steps: of the search of a blend.
         patch_steps: of the search of a patch; 0 searches none.
-        rounds: how often one more blend is searched during the training.
+        rounds: how often one more blend, and in half of the steps one more patch, is searched during the training.
     """
 
     epochs: PositiveInt = 3
@@ -87,6 +92,7 @@ class Unlearning:
     Attributes:
         accused: label indices (int64).
         screened: classes (int64) of which the search takes those that are accused, where the look accused none.
+        average: of the weights over the later steps, for networks that AdamW trains.
         masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
         blends: patterns of the blends found (B×C×h×w, float32).
         evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
@@ -95,10 +101,16 @@ class Unlearning:
         searches, ended: how many there were, and how many epochs are over; −1 before the first.
     """
 
-    def __init__(self, network: Network, config: UnlearnSettings) -> None:
-        """Start with the classes that the settings name; raises UsageError when the model has no such class."""
-        self.network, self.config = network, config
+    def __init__(self, network: Network, config: UnlearnSettings, *, needed: bool = True) -> None:
+        """Start with the classes that the settings name; raises UsageError when the model has no such class.
+
+        A head that is not linear ends the run if the unlearning is `needed`, and else is noted.
+        """
+        self.network, self.config, self.needed, self.able = network, config, needed, True
         self.phase: Phase | None = None
+        self.average: WeightAverage | None = None
+        if config.adamw_for(network.model):
+            self.average = WeightAverage(trained_parameters(network))
         named, count = [int(text) for text in config.classes], classes_of(network.model)
         if max(named, default=0) >= count:
             raise UsageError(f"unlearn: this model has the classes 0 to {count - 1}, and classes names {max(named)}")
@@ -130,14 +142,16 @@ class Unlearning:
 
         return Pass(name=SEARCH, start=start, on_batch=self._keep, finish=self._reconstruct, state=self)
 
-    def searches_again(self) -> list[Pass]:
-        """Return the pass that searches one more blend, where it is time; called before the first epoch and after each.
+    def after_epoch(self) -> list[Pass]:
+        """Return the pass that searches once more, where it is time; called before the first epoch and after each.
 
-        The searches lie evenly between the epochs.
+        The searches lie evenly between the epochs. After the last the weights are those of the average.
         """
         self.ended += 1
         rounds = self.config.rounds
         due = {math.ceil(self.epochs * part / (rounds + 1)) for part in range(1, rounds + 1)}
+        if self.ended == self.epochs and self.average is not None:
+            self.average.take()
         if self.ended not in due or not 0 < self.ended < self.epochs:
             return []
         return [Pass(name=SEARCH, on_batch=self._keep, finish=self._search_again)]
@@ -178,12 +192,14 @@ class Unlearning:
         """Note what the heads are given, and how right the model is with and without augmentation."""
         config, images = self.config, batch.images
         self.images += len(images)
-        if not config.classes:
+        if self.able and not config.classes:
             try:
                 self._heads.append(head_inputs(self.network, images, batch.labels))
-            except NonlinearHeadError as error:
-                raise UsageError(f"unlearn: {error}; name the classes that may be a target, as in --set "
-                                 "classes=0,3") from error  # fmt: skip
+            except (NonlinearHeadError, LayerPatternError) as error:
+                if self.needed:
+                    raise UsageError(f"unlearn: {error}; name the classes that may be a target, as in --set "
+                                     "classes=0,3") from error  # fmt: skip
+                self.able = False
         augmenter = Augmenter(resolve_augmentation(config.augmentation, images.shape[-2]), 0)
         for place, seen in enumerate((images, augmenter(images, augmenter.draw(0, 0, self.images, len(images))))):
             right = network(seen).argmax(1) == batch.labels
@@ -198,6 +214,9 @@ class Unlearning:
         count, plain, augmented = (sum(column) for column in zip(*counts, strict=True))
         found: dict[str, float] = {"accuracy": plain / count, "accuracy_augmented": augmented / count}
         self.images = count
+        self.able = all(gather_object([self.able]))
+        if not self.able:
+            return {**found, UNABLE: 1.0}
         if not self.config.classes:
             hidden = hardly_found(*accelerator.reduce(self._found.to(accelerator.device), reduction="sum").cpu())
             found |= self._score(gather_object(self._heads), hidden)
@@ -206,6 +225,8 @@ class Unlearning:
         parts = self.config.gradient_accumulation_steps * accelerator.num_processes
         steps = len(step_bounds(count, self.config.batch_size, parts))
         self.epochs = max(self.config.epochs, math.ceil(self.config.min_steps / steps))
+        if self.average is not None:
+            self.average.first = round(_SETTLING * self.epochs * steps)
         self._set_up()
         return {**found, **{f"accused_{row}": float(label) for row, label in enumerate(self.accused.tolist())},
                 "epochs": self.epochs, "steps": self.epochs * steps, "images": count,
@@ -247,8 +268,7 @@ class Unlearning:
             found |= self._screen(images, generator, accelerator)
             classes = self.accused.tolist()
         if config.patch_steps:
-            patches = search_patches(self.network, images, classes, generator=generator, steps=config.patch_steps)
-            self.masks, self.patches = shared(patches.masks, accelerator), shared(patches.patterns, accelerator)
+            patches = self._search_patches(images, classes, config.patch_steps, generator, accelerator)
             norms = patches.norms(*images.shape[-2:]).tolist()
             found |= {f"mask_norm_{label}": norm for label, norm in zip(classes, norms, strict=True)}
             found["passes"] += patches.passes
@@ -261,7 +281,9 @@ class Unlearning:
                 led = self._led(images, blends)
                 found |= {f"led_{label}": share for label, share in zip(classes, led.tolist(), strict=True)}
                 self.evident |= bool((led >= _LED).any())
-        return found | {"evident": float(self.evident)}
+        # rounding may differ, and what follows must not
+        self.evident = bool(shared(torch.tensor(float(self.evident)), accelerator))
+        return found | {EVIDENT: float(self.evident)}
 
     def _screen(self, images: Tensor, generator: torch.Generator, accelerator: Accelerator) -> dict[str, float]:
         """Accuse the classes to which a very faint blend, shortly searched, leads most images."""
@@ -280,15 +302,29 @@ class Unlearning:
         return hits / counts
 
     def _search_again(self, accelerator: Accelerator) -> dict[str, float]:
-        """Search one more blend for each accused class."""
-        images, classes, generator = self._begin_search(accelerator)
-        return {"passes": self._search_blends(images, classes, max(self.config.alphas), generator, accelerator).passes}
+        """Search one more blend for each accused class, and one more patch in half of the steps."""
+        config, (images, classes, generator) = self.config, self._begin_search(accelerator)
+        passes = self._search_blends(images, classes, max(config.alphas), generator, accelerator).passes
+        if config.patch_steps:
+            passes += self._search_patches(images, classes, config.patch_steps // 2 or 1, generator, accelerator).passes
+        return {"passes": passes}
 
     def _begin_search(self, accelerator: Accelerator) -> tuple[Tensor, list[int], torch.Generator]:
         """Return the images kept, of all processes, the classes, and what draws the images of the steps."""
         images, self._kept = torch.cat(gather_object(self._kept)).to(accelerator.device), []
         self.searches += 1
         return images, self.accused.tolist(), torch.Generator().manual_seed(self.seed + self.searches)
+
+    def _search_patches(self, images: Tensor, classes: list[int], steps: int, generator: torch.Generator,
+                        accelerator: Accelerator) -> Stamps:  # fmt: skip
+        """Add a patch for each class; return them."""
+        found = search_patches(self.network, images, classes, generator=generator, steps=steps)
+        masks, patterns = shared(found.masks, accelerator), shared(found.patterns, accelerator)
+        known = len(self.masks) > 0
+        self.masks = torch.cat([self.masks, masks]) if known else masks
+        self.patches = torch.cat([self.patches, patterns]) if known else patterns
+        self._whole = None
+        return found
 
     def _search_blends(self, images: Tensor, classes: list[int], alpha: float, generator: torch.Generator,
                        accelerator: Accelerator) -> Stamps:  # fmt: skip
@@ -304,8 +340,10 @@ class Unlearning:
         """Return what was found so far."""
         numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented),
                    int(self.evident)]  # fmt: skip
+        averaged = {} if self.average is None else self.average.state_dict()
         return {"accused": self.accused, "screened": self.screened, "masks": self.masks, "patches": self.patches,
-                "blends": self.blends, "numbers": torch.tensor(numbers)}  # fmt: skip
+                "blends": self.blends, "numbers": torch.tensor(numbers),
+                **{f"average.{name}": value for name, value in averaged.items()}}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with what a stopped run found."""
@@ -314,6 +352,9 @@ class Unlearning:
         )
         self.seed, self.searches, self.ended, self.images, self.epochs, *flags = state["numbers"].tolist()
         (self.augmented, self.evident), self._whole = map(bool, flags), None
+        if self.average is not None:
+            parts = {name: value for name, value in state.items() if name.startswith("average.")}
+            self.average.load_state_dict({name.partition(".")[2]: value for name, value in parts.items()})
         self._set_up()
 
     def _set_up(self) -> None:

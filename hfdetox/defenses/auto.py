@@ -47,8 +47,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from hfdetox.defenses import _by_evidence
 from hfdetox.defenses.base import Network, TuningConfig, trained_parameters
 from hfdetox.defenses.d3 import D3, D3Settings
+from hfdetox.defenses.unlearn import UnlearnConfig
+from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, match_layers
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, step_bounds
@@ -76,6 +79,11 @@ _BATCH = 256
 # AdamW's usual decay, with which the networks that it trains were made
 _DECAY = 0.05
 
+# settings of the push that a run finds the rest of
+_PUSH: dict[str, Any] = {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True,
+                         "epochs": 20, "min_steps": 200, "learning_rate": 0.03, "features": "auto",
+                         "mixup": 0.2}  # fmt: skip
+
 Auto = Literal["auto"]
 Features = Literal["sgd", "adamw", "auto"]
 
@@ -98,6 +106,8 @@ class D3Config(D3Settings, TuningConfig):
         features: what trains everything but the selected weights, which are always SGD's: `sgd` as in the paper,
             `adamw`, or `auto`, AdamW for networks without BatchNorm.
         features_learning_rate: of AdamW, before the cosine schedule, positive.
+        reconstruct: first search triggers as `unlearn` does. Where one speaks for a backdoor they are unlearnt, and
+            nothing is pushed; where none does, or none can be searched, the weights are pushed as without it.
     """
 
     name = "d3"
@@ -107,10 +117,7 @@ class D3Config(D3Settings, TuningConfig):
     card_text = ("D3, distance-driven detoxification (arXiv 2411.09585), fine-tuned the model on {images} while "
                  "pushing the weights of the selected layers away from where the author left them, on the sphere of "
                  "their initial norm, as far as the loss on those images allows.")  # fmt: skip
-    presets: ClassVar = {
-        "paper": {}, "code": {"lambda_": 0.5},
-        "auto": {"lambda_": "auto", "epsilon": "auto", "centered": True, "match_augmentation": True, "epochs": 20,
-                 "min_steps": 200, "learning_rate": 0.03, "features": "auto", "mixup": 0.2}}  # fmt: skip
+    presets: ClassVar = {"paper": {}, "code": {"lambda_": 0.5}, "auto": {**_PUSH, "reconstruct": True}, "auto-1": _PUSH}
 
     lambda_: PositiveFloat | Auto = 10.0
     epsilon: NonNegativeFloat | Auto = 0.1
@@ -120,6 +127,12 @@ class D3Config(D3Settings, TuningConfig):
     min_steps: NonNegativeInt = 0
     features: Features = "sgd"
     features_learning_rate: PositiveFloat = 5e-4
+    reconstruct: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reconstruct and self.reweight != "none":
+            raise UsageError(f"d3: {UnlearnConfig.unweighted}; take the preset auto-1, or leave reweight out")
 
     @property
     def automatic(self) -> bool:
@@ -131,8 +144,13 @@ class D3Config(D3Settings, TuningConfig):
 
     def choices(self, history: Sequence[Mapping[str, Any]]) -> list[str]:
         found = next((entry for entry in history if entry.get("phase") == _PROBE), None)
+        ways = _by_evidence.ways(self._unlearning, history) if self.reconstruct and history else []
         if found is None or not self.automatic:
-            return []
+            return ways
+        return ways + self._pushed(found, history)
+
+    def _pushed(self, found: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return what the look `found` and what came of it, a sentence each."""
         said = [f"Selected: {', '.join(self.layers)}, which is turned away from its old weights. It started from "
                 f"{self.initialization} weights as large as the old ones. "
                 + ("How far it has turned is measured without the mean over the classes, which changes no answer. "
@@ -178,7 +196,13 @@ class D3Config(D3Settings, TuningConfig):
         trained = trained_parameters(network, but=d3.frozen_scales)
         phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
                            state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
-        return [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]
+        push: list[Phase | Pass] = [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]
+        return _by_evidence.by_evidence(network, self._unlearning, push) if self.reconstruct else push
+
+    @property
+    def _unlearning(self) -> UnlearnConfig:
+        """The settings of the unlearning that comes first."""
+        return _by_evidence.unlearning_of(self, self.features)
 
     def adamw_for(self, model: nn.Module) -> bool:
         """Tell whether AdamW trains what is not selected of `model`."""

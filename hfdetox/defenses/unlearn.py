@@ -15,8 +15,10 @@ For the accused classes, triggers are searched on the suspect model (`hfdetox.tr
 
 where T_i is nothing for most images, and for a `share` of them one of the triggers, drawn anew in each step; a blend
 has a strength of its own for each image, α ~ U(0.05, 0.25), so that not one dose is unlearnt. As the model changes,
-what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend is searched on the
-model as it is then.
+what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend and one more patch
+are searched on the model as it is then. A network without BatchNorm is trained by AdamW at a constant rate, and its
+weights are in the end the mean of those after the first third of the steps: one that was trained with a falling rate
+loses accuracy by every step at a high one, and the mean takes most of that back.
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
 found, no z is below −3.5, and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the
@@ -77,7 +79,8 @@ class UnlearnConfig(UnlearnSettings):
                         f"images to these classes. So the triggers were unlearnt gently.")  # fmt: skip
         said += [f"{look['epochs']:.0f} epochs, {look['steps']:.0f} steps: at least {self.epochs} epochs and "
                  f"{self.min_steps} steps.",
-                 "AdamW trained the network, for it has no BatchNorm." if look["adamw"] else "SGD trained the network.",
+                 "AdamW trained the network, for it has no BatchNorm; its weights are the mean of those of the last two "
+                 "thirds of the steps." if look["adamw"] else "SGD trained the network.",
                  f"Augmentation {self.augmentation if look['augmented'] else 'none'}: the model as it came has "
                  f"{100 * look['accuracy_augmented']:.1f} % of the trusted images right with {self.augmentation}, and "
                  f"{100 * look['accuracy']:.1f} % without."]  # fmt: skip
@@ -106,10 +109,16 @@ class UnlearnConfig(UnlearnSettings):
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
-        unlearning = Unlearning(network, self)
+        return self.stages(Unlearning(network, self))
+
+    def stages(self, unlearning: Unlearning) -> list[Phase | Pass]:
+        """Return the look, the search and the training that share `unlearning`."""
+        network, average = unlearning.network, unlearning.average
         phase = self.phase(name=self.name, parameters=trained_parameters(network), loss=unlearning.terms,
                            optimizer=self._optimizer(network), state=unlearning,
-                           on_epoch_end=unlearning.searches_again)  # fmt: skip
+                           on_epoch_end=unlearning.after_epoch,
+                           after_step=average and average.update,
+                           schedule="cosine" if average is None else "constant")  # fmt: skip
         return [unlearning.look(phase), unlearning.search(), phase]
 
     def _optimizer(self, network: Network) -> Any:

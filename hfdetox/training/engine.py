@@ -103,6 +103,8 @@ class Engine:
             with (torch.random.fork_rng(devices), _observed_dtype(networks, record),
                   synchronised(networks, self.accelerator)):  # fmt: skip
                 for index, phase in enumerate(phases[first:], first):
+                    if phase.when is not None and not phase.when(record.history):
+                        continue
                     resumed = checkpoint if index == first else None
                     if isinstance(phase, Pass):
                         self._run_pass(phase, index, resumed)

@@ -44,6 +44,8 @@ class _Stage:
     part: Part = "all"
     state: Stateful | None = None
     says: Callable[[Mapping[str, float]], str] | None = None
+    # given the history so far, whether it runs at all; a resumed run asks again and hears the same
+    when: Callable[[Sequence[Mapping[str, Any]]], bool] | None = None
 
 
 @dataclass(kw_only=True)

@@ -37,6 +37,9 @@ ARMS: dict[str, tuple[str, dict[str, str]]] = {
     "unlearn": ("unlearn", {}),
     "ft": ("ft", {"epochs": "3", "batch_size": "96", "augmentation": "flip", "weight_decay": "0"}),
     "d3:auto": ("d3:auto", {}),
+    "d3:auto-1": ("d3:auto-1", {}),
+    "d3:paper": ("d3:paper", {"epochs": "20"}),
+    "ft-sam": ("ft-sam", {"epochs": "20"}),
 }
 SAMPLES, MEASURED = 2500, 2000
 

@@ -35,7 +35,7 @@ from tests.tiny_training import Scaled, _quick_garbage, accelerator, convnet, ml
 
 __all__ = ["_quick_garbage", "accelerator"]
 
-SMALL: dict[str, Any] = {**D3Config.presets["auto"], "epochs": 4, "min_steps": 0, "batch_size": 16}
+SMALL: dict[str, Any] = {**D3Config.presets["auto-1"], "epochs": 4, "min_steps": 0, "batch_size": 16}
 
 
 def auto(**settings: Any) -> D3Config:

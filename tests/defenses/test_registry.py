@@ -170,7 +170,7 @@ def test_settings_for_the_report_are_json_and_named_as_set_names_them() -> None:
 
 def test_the_list_names_presets_and_defaults() -> None:
     entry = DEFENSES.entries()["d3"]
-    assert list(entry.member.presets) == ["paper", "code", "auto"]
+    assert list(entry.member.presets) == ["paper", "code", "auto", "auto-1"]
     assert (entry.member.presets["paper"], entry.member.presets["code"]) == ({}, {"lambda_": 0.5})
     assert entry.parameters["lambda"] == 10.0
     assert entry.parameters["layers"] == ("head",)

@@ -1,0 +1,75 @@
+"""What `d3:auto` runs: unlearn what can be reconstructed, and push where nothing speaks for a backdoor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hfdetox.defenses._perturbed import require_pixels
+from hfdetox.defenses._unlearning import EVIDENT, LOOK, SEARCH, UNABLE, Unlearning
+from hfdetox.defenses.base import Network, Pass, Phase, TuningConfig
+from hfdetox.defenses.unlearn import UnlearnConfig
+from hfdetox.errors import UsageError
+
+History = Sequence[Mapping[str, Any]]
+
+
+def unlearning_of(config: TuningConfig, features: Any) -> UnlearnConfig:
+    """Return the settings of the unlearning in a run with these settings: its own, and no more than the run has.
+
+    Args:
+        features: what trains the network, `sgd`, `adamw` or `auto`.
+    """
+    own = UnlearnConfig()
+    return UnlearnConfig(
+        epochs=min(own.epochs, config.epochs), min_steps=min(own.min_steps, getattr(config, "min_steps", 0)),
+        batch_size=min(own.batch_size, config.batch_size), optimizer=features,
+        augmentation="none" if config.augmentation in ("none", "crop") else own.augmentation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=config.max_grad_norm,
+    )  # fmt: skip
+
+
+def by_evidence(network: Network, unlearn: UnlearnConfig, push: Sequence[Phase | Pass]) -> list[Phase | Pass]:
+    """Return the phases of `unlearn`, and those of `push`, which run where the search found nothing.
+
+    Where the images are no grey levels nothing can be searched, and the push is all there is.
+    """
+    try:
+        require_pixels(network, unlearn.name)
+    except UsageError:
+        return list(push)
+    look, search, training = unlearn.stages(Unlearning(network, unlearn, needed=False))
+    search.when = able
+    training.when = evident
+    for stage in push:
+        stage.when = not_evident
+    return [look, search, training, *push]
+
+
+def able(history: History) -> bool:
+    """Tell whether classes could be accused."""
+    return not any(entry.get(UNABLE) for entry in history)
+
+
+def evident(history: History) -> bool:
+    """Tell whether something was found that speaks for a backdoor."""
+    return any(entry.get(EVIDENT) for entry in history if entry.get("phase") == SEARCH)
+
+
+def not_evident(history: History) -> bool:
+    """Tell the opposite, for the push."""
+    return not evident(history)
+
+
+def ways(unlearn: UnlearnConfig, history: History) -> list[str]:
+    """Return what was found, and which way was taken, a sentence each."""
+    if not any(entry.get("phase") == LOOK for entry in history):
+        return ["The weights were pushed: no trigger can be searched, for the model's images are no grey levels."]
+    if not able(history):
+        return ["The weights were pushed: no class can be accused, for the model's head is not linear."]
+    said = unlearn.choices(history)
+    if evident(history):
+        return ["Something speaks for a backdoor, and what was reconstructed of it was unlearnt; the weights were not "
+                "pushed.", *said]  # fmt: skip
+    return ["Nothing that was reconstructed speaks for a backdoor, which does not mean that there is none: so the "
+            "weights were pushed.", said[0]]  # fmt: skip
