@@ -79,8 +79,8 @@ class UnlearnConfig(UnlearnSettings):
                         f"images to these classes. So the triggers were unlearnt gently.")  # fmt: skip
         said += [f"{look['epochs']:.0f} epochs, {look['steps']:.0f} steps: at least {self.epochs} epochs and "
                  f"{self.min_steps} steps.",
-                 "AdamW trained the network, for it has no BatchNorm; its weights are the mean of those of the last two "
-                 "thirds of the steps." if look["adamw"] else "SGD trained the network.",
+                 "AdamW trained the network, for it has no BatchNorm; its weights are the mean of those of the last "
+                 "two thirds of the steps." if look["adamw"] else "SGD trained the network.",
                  f"Augmentation {self.augmentation if look['augmented'] else 'none'}: the model as it came has "
                  f"{100 * look['accuracy_augmented']:.1f} % of the trusted images right with {self.augmentation}, and "
                  f"{100 * look['accuracy']:.1f} % without."]  # fmt: skip
