@@ -64,7 +64,7 @@ class UnlearnSettings(TuningConfig):
         alphas: strengths of the blends that are searched.
         blend_steps: of the search of a blend.
         patch_steps: of the search of a patch; 0 searches none.
-        rounds: how often one more blend, and in half of the steps one more patch, is searched during the training.
+        rounds: how often one more blend is searched during the training, and without BatchNorm one more patch.
     """
 
     epochs: PositiveInt = 3
@@ -109,7 +109,7 @@ class Unlearning:
         self.network, self.config, self.needed, self.able = network, config, needed, True
         self.phase: Phase | None = None
         self.average: WeightAverage | None = None
-        if config.adamw_for(network.model):
+        if config.adamw_for(network.model) and not has_batch_norm(network.model):
             self.average = WeightAverage(trained_parameters(network))
         named, count = [int(text) for text in config.classes], classes_of(network.model)
         if max(named, default=0) >= count:
@@ -302,10 +302,10 @@ class Unlearning:
         return hits / counts
 
     def _search_again(self, accelerator: Accelerator) -> dict[str, float]:
-        """Search one more blend for each accused class, and one more patch in half of the steps."""
+        """Search one more blend for each accused class, and without BatchNorm a patch in half of the steps."""
         config, (images, classes, generator) = self.config, self._begin_search(accelerator)
         passes = self._search_blends(images, classes, max(config.alphas), generator, accelerator).passes
-        if config.patch_steps:
+        if config.patch_steps and self.average is not None:
             passes += self._search_patches(images, classes, config.patch_steps // 2 or 1, generator, accelerator).passes
         return {"passes": passes}
 

@@ -15,10 +15,10 @@ For the accused classes, triggers are searched on the suspect model (`hfdetox.tr
 
 where T_i is nothing for most images, and for a `share` of them one of the triggers, drawn anew in each step; a blend
 has a strength of its own for each image, α ~ U(0.05, 0.25), so that not one dose is unlearnt. As the model changes,
-what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend and one more patch
-are searched on the model as it is then. A network without BatchNorm is trained by AdamW at a constant rate, and its
-weights are in the end the mean of those after the first third of the steps: one that was trained with a falling rate
-loses accuracy by every step at a high one, and the mean takes most of that back.
+what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend is searched on the
+model as it is then. A network without BatchNorm keeps a patch for longer, so there one more patch is searched too; and
+it is trained by AdamW at a constant rate, its weights in the end the mean of those after the first third of the steps:
+one that was made with a falling rate loses accuracy by steps at a high one, and the mean takes some of that back.
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
 found, no z is below −3.5, and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the

@@ -310,4 +310,4 @@ def test_the_held_out_suite_shares_no_model_with_that_on_which_d3_auto_was_made(
     # six methods, three seeds on the ResNet, 1 % of the images for two of its models; three methods on the clean one
     assert len(trials) == 6 * (2 * 2 + 3 * (7 + 2 + 1 + 1 + 2)) + 3 * 3
     auto = {trial.entry.defense for trial in trials if trial.label == "d3-auto"}
-    assert auto == {"d3:auto"}, "no setting of its own"
+    assert auto == {"d3:auto-1"}, "no setting of its own"

@@ -187,7 +187,7 @@ def test_a_share_carries_a_patch_as_it_is_or_a_blend_in_any_strength() -> None:
 @pytest.mark.parametrize(
     ("epochs", "rounds", "after"), [(3, 2, [1, 2]), (12, 2, [4, 8]), (2, 2, [1]), (1, 2, []), (5, 0, [])]
 )
-def test_it_after_epoch_evenly_between_the_epochs(epochs: int, rounds: int, after: list[int]) -> None:
+def test_it_searches_again_evenly_between_the_epochs(epochs: int, rounds: int, after: list[int]) -> None:
     unlearning = holding(rounds=rounds)
     unlearning.epochs = epochs
     # before the first epoch, and after each
