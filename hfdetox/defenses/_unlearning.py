@@ -31,9 +31,9 @@ _BATCH = 256
 _SEARCHED = 640
 # strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
 _WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
-# what speaks for a backdoor: a robust z below this; a faintest blend that leads so many of the images to its class; or
-# a patch that does, and covers so small a share of the image
-_SURE, _LED, _SMALL = -3.5, 0.9, 0.01
+# what speaks for a backdoor: a robust z below this (no clean model that it was made on went below -3.8); a faintest
+# blend that leads so many of the images to its class; or a patch that does, and covers so small a share of the image
+_SURE, _LED, _SMALL = -4.0, 0.9, 0.01
 # classes that are accused, at most, and how many are taken where none is
 _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
 # the latter are those to which the faintest blends lead most images: of how many classes, how faint, steps and images

@@ -21,7 +21,7 @@ it is trained by AdamW at a constant rate, its weights in the end the mean of th
 one that was made with a falling rate loses accuracy by steps at a high one, and the mean takes some of that back.
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
-found, no z is below −3.5, and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the
+found, no z is below −4, and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the
 images to its class, nothing speaks for a backdoor: half as many images carry a trigger, and α ends at 0.1.
 
 Neural Cleanse unlearns one patch that way, and i-BAU bounded noise. That there are two families in many strengths, for
