@@ -173,6 +173,7 @@ with gr.Blocks(title="hfdetox", delete_cache=(600, 3600)) as app:
                              placeholder="org/images; empty: what the model's card names")  # fmt: skip
         archive = gr.File(label="Or your own images: a zip with one folder a class", file_types=[".zip"])
         samples = gr.Slider(100, 2500, 500, step=100, label="Clean images")
+        measured = gr.Slider(0, 5000, 0, step=100, label="Images to measure on (0: the whole split)")
     with gr.Row():
         scans, cleans = gr.Button("Scan"), gr.Button("Clean", variant="primary")
     said = gr.Markdown("Nothing done yet.", elem_id="said", container=True, min_height=60)
@@ -185,7 +186,7 @@ with gr.Blocks(title="hfdetox", delete_cache=(600, 3600)) as app:
         published = gr.Markdown(elem_id="published")
 
     source.change(lambda chosen: gr.Column(visible=chosen == HUB), source, choice, queue=False)
-    inputs = [source, model, dataset, archive, samples]
+    inputs = [source, model, dataset, archive, samples, measured]
     # one job at a time, whatever it is
     queued: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": 1, "api_visibility": "private"}
     scans.click(scan, inputs, [said, scanned], show_progress_on=said, **queued)

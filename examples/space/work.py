@@ -27,13 +27,12 @@ from datasets import ClassLabel, Dataset, Features, Image
 import hfdetox
 from hfdetox.errors import one_line
 from hfdetox.evidence.results import ScanReport
-from hfdetox.hub.download import RepoType, list_files
+from hfdetox.hub.client import AccessError, UnknownRepoError
+from hfdetox.hub.download import RepoState, RepoType, resolve
 from hfdetox.values import read
 
 MINUTES = float(os.environ.get("HFDETOX_SPACE_MINUTES", "10"))
 MEGABYTES = int(os.environ.get("HFDETOX_SPACE_MEGABYTES", "500"))
-# measured on at most so many images of a visitor's dataset
-EVALUATION_IMAGES = 1000
 ROOT = Path(tempfile.mkdtemp(prefix="hfdetox-space-"))
 DEMO = Path(os.environ.get("HFDETOX_SPACE_DEMO", ROOT / "demo"))
 # what a job gets of the Space's variables: none of its secrets
@@ -79,7 +78,7 @@ def job() -> Iterator[Path]:
         yield Path(folder)
 
 
-def hub_words(folder: Path, model: str, dataset: str, archive: str | None, samples: int) -> list[str]:
+def hub_words(folder: Path, model: str, dataset: str, archive: str | None, samples: int, measured: int) -> list[str]:
     """Return model and images of a visitor's job, as words of the command line, at the commits that were checked.
 
     Args:
@@ -88,42 +87,48 @@ def hub_words(folder: Path, model: str, dataset: str, archive: str | None, sampl
         dataset: a Hub id; empty: what the model's card names.
         archive: the path of a zip with images, in place of a dataset.
         samples: how many clean images.
+        measured: on how many it is measured; 0: on the whole split.
 
     Raises:
-        UsageError: no Hub ids, too large, or what hfdetox says of them.
+        UsageError: no Hub ids, not for everybody, too large, or what hfdetox says of them.
     """
-    words = [check_id("model", model), "--samples", str(int(samples)), "--eval-samples", str(EVALUATION_IMAGES)]
+    found = find("model", model)
+    words = [found.id, "--revision", found.sha, "--samples", str(int(samples))]
+    words += ["--eval-samples", str(int(measured))] if measured else []
     if archive:
         write_images(archive, folder / "images")
-        images = ["--dataset", str(folder / "images")]
-    else:
-        images = ["--dataset", check_id("dataset", dataset)] if dataset.strip() else []
-    plan = json.loads(run("detox", *words, *images, "--dry-run", "--json", folder=folder))
-    model, revision, weights = (plan["model"][name] for name in ("id", "revision", "files"))
-    check_size("model", model, revision, weights)
-    words[:1] = [check_id("model", model), "--revision", revision]
-    if archive:
-        return [*words, *images]
-    found, revision = plan["dataset"]["id"] or "", plan["dataset"]["revision"]
+        words += ["--dataset", str(folder / "images")]
+    elif dataset.strip():
+        words += images_of(dataset)
+    plan = json.loads(run("detox", *words, "--dry-run", "--json", folder=folder))
+    check_size("model", found, plan["model"]["files"])
     # a card may name anything, also a folder of this machine
-    words += ["--dataset", check_id("dataset", found), "--dataset-revision", revision]
-    check_size("dataset", found, revision)
-    return words
+    return words if "--dataset" in words else [*words, *images_of(plan["dataset"]["id"] or "")]
 
 
-def check_id(what: str, name: str) -> str:
-    """Return the id of a repository; UsageError for what is none, so that no path of this machine is opened."""
+def images_of(dataset: str) -> list[str]:
+    """Return a dataset of the Hub as words of the command line."""
+    found = find("dataset", dataset)
+    check_size("dataset", found)
+    return ["--dataset", found.id, "--dataset-revision", found.sha]
+
+
+def find(what: RepoType, name: str) -> RepoState:
+    """Return what a name stands for on the Hub now; UsageError for what is no id, so that no path is opened."""
     if not HUB_ID.fullmatch(name.strip()):
         raise hfdetox.UsageError(f"the {what} must be an id of the Hub, such as org/name, not {one_line(name, 80)!r}")
-    return name.strip()
+    try:
+        return resolve(name.strip(), repo_type=what)
+    except (AccessError, UnknownRepoError) as error:
+        raise hfdetox.UsageError(f"the {what} {name.strip()} is not on the Hub for everybody: check the spelling "
+                                 "(private and gated ones cannot be used here)") from error  # fmt: skip
 
 
-def check_size(what: RepoType, name: str, revision: str, files: list[str] | None = None) -> None:
+def check_size(what: str, found: RepoState, files: list[str] | None = None) -> None:
     """Raise UsageError where the files of a repository, or those of them that are used, are too large."""
-    states = list_files(name, revision, repo_type=what)
-    size = sum(state.size for path, state in states.items() if files is None or path in files)
+    size = sum(state.size for path, state in found.files.items() if files is None or path in files)
     if size > MEGABYTES * 1e6:
-        raise too_large(f"the {what} {name} has", size)
+        raise too_large(f"the {what} {found.id} has", size)
 
 
 def too_large(what: str, size: int) -> hfdetox.UsageError:

