@@ -176,14 +176,15 @@ with gr.Blocks(title="hfdetox", delete_cache=(600, 3600)) as app:
         measured = gr.Slider(0, 5000, 0, step=100, label="Images to measure on (0: the whole split)")
     with gr.Row():
         scans, cleans = gr.Button("Scan"), gr.Button("Clean", variant="primary")
-    said = gr.Markdown("Nothing done yet.", elem_id="said", container=True, min_height=60)
-    scanned, cleaned = gr.Markdown(elem_id="scanned"), gr.Markdown(elem_id="cleaned")
+    plain: dict[str, Any] = {"latex_delimiters": []}  # dollars of strangers are dollars
+    said = gr.Markdown("Nothing done yet.", elem_id="said", container=True, min_height=60, **plain)
+    scanned, cleaned = gr.Markdown(elem_id="scanned", **plain), gr.Markdown(elem_id="cleaned", **plain)
     pictures, card = gr.HTML(elem_id="pictures"), gr.HTML(elem_id="card")
     with gr.Column(visible=False) as publishing:
         repo = gr.Textbox(label="Publish as", placeholder="my-model-detoxed", max_lines=1)
         private = gr.Checkbox(True, label="Make a new repository private")
         publishes = gr.Button("Publish" if SIGN_IN else "Publish (works on Hugging Face alone)", interactive=SIGN_IN)
-        published = gr.Markdown(elem_id="published")
+        published = gr.Markdown(elem_id="published", **plain)
 
     source.change(lambda chosen: gr.Column(visible=chosen == HUB), source, choice, queue=False)
     inputs = [source, model, dataset, archive, samples, measured]

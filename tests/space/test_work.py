@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,27 +17,9 @@ from tests import backdoored
 from tests.conftest import REPOSITORY
 from tests.hub_server.server import HubServer
 from tests.image_data import png
-
-SPACE = REPOSITORY / "examples" / "space"
-SECRET = "hf_thespacesowntoken0123456789"
-
+from tests.space.conftest import SECRET
 
 Put = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> Iterator[ModuleType]:
-    """The module as the Space imports it: with a token and a secret among the Space's variables."""
-    hub.add_user("space", SECRET)
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("A_SECRET_OF_THE_SPACE", "so secret")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")  # which the module sets: it goes after the test
-    monkeypatch.syspath_prepend(str(SPACE))
-    sys.modules.pop("work", None)
-    module = importlib.import_module("work")
-    yield module
-    sys.modules.pop("work", None)
 
 
 @pytest.fixture
