@@ -28,6 +28,8 @@ DEMO, HUB = "The demo: handwritten digits, with a backdoor on purpose", "A model
 SIGN_IN = bool(os.environ.get("OAUTH_CLIENT_ID"))
 PICTURES = {"before_after": "Before and after", "reconstructed": "Reconstructed triggers", "samples": "Known triggers",
             "moved": "Images that moved"}  # fmt: skip
+# fonts of the visitor's machine: nothing is asked of a font server
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
 .gradio-container .prose { overflow-x: auto; }
 .gradio-container .prose :is(th, td) { word-break: normal; overflow-wrap: normal; padding: 6px 8px; }
@@ -171,7 +173,7 @@ with gr.Blocks(title="hfdetox", delete_cache=(600, 3600)) as app:
         model = gr.Textbox(label="Model", placeholder="org/model", max_lines=1)
         dataset = gr.Textbox(label="Images: a dataset of the Hub", max_lines=1,
                              placeholder="org/images; empty: what the model's card names")  # fmt: skip
-        archive = gr.File(label="Or your own images: a zip with one folder a class", file_types=[".zip"])
+        archive = gr.File(label="Or your own images: a zip with one folder a class", file_types=[".zip"], height=140)
         samples = gr.Slider(100, 2500, 500, step=100, label="Clean images")
         measured = gr.Slider(0, 5000, 0, step=100, label="Images to measure on (0: the whole split)")
     with gr.Row():
@@ -201,4 +203,4 @@ if __name__ == "__main__":
     # what is stopped removes its files
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     work.make_demo()
-    app.launch(max_file_size=f"{work.MEGABYTES}mb", css=CSS)
+    app.launch(max_file_size=f"{work.MEGABYTES}mb", css=CSS, theme=THEME)
