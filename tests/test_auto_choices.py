@@ -26,11 +26,12 @@ def test_the_settings_that_a_run_finds_itself_are_said_with_their_reasons(
     assert done.returncode == 0, done.stderr
     report, card = Report.load(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert report.defense.preset == "auto"
-    where, features, augmentation, _, length, _ = report.defense.choices
-    assert where.startswith("Selected: head, ")
-    assert features == "SGD trained the features, for the network has BatchNorm."
-    assert augmentation.split(":")[0] in ("Augmentation crop", "Augmentation none")
+    way, accused, length, features, augmentation = report.defense.choices
+    assert way.startswith("Something speaks for a backdoor, and what was reconstructed of it was unlearnt")
+    assert accused.startswith("Taken as possible targets: class ")
     assert length.startswith(f"{report.defense.epochs} epochs, {report.defense.steps} steps")
+    assert features == "SGD trained the network."
+    assert augmentation.startswith("Augmentation none: the model as it came has ")
     for sentence in report.defense.choices:
         assert f"- {sentence}" in card
     assert report.before is not None

@@ -26,6 +26,7 @@ from hfdetox.triggers import parse_trigger
 
 DEFENSES: dict[str, tuple[str, dict[str, str]]] = {
     "d3:auto": ("d3:auto", {}),
+    "d3:auto-1": ("d3:auto-1", {}),
     "d3:paper": ("d3:paper", {"epochs": "10"}),
     "ft": ("ft", {"epochs": "10"}),
     "ft-sam": ("ft-sam", {"epochs": "10"}),

@@ -170,8 +170,13 @@ def unlearnt() -> list[str]:
 
 
 def held_out() -> list[str]:
-    """Return `unlearn`, `d3:auto` and plain fine-tuning on models that had no say."""
+    """Return `unlearn`, `d3:auto-1` and plain fine-tuning on models that had no say."""
     return _unlearnt("unlearn_heldout")
+
+
+def auto_held_out() -> list[str]:
+    """Return `d3:auto`, `d3:auto-1` and plain fine-tuning on models that had no say."""
+    return _unlearnt("auto_heldout")
 
 
 def trials() -> list[str]:
@@ -190,6 +195,7 @@ def trials() -> list[str]:
     return ["ACC / ASR / RA.", "", *table(header, rows, text_columns=3), *source("unlearn_trials")]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"scan": scan, "scan_models": models, "cleaned": cleaned,
-                                              "asleep": asleep, "canaries": canaries,
-                                              "unlearnt": unlearnt, "held_out": held_out, "trials": trials}  # fmt: skip
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "scan": scan, "scan_models": models, "cleaned": cleaned, "asleep": asleep, "canaries": canaries,
+    "unlearnt": unlearnt, "held_out": held_out, "auto_held_out": auto_held_out, "trials": trials,
+}  # fmt: skip

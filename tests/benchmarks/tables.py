@@ -182,13 +182,13 @@ def reweighting() -> list[str]:
 
 
 def heldout(name: str, model: str, attacks: Sequence[str], *, images: int = 2500, clean: bool = False) -> list[str]:
-    """Return `d3:auto` beside other presets on models that it was not made on."""
+    """Return `d3:auto-1` beside other presets on models that it was not made on."""
     frame = runs(name)
     frame = frame[(frame["model"] == model) & (frame["clean_images"] == images)].assign(
         defense=lambda f: f["defense"].str.replace("-n0.01", "")
     )
     extra = [never_backdoored()] if clean else []
-    names = {"d3-auto": "d3:auto", "d3": "d3:paper", "d3-code": "d3:code"}
+    names = {"d3-auto": "d3:auto-1", "d3": "d3:paper", "d3-code": "d3:code"}
     lines = comparison(frame, attacks, names=lambda key: names.get(key, key), extra=extra)
     return [*lines, *source(name, *(["heldout_clean"] if clean else []))]
 
@@ -205,7 +205,7 @@ def never_backdoored() -> list[str]:
 
 
 PARTS = {
-    "d3-auto": "`d3:auto`", "d3": "`d3:paper`, 20 epochs", "lambda-10": "… with λ = 10 throughout",
+    "d3-auto": "`d3:auto-1`", "d3": "`d3:paper`, 20 epochs", "lambda-10": "… with λ = 10 throughout",
     "cosine-07": "… turned to −0.7, not −0.4", "epsilon-01": "… with ε = 0.1",
     "crops": "… with crops, which the model does not take well", "no-mixup": "… without mixup",
     "rate-001": "… learning rate 0.01", "shift": "… with the rows' mean", "long": "… 36 epochs",
@@ -215,7 +215,7 @@ PARTS = {
 
 
 def parts(name: str, model: str, attack: str) -> list[str]:
-    """Return what each part of `d3:auto` gives: it with one part replaced."""
+    """Return what each part of `d3:auto-1` gives: it with one part replaced."""
     frame = runs(name)
     frame = frame[(frame["model"] == model) & (frame["attack"] == attack)].set_index("defense")
     first = frame.iloc[0]
@@ -229,7 +229,7 @@ def parts(name: str, model: str, attack: str) -> list[str]:
 
 
 def ideas() -> list[str]:
-    """Return the ideas for `d3:auto` that were dropped."""
+    """Return the ideas for `d3:auto-1` that were dropped."""
     found = read("d3_ideas")["rows"]
     cells = {"resnet-lf-0.1-s0": "LF", "resnet-blended-0.1-s0": "Blended"}
     by = {(row["cell"], row["idea"]): row for row in found}
@@ -253,7 +253,7 @@ def ideas() -> list[str]:
                 percent(one["der"]),
             ]
         rows.append(["nothing more" if idea == "d3:auto" else idea, *numbers])
-    header = ["`d3:auto` and …", *(f"{text} {key}" for text in cells.values() for key in ("ACC", "ASR", "DER"))]
+    header = ["`d3:auto-1` and …", *(f"{text} {key}" for text in cells.values() for key in ("ACC", "ASR", "DER"))]
     return [*table(header, rows), *source("d3_ideas")]
 
 
