@@ -181,10 +181,19 @@ def auto_held_out() -> list[str]:
 
 def trials() -> list[str]:
     """Return ideas that were tried alone, at the end and on the way back to the suspect's weights."""
-    if not exists("unlearn_trials"):
+    return _tried("unlearn_trials")
+
+
+def ablation() -> list[str]:
+    """Return the same of the defense as it is, with one part left out or changed."""
+    return _tried("unlearn_ablation")
+
+
+def _tried(name: str) -> list[str]:
+    if not exists(name):
         return NOT_RUN
     rows = []
-    for row in read("unlearn_trials")["rows"]:
+    for row in read(name)["rows"]:
         kind, attack = row["cell"].split("-")[0], "none" if "clean" in row["cell"] else _attack(row["cell"])
         attack += ", all to all" if "all-to-all" in row["cell"] else ""
         states = [row["before"], *(row["after"].get(part, {}) for part in ("1", "0.75", "0.5"))]
@@ -192,10 +201,11 @@ def trials() -> list[str]:
                 for state in states]  # fmt: skip
         rows.append([KINDS[kind], attack, row["trial"], *ends])
     header = ["model", "attack", "trial", "before", "after", "¾ of the way", "½ of the way"]
-    return ["ACC / ASR / RA.", "", *table(header, rows, text_columns=3), *source("unlearn_trials")]
+    return ["ACC / ASR / RA.", "", *table(header, rows, text_columns=3), *source(name)]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "scan": scan, "scan_models": models, "cleaned": cleaned, "asleep": asleep, "canaries": canaries,
     "unlearnt": unlearnt, "held_out": held_out, "auto_held_out": auto_held_out, "trials": trials,
+    "ablation": ablation,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
@@ -24,6 +25,7 @@ from hfdetox.defenses._unlearning import Unlearning
 from hfdetox.defenses.auto import LEAST_EPSILON, AutoD3, D3Config
 from hfdetox.defenses.base import Batch, Network, Pass, Phase, trained_parameters
 from hfdetox.defenses.unlearn import UnlearnConfig
+from hfdetox.training.averaging import WeightAverage
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from tests.benchmarks.unlearn_zoo import SAMPLES, opened, state
@@ -99,11 +101,48 @@ def turned(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
                                   optimizer=settings._optimizer(network, d3))]  # fmt: skip
 
 
+def no_patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
+    """Search patches on the suspect alone, and not as the model changes."""
+    look, search, phase = config.phases(network)
+    unlearning = phase.state
+    assert isinstance(search, Pass)
+    assert isinstance(unlearning, Unlearning)
+    first = search.finish
+    assert first is not None
+
+    def finish(accelerator: Accelerator) -> Any:
+        found = first(accelerator)
+        unlearning.config = replace(config, patch_steps=0)
+        return found
+
+    return [look, replace(search, finish=finish), phase]
+
+
+def patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
+    """Search patches again with BatchNorm too."""
+    look, search, phase = config.phases(network)
+    unlearning = phase.state
+    assert isinstance(unlearning, Unlearning)
+    # an average of nothing
+    unlearning.average = WeightAverage([])
+    return [look, search, phase]
+
+
+def not_averaged(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
+    """Take the last weights of a falling rate, as with BatchNorm."""
+    look, search, phase = config.phases(network)
+    assert isinstance(phase, Phase)
+    return [look, search, replace(phase, after_step=None, schedule="cosine")]
+
+
 Make = Callable[[UnlearnConfig, Network], list[Phase | Pass]]
 TRIALS: dict[str, tuple[Make, dict[str, str]]] = {
     "as it is": (plain, {}), "6 epochs": (plain, {"epochs": "6"}),
     "half with triggers": (plain, {"share": "0.5"}), "rate 0.02": (plain, {"learning_rate": "0.02"}),
     "hinge": (hinge, {}), "taught": (taught, {}), "turned": (turned, {}),
+    "no patches again": (no_patches_again, {}), "patches again": (patches_again, {}),
+    "not averaged": (not_averaged, {}), "share 0.15": (plain, {"share": "0.15"}),
+    "rate 0.0001": (plain, {"adamw_learning_rate": "0.0001"}),
 }  # fmt: skip
 
 
