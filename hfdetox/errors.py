@@ -7,6 +7,8 @@ from contextlib import contextmanager
 # white space, what moves the cursor or turns the writing around on a terminal, and halves of characters
 _CONTROL = re.compile("[\\s\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 _LONGEST = 1000  # letters of an error's line
+# of one that repeats what a stranger wrote, and of this at least so many
+_STRANGERS, _LEAST = 290, 60
 
 
 class HfdetoxError(Exception):
@@ -84,4 +86,6 @@ def refusing(what: str, advice: str = "", kind: type[HfdetoxError] = UsageError)
     except HfdetoxError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {one_line(error)}{advice}") from error
+        # of the line, what and advice stay
+        most = max(_LEAST, _STRANGERS - len(what) - len(advice))
+        raise kind(f"{what}: {one_line(error, most)}{advice}") from error

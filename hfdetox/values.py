@@ -10,12 +10,13 @@ from numbers import Real
 from operator import le, lt
 from typing import Annotated, Any
 
-from hfdetox.errors import UsageError, located
+from hfdetox.errors import UsageError, located, one_line
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LISTS, _MAPPINGS = (list, tuple, Sequence), (dict, Mapping)
 _UNIONS = (types.UnionType, typing.Union)
-_SHOWN = 60  # letters of a wrong value that a message shows
+# letters of a wrong value that a message shows, and of what it lists
+_SHOWN, _LISTED = 60, 120
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,14 @@ def read_fields(key: str, kind: type[Any], value: Any) -> Any:
     if isinstance(value, str) and hasattr(kind, "SHORT"):
         value = {kind.SHORT: value}
     hints, known = typing.get_type_hints(kind, include_extras=True), {f.name: f for f in dataclasses.fields(kind)}
-    listed, where = ", ".join(sorted(known)), key or kind.__name__
+    listed, where = one_line(", ".join(sorted(known)), _LISTED), key or kind.__name__
     if not isinstance(value, Mapping):
         raise UsageError(f"{where} must be a mapping with {listed}, got {shown(value)}")
     if unknown := sorted(map(str, set(value) - set(known))):
-        raise UsageError(f"unknown fields {unknown} for {where}; known: {listed}")
+        raise UsageError(f"unknown fields {_cut(str(unknown))} for {where}; known: {listed}")
     needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING and f.init]
     if missing := sorted(set(needed) - set(value)):
-        raise UsageError(f"missing fields {missing} for {where}")
+        raise UsageError(f"missing fields {one_line(missing, _LISTED)} for {where}")
     return kind(**{name: read(_join(key, name), hints[name], item) for name, item in value.items()})
 
 
@@ -257,8 +258,12 @@ def _read_text(hint: Any, text: str) -> tuple[bool, Any]:
 def shown(value: Any) -> str:
     """Return a wrong value as a message shows it, the first letters of a long one."""
     text = repr(value) if isinstance(value, str) else ascii(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return _cut(text)
 
 
 def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+    return f"{key}.{_cut(name)}" if key else _cut(name)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

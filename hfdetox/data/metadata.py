@@ -116,7 +116,7 @@ def _csv_lines(path: str, text: str) -> Iterator[_Line]:
                 yield begun, dict(zip(header, row, strict=False))
             begun = reader.line_num + 1
     except csv.Error as error:
-        raise _damaged(path, begun, f"is no CSV ({one_line(error)}); mend it") from error
+        raise _damaged(path, begun, f"is no CSV ({one_line(error, 120)}); mend it") from error
 
 
 def _json_lines(path: str, text: str) -> Iterator[_Line]:
@@ -127,7 +127,7 @@ def _json_lines(path: str, text: str) -> Iterator[_Line]:
         try:
             row = parse_json(content)
         except ValueError as error:
-            raise _damaged(path, line, f"is no JSON ({one_line(error)}); mend it") from error
+            raise _damaged(path, line, f"is no JSON ({one_line(error, 120)}); mend it") from error
         if not isinstance(row, dict):
             raise _damaged(path, line, f'is no JSON object; write {{"{_FILE}": "cat.png", "label": "cat"}}')
         for name, value in row.items():

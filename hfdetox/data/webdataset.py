@@ -112,7 +112,9 @@ def _decoded(what: str, decode: Callable[[bytes], Any], content: bytes) -> Any:
     try:
         return decode(content)
     except ValueError as error:
-        raise DamagedFileError(f"{what[-_LONGEST:]} cannot be read ({one_line(error)}); mend or remove it") from error
+        raise DamagedFileError(
+            f"{what[-_LONGEST:]} cannot be read ({one_line(error, 120)}); mend or remove it"
+        ) from error
 
 
 def _whole(value: Any) -> Any:

@@ -55,7 +55,7 @@ def load_folder(folder: Path, stored: StoredWeights, name: str) -> Loaded:
         converted = timm.create_model(f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, AssertionError) as error:
         check_same_tensors(expected, state, name)
-        raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({one_line(error)})") from error
+        raise WeightsMismatchError(f"timm cannot convert the weights of {name} ({one_line(error, 120)})") from error
     return describe(converted, config)
 
 
@@ -128,7 +128,7 @@ def _create(source: str, arguments: dict[str, Any], sized: dict[str, int], name:
         hidden = ("num_classes", "pretrained_cfg_overlay")
         shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if k not in hidden)
         what = f"{name or source} with {shown}" if shown else name or source
-        raise UsageError(f"timm cannot build {what} ({one_line(error)}); mend the arguments") from error
+        raise UsageError(f"timm cannot build {what} ({one_line(error, 120)}); mend the arguments") from error
 
 
 def describe(model: Any, config: dict[str, Any] | None = None) -> Loaded:

@@ -165,7 +165,9 @@ def _load_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         if "trust_remote_code" in str(error):
             raise UsageError(f"{name} brings its own Python code, which hfdetox runs only with --trust-remote-code; "
                              "read that code first") from error  # fmt: skip
-        raise UsageError(f"transformers cannot read the config.json of {name}: {one_line(error)}{_ADVICE}") from error
+        raise UsageError(
+            f"transformers cannot read the config.json of {name}: {one_line(error, 120)}{_ADVICE}"
+        ) from error
 
 
 # image classifiers whose images are no pixels, and what they take

@@ -14,14 +14,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from hfdetox import documents
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import RunError, UsageError, one_line
 from hfdetox.files import check_safetensors, sha256_file
 from hfdetox.hub.download import ADAPTER, no_weights
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SHOWN_KEYS = 5
+# tensors that a message names, and letters of all of a kind
+_SHOWN_KEYS, _SHOWN = 5, 110
 # how much larger a network may become than its weights before it is no network of theirs: a factor, and as many more
 _FACTOR, _MORE = 4, 2**24
 # what stands in checkpoints that are not a model's own, by how the names begin
@@ -208,8 +209,12 @@ def raise_for_keys(where: str, missing: Iterable[str], unexpected: Iterable[str]
 
 
 def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
-    return ", ".join(names[:_SHOWN_KEYS]) + more
+    """Return the first names, at least one, as many as fit into a line."""
+    shown = [one_line(name, _SHOWN // 2) for name in names[:_SHOWN_KEYS]]
+    while len(shown) > 1 and len(", ".join(shown)) > _SHOWN:
+        shown.pop()
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
 
 
 def digest(sha256: Mapping[str, str]) -> str:

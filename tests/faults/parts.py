@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import shutil
+import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from filelock import FileLock
 from hypothesis import HealthCheck, Phase, given, settings
 
 import hfdetox.detox  # so that the forks have it
@@ -20,21 +22,22 @@ from hfdetox.reporting.report import Report
 from tests.faults import runs
 from tests.faults.__main__ import Figures
 from tests.faults.readers import outcome, readers
+from tests.faults.requests import forever, hub, together
 from tests.hub_server.server import HubServer
 
 INPUTS, KILLS, DISKS, PAIRS = 10_000, 50, 10, 6
-FAULTS = ("503", "429", "cut", "half a body", "a wrong byte")
-__all__ = ["hfdetox"]
+__all__ = ["forever", "hfdetox", "hub", "together"]
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where figures and files go; `size` is the share of the cases that is tried."""
+    """Where figures and files go; `size` is the share of the cases that is tried, `shared` a folder of all parts."""
 
     figures: Figures
     root: Path
     server: HubServer
     size: float
+    shared: Path
 
     def some(self, count: int) -> int:
         """Return how many of so many cases are tried."""
@@ -48,17 +51,19 @@ class Context:
         return place
 
     def made(self) -> tuple[Path, Path]:
-        """Return the model and the digits."""
-        return runs.made(self.root / "made")
+        """Return the model and the digits, when one run has gone well."""
+        with FileLock(self.shared / "made.lock"):
+            model, digits = runs.made(self.shared / "made")
+        output = self.fresh() / "out"
+        runs.warm(runs.words(model, digits, output), output)
+        return model, digits
 
 
 def inputs(context: Context) -> None:
     """Give every reader its share of the malformed inputs."""
     made = readers(context.root / "readers")
     for name, reader in made.items():
-        context.figures.case(
-            "inputs", name, lambda reader=reader: _tried(reader, context.some(INPUTS) // len(made) + 1)
-        )
+        context.figures.case(name, lambda reader=reader: _tried(reader, context.some(INPUTS) // len(made) + 1))
 
 
 def _tried(reader: Any, count: int) -> dict[str, Any]:
@@ -79,12 +84,14 @@ def _tried(reader: Any, count: int) -> dict[str, Any]:
 
 
 def kills(context: Context) -> None:
-    """Kill a run at instants all over it and before each operation on its files, with and without an earlier result."""
+    """Kill a run before each operation on its files, with and without an earlier result."""
     model, digits = context.made()
     place = context.fresh()
-    expected, seconds = runs.reference(runs.words(model, digits, place / "out"), place / "out")
-    earlier_words = runs.words(model, digits, place / "out", "--seed", "1")
-    log = context.root / "operations"
+    expected, _ = runs.reference(runs.words(model, digits, place / "out"), place / "out")
+    kept, log = context.root / "earlier", context.root / "operations"
+    context.fresh()
+    runs.reference(runs.words(model, digits, place / "out", "--seed", "1"), place / "out")
+    shutil.move(place / "out", kept)
     for what, more in (("", ()), (" over a result", ("--overwrite",))):
         words = runs.words(model, digits, place / "out", *more)
 
@@ -92,10 +99,6 @@ def kills(context: Context) -> None:
             context.fresh()
             if not what:
                 return None
-            kept = context.root / "earlier"
-            if not kept.exists():
-                runs.reference(earlier_words, place / "out")
-                shutil.move(place / "out", kept)
             shutil.copytree(kept, place / "out")
             return (kept / "model.safetensors").read_bytes()
 
@@ -106,47 +109,79 @@ def kills(context: Context) -> None:
         # of the second kind only what is done to the earlier result is new
         first = 0 if not what else next(i for i, line in enumerate(operations) if line.startswith("os.rename") and
                                         line.endswith("/out"))  # fmt: skip
-        for number in range(first, len(operations)):
+        numbers = range(first, len(operations))
+        for number in numbers[:: -(-len(numbers) // context.some(len(numbers)))]:
 
             def at_operation(number: int = number, words: list[str] = words, begin: Any = begin) -> str:
                 earlier = begin()
                 ended = runs.run(words, runs.killing_at(number, place))
-                if ended.status != -9:
+                if ended.status != -signal.SIGKILL:
                     return f"it was not killed: {ended.status}"
                 return runs.after_kill(words, place / "out", expected, earlier=earlier)
 
-            context.figures.case("kills before an operation", f"{number}{what}", at_operation)
-    words = runs.words(model, digits, place / "out")
-    for number in range(context.some(KILLS)):
-
-        def at_instant(number: int = number) -> str:
-            context.fresh()
-            runs.run(words, kill_after=seconds * (number + 0.5) / context.some(KILLS))
-            return runs.after_kill(words, place / "out", expected)
-
-        context.figures.case("kills at an instant", str(number), at_instant)
+            context.figures.case(f"{number}{what}", at_operation)
 
 
-def disk(context: Context) -> None:
-    """Let writes beyond ten sizes of a file fail."""
+def instants(context: Context) -> None:
+    """Kill a run at instants all over it, measured by what it has computed."""
     model, digits = context.made()
     place = context.fresh()
     words = runs.words(model, digits, place / "out")
-    expected, _ = runs.reference(words, place / "out")
-    most = max(file.stat().st_size for file in (place / "out").rglob("*") if file.is_file())
-    # not from 0: what a run says goes into a file too
+    expected, whole = runs.reference(words, place / "out")
+    for number in range(context.some(KILLS)):
+
+        def at_instant(number: int = number) -> str:
+            seconds = whole.cpu * (number + 0.5) / context.some(KILLS)
+            context.fresh()
+            while runs.run(words, runs.dying_after(seconds)).status != -signal.SIGPROF:
+                # it was faster this time
+                seconds *= 0.95
+                context.fresh()
+            return runs.after_kill(words, place / "out", expected)
+
+        context.figures.case(str(number), at_instant)
+
+
+def disk(context: Context) -> None:
+    """Run on file systems of ten sizes that get full; where none may be mounted, writes beyond ten sizes fail."""
+    model, digits = context.made()
+    place = context.fresh()
+    words = runs.words(model, digits, place / "out")
+    used = [0]
+    with _mounted(place, 2**30) as mounted:
+        runs.wait([runs.start(words)], watch=lambda: used.append(shutil.disk_usage(place).used))
+        expected = (place / "out" / "model.safetensors").read_bytes()
+        sizes = [file.stat().st_size for file in (place / "out").rglob("*") if file.is_file()]
+    most = max(used) if mounted else max(sizes)
     for number in range(1, context.some(DISKS) + 1):
 
         def full(number: int = number) -> str:
-            context.fresh()
-            ended = runs.run(words, runs.smallest_files(int(most * 1.2 * number / context.some(DISKS))))
-            if not ended.clear:
-                return f"not clear: {ended.status} {ended.said[-300:]}"
-            if ended.status and (place / "out").exists():
-                return "a partial result"
-            return runs.after_kill(words, place / "out", expected)
+            size = int(most * 1.05 * number / context.some(DISKS))
+            place = context.fresh()
+            with _mounted(place, size) as mounted:
+                # not from 0: what a run says goes into a file too
+                ended = runs.run(words, runs.smallest_files(2**40 if mounted else max(size, 5000)))
+                if not ended.clear:
+                    return f"not clear: {ended.status} {ended.said[-300:]}"
+                if ended.status and (place / "out").exists():
+                    return "a partial result"
+                if mounted:
+                    subprocess.run(["mount", "-o", f"remount,size={2**30}", place], check=True)
+                return runs.after_kill(words, place / "out", expected)
 
-        context.figures.case("full disks", str(number), full)
+        context.figures.case(f"{number} on {'a full disk' if mounted else 'short files'}", full)
+
+
+@contextlib.contextmanager
+def _mounted(place: Path, size: int) -> Iterator[bool]:
+    """Mount a file system of so many bytes while inside; False where that may not be."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={max(size, 4096)}", "tmpfs", place]
+    mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", place], check=True)
 
 
 def two(context: Context) -> None:
@@ -155,7 +190,7 @@ def two(context: Context) -> None:
     place = context.fresh()
     expected = {}
     for seed in (0, 1):
-        expected[seed], seconds = runs.reference(runs.words(model, digits, place / "out", "--seed", str(seed)),
+        expected[seed], whole = runs.reference(runs.words(model, digits, place / "out", "--seed", str(seed)),
                                                  place / "out")  # fmt: skip
         shutil.rmtree(place / "out")
     for number in range(context.some(PAIRS)):
@@ -165,7 +200,7 @@ def two(context: Context) -> None:
             started = []
             for seed in (0, 1):
                 started.append(runs.start(runs.words(model, digits, place / "out", "--seed", str(seed))))
-                time.sleep(seconds * number / PAIRS)
+                time.sleep(whole.seconds * number / PAIRS)
             ended = runs.wait(started)
             if sorted(one.status or 0 for one in ended) != [0, 2] or not all(one.clear for one in ended):
                 return str([(one.status, one.said[-200:]) for one in ended])
@@ -174,7 +209,7 @@ def two(context: Context) -> None:
                 return "the result is mixed"
             return "" if ended[seed].status == 0 and os.listdir(place) == ["out"] else "the wrong one, or leftovers"
 
-        context.figures.case("two runs at once", str(number), pair)
+        context.figures.case(str(number), pair)
 
 
 def modes(context: Context) -> None:
@@ -190,7 +225,7 @@ def modes(context: Context) -> None:
                      if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask]  # fmt: skip
             return str(wrong or "") if wrong or ended.status == 0 else ended.said[-300:]
 
-        context.figures.case("modes", f"umask {umask:03o}", modes_of)
+        context.figures.case(f"umask {umask:03o}", modes_of)
 
 
 def rights(context: Context) -> None:
@@ -215,109 +250,4 @@ def rights(context: Context) -> None:
             left = sorted(place.rglob("*")) != before and name == "parent"
             return "" if ended.clear and ended.status and not left else f"{ended.status} {ended.said[-300:]}"
 
-        context.figures.case("rights", name, refused)
-
-
-def hub(context: Context) -> None:
-    """Let each kind of request fail once in each way: the run recovers, or says clearly what it could not do."""
-    _faults(context, "hub, once", FAULTS)
-
-
-def forever(context: Context) -> None:
-    """Let each kind of request fail for ever: the run ends, within its time, with one line."""
-    _faults(context, "hub, for ever", ("503 for ever",))
-
-
-def _faults(context: Context, part: str, faults: tuple[str, ...]) -> None:
-    server, (model, digits) = context.server, context.made()
-    for name, folder, kind in (("org/digits-net", model, "model"), ("org/digits", digits, "dataset")):
-        if not server.exists(name, kind):
-            server.create_repo(name, kind)
-            server.commit_folder(name, folder, repo_type=kind)
-    os.environ["HF_TOKEN"] = server.token
-    place = context.fresh()
-    words = runs.words("org/digits-net", "org/digits", place / "out")
-    words[words.index("epochs=4")] = "epochs=1"
-    expected, _ = runs.reference(words, place / "out")
-    kinds: dict[str, tuple[str, str]] = {}
-    flows: dict[str, Callable[[str], list[str]]] = {
-        "run": lambda repo: [*words, "--push-to", repo],
-        "pull request": lambda repo: ["push", str(context.root / "kept"), repo, "--create-pr"],
-    }
-    shutil.copytree(place / "out", context.root / "kept", dirs_exist_ok=True)
-    for flow, command in flows.items():
-        server.reset()
-        _target(server, flow, "me/first")
-        context.fresh()
-        runs.run(command("me/first"), _empty_cache)
-        for entry in list(server.log):
-            pattern = _pattern(entry.path)
-            kinds.setdefault(f"{entry.method} {pattern}", (flow, pattern))
-    for number, (kind, (flow, pattern)) in enumerate(sorted(kinds.items())[: context.some(len(kinds))]):
-        method = kind.partition(" ")[0]
-        for fault in faults if method == "GET" else [name for name in faults if name not in FAULTS[3:]]:
-
-            def trial(number: int = number, method: str = method, pattern: str = pattern, fault: str = fault,
-                      flow: str = flow) -> str:  # fmt: skip
-                repo = f"me/{part[-4:].strip()}-{number}-{FAULTS.index(fault) if fault in FAULTS else 9}"
-                server.reset()
-                _target(server, flow, repo)
-                _add(server, method, pattern, fault)
-                context.fresh()
-                ended = runs.run(flows[flow](repo), _empty_cache, seconds=400)
-                server.faults.clear()
-                return _judged(server, ended, repo, flow, expected)
-
-            context.figures.case(part, f"{kind}: {fault}", trial)
-
-
-def _empty_cache() -> None:
-    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
-
-
-def _target(server: HubServer, flow: str, repo: str) -> None:
-    if flow == "pull request" and not server.exists(repo):
-        server.create_repo(repo)
-        server.commit(repo, {"README.md": "# theirs"})
-
-
-def _pattern(path: str) -> str:
-    """Return what finds this kind of request in another run, which pushes elsewhere."""
-    path = re.sub(r"\bme/[\w-]+", "TARGET", path)
-    path = re.sub(r"[0-9a-f]{64}", "SHA", re.sub(r"[0-9a-f]{40}(?![0-9a-f])", "COMMIT", path))
-    pattern = re.escape(path).replace("TARGET", r"me/[\w-]+").replace("SHA", "[0-9a-f]{64}")
-    return pattern.replace("COMMIT", "[0-9a-f]{40}") + r"(\?|$)"
-
-
-def _add(server: HubServer, method: str, pattern: str, fault: str) -> None:
-    match fault:
-        case "503":
-            server.faults.answer(method, pattern, 503)
-        case "503 for ever":
-            server.faults.answer(method, pattern, 503, times=None)
-        case "429":
-            server.faults.answer(method, pattern, 429, headers={"Retry-After": "1"})
-        case "cut":
-            server.faults.drop_answer(method, pattern)
-        case "half a body":
-            server.faults.cut_body(pattern, 20)
-        case _:
-            server.faults.flip_byte(pattern, 5)
-
-
-def _judged(server: HubServer, ended: runs.Ended, repo: str, flow: str, expected: bytes) -> str:
-    """Return `recovered` or `refused`, or what is wrong."""
-    if not ended.clear:
-        return f"not clear: {ended.status} after {ended.seconds:.0f} s: {ended.said[-300:]}"
-    revision = "refs/pr/1" if flow == "pull request" else "main"
-    try:
-        files = server.files(repo, revision) if server.exists(repo) else {}
-    except KeyError:
-        files = {}
-    pushed = files.get("model.safetensors")
-    if ended.status == 0:
-        requests = len(server.repo(repo).discussions) if server.exists(repo) else 0
-        if pushed != expected or requests > 1:
-            return f"it ended well, and what was pushed is not the result ({requests} pull requests)"
-        return "recovered"
-    return "refused" if pushed in (None, expected) else "half a push"
+        context.figures.case(name, refused)

@@ -6,6 +6,8 @@ Nothing of a library is replaced: a kill at an operation on a file comes from Py
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
 import json
 import os
 import resource
@@ -25,7 +27,7 @@ from hfdetox.runs.manifest import changed_files
 from tests import backdoored
 from tests.backdoored import TARGET, TRIGGER
 
-SECONDS = 180.0  # beyond them a run hangs
+SECONDS = 300.0  # beyond them a run hangs
 # operations on files that change what is there, as Python's audit events call them
 _EVENTS = ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.mkdir")
 NOBODY = 65534
@@ -33,11 +35,12 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit status, negative for a signal, None for one that hung; what it said on errors."""
+    """How a run ended: its exit status, negative for a signal, None for one that hung; what it said; seconds."""
 
     status: int | None
     said: str
     seconds: float
+    cpu: float = 0.0
 
     @property
     def clear(self) -> bool:
@@ -66,10 +69,9 @@ def words(model: Path | str, digits: Path | str, output: Path, *more: str) -> li
             *backdoored.settings(epochs=4, batch_size=50), "--output", str(output), *more]  # fmt: skip
 
 
-def run(arguments: Sequence[str], prepare: Callable[[], object] = lambda: None, *, kill_after: float | None = None,
-        seconds: float = SECONDS) -> Ended:  # fmt: skip
+def run(arguments: Sequence[str], prepare: Callable[[], object] = lambda: None, *, seconds: float = SECONDS) -> Ended:
     """Run one command in a fork and return how it ended; `prepare` is called in the fork first."""
-    return wait([start(arguments, prepare)], kill_after=kill_after, seconds=seconds)[0]
+    return wait([start(arguments, prepare)], seconds=seconds)[0]
 
 
 @dataclass(frozen=True)
@@ -108,27 +110,39 @@ def start(arguments: Sequence[str], prepare: Callable[[], object] = lambda: None
     return Started(process, Path(name), began)
 
 
-def wait(started: Sequence[Started], *, kill_after: float | None = None, seconds: float = SECONDS) -> list[Ended]:
-    """Wait for forks, kill them after a time if asked, and return how each ended."""
-    left, found = list(started), dict[int, tuple[int | None, float]]()
+def wait(started: Sequence[Started], *, seconds: float = SECONDS, watch: Callable[[], object] = lambda: None,
+         ) -> list[Ended]:  # fmt: skip
+    """Wait for forks, call `watch` meanwhile, end those that take too long, and return how each ended."""
+    left, found = list(started), dict[int, tuple[int | None, float, float]]()
     while left:
         for one in list(left):
-            process, status = os.waitpid(one.process, os.WNOHANG)
             now = time.monotonic() - one.began
-            if process:
-                found[one.process] = (os.waitstatus_to_exitcode(status), now)
-                left.remove(one)
-            elif (kill_after is not None and now >= kill_after) or now > seconds:
+            late = now > seconds
+            if late:
                 os.kill(one.process, signal.SIGKILL)
-                os.waitpid(one.process, 0)
-                found[one.process] = (-signal.SIGKILL if now <= seconds else None, now)
+            process, status, used = os.wait4(one.process, 0 if late else os.WNOHANG)
+            if process:
+                code = None if late else os.waitstatus_to_exitcode(status)
+                found[one.process] = (code, now, used.ru_utime + used.ru_stime)
                 left.remove(one)
+        watch()
         time.sleep(0.002)
     ended = []
     for one in started:
-        ended.append(Ended(found[one.process][0], one.said.read_text(errors="replace")[-3000:], found[one.process][1]))
+        status, took, cpu = found[one.process]
+        ended.append(Ended(status, one.said.read_text(errors="replace")[-3000:], took, cpu))
         one.said.unlink()
     return ended
+
+
+def dying_after(seconds: float) -> Callable[[], None]:
+    """Return what ends a fork by a signal, at once and wherever it is, when it has computed for so long."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+    return prepare
 
 
 def _changes(event: str, arguments: tuple[object, ...], inside: Path) -> bool:
@@ -228,11 +242,21 @@ def as_nobody() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
-def reference(arguments: Sequence[str], output: Path) -> tuple[bytes, float]:
-    """Return the weights of a run that nothing happens to, and its seconds."""
+def reference(arguments: Sequence[str], output: Path) -> tuple[bytes, Ended]:
+    """Return the weights of a run that nothing happens to, and how it ended."""
     ended = run(arguments)
     if ended.status != 0:
         raise RuntimeError(f"the run itself fails: {ended.said}")
     content = (output / "model.safetensors").read_bytes()
     json.loads((output / MANIFEST).read_text())
-    return content, ended.seconds
+    return content, ended
+
+
+def warm(arguments: Sequence[str], output: Path) -> None:
+    """Run a command in this process, whose forks then have what it imports, and remove the output."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cli.run(list(arguments))
+    shutil.rmtree(output, ignore_errors=True)
+    # a collection in a fork goes through its own objects only
+    gc.collect()
+    gc.freeze()
