@@ -24,14 +24,15 @@ PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
 # uv trusts the certificates that this machine trusts, as pip does
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help test test-lowest faults demo gpu-bundle gpu gpu-paper docs tables dist style quality clean
+.PHONY: help test test-lowest faults demo gpu-bundle gpu gpu-paper docs tables dist style quality audit clean
 
 help:
 	@echo "make demo         clean a backdoored classifier of digits, without any network (some minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make faults       malformed inputs, kills, full disks, faults of the Hub: a table of figures (40 minutes; goes on)"
-	@echo "make quality      check format, lint, types, the order of the floors, and that newer Pythons find versions"
+	@echo "make quality      check format, lint, types, the order of the floors, dependencies, and newer Pythons' versions"
+	@echo "make audit        ask for known holes in what hfdetox depends on (needs the network)"
 	@echo "make gpu-bundle   put what the machine with a GPU lacks into build/gpu-bundle: wheels, images (CIFAR10=DIR)"
 	@echo "make gpu          there, without an environment or a network: GPU tests, CPU against GPU, speed (8 minutes)"
 	@echo "make gpu-paper    there: the paper's setting; goes on where it stopped (9 minutes)"
@@ -120,8 +121,15 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry hfdetox
 	for python in 3.12 3.13 3.14; do $(BIN)/uv pip compile --quiet --no-build --python-version $$python --extra test \
 	  pyproject.toml > /dev/null || exit 1; done
+
+# the newest versions, as a person gets them
+audit: $(STAMP)
+	file=$$(mktemp) && trap 'rm -f "$$file"' EXIT && \
+	  $(BIN)/uv pip compile --quiet --extra sign --extra tensorboard pyproject.toml --output-file "$$file" > /dev/null && \
+	  $(BIN)/uv tool run --quiet pip-audit --no-deps --disable-pip --requirement "$$file"
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

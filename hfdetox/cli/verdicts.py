@@ -40,8 +40,8 @@ def verification_lines(found: Verification) -> list[str | Table]:
 def gate_lines(found: GateResult) -> list[str | Table]:
     """Return the one screen of `hfdetox gate`: the model, what each score found, the reasons, and the verdict."""
     model = found.model
-    images = at_revision(found.dataset, found.dataset_revision)
-    lines: list[str | Table] = [f"{at_revision(model.id, model.revision)} at the gate, images of {images}"]
+    images = f"images of {at_revision(found.dataset, found.dataset_revision)}" if found.dataset else "without images"
+    lines: list[str | Table] = [f"{at_revision(model.id, model.revision)} at the gate, {images}"]
     if found.verified is not None:
         lines.append(f"hfdetox verify: {found.verified}")
     for when, scan in (("scan", found.scan), ("scan after cleaning", found.rescan)):
