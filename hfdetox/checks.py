@@ -60,5 +60,14 @@ def check_replaced(option: str, path: Path, mark: str) -> None:
     """Raise UsageError for a file that cannot be written, or is there without the `mark` of what hfdetox writes."""
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: no such folder")
-    if os.path.lexists(path) and not (path.is_file() and mark.encode() in path.read_bytes()):
+    try:
+        own = not os.path.lexists(path) or (path.is_file() and mark.encode() in path.read_bytes())
+    except OSError:
+        own = False  # it may not be read
+    if not own:
         raise UsageError(f"{option} {path} is there, and is none that hfdetox wrote; choose another name")
+
+
+def same_path(one: str | Path, other: str | Path) -> bool:
+    """Return whether two paths lead to one file, which need not be there."""
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdetox.arguments import Options, about, option
-from hfdetox.checks import check_replaced, check_samples, check_there
+from hfdetox.checks import check_replaced, check_samples, check_there, same_path
 from hfdetox.config import DEFAULT_SAMPLES, HUB, IMAGES, RUN, Device, ImageOptions
 from hfdetox.errors import UsageError
 
@@ -81,10 +81,13 @@ class GateOptions(ImageOptions):
         if self.triggers and not self.clean:
             raise UsageError("--trigger goes with --clean, to be measured before and after; hfdetox evaluate measures "
                              "known triggers of a model as it is")  # fmt: skip
-        for name in ("sarif", "cyclonedx"):
+        # by what stands in no other program's files: a bill of materials may name hfdetox among many
+        for name, mark in (("sarif", '"id": "suspicious-class"'), ("cyclonedx", '"name": "hfdetox:gate:verdict"')):
             file = getattr(self, name)
             if file is not None:
-                check_replaced(f"--{name}", Path(file), '"name": "hfdetox"')
+                check_replaced(f"--{name}", Path(file), mark)
+        if self.sarif is not None and self.cyclonedx is not None and same_path(self.sarif, self.cyclonedx):
+            raise UsageError(f"--sarif and --cyclonedx both name {self.sarif}: give each a file of its own")
 
     def images(self) -> dict[str, Any]:
         """Return the options that choose model and images, as arguments of other commands."""

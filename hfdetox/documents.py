@@ -120,7 +120,7 @@ def _parse(content: str | bytes, parse: Callable[[str], Any], most: int = _MOST_
         raise ValueError("it is nested too deeply") from error
     except (ValueError, yaml.YAMLError) as error:
         digits = "integer string conversion" in str(error)
-        raise ValueError("a number has thousands of digits" if digits else one_line(error, 120)) from error
+        raise ValueError("a number has thousands of digits" if digits else one_line(error, 160)) from error
     except (LookupError, AttributeError, TypeError) as error:
         # PyYAML has no error of its own for an odd tag or a value that is not of its tag
         raise ValueError("a value is not what its tag, such as !!bool, says") from error

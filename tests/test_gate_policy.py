@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def test_a_suspicious_model_is_refused_or_left_to_a_person() -> None:
         ({"triggers": ["badnets"]}, "--trigger goes with --clean"),
         ({"sarif": "/nowhere/at/all/x"}, "--sarif /nowhere/at/all/x: no such folder"),
         ({"cyclonedx": "/nowhere/at/all/x"}, "--cyclonedx /nowhere/at/all/x: no such folder"),
+        ({"sarif": "x.json", "cyclonedx": "./x.json"}, "--sarif and --cyclonedx both name x.json"),
         ({"model": None}, "MODEL is missing"),
     ],
 )
@@ -107,3 +109,24 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, object],
     with pytest.raises(UsageError, match="") as raised:
         GateOptions(**{"model": "org/m", "dataset": "org/d", **options}).check()  # type: ignore[arg-type]
     assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(("option", "text"), [
+    ("cyclonedx", '{"bomFormat": "CycloneDX", "components": [{"name": "hfdetox"}, {"name": "numpy"}]}'),
+    ("sarif", '{"bomFormat": "CycloneDX", "metadata": [{"name": "hfdetox:gate:verdict"}]}'),
+    ("cyclonedx", '{"runs": [{"tool": {"driver": {"name": "hfdetox", "rules": [{"id": "suspicious-class"}]}}}]}'),
+])  # fmt: skip
+def test_a_file_that_only_names_hfdetox_or_is_of_the_other_kind_is_not_replaced(
+    option: str, text: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    options = GateOptions("org/m", dataset="org/d", **{option: file})
+    with pytest.raises(UsageError, match="is none that hfdetox wrote"):
+        options.check()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that may not be read, for root neither")
+def test_a_file_that_cannot_be_read_is_not_replaced() -> None:
+    with pytest.raises(UsageError, match="is none that hfdetox wrote"):
+        GateOptions("org/m", dataset="org/d", sarif="/proc/self/mem").check()
