@@ -45,7 +45,7 @@ def located(where: str, kind: type[UsageError] = UsageError) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise kind(f"{where}: {error}") from error
+        raise kind(f"{where}: {_fitting(str(error), where)}") from error
 
 
 @contextmanager
@@ -86,6 +86,9 @@ def refusing(what: str, advice: str = "", kind: type[HfdetoxError] = UsageError)
     except HfdetoxError:
         raise
     except Exception as error:
-        # of the line, what and advice stay
-        most = max(_LEAST, _STRANGERS - len(what) - len(advice))
-        raise kind(f"{what}: {one_line(error, most)}{advice}") from error
+        raise kind(f"{what}: {_fitting(error, what, advice)}{advice}") from error
+
+
+def _fitting(value: object, *beside: str) -> str:
+    """Return what a stranger's file gave rise to, short enough for a line that has something beside it."""
+    return one_line(value, max(_LEAST, _STRANGERS - sum(map(len, beside))))

@@ -99,15 +99,17 @@ def test_a_head_that_is_no_linear_layer_leaves_scores_out_and_says_so(tmp_path: 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return -torch.cdist(self.body(pixels).mean((2, 3)), self.prototypes)
 
+    def prepared(image: Pictures.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1) / 255
+
     torch.manual_seed(0)
     images = pictures(tmp_path / "images", 5, 20)
-    found = scan(Distances(), preprocessing=lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255,
-                 labels=[str(label) for label in range(5)], dataset=str(images), clean_samples=80, device="cpu",
-                 progress=False)  # fmt: skip
+    found = scan(Distances(), preprocessing=prepared, labels=[str(label) for label in range(5)], dataset=str(images),
+                 clean_samples=80, device="cpu", progress=False)  # fmt: skip
     assert found.scan.finding == Finding.UNKNOWN
     for name in ("latent-shift", "head-probe"):
         assert found.scan.scores[name].statistic is None
-        assert "head" in found.scan.scores[name].note
+        assert "is neither a Linear nor a plain 1×1 Conv2d layer" in found.scan.scores[name].note
     assert found.scan.scores["odd-images"].statistic is not None
 
 

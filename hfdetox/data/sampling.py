@@ -19,6 +19,7 @@ MAX_FRACTION_SAMPLES = 5000
 _EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
 # where DROPPED (-1) is a class left out
 _UNLABELLED = -2
+_WITHOUT_LABELS = "{} has no image with a label; name another --label-column, or another --split"
 
 
 class TooFewImagesError(UsageError):
@@ -152,6 +153,8 @@ class Chooser:
         """Raise TooFewImagesError, or warn, where the chosen images are not what was asked for."""
         where = f"split {source.split}" + (f" (its first {SCAN_LIMIT} rows, the scan limit)" if source.limited else "")
         available = sum(seen.values())
+        if not available and self.samples is not None:
+            raise TooFewImagesError(_WITHOUT_LABELS.format(where))
         if available < wanted and not (isinstance(self.samples, float) and available):
             raise TooFewImagesError(f"--samples {self.samples}: {where} has {available} labelled images; ask for fewer")
         if available < wanted:
@@ -180,6 +183,8 @@ class Chooser:
         """Choose, uniformly, the evaluation rows of a split that the clean images are from too."""
         rows = self._all_rows(source)
         total = len(rows.indices)
+        if not total:
+            raise TooFewImagesError(_WITHOUT_LABELS.format(f"split {source.split}"))
         count = self.options.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
         if count >= total:
             raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and {count} "

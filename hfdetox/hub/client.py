@@ -15,6 +15,7 @@ import ssl
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Retry:
     """How often and how patiently a failed request is repeated.
 
     Attributes:
-        attempts: tries in all, at least 1.
+        attempts: tries of one request in all, at least 1; a call that sends several may fail once at each.
         base_delay: seconds before the first repetition; doubled each time, up to `max_delay`.
         max_delay: longest pause in seconds that hfdetox chooses itself.
         max_wait: longest pause in seconds that the Hub may ask for (Retry-After, RateLimit); beyond it the call fails.
@@ -164,7 +165,7 @@ def ask(
         RunError: what this machine refuses (a full disk, no permission).
         UsageError: an id that cannot be one.
     """
-    retry, failures, asked = retry or DEFAULT_RETRY, 0, 0.0
+    retry, asked, counts = retry or DEFAULT_RETRY, 0.0, Counter[str]()
     began = first = time.monotonic()
     while True:
         set_timeout()
@@ -175,9 +176,10 @@ def ask(
         except (OSError, http.HTTPError, http.InvalidURL, ValueError, KeyError, TypeError, RuntimeError) as error:
             if not _is_foreseen(error):
                 raise
-            failures += 1
-            delay = retry.delay(failures, error)
-            first = time.monotonic() if failures == 1 else first
+            request = _request_of(error)
+            counts[request] += 1
+            delay = retry.delay(counts[request], error)
+            first = time.monotonic() if counts.total() == 1 else first
             if time.monotonic() - first - asked > retry.max_total:
                 delay = None
             asked += (delay or 0.0) if asked_delay(error) is not None else 0.0
@@ -186,7 +188,17 @@ def ask(
             if found is not None:
                 return found
             if delay is None:
-                raise _said(translate(error, what), failures, time.monotonic() - began) from error
+                raise _said(translate(error, what), counts.total(), time.monotonic() - began) from error
+
+
+def _request_of(error: BaseException) -> str:
+    """Return the method and address of the request that failed, without its query; "" where an error has none."""
+    response = getattr(error, "response", None)
+    with contextlib.suppress(RuntimeError):  # httpx raises it for an error that has none
+        request = getattr(error if response is None else response, "request", None)
+        if request is not None:
+            return f"{request.method} {str(request.url).partition('?')[0]}"
+    return ""
 
 
 def _said(error: HfdetoxError, tries: int, seconds: float) -> HfdetoxError:

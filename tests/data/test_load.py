@@ -286,6 +286,17 @@ def test_rows_without_a_label_are_left_out_with_a_warning(tmp_path):
     assert any("2 of 11 rows of split test have no label" in note for note in notes)
 
 
+@pytest.mark.parametrize("labels", [[None] * 30, [-1] * 30, [-1, None] * 15])
+@pytest.mark.parametrize("test", [False, True])
+def test_a_split_without_any_label_is_said_to_have_none(tmp_path, labels, test):
+    write_parquet(tmp_path / "train.parquet", labels)
+    if test:
+        write_parquet(tmp_path / "test.parquet", cycle(9), first=500)
+    for samples in (6, 0.5):
+        with pytest.raises(TooFewImagesError, match=r"split train has no image with a label; name another --label-co"):
+            load(tmp_path, clean_samples=samples)
+
+
 def test_a_broken_image_is_named_by_its_row(tmp_path):
     write_parquet(tmp_path / "train.parquet", cycle(9))
     contents = [png(100 + i) for i in range(9)]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants
 
 from tests.faults import runs
+from tests.hub_server.answers import Refusal
 from tests.hub_server.server import HubServer
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _judged(server: HubServer, ended: runs.Ended, repo: str, flow: str, expected
     revision = "refs/pr/1" if flow == "pull request" else "main"
     try:
         files = server.files(repo, revision) if server.exists(repo) else {}
-    except KeyError:
+    except (KeyError, Refusal):
         files = {}
     pushed = files.get("model.safetensors")
     if ended.status == 0:

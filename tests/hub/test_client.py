@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from hfdetox.errors import RunError
@@ -45,6 +45,17 @@ def test_a_lasting_failure_ends_after_the_last_attempt(hub, repo_name, monkeypat
     with pytest.raises(UnreachableError, match="fails with status 500"):
         resolve(name)
     assert rule.hits == 3
+
+
+def test_a_call_of_many_requests_may_fail_once_at_each_of_them(hub, repo_name):
+    names = [repo_name() for _ in range(client.DEFAULT_RETRY.attempts + 2)]
+    for name in names:
+        make_model(hub, name)
+    rules = [fault("GET", facts(name)) for name in names for fault in (
+        hub.faults.drop_answer, lambda *which: hub.faults.answer(*which, 503))]  # fmt: skip
+    found = ask(lambda: [HfApi().model_info(name).id for name in names], "all of them")
+    assert found == names
+    assert [rule.hits for rule in rules] == [1] * len(rules)
 
 
 def test_repeating_ends_when_its_time_is_over_and_how_long_it_was_is_said(hub, repo_name, monkeypatch):
