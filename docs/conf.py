@@ -1,7 +1,11 @@
-"""Sphinx: `make docs` builds these pages into build/docs; a warning is an error."""
+"""Sphinx: `make docs` builds these pages into build/docs; a warning is an error.
+
+The notebooks are run anew each time, without a network, and an error in one ends the build.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,8 +16,8 @@ import hfdetox
 project = "hfdetox"
 author = "the hfdetox authors"
 release = version = hfdetox.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference"]
+source_suffix = {".md": "myst-nb"}
 exclude_patterns = ["_ext"]
 
 html_theme = "furo"
@@ -25,6 +29,14 @@ html_show_copyright = False
 # dashes only: quotes stay straight
 smartquotes_action = "D"
 html_show_sphinx = False
+
+# their processes take these over: no network, and the figures of one thread
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # seconds a cell; on a free core the longest takes about ten
+nb_output_stderr = "remove"  # what libraries say of the machine
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
