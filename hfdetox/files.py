@@ -24,6 +24,7 @@ from hfdetox.errors import UsageError, on_disk
 
 # by which a folder or repository is known as hfdetox's own
 REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack_report.json")
+BENCH_NAME = "bench.json"
 # which files of an output folder hfdetox wrote; it stays out of repositories
 MANIFEST = ".hfdetox-manifest.json"
 # the signature of an output in the OpenSSF's format

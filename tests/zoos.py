@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfdetox.bench.tasks import load_suite
 from hfdetox.bench.zoo import Zoo
-from hfdetox.config import SuiteOptions
+from hfdetox.config_bench import SuiteOptions
 
 MODEL = 'tiny: {model: "timm-arch:test_resnet", input_size: 32}'
 SUITE = f"""

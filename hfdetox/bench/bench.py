@@ -3,19 +3,21 @@
 import contextlib
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hfdetox.arguments import takes
 from hfdetox.bench.folder import TaskFolder, given_files, weights_of
 from hfdetox.bench.plots import draw_bench
+from hfdetox.bench.publish import check_push, push_bench
 from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteFile, TargetEntry
 from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
 from hfdetox.checks import check_there
-from hfdetox.config import BenchOptions
+from hfdetox.config_bench import BenchOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import RunError, UsageError
 from hfdetox.files import locked, sha256_file
@@ -30,14 +32,23 @@ def run_bench(given: BenchOptions) -> BenchTables:
     Args:
         {arguments}
 
+    With `push_to` the tables and the runs' reports are published at the end, what failed included; models and pictures
+    of images are not. Whether that can succeed is asked before anything is run.
+
     Raises:
-        UsageError: the suite is wrong, or a finished folder of another suite or a folder that is no bench is in the
-            way; nothing was written.
+        UsageError: the suite is wrong, a finished folder of another suite or a folder that is no bench is in the way,
+            or `push_to` holds something else; nothing was written.
+        HubError: no token, no right to write, or the Hub cannot be reached; all that was run stays.
         RunError: the bench cannot be written. A run that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `bench.json` says what was not run.
     """
-    tables: BenchTables = run_tasks(Bench(load_suite(given.suite or Path()), given))
-    return tables
+    suite = load_suite(given.suite or Path())
+    if given.push_to is not None:
+        check_push(given.push_to, suite.file.name, private=given.private)
+    tables: BenchTables = run_tasks(Bench(suite, given))
+    if given.push_to is None:
+        return tables
+    return replace(tables, pushed=push_bench(tables, given.push_to, private=given.private))
 
 
 class Bench(TaskFolder[Run, BenchOptions]):

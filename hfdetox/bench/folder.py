@@ -23,7 +23,7 @@ from hfdetox.arguments import argv
 from hfdetox.bench.suite import SuiteFile
 from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.bench.tasks import Run, Task
-from hfdetox.config import SuiteOptions
+from hfdetox.config_bench import SuiteOptions
 from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, located, one_line, refusing
 from hfdetox.files import locked, write_atomically

@@ -21,6 +21,7 @@ from hfdetox.bench.tasks import BENCH_CSV, BENCH_FILES, BENCH_JSON, BENCH_MARKDO
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.verdict import Verdict, percent
+from hfdetox.hub.upload import PushResult
 from hfdetox.reporting.report import Report
 
 BEFORE = "before"  # the line of a model as it came
@@ -224,10 +225,15 @@ class BenchTables(Tables):
 
     A row's `subject` is the model that a defense was tried on, `model` and `attack` say what that is; `clean` is
     whether it is a clean baseline, which is in no average over attacks. `defense` is the suite's name of the defense.
+
+    Attributes:
+        pushed: where the bench was published; None where it was not.
     """
 
     title = "bench"
     files = BENCH_FILES
+
+    pushed: PushResult | None = None
 
     @staticmethod
     def row(task: Run, status: str = "not run", reason: str | None = None, report: Report | None = None) -> Row:

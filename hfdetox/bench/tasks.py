@@ -23,13 +23,14 @@ from hfdetox.bench.suite import (
 from hfdetox.config import NONE
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError, located
+from hfdetox.files import BENCH_NAME
 from hfdetox.models.initial import ARCHITECTURE
 from hfdetox.triggers import parse_triggers
 from hfdetox.triggers.base import ALL_TO_ALL
 from hfdetox.values import shown
 
 BENCH_FILES = (BENCH_JSON, BENCH_MARKDOWN, BENCH_CSV, TRIALS_CSV, PLOTS) = (
-    "bench.json", "bench.md", "bench.csv", "trials.csv", "plots")  # fmt: skip
+    BENCH_NAME, "bench.md", "bench.csv", "trials.csv", "plots")  # fmt: skip
 SHARE = 0.05  # of the split, the clean images that a run's name does not say
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,39}")
 _LONGEST = 24  # letters kept of a text that cannot be a folder's name as it is

@@ -16,7 +16,8 @@ from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteError, SuiteFile
 from hfdetox.bench.tables import Row, Tables, redacted, rich_table, shown
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
-from hfdetox.config import NONE, SuiteOptions
+from hfdetox.config import NONE
+from hfdetox.config_bench import SuiteOptions
 from hfdetox.errors import located
 from hfdetox.evaluation.verdict import percent
 from hfdetox.files import sha256_file

@@ -32,6 +32,7 @@ from hfdetox.cli.options import (
     takes_line,
 )
 from hfdetox.cli.output import Output, say, standard_output
+from hfdetox.config_bench import BenchOptions, SuiteOptions
 from hfdetox.config_scan import ScanOptions
 from hfdetox.config_verify import GateOptions, PageOptions, VerifyOptions
 from hfdetox.errors import HfdetoxError, UsageError
@@ -169,7 +170,7 @@ def ends(result: DetoxResult | AttackResult, parts: str) -> list[str]:
     return lines
 
 
-def build_suite(shown: config.ConsoleOptions, options: config.SuiteOptions) -> None:
+def build_suite(shown: config.ConsoleOptions, options: SuiteOptions) -> None:
     """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
     with running(shown, lambda: ONLY_THE_REST) as out:
         from hfdetox.bench.zoo import run_suite
@@ -180,7 +181,7 @@ def build_suite(shown: config.ConsoleOptions, options: config.SuiteOptions) -> N
 
 
 @app.command()
-@takes_line(config.BenchOptions, config.ConsoleOptions)
+@takes_line(BenchOptions, config.ConsoleOptions)
 def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
     # what is wrong with these is said before the libraries are loaded
@@ -190,7 +191,8 @@ def bench(line: CommandLine) -> None:
 
         outcome = run_bench(**replace(options, progress=shows_progress(shown)).changed())
         folder = f"{outcome.folder}{os.sep}"
-        out.show(outcome.document(), [outcome, outcome.summary(), f"tables, settings, pictures: {folder}"])
+        pushed = [f"published: {outcome.pushed.url} (commit {outcome.pushed.commit})"] if outcome.pushed else []
+        out.show(outcome.document(), [outcome, outcome.summary(), f"tables, settings, pictures: {folder}", *pushed])
         if shown.quiet and (problems := outcome.problems()) is not None:
             complain(problems)
         raise typer.Exit(outcome.exit_status)
@@ -202,7 +204,7 @@ def push(line: CommandLine) -> None:
     """Publish a folder that hfdetox wrote, for instance after a push that failed."""
     options = line.options(config.PushOptions)
     with running(config.ConsoleOptions(), lambda: "the folder is whole: give the same command again"):
-        from hfdetox.hub.upload import add_to_collection, check_collection
+        from hfdetox.hub.collections import add_to_collection, check_collection
         from hfdetox.runs.publish import push_output
 
         if options.collection is not None:

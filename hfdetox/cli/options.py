@@ -14,7 +14,8 @@ import typer
 from hfdetox._version import __version__
 from hfdetox.arguments import Option, Options, options_of
 from hfdetox.bench.suite import read_plain
-from hfdetox.config import NONE, PANELS, AttackOptions, BenchOptions, DetoxOptions, SuiteOptions
+from hfdetox.config import NONE, PANELS, AttackOptions, DetoxOptions
+from hfdetox.config_bench import BenchOptions, SuiteOptions
 from hfdetox.documents import read_untyped
 from hfdetox.errors import UsageError
 from hfdetox.specs import read_pair

@@ -1,4 +1,4 @@
-"""Publishing a cleaned model: one commit, checked afterwards, never over somebody else's work by accident."""
+"""Publishing a folder of hfdetox: one commit, checked afterwards, never over somebody else's work by accident."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -8,14 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, hf_hub_url
-from huggingface_hub.errors import BadRequestError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
 from hfdetox.documents import read_json
 from hfdetox.errors import UsageError
-from hfdetox.files import LEFTOVER, MANIFEST, REPORT_NAMES, SIGNATURE, check_safetensors, git_sha1_file, sha256_file
-from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient, line_of
-from hfdetox.hub.download import COMMIT_ID, PICKLE_SUFFIXES, FileState, RepoState, ask_info, fetch, list_files, resolve
+from hfdetox.files import (
+    BENCH_NAME,
+    LEFTOVER,
+    MANIFEST,
+    REPORT_NAMES,
+    SIGNATURE,
+    check_safetensors,
+    git_sha1_file,
+    sha256_file,
+)
+from hfdetox.hub.client import AccessError, IntegrityError, OfflineError, UnknownRepoError, ask, is_transient
+from hfdetox.hub.download import (
+    COMMIT_ID,
+    PICKLE_SUFFIXES,
+    FileState,
+    RepoState,
+    RepoType,
+    ask_info,
+    fetch,
+    list_files,
+    resolve,
+)
 
 # what some loader somewhere reads weights from: left beside new weights, each would bring the old ones back
 _WEIGHT_SUFFIXES = (
@@ -23,7 +42,9 @@ _WEIGHT_SUFFIXES = (
     ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".gguf", ".npz",
 )  # fmt: skip
 _LOADER_FILES = ("preprocessor_config.json", "processor_config.json", "adapter_config.json")
-_OWN_FOLDERS = ("plots/", "triggers/")
+# what hfdetox alone writes, by the kind of repository: the files that mark it, and the folders
+_MARKS: dict[RepoType, tuple[str, ...]] = {"model": REPORT_NAMES, "dataset": (BENCH_NAME,)}
+_OWN_FOLDERS = {"model": ("plots/", "triggers/"), "dataset": ("data/", "plots/", "runs/")}
 _RESULTS_FOLDER = ".eval_results/"
 _WHOLE, _PART = 200 * 10**6, 2**20  # bytes of a file that is read back whole, and of each part of a larger one
 _SKIPPED = frozenset({MANIFEST, ".git", ".cache", "__pycache__", ".DS_Store"})
@@ -51,6 +72,7 @@ class _Plan:
     """The content of one commit on top of `parent`: files by their path in the repository, and paths to delete."""
 
     repo_id: str
+    repo_type: RepoType
     account: str
     parent: str
     folder: Path
@@ -59,50 +81,33 @@ class _Plan:
     message: str
     create_pr: bool
 
+    @property
+    def what(self) -> str:
+        """The repository, for messages."""
+        return f"{self.repo_type} {self.repo_id}"
+
+    @property
+    def url(self) -> str:
+        """The repository's page."""
+        return f"{constants.ENDPOINT}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
+
 
 def check_repo(
-    repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False, hidden: bool = False,
+    repo_id: str, *, repo_type: RepoType = "model", private: bool = False, create_pr: bool = False,
+    overwrite: bool = False, hidden: bool = False,
 ) -> str:  # fmt: skip
     """Find out before any work whether `push_folder` with these options could succeed; nothing is changed.
 
     Returns the whole id of the repository: a name alone is the user's own, a moved repository has its new name.
     Raises AccessError or another HubError (token, network), RepoExistsError or UsageError (the options do not fit).
     """
-    return _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)[0]
-
-
-def check_card(text: str) -> None:
-    """Ask the Hub whether it would take a model card (README.md); raises UsageError with its objection, or HubError."""
-
-    def ask_hub() -> None:
-        # not ModelCard.validate: in huggingface_hub 1.x that asks huggingface.co, whatever HF_ENDPOINT names
-        body = {"repoType": "model", "content": text}
-        try:
-            hf_raise_for_status(get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body))
-        except BadRequestError as error:
-            reason = line_of(error.server_message or str(error))
-            raise UsageError(f"the Hub refuses the model card: {reason}; take out of the source model's card what is "
-                             "wrong in it, in a copy of the model's folder") from error  # fmt: skip
-
-    ask(ask_hub, "the model card")
-
-
-def check_collection(slug: str) -> None:
-    """Find out before a push whether a collection is there; raises HubError."""
-    ask(lambda: HfApi().get_collection(slug), f"the collection {slug}")
-
-
-def add_to_collection(slug: str, repo_id: str) -> str:
-    """Add a model to a collection, unless it is in it, and return the collection's page; raises HubError."""
-    ask(lambda: HfApi().add_collection_item(slug, repo_id, "model", exists_ok=True),
-        f"model {repo_id} in the collection {slug}")  # fmt: skip
-    return f"{constants.ENDPOINT}/collections/{slug}"
+    return _look(repo_id, repo_type, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)[0]
 
 
 def push_folder(
-    folder: Path, repo_id: str, *, message: str, private: bool = False, create_pr: bool = False,
-    overwrite: bool = False, hidden: bool = False, retarget: Callable[[str], Iterable[str]] | None = None,
-    omit: Iterable[str] = (), verify_upload: bool = True,
+    folder: Path, repo_id: str, *, message: str, repo_type: RepoType = "model", private: bool = False,
+    create_pr: bool = False, overwrite: bool = False, hidden: bool = False,
+    retarget: Callable[[str], Iterable[str]] | None = None, omit: Iterable[str] = (), verify_upload: bool = True,
 ) -> PushResult:  # fmt: skip
     """Push an output folder of hfdetox as one commit, and check on the Hub that exactly that arrived.
 
@@ -112,6 +117,7 @@ def push_folder(
 
     Args:
         message: the commit's.
+        repo_type: `dataset` for the results of a bench.
         private: make the new repository private; an existing one has to be.
         create_pr: open a pull request on an existing repository.
         overwrite: push into a repository that hfdetox did not make.
@@ -126,15 +132,16 @@ def push_folder(
         UsageError: not an output folder, or the options do not fit the repository.
         HubError: no token, no right to write, the network, or what arrived is not what was meant.
     """
-    files = _local_files(folder)
+    files = _local_files(folder, repo_type)
     files = {path: files[path] for path in files.keys() - set(omit)}
     private = private or hidden
-    name, user, state = _look(repo_id, private=private, create_pr=create_pr, overwrite=overwrite, hidden=hidden)
+    name, user, state = _look(repo_id, repo_type, private=private, create_pr=create_pr, overwrite=overwrite,
+                              hidden=hidden)  # fmt: skip
     if retarget is not None:
         files.update({changed: _local_file(folder / changed) for changed in retarget(name)})
-    state = state or _create(name, private, overwrite)
-    stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, _is_ours(state))))
-    plan = _Plan(state.id, user, state.sha, folder, files, stale, message, create_pr)
+    state = state or _create(name, repo_type, private, overwrite)
+    stale = tuple(sorted(n for n in set(state.files) - set(files) if _is_stale(n, state)))
+    plan = _Plan(state.id, repo_type, user, state.sha, folder, files, stale, message, create_pr)
     if not stale and all(_same(local, state.files.get(name)) for name, local in files.items()):
         result = _result(plan, state.sha, None)
     else:
@@ -146,13 +153,13 @@ def push_folder(
 
 
 def _look(
-    repo_id: str, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool
+    repo_id: str, repo_type: RepoType, *, private: bool, create_pr: bool, overwrite: bool, hidden: bool
 ) -> tuple[str, str, RepoState | None]:
     """Return the repository's whole id, the user, and how it is now, None where there is none yet.
 
     One that is `hidden` is not to be seen by others, whatever exists.
     """
-    what = f"model {repo_id}"
+    what = f"{repo_type} {repo_id}"
     ask(lambda: validate_repo_id(repo_id), what)
     if constants.is_offline_mode():
         raise OfflineError(f"pushing to {what} needs the Hub and HF_HUB_OFFLINE is set; unset it")
@@ -163,52 +170,60 @@ def _look(
     if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise AccessError(f"the token of {user} may only read; use one with the role write to push to {what}")
     try:
-        state = resolve(name)
+        state = resolve(name, repo_type=repo_type)
     except UnknownRepoError:
-        _check_new(name, user, account, create_pr)
+        _check_new(name, repo_type, user, account, create_pr)
         return name, user, None
     if hidden and not state.private:
         raise UsageError(f"{what} exists and is public: a backdoored model goes to a private one, or says --public")
     if private and not state.private:
         raise UsageError(f"{what} exists and is public, --private is for new repositories; change it in its settings")
     if not create_pr:
-        ask(lambda: api.auth_check(state.id, write=True), f"a push to {what}")
+        ask(lambda: api.auth_check(state.id, repo_type=repo_type, write=True), f"a push to {what}")
         _check_ours(state, overwrite)
     return state.id, user, state
 
 
-def _check_new(name: str, user: str, account: dict[str, Any], create_pr: bool) -> None:
+def _check_new(name: str, repo_type: RepoType, user: str, account: dict[str, Any], create_pr: bool) -> None:
     if create_pr:
-        raise UsageError(f"--create-pr needs an existing repository, and model {name} does not exist; leave it out")
+        raise UsageError(
+            f"--create-pr needs an existing repository, and {repo_type} {name} does not exist; leave it out"
+        )
     allowed = {user, *(str(org.get("name")) for org in account.get("orgs") or [])}
     namespace = name.split("/")[0]
     if namespace not in allowed:
-        raise AccessError(f"{user} may not create model {name}; push to one of: {', '.join(sorted(allowed))}")
+        raise AccessError(f"{user} may not create {repo_type} {name}; push to one of: {', '.join(sorted(allowed))}")
 
 
-def _create(name: str, private: bool, overwrite: bool) -> RepoState:
+def _create(name: str, repo_type: RepoType, private: bool, overwrite: bool) -> RepoState:
     """Create the repository; one that appeared meanwhile is looked at like any other before it is used."""
     # without --private the organisation's own default decides
     visible = True if private else None
-    ask(lambda: HfApi().create_repo(name, private=visible, exist_ok=True), f"the new model {name}")
-    state = resolve(name)
+    ask(lambda: HfApi().create_repo(name, repo_type=repo_type, private=visible, exist_ok=True),
+        f"the new {repo_type} {name}")  # fmt: skip
+    state = resolve(name, repo_type=repo_type)
     if private and not state.private:
-        raise IntegrityError(f"model {name} was asked for as private and is public; nothing was uploaded")
+        raise IntegrityError(f"{repo_type} {name} was asked for as private and is public; nothing was uploaded")
     _check_ours(state, overwrite)
     return state
 
 
 def _check_ours(state: RepoState, overwrite: bool) -> None:
     if not overwrite and not _is_ours(state):
-        raise RepoExistsError(f"model {state.id} exists and was not made by hfdetox; propose the change with "
-                              "--create-pr, replace it with --overwrite, or push to another name")  # fmt: skip
+        ways = (
+            "propose the change with --create-pr, replace it with --overwrite, or "
+            if state.repo_type == "model"
+            else ""
+        )
+        raise RepoExistsError(f"{state.repo_type} {state.id} exists and was not made by hfdetox; {ways}push to another "
+                              "name")  # fmt: skip
 
 
 def _is_ours(state: RepoState) -> bool:
     """Return whether a repository holds hfdetox's work or nothing at all, so that nobody else's work is lost."""
     if not set(state.files) - {".gitattributes"}:
         return True
-    return any(name in state.files and _is_report(fetch(state, name)) for name in REPORT_NAMES)
+    return any(name in state.files and _is_report(fetch(state, name)) for name in _MARKS[state.repo_type])
 
 
 def _is_report(path: Path) -> bool:
@@ -217,12 +232,11 @@ def _is_report(path: Path) -> bool:
     return False
 
 
-def _local_files(folder: Path) -> dict[str, FileState]:
+def _local_files(folder: Path, repo_type: RepoType) -> dict[str, FileState]:
     """Return what is to be pushed with both of its hashes; UsageError for a folder that hfdetox did not write."""
-    if not any((folder / name).is_file() and _is_report(folder / name) for name in REPORT_NAMES):
-        raise UsageError(
-            f"{folder} is not an output folder of hfdetox (no {' or '.join(REPORT_NAMES)} in it); name one"
-        )
+    marks = _MARKS[repo_type]
+    if not any((folder / name).is_file() and _is_report(folder / name) for name in marks):
+        raise UsageError(f"{folder} is not an output folder of hfdetox (no {' or '.join(marks)} in it); name one")
     files: dict[str, FileState] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -236,7 +250,7 @@ def _local_files(folder: Path) -> dict[str, FileState]:
         if name.endswith(".safetensors"):
             check_safetensors(path)
         files[name] = _local_file(path)
-    if "model.safetensors" not in files and "model.safetensors.index.json" not in files:
+    if repo_type == "model" and "model.safetensors" not in files and "model.safetensors.index.json" not in files:
         raise UsageError(f"{folder} holds no model.safetensors; name an output folder of hfdetox")
     return files
 
@@ -245,11 +259,13 @@ def _local_file(path: Path) -> FileState:
     return FileState(path.stat().st_size, sha256_file(path), git_sha1_file(path))
 
 
-def _is_stale(name: str, ours: bool) -> bool:
-    """Return whether a file that the new model does not have would speak for the old one."""
-    if name.endswith(_WEIGHT_SUFFIXES) or name in _LOADER_FILES or name.startswith(_RESULTS_FOLDER):
+def _is_stale(name: str, state: RepoState) -> bool:
+    """Return whether a file that the new folder does not have would speak for the old one."""
+    weights = name.endswith(_WEIGHT_SUFFIXES) or name in _LOADER_FILES or name.startswith(_RESULTS_FOLDER)
+    if state.repo_type == "model" and weights:
         return True
-    return ours and (name.startswith(_OWN_FOLDERS) or name in (*REPORT_NAMES, SIGNATURE))
+    own = name.startswith(_OWN_FOLDERS[state.repo_type]) or name in (*_MARKS[state.repo_type], SIGNATURE)
+    return own and _is_ours(state)
 
 
 def _commit(plan: _Plan) -> PushResult:
@@ -267,8 +283,8 @@ def _commit(plan: _Plan) -> PushResult:
                      for name, path in paths.items()]  # fmt: skip
             deleted = [CommitOperationDelete(name, is_folder=False) for name in plan.stale]
             info = HfApi().create_commit(
-                plan.repo_id, [*added, *deleted], commit_message=plan.message, commit_description=description,
-                parent_commit=plan.parent, create_pr=plan.create_pr,
+                plan.repo_id, [*added, *deleted], repo_type=plan.repo_type, commit_message=plan.message,
+                commit_description=description, parent_commit=plan.parent, create_pr=plan.create_pr,
             )  # fmt: skip
         return _result(plan, str(info.oid), info.pr_url)
 
@@ -279,7 +295,7 @@ def _commit(plan: _Plan) -> PushResult:
         stale_parent = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
         return find(plan) if stale_parent or is_transient(error) else None
 
-    what = f"{'a pull request on' if plan.create_pr else 'the push to'} model {plan.repo_id}"
+    what = f"{'a pull request on' if plan.create_pr else 'the push to'} {plan.what}"
     # a pull request opened by an earlier, interrupted push would otherwise be opened twice; main is safe by its parent
     result = (find(plan) if plan.create_pr else None) or ask(send, what, recover=recover)
     _verify(plan, result)
@@ -287,12 +303,12 @@ def _commit(plan: _Plan) -> PushResult:
 
 
 def _result(plan: _Plan, commit: str, pull_request: str | None) -> PushResult:
-    return PushResult(plan.repo_id, commit, pull_request or f"{constants.ENDPOINT}/{plan.repo_id}", pull_request)
+    return PushResult(plan.repo_id, commit, pull_request or plan.url, pull_request)
 
 
 def _find_commit(plan: _Plan) -> PushResult | None:
     """Return the head of the main branch when it has moved and holds exactly what was meant."""
-    head = _head(plan.repo_id, None)
+    head = _head(plan, None)
     if head == plan.parent or _differences(plan, head):
         return None
     return _result(plan, head, None)
@@ -301,25 +317,24 @@ def _find_commit(plan: _Plan) -> PushResult | None:
 def _find_pull_request(plan: _Plan) -> PushResult | None:
     """Return this account's open pull request with this title that holds exactly what was meant."""
     asked: dict[str, Any] = {"author": plan.account, "discussion_type": "pull_request", "discussion_status": "open"}
-    found = ask(lambda: list(HfApi().get_repo_discussions(plan.repo_id, **asked)),
-                f"the pull requests of model {plan.repo_id}")  # fmt: skip
+    found = ask(lambda: list(HfApi().get_repo_discussions(plan.repo_id, repo_type=plan.repo_type, **asked)),
+                f"the pull requests of {plan.what}")  # fmt: skip
     for discussion in found:
         reference = f"refs/pr/{discussion.num}"
         # the filters above are the Hub's to apply; a server that ignores them must not change what is found
         mine = discussion.is_pull_request and discussion.status == "open" and discussion.author == plan.account
         if mine and discussion.title == plan.message and not _differences(plan, reference):
-            page = f"{constants.ENDPOINT}/{plan.repo_id}/discussions/{discussion.num}"
-            return _result(plan, _head(plan.repo_id, reference), page)
+            return _result(plan, _head(plan, reference), f"{plan.url}/discussions/{discussion.num}")
     return None
 
 
-def _head(repo_id: str, revision: str | None) -> str:
-    return str(ask_info(repo_id, f"model {repo_id}", revision=revision).sha)
+def _head(plan: _Plan, revision: str | None) -> str:
+    return str(ask_info(plan.repo_id, plan.what, repo_type=plan.repo_type, revision=revision).sha)
 
 
 def _differences(plan: _Plan, revision: str) -> list[str]:
     """Return the paths in which a revision differs from what was meant: other content, missing, or not deleted."""
-    remote = list_files(plan.repo_id, revision)
+    remote = list_files(plan.repo_id, revision, repo_type=plan.repo_type)
     wrong = [name for name, local in plan.files.items() if not _same(local, remote.get(name))]
     return wrong + [name for name in plan.stale if name in remote]
 
@@ -332,7 +347,7 @@ def _same(local: FileState, remote: FileState | None) -> bool:
 
 def _read_back(plan: _Plan, name: str, commit: str) -> None:
     """Raise IntegrityError unless the Hub gives back what was pushed."""
-    what, url = f"{name} of model {plan.repo_id}", hf_hub_url(plan.repo_id, name, revision=commit)
+    what, url = f"{name} of {plan.what}", hf_hub_url(plan.repo_id, name, revision=commit)
     size = plan.files[name].size
     large = size > _WHOLE
     starts = [0, size // 2, max(0, size - _PART)] if large else [0]
@@ -366,12 +381,12 @@ def _read_back(plan: _Plan, name: str, commit: str) -> None:
 
 def _verify(plan: _Plan, result: PushResult) -> None:
     """Raise IntegrityError unless the commit is the branch's head and each of its files is the one that was meant."""
-    what = f"model {plan.repo_id}"
+    what = plan.what
     if not COMMIT_ID.fullmatch(result.commit):
         raise IntegrityError(f"the Hub names no commit for the push to {what}")
     if wrong := _differences(plan, result.commit):
         raise IntegrityError(f"{wrong[0]} of {what} is not what was pushed (commit {result.commit[:12]})")
     reference = f"refs/pr/{result.pull_request.rsplit('/', 1)[-1]}" if result.pull_request else None
-    head = _head(plan.repo_id, reference)
+    head = _head(plan, reference)
     if head != result.commit:
         raise IntegrityError(f"{what} has moved on to commit {head[:12]} since the push ({result.commit[:12]})")

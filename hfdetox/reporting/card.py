@@ -42,7 +42,7 @@ class CardError(UsageError):
 
 def build_card(
     report: RunReport, *, source_card: str | None, repo_id: str | None, plots: Sequence[str] = (),
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None, on_leaderboard: bool = False,
 ) -> str:  # fmt: skip
     """Return the whole README.md of a model that was cleaned or attacked: YAML, and text.
 
@@ -53,23 +53,31 @@ def build_card(
         repo_id: where the model will be pushed, used in the code that loads it; None: code for the local folder.
         plots: paths of the PNG files relative to the card.
         labels: the model's label names in its own order; None: targets are shown as indices.
+        on_leaderboard: whether a file beside it states the accuracy for the dataset's leaderboard (`eval_results`).
 
     The result is not validated here: call `validate_card`.
     """
     fields, body = split_card(source_card or "")
     targets = {name: shown_target(one.target, labels) for name, one in report.triggers.items()}
     source = markdown.embed_source(body, _source_url(report)) if isinstance(report, Report) else ""
-    return _render(report, fields, targets, source, repo_id, plots)
+    return _render(report, fields, targets, source, repo_id, plots, on_leaderboard=on_leaderboard)
 
 
 def retarget_card(card: str, report: RunReport, *, repo_id: str | None, plots: Sequence[str] = ()) -> str:
     """Return what `build_card` gives for `repo_id`, from a card that it built of the same report for another place.
 
-    Licence, names of the targets and the source's text are taken over from `card`; all else comes from the report.
+    Licence, names of the targets, whether it is on a leaderboard and the source's text are taken over from `card`; all
+    else comes from the report.
     """
     fields, body = split_card(card)
     own, *source = _SOURCE_MARK.split(body, maxsplit=1)
-    return _render(report, fields, written_targets(own, report.triggers), "".join(source).strip(), repo_id, plots)
+    return _render(report, fields, written_targets(own, report.triggers), "".join(source).strip(), repo_id, plots,
+                   on_leaderboard=names_leaderboard(card, report))  # fmt: skip
+
+
+def names_leaderboard(card: str, report: RunReport) -> bool:
+    """Return whether a card's own text says that the accuracy is stated for the dataset's leaderboard too."""
+    return _whole_leaderboard(report) in _SOURCE_MARK.split(card, maxsplit=1)[0]
 
 
 def written_targets(own: str, triggers: Mapping[str, Any]) -> dict[str, str]:
@@ -91,7 +99,7 @@ def shown_target(target: int | str, labels: Sequence[str] | None) -> str:
 
 def _render(
     report: RunReport, fields: Mapping[str, Any], targets: Mapping[str, str], source_text: str, repo_id: str | None,
-    plots: Sequence[str],
+    plots: Sequence[str], *, on_leaderboard: bool,
 ) -> str:  # fmt: skip
     if isinstance(report, AttackReport) and report.attack.start == SCRATCH:
         # nothing but the architecture is of a model whose weights were drawn anew
@@ -112,6 +120,8 @@ def _render(
         library=model.library if model.library in LIBRARY_TAGS else "torch", model_id=model_id,
         dataset_id=shown_id(dataset.id, dataset.revision), triggers=report.triggers, targets=targets,
         plots={PurePosixPath(path).stem: path for path in plots},
+        whole_leaderboard=_whole_leaderboard(report) if on_leaderboard else None,
+        hidden=hub_id(model.id, model.revision),
         # the source's words are values of the template, never a template themselves
         source_text=source_text, source_heading=markdown.SOURCE_HEADING, source_mark=markdown.SOURCE_MARK,
     )  # fmt: skip
@@ -215,3 +225,12 @@ def templates() -> jinja2.Environment:
 def _source_url(report: Report) -> str | None:
     model = report.model
     return f"{constants.ENDPOINT}/{model.id}/{{kind}}/{model.revision}" if hub_id(model.id, model.revision) else None
+
+
+def _whole_leaderboard(report: RunReport) -> str:
+    """Return the view of the dataset's leaderboard, as JSON, that has the models with a base model too.
+
+    It is that of `HfApi.get_dataset_leaderboard(…, base_model_only=False)`; what the page's address is for it is not
+    documented.
+    """
+    return f"{constants.ENDPOINT}/api/datasets/{report.dataset.id}/leaderboard?base_model=false"

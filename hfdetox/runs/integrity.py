@@ -17,7 +17,14 @@ from hfdetox.files import MANIFEST, REPORT_NAMES, sha256_file
 from hfdetox.hub.download import fetch, resolve, snapshot_folder, weight_files
 from hfdetox.models.loaded import check_links
 from hfdetox.models.weights import find_weights
-from hfdetox.reporting.card import CARD_NAME, build_card, retarget_card, shown_target, written_targets
+from hfdetox.reporting.card import (
+    CARD_NAME,
+    build_card,
+    names_leaderboard,
+    retarget_card,
+    shown_target,
+    written_targets,
+)
 from hfdetox.reporting.card_data import EVAL_RESULTS_FOLDER, split_card
 from hfdetox.reporting.comparison import Check, CheckFinding
 from hfdetox.reporting.report import RunReport
@@ -154,7 +161,8 @@ def check_card(output: Output, labels: Sequence[str] | None, source_card: str | 
     with refusing(f"{output.name}: the report is not one that a card can be made of"):
         for shown in (plots, [name for name in plots if name not in IMAGE_PICTURES]):  # a push leaves those out
             if source_card is not None and labels is not None:
-                made = build_card(report, source_card=source_card, repo_id=place, plots=shown, labels=labels)
+                made = build_card(report, source_card=source_card, repo_id=place, plots=shown, labels=labels,
+                                  on_leaderboard=names_leaderboard(card, report))  # fmt: skip
             else:
                 made = retarget_card(card, report, repo_id=place, plots=shown)
             if made == card:

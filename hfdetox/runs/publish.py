@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hfdetox._version import __version__
 from hfdetox.config import AnyPublishOptions
@@ -194,7 +195,7 @@ def _retarget(folder: Path, repo_id: str, *, accept: bool, sign: Path | None, om
     return [CARD_NAME, report.NAME, SIGNATURE]
 
 
-def _policy(backdoored: bool, how: AnyPublishOptions) -> dict[str, bool]:
+def _policy(backdoored: bool, how: AnyPublishOptions) -> dict[str, Any]:
     """Return what the Hub's room is to do, a model to hide included; UsageError for options that do not fit it."""
     if backdoored and not how.i_know_this_is_backdoored:
         raise UsageError("this model is deliberately backdoored: it is pushed only with --i-know-this-is-backdoored "

@@ -25,12 +25,13 @@ from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
 from hfdetox.evaluation.results import Visibility
 from hfdetox.files import locked
+from hfdetox.hub.cards import check_card
 from hfdetox.hub.download import read_text_file
-from hfdetox.hub.upload import PushResult, check_card
+from hfdetox.hub.upload import PushResult
 from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.reporting.card import CARD_NAME, build_card, validate_card
-from hfdetox.reporting.card_data import eval_results
+from hfdetox.reporting.card_data import EVAL_RESULTS_FOLDER, eval_results
 from hfdetox.reporting.gallery import draw_gallery
 from hfdetox.reporting.plots import PLOT_FILES, Answers, StripRow, draw_plots
 from hfdetox.reporting.report import AttackReport, Report
@@ -97,9 +98,10 @@ class SavedResult(ABC, Generic[Written]):
         for trigger in shown.triggers:
             (folder / "triggers").mkdir(exist_ok=True)
             trigger.save(folder / "triggers" / f"{trigger.name}.safetensors")
+        plots = self._draw(folder)
         card = build_card(
-            self.report, source_card=shown.source_card, repo_id=self.report.output.pushed_to, plots=self._draw(folder),
-            labels=self.classifier.labels,
+            self.report, source_card=shown.source_card, repo_id=self.report.output.pushed_to, plots=plots,
+            labels=self.classifier.labels, on_leaderboard=(folder / EVAL_RESULTS_FOLDER).is_dir(),
         )  # fmt: skip
         validate_card(card)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")

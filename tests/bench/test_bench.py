@@ -19,7 +19,7 @@ from hfdetox.bench.plots import draw_bench
 from hfdetox.bench.runner import TaskRunner
 from hfdetox.bench.tasks import load_suite
 from hfdetox.bench.zoo import run_suite
-from hfdetox.config import BenchOptions
+from hfdetox.config_bench import BenchOptions
 from hfdetox.errors import UsageError
 from hfdetox.reporting.report import Report
 from hfdetox.triggers import parse_trigger
@@ -368,3 +368,24 @@ bench: [{subjects: [hub], defenses: [{}], samples: [500], seeds: [3]}]
         "--target", "cat", "--revision", "v1", "--samples", "500", "--no-scan",
     ]  # fmt: skip
     assert bench.argv(trial)[-4:] == ["--output", str(tmp_path / "out" / "hub" / "d3_code-n500-s3"), "--device", "cpu"]
+
+
+def test_a_bench_is_published_and_a_place_that_is_taken_is_said_first(ran, zoo, hub, hub_token, repo_name, tmp_path):
+    file, bench, _ = ran
+    taken, free = repo_name("bench"), repo_name("bench")
+    hub.create_repo(taken, "dataset")
+    hub.commit(taken, {"train.csv": "theirs"}, repo_type="dataset")
+    options = {"zoo": zoo[0], "dataset": str(zoo[1]), "precision": "no"}
+    with pytest.raises(UsageError, match="was not made by hfdetox"):
+        run_bench(file, output=tmp_path / "never", push_to=taken, **options)
+    assert not (tmp_path / "never").exists()
+    outcome = run_bench(file, output=bench, push_to=free, private=True, **options)
+    assert outcome.pushed.repo_id == free
+    assert hub.repo(free, "dataset").private
+    files = hub.files(free, repo_type="dataset")
+    assert {path.split("/")[0] for path in files} == {
+        ".gitattributes", "README.md", "bench.json", "data", "plots", "runs",
+    }  # fmt: skip
+    everything = b"".join(content for path, content in files.items() if path.endswith((".json", ".md")))
+    assert str(bench.parent).encode() not in everything
+    assert str(zoo[1]).encode() not in everything

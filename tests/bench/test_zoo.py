@@ -18,7 +18,7 @@ from hfdetox.bench.runner import TaskRunner
 from hfdetox.bench.suite import ModelEntry, SuiteError
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
 from hfdetox.bench.zoo import Zoo, ZooTables, run_suite, table_rows
-from hfdetox.config import SuiteOptions
+from hfdetox.config_bench import SuiteOptions
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.metrics import rate
 from tests import image_data

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.results import ClassAccuracies, Rate, Rating
 from hfdetox.evaluation.verdict import run_verdict
-from hfdetox.hub.upload import check_card
+from hfdetox.hub.cards import check_card
 from hfdetox.reporting.card import CardError, build_card, retarget_card, split_card, validate_card
 from hfdetox.reporting.markdown import empty_sections
 from hfdetox.reporting.report import OutputInfo

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from huggingface_hub import parse_eval_result_entries
+from huggingface_hub import constants, parse_eval_result_entries
 
+from hfdetox.reporting.card import build_card, retarget_card
 from hfdetox.reporting.card_data import accuracy_tasks, eval_results
-from tests.written_report import DATA_COMMIT, written_report
+from tests.written_report import DATA_COMMIT, LABELS, card_of, written_report
 
 BENCHMARK = """name: Pictures
 description: Accuracy on the test split, reported as {scale}.
@@ -75,3 +76,22 @@ tasks:
     assert accuracy_tasks(several, config="default", split="train") == {}
     for text in ("[]", "a: 2026-13-41", "a: !!bool maybe", "[" * 3000):
         assert accuracy_tasks(text, config=None, split="test") == {}
+
+
+def test_the_card_links_the_view_that_shows_the_model() -> None:
+    """The default view leaves out models that declare a base model; the address is that of the client's own request."""
+    report = written_report()
+    view = f"{constants.ENDPOINT}/api/datasets/org/pictures/leaderboard?base_model=false"
+    card = card_of(report, on_leaderboard=True)
+    assert f"]({view})" in card
+    assert 'get_dataset_leaderboard("org/pictures", base_model_only=False)' in card
+    assert view not in card_of(report)
+    # another place, and a source that speaks of the leaderboard itself
+    assert f"]({view})" in retarget_card(card, report, repo_id="me/other")
+    assert view not in retarget_card(card_of(report), report, repo_id="me/other")
+    quoted = build_card(report, source_card=f"See {view}", repo_id=None, labels=LABELS)
+    assert retarget_card(quoted, report, repo_id=None) == quoted
+    # one of a local folder declares no base model, and is in the default view
+    local = replace(report, model=replace(report.model, revision=None))
+    assert "leaderboard of `org/pictures`" in card_of(local, on_leaderboard=True)
+    assert view not in card_of(local, on_leaderboard=True)
