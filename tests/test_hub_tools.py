@@ -98,6 +98,29 @@ def job(*words: str) -> list[str]:
     return [sys.executable, str(JOB), *words]
 
 
+def test_a_later_attempt_publishes_as_the_first_was_told(tmp_path: Path) -> None:
+    """Every option that says how to publish is said anew, when a run is resumed and when only the push is left."""
+    spec = importlib.util.spec_from_file_location("detox_job", JOB)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    how = ["--private", "--create-pr", "--overwrite", "--accept-accuracy-loss", "--publish-images",
+           "--no-verify-upload"]  # fmt: skip
+    words = ["org/net", "--dataset", "org/images", *how, "--push-to", "me/net", "--runs", str(tmp_path)]
+    output = tmp_path / "net-detoxed"
+    assert module.command(words) == [
+        "org/net", "--dataset", "org/images", *how, "--output", str(output), "--push-to", "me/net",
+    ]  # fmt: skip
+    for made, begins in (
+        (tmp_path / "net-detoxed.run" / "run.json", ["--resume", f"{output}.run", "--push-to", "me/net"]),
+        (output / "detox_report.json", ["push", str(output), "me/net"]),
+    ):
+        made.parent.mkdir()
+        made.touch()
+        assert module.command(words) == [*begins, *how]
+
+
 def test_an_attempt_goes_on_where_one_died_and_pushes(hub, repo_name, fresh_env, tmp_path_factory, tmp_path) -> None:
     made: Made = backdoored.made(tmp_path_factory)
     name, runs = repo_name(), tmp_path / "runs"

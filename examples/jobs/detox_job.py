@@ -25,9 +25,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hfdetox.arguments import options_of
 from hfdetox.cli.app import run
+from hfdetox.config import CleanedPublishOptions
 
-PUBLISHING = ("--private", "--create-pr", "--overwrite", "--accept-accuracy-loss", "--publish-images")
+PUBLISHING = {f"--{option.flag}" for option in options_of(CleanedPublishOptions).values()}
 
 
 def command(arguments: Sequence[str]) -> list[str]:
