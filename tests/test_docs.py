@@ -120,7 +120,8 @@ def test_keywords_of_the_api_exist() -> None:
                 called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
                 function = getattr(hfdetox, called, None)
                 if inspect.isfunction(function):
-                    unknown = {keyword.arg for keyword in node.keywords} - set(inspect.signature(function).parameters)
+                    named = {keyword.arg for keyword in node.keywords if keyword.arg}
+                    unknown = named - set(inspect.signature(function).parameters)
                     assert not unknown, f"{page.name}: {called} has no {unknown}"
 
 
