@@ -42,6 +42,8 @@ def run_bench(given: BenchOptions) -> BenchTables:
         RunError: the bench cannot be written. A run that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `bench.json` says what was not run.
     """
+    if given.private and given.push_to is None:
+        raise UsageError("--private says how to publish: name the repository with --push-to")
     suite = load_suite(given.suite or Path())
     if given.push_to is not None:
         check_push(given.push_to, suite.file.name, private=given.private)

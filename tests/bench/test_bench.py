@@ -376,6 +376,8 @@ def test_a_bench_is_published_and_a_place_that_is_taken_is_said_first(ran, zoo, 
     hub.create_repo(taken, "dataset")
     hub.commit(taken, {"train.csv": "theirs"}, repo_type="dataset")
     options = {"zoo": zoo[0], "dataset": str(zoo[1]), "precision": "no"}
+    with pytest.raises(UsageError, match="name the repository with --push-to"):
+        run_bench(file, output=tmp_path / "never", private=True, **options)
     with pytest.raises(UsageError, match="was not made by hfdetox"):
         run_bench(file, output=tmp_path / "never", push_to=taken, **options)
     assert not (tmp_path / "never").exists()
