@@ -149,6 +149,10 @@ class D3Config(D3Settings, TuningConfig):
             return ways
         return ways + self._pushed(found, history)
 
+    @property
+    def text_of_card(self) -> str:
+        return _by_evidence.CARD_TEXT if self.reconstruct else self.card_text
+
     def _pushed(self, found: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return what the look `found` and what came of it, a sentence each."""
         said = [f"Selected: {', '.join(self.layers)}, which is turned away from its old weights. It started from "

@@ -65,8 +65,13 @@ class DefenseConfig(ABC):
 
     def describe(self, images: str) -> str:
         """Return what a card says was done, Markdown; `images` names the clean images, "2,500 trusted images"."""
-        linked = re.sub(r"(?<!\[)arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", self.card_text)
+        linked = re.sub(r"(?<!\[)arXiv (\d{4}\.\d{4,5})", r"[\g<0>](https://arxiv.org/abs/\1)", self.text_of_card)
         return linked.replace("{images}", images)
+
+    @property
+    def text_of_card(self) -> str:
+        """What a card says of the method with these settings: `card_text`, unless settings make it another method."""
+        return self.card_text
 
     @abstractmethod
     def phases(self, network: Network) -> list[Phase | Pass]:

@@ -138,6 +138,14 @@ def test_the_unlearning_has_its_own_settings_within_those_of_the_run() -> None:
     assert unlearning_of(auto(augmentation="auto"), "auto").augmentation == "flip"
 
 
+def test_a_card_says_that_there_are_two_ways() -> None:
+    said = auto().describe("70 trusted images")
+    assert "looked for on 70 trusted images" in said
+    assert "[arXiv 2411.09585](https://arxiv.org/abs/2411.09585)" in said
+    assert "which of the two this run did" in said
+    assert "looked for" not in D3Config(**D3Config.presets["auto-1"]).describe("70 trusted images")
+
+
 def test_weights_of_images_need_the_push_alone() -> None:
     with pytest.raises(UsageError, match="searches triggers; take the preset auto-1, or leave reweight out"):
         parse_defense("d3:auto", {"reweight": "class"})
