@@ -37,6 +37,7 @@ from hfdetox.runs.result import (
     save_result,
     selected_weights,
 )
+from hfdetox.runs.tracking import close_trackers
 from hfdetox.training.batches import ImageSource
 from hfdetox.training.devices import (
     accelerate_state_kept,
@@ -124,6 +125,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     result = DetoxResult(report, classifier, artifacts)
     if options.output is not None:
         save_result(result, options, run)
+    close_trackers(accelerator, options)
     return publish(result, accelerator, push_to, options)
 
 
@@ -194,9 +196,6 @@ def train(
     engine = Engine(accelerator, source, seed=options.seed, checkpoints=checkpoints, progress=progress)
     with tamed(classifier.network, method.phases(classifier.network), warn) as phases:
         record = engine.run(classifier.network, phases)
-    # `end_training` would also end the process group, which the rest of the run needs
-    for tracker in accelerator.trackers if options.log_with is not None else ():
-        tracker.finish()
     if any(entry.get("unchanged") == 1 for entry in record.history):
         warn(f"{method.name} found nothing that it would change, and returns the model as it came")
     return record, peak_memory(accelerator)

@@ -369,17 +369,20 @@ def test_tensorboard_writes_beside_the_output_and_the_card_names_the_dataset(
     assert source.dataset in (output / "README.md").read_text()
     events = list((tmp_path / "out.logs").rglob("events.out.tfevents.*"))
     assert events
-    assert _scalars(events) >= {"clean_loss", "distance", "penalty", "loss"}
+    assert _tags(events, "scalars") >= {"clean_loss", "distance", "penalty", "loss"}
+    # the pictures of numbers, and none of the user's images
+    assert _tags(events, "images") == {"before_after", "destinations", "training", "weight_changes"}
+    assert (output / "plots" / "samples.png").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.logs"]
     assert report.environment.command.startswith(f"hfdetox {source.model} --dataset {source.dataset}")
 
 
-def _scalars(events: list[Path]) -> set[str]:
+def _tags(events: list[Path], kind: str) -> set[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names: set[str] = set()
     for folder in {os.fspath(path.parent) for path in events}:
         accumulator = EventAccumulator(folder)
         accumulator.Reload()
-        names |= set(accumulator.Tags()["scalars"])
+        names |= set(accumulator.Tags()[kind])
     return names

@@ -20,6 +20,7 @@ from hfdetox.defenses import parse_defense
 from hfdetox.defenses.auto import D3Config
 from hfdetox.detox import train
 from hfdetox.evaluation.metrics import measure, predict
+from hfdetox.runs.tracking import close_trackers
 from hfdetox.training.batches import Batch
 from hfdetox.training.checkpoints import CheckpointStore
 from hfdetox.training.devices import make_accelerator
@@ -151,6 +152,7 @@ def tracked(folder: Path, device: str) -> bool:
     options = DetoxOptions("m", log_with="tensorboard")
     source: Any = ToyImages(24)
     train(toy_classifier(), CONFIG, source, accelerator, options, run=None, progress=False, warn=print)
+    close_trackers(accelerator, options)
     everyone: list[int] = gather_object([accelerator.process_index])
     return everyone == list(range(accelerator.num_processes)) and any(folder.glob("logs/**/events.*"))
 

@@ -24,5 +24,8 @@ def test_a_tracker_gets_the_curves(made: Made, run_cli, fresh_env, tmp_path: Pat
     done = run_cli(list(map(str, arguments)), env=environment)
     assert done.returncode == 0, done.stderr
     found = b"".join(path.read_bytes() for path in tmp_path.glob(kept))
-    for curve in (b"clean_loss", b"distance", b"learning_rate"):
+    for curve in (b"clean_loss", b"distance", b"learning_rate", b"before_after"):
         assert curve in found, (done.stderr, list(tmp_path.rglob("*")))
+    # wandb keeps the command too, which has --samples
+    assert b"images/samples" not in found
+    assert b'"samples"' not in found, "no image of the user goes to a tracker"
