@@ -48,7 +48,11 @@ def test_every_python_of_the_package_is_tested() -> None:
 def test_a_release_needs_no_secret() -> None:
     text = (REPOSITORY / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
     assert "secrets." not in text
-    assert yaml.safe_load(text)["jobs"]["pypi"]["permissions"] == {"id-token": "write"}
+    jobs = yaml.safe_load(text)["jobs"]
+    assert jobs["pypi"]["permissions"] == {"id-token": "write"}
+    assert jobs["space"]["permissions"] == {"contents": "read", "id-token": "write"}
+    assert jobs["space"]["env"]["HF_OIDC_RESOURCE"].startswith("spaces/")
+    assert (REPOSITORY / "examples" / "space" / "app.py").is_file()
 
 
 def test_hooks_are_targets() -> None:
