@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,8 @@ def pictures_of_numbers(folder: Path) -> Pictures:
 def log_pictures(tracker: GeneralTracker, pictures: Pictures) -> None:
     """Log pictures in the tracker's own way; one that takes no pictures gets none."""
     if tracker.name == "trackio":
-        import trackio  # an extra
-
-        tracker.log({name: trackio.Image(pixels[0]) for name, pixels in pictures.items()})
+        picture = importlib.import_module("trackio").Image  # an extra
+        tracker.log({name: picture(pixels[0]) for name, pixels in pictures.items()})
     elif tracker.name == "tensorboard":
         tracker.log_images(pictures, dataformats="NHWC")
     elif hasattr(tracker, "log_images"):
