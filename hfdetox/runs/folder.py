@@ -37,7 +37,7 @@ from hfdetox.logging import is_main_process
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.network import FILE_NAME
 from hfdetox.runs.manifest import foreign_files, remove_own
-from hfdetox.training.checkpoints import CheckpointStore
+from hfdetox.training.checkpoints import CHECKPOINT_FILES, CheckpointStore
 from hfdetox.triggers import TRIGGERS, Trigger
 from hfdetox.values import check_known, read_fields
 
@@ -111,13 +111,19 @@ class RunFolder:
         )
         inside = [path for name in _FOLDERS for path in (self.path / name).rglob("*")]
         # what a run never writes there is somebody's own, and would be removed
-        foreign = [path for path in inside if path.is_symlink() or not (
-            path.suffix in (".safetensors", ".json") or LEFTOVER.fullmatch(path.name))]  # fmt: skip
+        foreign = [path for path in inside if path.is_symlink() or not self._own(path)]
         if RUN_FILE in found or foreign or found - {*LOCK_FILES, *_FOLDERS, FINGERPRINT_FILE, RESULT_FILE}:
             raise UsageError(
                 f"{self.path} holds a run that did not finish: go on with {self.resume_command()}, or remove it to "
                 "start again"
             )
+
+    def _own(self, path: Path) -> bool:
+        """Tell whether a path inside a folder of the run is one that a run writes."""
+        folder, *names = path.relative_to(self.path).parts
+        if len(names) != 1 or LEFTOVER.fullmatch(names[0]):
+            return len(names) == 1
+        return path.suffix == ".safetensors" if folder == _TRIGGERS else names[0] in CHECKPOINT_FILES
 
     def resume_command(self) -> str:
         """Return the shell command that goes on with this run."""

@@ -20,6 +20,7 @@ from hfdetox.errors import RunError, refusing
 from hfdetox.files import replace_folder
 
 FORMAT = 1
+CHECKPOINT_FILES = (_RECORD, _TENSORS) = ("record.json", "tensors.safetensors")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class CheckpointStore:
             fresh.mkdir(parents=True)
             # safetensors refuses views that share memory
             flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(flat, fresh / "tensors.safetensors")
-            (fresh / "record.json").write_text(json.dumps({"format": FORMAT, **record}), encoding="utf-8")
+            save_file(flat, fresh / _TENSORS)
+            (fresh / _RECORD).write_text(json.dumps({"format": FORMAT, **record}), encoding="utf-8")
             # while there is no new one in its place, a kill must leave the old one
             if self.folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -65,8 +66,8 @@ class CheckpointStore:
         if folder is None:
             return None
         with refusing(f"the checkpoint in {folder} cannot be read", "; start again without --resume", RunError):
-            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "tensors.safetensors")
+            record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            tensors = load_file(folder / _TENSORS)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise RunError(f"the checkpoint in {folder} is of another hfdetox version; start again without --resume")
         return Checkpoint(tensors, record)

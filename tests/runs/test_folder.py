@@ -172,6 +172,22 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["checkpoint/model.safetensors", "checkpoint/notes.json", "triggers/mine/a.safetensors", "triggers/mine.json",
+             "checkpoint.new/mine/tensors.safetensors"])  # fmt: skip
+def test_what_no_run_writes_is_somebodys(tmp_path: Path, name: str) -> None:
+    run = RunFolder(tmp_path / "out.run")
+    # a run that was killed before it was recorded is none
+    for own in ("checkpoint/tensors.safetensors", "checkpoint.old/record.json", "triggers/badnets.safetensors"):
+        (run.path / own).parent.mkdir(parents=True)
+        (run.path / own).write_bytes(b"")
+    run.refuse_existing()
+    (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / name).write_bytes(b"mine")
+    with pytest.raises(UsageError, match="holds a run that did not finish"):
+        run.refuse_existing()
+
+
+@pytest.mark.parametrize(
     "content", [None, b"{", b"[]", b"null", b'{"model": "x"}', b'{"colour": 1}', b"\xff\xfe", b'"text"', b"[" * 100_000,
                 b'{"defense": ["d3"]}', b'{"dataset": {"a": 1}}', b'{"settings": {"a": 1}}', b'{"model": 3}',
                 b'{"seed": ' + b"9" * 5000 + b"}"]
