@@ -172,8 +172,8 @@ def test_a_run_that_is_there_is_not_begun_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint/model.safetensors", "checkpoint/notes.json", "triggers/mine/a.safetensors", "triggers/mine.json",
-             "checkpoint.new/mine/tensors.safetensors"])  # fmt: skip
+    "name", ["checkpoint/model.safetensors", "checkpoint/notes.json", "triggers/mine/a.safetensors",
+             "triggers/mine.json", "checkpoint.new/mine/tensors.safetensors"])  # fmt: skip
 def test_what_no_run_writes_is_somebodys(tmp_path: Path, name: str) -> None:
     run = RunFolder(tmp_path / "out.run")
     # a run that was killed before it was recorded is none
