@@ -20,7 +20,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from hfdetox.errors import UsageError, on_disk
+from hfdetox.errors import UsageError, on_disk, one_line
 
 # by which a folder or repository is known as hfdetox's own
 REPORT_NAMES = (REPORT_NAME, ATTACK_REPORT_NAME) = ("detox_report.json", "attack_report.json")
@@ -165,8 +165,7 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             with safe_open(str(path), framework="numpy"):
                 pass
         except SafetensorError as error:
-            reason = " ".join(str(error).split())
-            message = f"{path.name} is not a safetensors file ({reason}); get a whole copy of it"
+            message = f"{path.name} is not a safetensors file ({one_line(error, 200)}); get a whole copy of it"
             raise NotSafetensorsError(message) from error
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")

@@ -35,7 +35,7 @@ from hfdetox.cli.output import Output, say, standard_output
 from hfdetox.config_bench import BenchOptions, SuiteOptions
 from hfdetox.config_scan import ScanOptions
 from hfdetox.config_verify import GateOptions, PageOptions, VerifyOptions
-from hfdetox.errors import HfdetoxError, UsageError
+from hfdetox.errors import HfdetoxError, UsageError, one_line
 from hfdetox.evaluation.verdict import describe_visibility
 from hfdetox.logging import complain, is_main_process, mask_secrets
 from hfdetox.reporting.environment import check_torchvision
@@ -353,7 +353,7 @@ def run(arguments: Sequence[str]) -> int:
         command = typer.main.get_command(app)
         status = command.main(args=list(arguments), prog_name="hfdetox", standalone_mode=False)
     except COMMAND_ERROR as error:
-        complain(f"error: {error.format_message().replace('Value error, ', '')}")
+        complain(f"error: {one_line(error.format_message().replace('Value error, ', ''), 280)}")
         return error.exit_code
     except HfdetoxError as error:
         if "--debug" in arguments:

@@ -16,7 +16,7 @@ import numpy as np
 import timm
 
 from hfdetox.documents import read_json, read_yaml
-from hfdetox.errors import UsageError, located
+from hfdetox.errors import UsageError, located, one_line
 from hfdetox.values import shown
 
 DROPPED = -1
@@ -242,13 +242,20 @@ def _read_map(label_map: Path | str | Mapping[str, Any] | None) -> dict[str, Any
     return {str(key): value for key, value in content.items()}
 
 
+def _quoted(given: object) -> str:
+    """Return a key or value of a map as a message shows it."""
+    return one_line(repr(given), 100)
+
+
 def _apply_map(chosen: Mapping[str, Any], dataset_names: list[str], model_labels: Sequence[str]) -> dict[int, int]:
     """Return dataset index to model index (or DROPPED) for every entry of the map."""
     fixed: dict[int, int] = {}
     for key, value in chosen.items():
         places = _spelt(key, dataset_names)
         if not places:
-            raise LabelMapError(f"label map: the dataset has no class {key!r}; it has {list_names(dataset_names)}")
+            raise LabelMapError(
+                f"label map: the dataset has no class {_quoted(key)}; it has {list_names(dataset_names)}"
+            )
         fixed.update(dict.fromkeys(places, _model_index(key, value, model_labels)))
     return fixed
 
@@ -268,12 +275,16 @@ def _model_index(key: str, value: str | int | None, model_labels: Sequence[str])
         if len(found) == 1:
             return found[0]
         if found:
-            raise LabelMapError(f"label map: {key!r}: {value!r} fits {len(found)} model labels; give the index")
+            raise LabelMapError(
+                f"label map: {_quoted(key)}: {_quoted(value)} fits {len(found)} model labels; give the index"
+            )
         if not value.isdecimal():
-            raise LabelMapError(f"label map: {key!r}: the model has no label {value!r}: {list_names(model_labels)}")
+            raise LabelMapError(
+                f"label map: {_quoted(key)}: the model has no label {_quoted(value)}: {list_names(model_labels)}"
+            )
     index = int(value)
     if not 0 <= index < len(model_labels):
-        raise LabelMapError(f"label map: {key!r}: index {index} is outside 0 to {len(model_labels) - 1}")
+        raise LabelMapError(f"label map: {_quoted(key)}: index {index} is outside 0 to {len(model_labels) - 1}")
     return index
 
 

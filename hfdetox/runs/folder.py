@@ -303,8 +303,8 @@ def fresh_name(output: Path) -> str:
 def settle(output: Path) -> None:
     """Put right what a killed process left beside an output, on the main process, which holds the run folder.
 
-    Unfinished folders go, and so does what is left of a run folder that was being removed; an earlier result that was
-    being replaced is put back.
+    Unfinished folders go, and so does what is left of a run folder that was being removed and of an earlier result that
+    was replaced; one that was being replaced is put back.
     """
     parent, old = output.absolute().parent, _old_place(output)
     if not is_main_process() or not parent.is_dir():
@@ -315,7 +315,9 @@ def settle(output: Path) -> None:
     run = RunFolder.beside(output)
     if (run.path / RESULT_FILE).exists() and not (run.path / RUN_FILE).exists():
         run.remove()
-    if old.is_dir() and not os.path.lexists(output):
+    if old.is_dir() and os.path.lexists(output):
+        remove_own(old)
+    elif old.is_dir():
         with on_disk(f"move the earlier result back to {output}"):
             os.replace(old, output)
 

@@ -65,6 +65,7 @@ USAGE_ERRORS = {
     "list-nothing": (["list"], "defenses"),
     "list-other": (["list", "models"], "models"),
     "demo-argument": (["demo", "digits"], "unexpected extra argument"),
+    "long-argument": (["m", "x" * 5000], "xxx … xxx"),
 }
 
 

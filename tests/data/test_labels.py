@@ -125,6 +125,8 @@ def test_a_map_for_plain_integers():
     ("entries", "message"),
     [
         ({"bird": "cat"}, "the dataset has no class 'bird'"),
+        ({"x" * 1000: "cat"}, r"^.{,250}$"),
+        ({"cat": "x" * 1000}, r"^.{,350}$"),
         ({"cat": "bird"}, "the model has no label 'bird'"),
         ({"cat": 7}, "index 7 is outside 0 to 1"),
         ({"cat": True}, "in quotes"),

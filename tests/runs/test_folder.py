@@ -25,6 +25,7 @@ from hfdetox.runs.folder import (
     log_folder,
     open_run,
     publish_folder,
+    settle,
 )
 from hfdetox.triggers import BadNets, Blended, parse_triggers
 
@@ -354,6 +355,18 @@ def test_a_result_is_moved_in_one_step_and_nothing_stays_beside_it(before: str, 
     publish_folder(fresh, output)
     assert os.listdir(output) == ["new"]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_kill_left_of_a_replaced_result_goes_with_the_next_command(tmp_path: Path) -> None:
+    """The new result is in its place, and the old one was being removed."""
+    folder_with(tmp_path / "out", "config.json")
+    folder_with(tmp_path / ".out.old", "model.safetensors")
+    settle(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+    # what somebody put there stays
+    folder_with(tmp_path / ".out.old", "mine.txt")
+    settle(tmp_path / "out")
+    assert (tmp_path / ".out.old" / "mine.txt").exists()
 
 
 def test_a_move_that_fails_leaves_the_earlier_result_where_it_was(tmp_path: Path) -> None:
