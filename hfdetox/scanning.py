@@ -7,6 +7,7 @@ from hfdetox.config_scan import ScanOptions
 from hfdetox.data.load import NoDatasetError
 from hfdetox.errors import RunError
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator, settle_order
+from hfdetox.evidence.cost import say_scan
 from hfdetox.evidence.inquiry import Inquiry
 from hfdetox.evidence.results import ScanReport
 from hfdetox.evidence.run import make_suspect, scan_suspect
@@ -52,6 +53,7 @@ def scan(given: ScanOptions) -> ScanReport:
         check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn, trains=False)
     except RunError as error:
         notes.warn(str(error))
+    say_scan(evaluation, thorough=options.thorough, progress=given.progress and accelerator.is_main_process)
     pixels = decoded(images.clean, classifier, accelerator, "decode", given.progress)
     inquiry = Inquiry(evaluation, pixels, options.seed, thorough=options.thorough)
     when: When = "after" if options.cleaned else "before"

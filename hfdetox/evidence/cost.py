@@ -11,12 +11,15 @@ import torch
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evidence.inquiry import planned_passes
+from hfdetox.evidence.run import LOOKED_AT
 from hfdetox.progress import note
 from hfdetox.training.devices import evaluating, saved_bytes
 
 # numbers of clean images that are proposed instead
 _FEWER = (2500, 1000, 500, 250, 100)
 _WORTH_SAYING = 60.0  # seconds
+# image passes of the scores that search nothing, of both reconstructions for a class, and of the margin's
+_LOOKS, _SEARCH, _MARGIN = 6_000, 23_040, 18_000
 _BYTES, _IMAGES = 2**27, 64  # of the batch that is timed: what it may keep for its backward pass, and the most images
 
 
@@ -84,6 +87,28 @@ def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool)
         images: how many clean images there are.
         scan: whether the model is scanned.
     """
+    measuring = 2 * (len(evaluation.clean) + sum(len(view.source) for view in evaluation.views))
+    return Cost(method, images, measuring, scan, second_passes(evaluation), _where(evaluation))
+
+
+def say_scan(evaluation: Evaluator, *, thorough: bool, progress: bool) -> None:
+    """Say what a scan of the model takes where that is more than a minute."""
+    speed, classes = second_passes(evaluation), len(evaluation.classifier.labels)
+    minutes = scan_passes(classes, thorough=thorough) / speed / 60
+    if minutes * 60 > _WORTH_SAYING:
+        fewer = scan_passes(classes, thorough=False) / speed / 60
+        less = f"; {_spoken(fewer)} without --thorough" if thorough else ""
+        note(f"the scan takes about {_spoken(minutes)} on {_where(evaluation)}{less}", shown=progress)
+
+
+def scan_passes(classes: int, *, thorough: bool) -> int:
+    """Return about how many image passes the scores of a scan take before cleaning, by what each says of itself."""
+    searched = classes if thorough else min(LOOKED_AT, classes)
+    return _LOOKS + _SEARCH * searched + (_MARGIN * classes if thorough else 0)
+
+
+def second_passes(evaluation: Evaluator) -> float:
+    """Return image passes a second, of all processes together, from two batches; a gradient counts as one more."""
     accelerator, clean = evaluation.accelerator, evaluation.clean
     network = evaluation.classifier.network.to(accelerator.device)
     count = max(1, min(_IMAGES, len(clean), _BYTES // saved_bytes(network)))
@@ -96,10 +121,12 @@ def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool)
             torch.autograd.grad(loss, weights, allow_unused=True)
             float(loss.detach())  # waits for the device
             seconds = time.perf_counter() - start
-    measuring = 2 * (len(clean) + sum(len(view.source) for view in evaluation.views))
-    kind = accelerator.device.type
-    where = "this CPU" if kind == "cpu" else f"this {kind.upper()} device"
-    return Cost(method, images, measuring, scan, 2 * count * accelerator.num_processes / max(seconds, 1e-9), where)
+    return 2 * count * accelerator.num_processes / max(seconds, 1e-9)
+
+
+def _where(evaluation: Evaluator) -> str:
+    kind = evaluation.accelerator.device.type
+    return "this CPU" if kind == "cpu" else f"this {kind.upper()} device"
 
 
 def _spoken(minutes: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hfdetox.config import DetoxOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import prepare_evaluator
-from hfdetox.evidence.cost import Cost, measure_cost
+from hfdetox.evidence.cost import Cost, measure_cost, say_scan
 from hfdetox.runs.pulling import pull
 from hfdetox.training.devices import make_accelerator
 from tests import backdoored
@@ -59,6 +61,22 @@ def test_it_is_said_above_a_minute_only(capsys: pytest.CaptureFixture[str], monk
 def test_a_run_that_takes_too_long_is_refused(most: float, line: str) -> None:
     with pytest.raises(UsageError, match=line):
         cost().check(most, progress=True)
+
+
+def test_a_scan_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    speeds = iter([100.0, 100.0, 100_000.0])
+    monkeypatch.setattr("hfdetox.evidence.cost.second_passes", lambda _: next(speeds))
+    ten: Any = SimpleNamespace(classifier=SimpleNamespace(labels=list("abcdefghij")),
+                               accelerator=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
+    # two classes: 52,080 passes; all ten, and their margins: 416,400
+    say_scan(ten, thorough=False, progress=True)
+    assert capsys.readouterr().err == "the scan takes about 9 minutes on this CPU\n"
+    say_scan(ten, thorough=True, progress=True)
+    said = "the scan takes about 69 minutes on this CPU; 9 minutes without --thorough\n"
+    assert capsys.readouterr().err == said
+    say_scan(ten, thorough=False, progress=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_measuring_it_moves_nothing(tmp_path_factory: pytest.TempPathFactory, capsys) -> None:
