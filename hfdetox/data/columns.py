@@ -10,12 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Array2D, Array3D, ClassLabel, Features, Image, LargeList, List, Value
 
-from hfdetox.data.labels import count_matches, list_names
+from hfdetox.data.labels import UNLABELLED, count_matches, list_names
 from hfdetox.errors import UsageError
 
 LABEL_NAMES = ("label", "labels", "class", "cls", "target", "category", "fine_label", "coarse_label", "y")
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes")
-UNLABELLED = -1
 _NUMBER = re.compile(r"(-1|\d+)(\.0+)?")
 _TEXTS, _BYTES = ("string", "large_string", "string_view"), ("binary", "large_binary")
 

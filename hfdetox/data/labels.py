@@ -20,6 +20,9 @@ from hfdetox.errors import UsageError, located, one_line
 from hfdetox.values import shown
 
 DROPPED = -1
+# what datasets have for an image without a label
+UNLABELLED = -1
+_NEGATIVE = re.compile(r"-\d+")
 _SHOWN = 8
 _WORDNET_ID = re.compile(r"n\d{8}")
 _GENERIC = re.compile(r"(label|class)[\s_-]*\d+", re.IGNORECASE)
@@ -251,6 +254,8 @@ def _apply_map(chosen: Mapping[str, Any], dataset_names: list[str], model_labels
     """Return dataset index to model index (or DROPPED) for every entry of the map."""
     fixed: dict[int, int] = {}
     for key, value in chosen.items():
+        if key == str(UNLABELLED) and value is None and key not in dataset_names:
+            continue  # such images are left out anyway
         places = _spelt(key, dataset_names)
         if not places:
             raise LabelMapError(
@@ -261,8 +266,10 @@ def _apply_map(chosen: Mapping[str, Any], dataset_names: list[str], model_labels
 
 
 def _spelt(wanted: str, names: Sequence[str]) -> list[int]:
-    """Return the indices of the names that are `wanted`, else of those that are spelt like it."""
+    """Return the indices of the names that are `wanted`, else of those spelt like it; -1 is not spelt like 1."""
     exact = [i for i, name in enumerate(names) if name == wanted]
+    if _NEGATIVE.fullmatch(wanted):
+        return exact
     return exact or [i for i, name in enumerate(names) if _plain(name) == _plain(wanted)]
 
 

@@ -121,6 +121,18 @@ def test_a_map_for_plain_integers():
     assert alignment.mapping == [0, 1, 0, DROPPED]
 
 
+@pytest.mark.parametrize("names", [None, ["0", "1", "2"], ["a", "1", "c"]])
+def test_what_has_no_label_may_be_named_and_is_not_class_1(names):
+    model = names or ["a", "b", "c"]
+    assert align_labels(names, model, {"-1": None}).mapping == [0, 1, 2]
+    assert align_labels(names, model, {-1: None, 2: None} if names is None else {"-1": None}).mapping[1] == 1
+    for wrong in ({"-1": "0"}, {"-2": None}, {-1: 1}):
+        with pytest.raises(LabelMapError, match=r"the dataset has no class '-[12]'"):
+            align_labels(names, model, wrong)
+    # a class that is called so is one
+    assert align_labels(["-1", "1"], ["-1", "1"], {"-1": None}).mapping == [DROPPED, 1]
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
