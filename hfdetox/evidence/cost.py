@@ -101,6 +101,14 @@ def say_scan(evaluation: Evaluator, *, thorough: bool, progress: bool) -> None:
         note(f"the scan takes about {_spoken(minutes)} on {_where(evaluation)}{less}", shown=progress)
 
 
+def say_training(evaluation: Evaluator, passes: int, *, progress: bool) -> None:
+    """Say what a training of so many image passes takes where that is more than a minute."""
+    minutes = passes / second_passes(evaluation) / 60
+    if minutes * 60 > _WORTH_SAYING:
+        note(f"the training takes about {_spoken(minutes)} on {_where(evaluation)}; fewer --set epochs=… take less",
+             shown=progress)  # fmt: skip
+
+
 def scan_passes(classes: int, *, thorough: bool) -> int:
     """Return about how many image passes the scores of a scan take before cleaning, by what each says of itself."""
     searched = classes if thorough else min(LOOKED_AT, classes)

@@ -14,7 +14,7 @@ from hfdetox.config import DetoxOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import prepare_evaluator
-from hfdetox.evidence.cost import Cost, measure_cost, say_scan
+from hfdetox.evidence.cost import Cost, measure_cost, say_scan, say_training
 from hfdetox.runs.pulling import pull
 from hfdetox.training.devices import make_accelerator
 from tests import backdoored
@@ -76,6 +76,19 @@ def test_a_scan_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkeypat
     said = "the scan takes about 69 minutes on this CPU; 9 minutes without --thorough\n"
     assert capsys.readouterr().err == said
     say_scan(ten, thorough=False, progress=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr("hfdetox.evidence.cost.second_passes", lambda _: 100.0)
+    one: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
+    say_training(one, 60_000, progress=True)
+    assert (
+        capsys.readouterr().err == "the training takes about 10 minutes on this CPU; fewer --set epochs=… take less\n"
+    )
+    say_training(one, 5_000, progress=True)
+    say_training(one, 60_000, progress=False)
     assert capsys.readouterr().err == ""
 
 
