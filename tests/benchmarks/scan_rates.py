@@ -150,7 +150,9 @@ def write(found: dict[str, Any], when: str) -> None:
     table = json.loads(FILE.read_text())
     for name, one in found["scores"].items():
         place = table["scores"][name].setdefault(when, {})
-        place |= {"measured": True, "models": one["models"], "false_alarms": one["false_alarms"], "found": one["found"]}
+        # no rate of none
+        rates = {key: one[key] if one[key][1] else None for key in ("false_alarms", "found")}
+        place |= {"measured": True, "models": one["models"], **rates}
         if one["threshold"] is not None:
             place |= {"value": round(one["threshold"], 4), "rule": RULE}
     FILE.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
