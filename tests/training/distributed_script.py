@@ -49,8 +49,8 @@ DEFENSES: dict[str, dict[str, str]] = {
     "fst": {**_TUNED, "reweight": "class"}, "fp": _TUNED, "nc": {**_TUNED, "inversion_epochs": "3"},
     "sau": {**_TUNED, "learning_rate": "0.001", "steps": "2"},
     "ims": {"initial_rounds": "3", "free_rounds": "3", "sparse_rounds": "3", "batch_size": "16", "inner_steps": "2"},
-    # pairs of blended images are of one process
-    "d3:auto": {**_TUNED, "min_steps": "10", "mixup": "0"}, "anp": _TUNED, "rnp": {**_TUNED, "epoch_images": "32"},
+    # pairs of blended images are of one process, and so are the stamps of `unlearn` in d3:auto
+    "d3:auto-1": {**_TUNED, "min_steps": "10", "mixup": "0"}, "anp": _TUNED, "rnp": {**_TUNED, "epoch_images": "32"},
 }  # fmt: skip
 MASKED = ("anp", "rnp")
 # fewer than processes, fewer than a batch, and more than one batch of every process
