@@ -45,6 +45,6 @@ def log_pictures(tracker: GeneralTracker, pictures: Pictures) -> None:
         picture = importlib.import_module("trackio").Image  # an extra
         tracker.log({name: picture(pixels[0]) for name, pixels in pictures.items()})
     elif tracker.name == "tensorboard":
-        tracker.log_images(pictures, dataformats="NHWC")
+        tracker.log_images(pictures, step=None, dataformats="NHWC")
     elif hasattr(tracker, "log_images"):
-        tracker.log_images(pictures)
+        tracker.log_images(pictures, step=None)
