@@ -30,7 +30,7 @@ TRAINING_EPOCHS = 25
 TARGET = "zero"
 # 5 % of so few images, the default, would be six or seven a class
 CLEAN_IMAGES = 600
-# optimiser steps of the two trainings: 11 of 128 images an epoch, and the least that d3:auto makes
+# optimiser steps of the two trainings: 11 of 128 images an epoch, and the least of a push, as searches take long too
 STEPS = {128: 11 * TRAINING_EPOCHS, 256: 200}
 # relative to the demo's folder
 TRIGGER = Path("backdoored", "triggers", "badnets.safetensors")

@@ -25,7 +25,7 @@ os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 from datasets import ClassLabel, Dataset, Features, Image
 
 import hfdetox
-from hfdetox.errors import one_line
+from hfdetox.errors import one_line, refusing
 from hfdetox.evidence.results import ScanReport
 from hfdetox.hub.client import AccessError, UnknownRepoError
 from hfdetox.hub.download import RepoState, RepoType, resolve
@@ -142,19 +142,14 @@ def write_images(archive: str, folder: Path) -> None:
     Raises:
         UsageError: it is no zip, too large, or has no pictures in folders.
     """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members = {one: PurePosixPath(one.filename) for one in opened.infolist() if not one.is_dir()}
-            members = {one: path for one, path in members.items() if path.suffix.lower() in PICTURES
-                       and path.parent.name and "__MACOSX" not in path.parts}  # fmt: skip
-            size = sum(one.file_size for one in members)
-            if size > MEGABYTES * 1e6:
-                raise too_large("the images have", size)
-            images = [{"bytes": opened.read(one), "path": None} for one in members]
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, hfdetox.HfdetoxError):
-            raise
-        raise hfdetox.UsageError(f"the images are no zip that can be read ({one_line(error, 100)})") from error
+    with refusing("the images are no zip that can be read"), zipfile.ZipFile(archive) as opened:
+        members = {one: PurePosixPath(one.filename) for one in opened.infolist() if not one.is_dir()}
+        members = {one: path for one, path in members.items() if path.suffix.lower() in PICTURES
+                   and path.parent.name and "__MACOSX" not in path.parts}  # fmt: skip
+        size = sum(one.file_size for one in members)
+        if size > MEGABYTES * 1e6:
+            raise too_large("the images have", size)
+        images = [{"bytes": opened.read(one), "path": None} for one in members]
     names = sorted({path.parent.name for path in members.values()})
     if not names:
         raise hfdetox.UsageError("the zip has no pictures in folders; give one folder a class: cat/1.jpg, dog/2.jpg")

@@ -1,10 +1,10 @@
-"""Ideas for `d3:auto` that were measured and dropped: averaged weights, distillation, BatchNorm measured anew.
+"""Ideas for `d3:auto-1` that were measured and dropped: averaged weights, distillation, BatchNorm measured anew.
 
     hfdetox attack --suite examples/d3_auto.yaml --dataset CIFAR10 --output ZOO1
     python -m tests.benchmarks.d3_ideas --cifar CIFAR10 --zoo ZOO1 --output d3_ideas.json [--cells NAME…]
 
-2,500 clean images, all 10,000 test images, seed 0, `d3:auto` beside it with one idea added. The file is written after
-every row; a row that is there is not run again. The models cleaned by `d3:auto` stay in ZOO1.ideas/CELL: one idea
+2,500 clean images, all 10,000 test images, seed 0, `d3:auto-1` beside it with one idea added. The file is written after
+every row; a row that is there is not run again. The models cleaned by `d3:auto-1` stay in ZOO1.ideas/CELL: one idea
 distils from them.
 """
 
@@ -51,7 +51,7 @@ class IdeaConfig(D3Config):
     """
 
     name: ClassVar[str] = "d3-idea"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"auto": D3Config.presets["auto"]}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"auto": D3Config.presets["auto-1"]}
 
     decay: float = 0.95
     average: bool = False

@@ -35,6 +35,16 @@ WAY = (0.5, 0.75)
 TEMPERATURE = 2.0
 
 
+def parts(config: UnlearnConfig, network: Network) -> tuple[Pass, Pass, Phase, Unlearning]:
+    """Return the look, the search, the training, and what they share."""
+    look, search, phase = config.phases(network)
+    assert isinstance(look, Pass)
+    assert isinstance(search, Pass)
+    assert isinstance(phase, Phase)
+    assert isinstance(phase.state, Unlearning)
+    return look, search, phase, phase.state
+
+
 def plain(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Return the defense as it is."""
     return config.phases(network)
@@ -42,10 +52,7 @@ def plain(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
 
 def hinge(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Let losses below ε ask for nothing, as D3 does."""
-    look, search, phase = config.phases(network)
-    assert isinstance(phase, Phase)
-    unlearning = phase.state
-    assert isinstance(unlearning, Unlearning)
+    look, search, phase, unlearning = parts(config, network)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         images, _ = batch.once("stamped", lambda: unlearning.stamped(batch.images))
@@ -58,10 +65,7 @@ def hinge(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
 
 def taught(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Take half of an image's loss from what the suspect says of it without a trigger, where it is right."""
-    look, search, phase = config.phases(network)
-    assert isinstance(phase, Phase)
-    unlearning = phase.state
-    assert isinstance(unlearning, Unlearning)
+    look, search, phase, unlearning = parts(config, network)
     teacher = copy.deepcopy(network).requires_grad_(False).eval()
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -80,11 +84,9 @@ def taught(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
 
 def turned(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Turn the head away from where it was, by D3's rule for λ, while triggers are unlearnt."""
-    look, search, phase = config.phases(network)
-    assert isinstance(phase, Phase)
-    unlearning = phase.state
-    assert isinstance(unlearning, Unlearning)
-    settings = replace(D3Config(**D3Config.presets["auto"]), initialization="near", learning_rate=config.learning_rate)
+    look, search, phase, unlearning = parts(config, network)
+    push = D3Config(**D3Config.presets["auto-1"])
+    settings = replace(push, initialization="near", learning_rate=config.learning_rate)
     d3 = AutoD3(network.model, settings)
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -103,10 +105,7 @@ def turned(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
 
 def no_patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Search patches on the suspect alone, and not as the model changes."""
-    look, search, phase = config.phases(network)
-    unlearning = phase.state
-    assert isinstance(search, Pass)
-    assert isinstance(unlearning, Unlearning)
+    look, search, phase, unlearning = parts(config, network)
     first = search.finish
     assert first is not None
 
@@ -120,9 +119,7 @@ def no_patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pa
 
 def patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Search patches again with BatchNorm too."""
-    look, search, phase = config.phases(network)
-    unlearning = phase.state
-    assert isinstance(unlearning, Unlearning)
+    look, search, phase, unlearning = parts(config, network)
     # an average of nothing
     unlearning.average = WeightAverage([])
     return [look, search, phase]
@@ -130,8 +127,7 @@ def patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pass]
 
 def not_averaged(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Take the last weights of a falling rate, as with BatchNorm."""
-    look, search, phase = config.phases(network)
-    assert isinstance(phase, Phase)
+    look, search, phase, _ = parts(config, network)
     return [look, search, replace(phase, after_step=None, schedule="cosine")]
 
 
