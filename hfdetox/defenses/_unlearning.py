@@ -204,7 +204,7 @@ class Unlearning:
         for place, seen in enumerate((images, augmenter(images, augmenter.draw(0, 0, self.images, len(images))))):
             right = network(seen).argmax(1) == batch.labels
             self._right[place] += int(right.sum())
-            if not place:
+            if not place and self.able and not config.classes:
                 both = (batch.labels[right], batch.labels)
                 self._found += torch.stack([part.bincount(minlength=self._found.shape[1]).cpu() for part in both])
 
@@ -216,6 +216,7 @@ class Unlearning:
         self.images = count
         self.able = all(gather_object([self.able]))
         if not self.able:
+            self._heads = []
             return {**found, UNABLE: 1.0}
         if not self.config.classes:
             hidden = hardly_found(*accelerator.reduce(self._found.to(accelerator.device), reduction="sum").cpu())

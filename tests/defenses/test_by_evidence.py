@@ -104,17 +104,30 @@ class Squared(nn.Module):
         return -self.body(x).square()
 
 
-def test_a_head_that_is_not_linear_is_pushed_as_ever(accelerator: Accelerator) -> None:
+class Narrow(nn.Module):
+    """A last layer of fewer outputs than there are classes, which a matrix follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES - 1))
+        self.last = nn.Parameter(torch.randn(CLASSES - 1, CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) @ self.last
+
+
+@pytest.mark.parametrize("make", [Squared, Narrow])
+def test_a_head_that_is_not_linear_is_pushed_as_ever(make: type[nn.Module], accelerator: Accelerator) -> None:
     torch.manual_seed(0)
     config = auto(layers=("body.1",))
-    record = run(config, Network(Squared(), toy_preprocessing()).eval(), accelerator)  # type: ignore[arg-type]
+    record = run(config, Network(make(), toy_preprocessing()).eval(), accelerator)  # type: ignore[arg-type]
     assert trained(record) == ["unlearn-look", "d3-look", "d3", "d3"]
     assert config.choices(record.history)[0] == (
         "The weights were pushed: no class can be accused, for the model's head is not linear."
     )
     # the defense of that name has nothing else to do
     with pytest.raises(UsageError, match="name the classes that may be a target"):
-        run(parse_defense("unlearn", {"epochs": "1"})[0], Network(Squared(), toy_preprocessing()).eval(), accelerator)  # type: ignore[arg-type]
+        run(parse_defense("unlearn", {"epochs": "1"})[0], Network(make(), toy_preprocessing()).eval(), accelerator)  # type: ignore[arg-type]
 
 
 def test_images_that_are_no_grey_levels_are_pushed_as_ever(accelerator: Accelerator) -> None:
