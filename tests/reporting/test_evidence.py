@@ -71,6 +71,14 @@ def test_what_was_reconstructed_is_no_known_trigger() -> None:
     assert rows[0].metric_args["reconstructed"] is True
 
 
+def test_the_card_says_where_the_defense_was_taught_what_it_is_judged_by() -> None:
+    given, said = report(), "in these rows it is judged by what it was taught"
+    assert said not in card_of(given)
+    unlearnt = [{"phase": "unlearn-search", "epoch": 1}, {"phase": "unlearn", "epoch": 1, "clean_loss": 0.1}]
+    assert said in card_of(replace(given, history=unlearnt))
+    assert said not in card_of(replace(given, history=unlearnt[:1])), "a search alone teaches nothing"
+
+
 def test_a_card_that_is_checked_before_the_training_has_what_is_known_then() -> None:
     card = card_of(replace(report(finished=False), after=None))
     assert "Before: **suspicious**" in card
