@@ -12,12 +12,12 @@ from hfdetox.defenses.unlearn import UnlearnConfig
 from hfdetox.errors import UsageError
 
 CARD_TEXT = (
-    "A backdoor was looked for on {images}: classes that the model can most easily be pushed to, and faint blends and "
-    "small patches that lead to them. Where something speaks for a backdoor these triggers are unlearnt: the model is "
-    "fine-tuned on those images, a part of them with the triggers and their true labels. Where nothing does, D3, "
-    "distance-driven detoxification (arXiv 2411.09585), fine-tunes the model while pushing the weights of the selected "
-    "layers away from where the author left them, as far as the loss on those images allows. The list says which of "
-    "the two this run did."
+    "A backdoor was looked for on {images}: classes that the model can most easily be pushed to or that its head "
+    "prefers, and faint blends and small patches that lead to them. Where something speaks for a backdoor these "
+    "triggers are unlearnt: the model is fine-tuned on those images, a part of them with the triggers and their true "
+    "labels. Where nothing does, D3, distance-driven detoxification (arXiv 2411.09585), fine-tunes the model while "
+    "pushing the weights of the selected layers away from where the author left them, as far as the loss on those "
+    "images allows. The list says which of the two this run did."
 )
 History = Sequence[Mapping[str, Any]]
 

@@ -19,6 +19,7 @@ from hfdetox.models.layers import LayerPatternError, classes_of, has_batch_norm
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.averaging import WeightAverage
 from hfdetox.training.batches import step_bounds
+from hfdetox.training.probe import log_odds, probed_shares
 from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
 from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -31,9 +32,12 @@ _BATCH = 256
 _SEARCHED = 640
 # strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
 _WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
-# what speaks for a backdoor: a robust z below this (no clean model that it was made on went below -3.8); a faintest
-# blend that leads so many of the images to its class; or a patch that does, and covers so small a share of the image
-_SURE, _LED, _SMALL = -4.0, 0.9, 0.01
+# what speaks for a backdoor: log odds of the share of random features that the head gives to one class, above the
+# largest of 69 models without one; a robust z below this, where both name the same class; a faintest blend that leads
+# so many of the images to its class; or a patch that does, and covers so small a share of the image
+_PROBED, _SURE, _LED, _SMALL = 1.0, -4.0, 0.9, 0.01
+# with fewer classes one gets most random features anyway
+_PROBED_CLASSES = 4
 # classes that are accused, at most, and how many are taken where none is
 _MOST_ACCUSED, _NONE_ACCUSED = 4, 2
 # the latter are those to which the faintest blends lead most images: of how many classes, how faint, steps and images
@@ -95,8 +99,9 @@ class Unlearning:
         average: of the weights over the later steps, for networks that AdamW trains.
         masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
         blends: patterns of the blends found (B×C×h×w, float32).
-        evident: whether something speaks for a backdoor: a latent shift far below the others, a faint blend that leads
-            nearly all images to its class, a small patch, or the settings, which name the classes.
+        evident: whether something speaks for a backdoor: a head that gives random features to one class, a latent
+            shift far below the others, a faint blend that leads nearly all images to its class, a small patch, or the
+            settings, which name the classes.
         seed: of the searches.
         searches, ended: how many there were, and how many epochs are over; −1 before the first.
     """
@@ -235,7 +240,7 @@ class Unlearning:
                 }  # fmt: skip
 
     def _score(self, seen: list[list[HeadInputs]], hidden: Tensor) -> dict[str, float]:
-        """Accuse classes by their latent shifts, and the hidden ones (int64).
+        """Accuse classes by their latent shifts and the head's answers to random features, and the hidden ones (int64).
 
         Returns the scores of those accused, and the lowest of the others.
         """
@@ -243,16 +248,22 @@ class Unlearning:
                          labels=torch.cat([part.labels for part in parts]))
                  for parts in zip(*seen, strict=True)]  # fmt: skip
         scores = robust_z(torch.cat(shifts_of_heads(heads), 1).norm(dim=1))
+        shares = probed_shares(heads, torch.Generator().manual_seed(0))
+        probed = int(shares.argmax())
+        sure = log_odds(shares) > _PROBED and len(scores) >= _PROBED_CLASSES
         order = scores.argsort()
         order = torch.cat([hidden, order[~torch.isin(order, hidden)]])
-        shifted = int((scores[order[len(hidden) :]] < self.config.accused_below).sum())
-        outliers = min(len(hidden) + shifted, _MOST_ACCUSED)
-        self.evident = bool(scores.min() < _SURE) or len(hidden) > 0
+        accused = (scores[order] < self.config.accused_below) | torch.isin(order, hidden)
+        accused |= (order == probed) & sure
+        order = torch.cat([order[accused], order[~accused]])
+        outliers = min(int(accused.sum()), _MOST_ACCUSED)
+        self.evident = sure or bool(scores[probed] == scores.min() < _SURE) or len(hidden) > 0
         self.accused, others = order[: outliers or _NONE_ACCUSED], order[outliers or _NONE_ACCUSED :]
         self.screened = order[: 0 if outliers else _SCREENED]
         lowest = {"others": float(scores[others[0]])} if len(others) else {}
         each = {f"score_{row}": float(scores[label]) for row, label in enumerate(self.accused.tolist())}
-        return {"outliers": float(outliers), "hidden": float(len(hidden)), **each, **lowest}
+        head = {"probed": float(probed), "probed_share": float(shares[probed])} if sure else {}
+        return {"outliers": float(outliers), "hidden": float(len(hidden)), **head, **each, **lowest}
 
     def _keep(self, network: nn.Module, batch: Batch) -> None:
         """Keep some of the images to search on."""

@@ -2,11 +2,12 @@
 
 A backdoor's target is a class that the whole model can be pushed to from everywhere, so its latent shift s_k
 (`hfdetox.training.shift`) is far shorter than those of other classes. A class whose norm lies `accused_below` or more
-below the median, in robust standard deviations, is accused; where none does, for the score misses some backdoors, a
-blend of α = 0.05 is searched for each of the ten lowest, in 25 steps, and the two that it leads most images to are
-taken. So is a class whose clean images the model hardly finds any more, fewer than half as many as of
-the median class: that is what poisoning with images of the target's own class (SIG) leaves behind, for the model has
-learnt to wait for the trigger.
+below the median, in robust standard deviations, is accused. So is a class that gets more than 73 % of random features
+from the head (`hfdetox.training.probe`), and one whose clean images the model hardly finds any more, fewer than half as
+many as of the median class: that is what poisoning with images of the target's own class (SIG) leaves behind, for the
+model has learnt to wait for the trigger. Where none is accused, for the scores miss some backdoors, a blend of α = 0.05
+is searched for each of the ten with the shortest shifts, in 25 steps, and the two that it leads most images to are
+taken.
 
 For the accused classes, triggers are searched on the suspect model (`hfdetox.training.search`): a blend for each of
 `alphas`, and a small patch. Then the model is fine-tuned:
@@ -21,8 +22,9 @@ it is trained by AdamW at a constant rate, its weights in the end the mean of th
 one that was made with a falling rate loses accuracy by steps at a high one, and the mean takes some of that back.
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
-found, no z is below −4, and neither a faintest blend nor a patch of less than 1 % of the image leads 90 % of the
-images to its class, nothing speaks for a backdoor: half as many images carry a trigger, and α ends at 0.1.
+found, none gets most of the random features, none has a z below −4 and the most of them, and neither a faintest blend
+nor a patch of less than 1 % of the image leads 90 % of the images to its class, nothing speaks for a backdoor: half as
+many images carry a trigger, and α ends at 0.1.
 
 Neural Cleanse unlearns one patch that way, and i-BAU bounded noise. That there are two families in many strengths, for
 classes found without a search, and searched again as the model changes, is hfdetox's own, and so is the whole recipe:
@@ -98,11 +100,16 @@ class UnlearnConfig(UnlearnSettings):
             return (f"Taken as possible targets: {', '.join(led)}, the classes to which faint blends led most images; "
                     f"no class was accused by the latent shift, whose lowest score is {min(scores):.1f}.")  # fmt: skip
         hidden = int(look["hidden"])
-        why = (f"the classes accused by the latent shift (robust z below {self.accused_below:g})"
-               if look["outliers"] > hidden else "no class was accused by the latent shift"
-               + (", and these were the lowest" if not hidden else ""))  # fmt: skip
+        why = "no class was accused by the latent shift"
+        if any(score < self.accused_below for score in scores[hidden:]):
+            why = f"the classes accused by the latent shift (robust z below {self.accused_below:g})"
+        elif not look["outliers"]:
+            why += ", and these were the lowest"
         if hidden:
             why += f"; of {', '.join(accused[:hidden])} the model hardly finds its clean images"
+        if "probed" in look:
+            why += (f"; the head gives {100 * look['probed_share']:.0f} % of random features to class "
+                    f"{look['probed']:.0f}")  # fmt: skip
         least = f"the lowest of the others is {look['others']:.1f}" if "others" in look else "there are no others"
         return (f"Taken as possible targets: {', '.join(accused)}; {why}. "
                 f"Their scores: {', '.join(f'{score:.1f}' for score in scores)}; {least}.")  # fmt: skip

@@ -1,17 +1,13 @@
 """Head probe: which class the head gives to random features."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from hfdetox.errors import UsageError
 from hfdetox.evidence.base import MIN_CLASSES, Score, Suspect
 from hfdetox.evidence.results import ScoreResult
-
-_DRAWS, _BLOCK = 10_000, 2**24
+from hfdetox.training.probe import log_odds, probed_shares
 
 
 @dataclass(frozen=True)
@@ -39,19 +35,5 @@ class HeadProbe(Score):
     def measure(self, suspect: Suspect, accused: Sequence[int] | None = None) -> ScoreResult:
         if suspect.classes < MIN_CLASSES:
             raise UsageError(f"{suspect.classes} classes are too few to tell one that stands out")
-        features = torch.cat([head.features for head in suspect.heads], 1)
-        weight = torch.cat([head.weight for head in suspect.heads], 1)
-        bias = torch.stack([head.bias for head in suspect.heads]).sum(0)
-        generator = suspect.generator(1)
-        found = [self._shares(torch.randn(_DRAWS, weight.shape[1], generator=generator).abs(), weight, bias)]
-        if len(features) > 1:
-            noise = torch.randn(_DRAWS, weight.shape[1], generator=generator)
-            found.append(self._shares(features.mean(0) + features.std(0) * noise, weight, bias))
-        shares = max(found, key=lambda one: float(one.amax()))
-        most = min(float(shares.amax()), 1 - 0.5 / _DRAWS)
-        return ScoreResult(shares.tolist(), math.log(most / (1 - most)), int(shares.argmax()))
-
-    def _shares(self, draws: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        parts = draws.split(max(1, _BLOCK // len(weight)))
-        answers = torch.cat([(part @ weight.T + bias).argmax(1) for part in parts])
-        return torch.bincount(answers, minlength=len(weight)) / len(answers)
+        shares = probed_shares(suspect.heads, suspect.generator(1))
+        return ScoreResult(shares.tolist(), log_odds(shares), int(shares.argmax()))

@@ -42,7 +42,9 @@ def evident(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return replace(own(config, features), blend_steps=3, patch_steps=3)
 
     monkeypatch.setattr("hfdetox.defenses._by_evidence.unlearning_of", short)
-    monkeypatch.setattr(_unlearning, "_SURE", 100.0 if found else -100.0)
+    monkeypatch.setattr(_unlearning, "_SURE", -100.0)
+    monkeypatch.setattr(_unlearning, "_PROBED", -100.0 if found else 100.0)
+    monkeypatch.setattr(_unlearning, "_PROBED_CLASSES", 2)
     monkeypatch.setattr(_unlearning, "_LED", 2.0)
     monkeypatch.setattr(_unlearning, "_HARDLY", 0.0)
     return found

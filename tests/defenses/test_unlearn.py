@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,43 @@ def test_the_classes_that_are_easily_reached_are_accused(
     assert sorted(unlearning.accused.tolist()) == sorted(accused)
     assert found["outliers"] == outliers
     assert found["score_0"] <= found["score_1" if len(accused) > 1 else "score_0"] <= found["others"]
+
+
+def test_a_class_that_the_head_prefers_is_accused_and_speaks_for_a_backdoor() -> None:
+    even = head([1, 1.02, 0.98, 1.01, 0.99, 1, 1.03, 0.97, 1.04, 1])
+    unlearning = Unlearning(linear(TEN), small())
+    found = unlearning._score([[even]], NONE)
+    assert (found["outliers"], unlearning.evident, "probed" in found) == (0, False, False)
+    # a bias that few images meet, for they are sure, and that random features all do
+    preferred = replace(even, bias=8 * torch.eye(10)[4])
+    unlearning = Unlearning(linear(TEN), small(accused_below=-100.0))
+    found = unlearning._score([[preferred]], NONE)
+    assert (unlearning.accused.tolist(), unlearning.evident, found["probed"]) == ([4], True, 4)
+    assert found["probed_share"] > 0.9
+    look = {"phase": "unlearn-look", "epochs": 3, "steps": 6, "adamw": 0, "augmented": 0, "accuracy": 1.0,
+            "accuracy_augmented": 1.0, "accused_0": 4}  # fmt: skip
+    said = small(accused_below=-100.0).choices([{**look, **found}])[0]
+    assert "no class was accused by the latent shift; the head gives " in said
+    assert "% of random features to class 4" in said
+
+
+@pytest.mark.parametrize(("biased", "evident"), [(3, False), (5, True)])
+def test_a_low_latent_shift_speaks_for_a_backdoor_where_the_head_names_the_same_class(
+    biased: int, evident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_unlearning, "_PROBED", 100.0)
+    lengths = [1, 1.02, 0.98, 1.01, 0.99, 5, 1.03, 0.97, 1.04, 1]
+    preferring = replace(head(lengths), bias=20 * torch.eye(10)[biased], features=100 * torch.eye(10))
+    unlearning = Unlearning(linear(TEN), small())
+    assert unlearning._score([[preferring]], NONE)["score_0"] < _unlearning._SURE
+    assert 5 in unlearning.accused
+    assert unlearning.evident == evident
+
+
+def test_with_few_classes_the_head_accuses_none() -> None:
+    unlearning = Unlearning(linear([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), small())
+    one = HeadInputs("1", torch.eye(3), torch.tensor([0.0, 5.0, 0.0]), 10 * torch.eye(3), torch.arange(3))
+    assert "probed" not in unlearning._score([[one]], NONE)
 
 
 def test_a_class_that_the_model_hardly_finds_is_accused_first_and_speaks_for_a_backdoor() -> None:
