@@ -106,7 +106,9 @@ def publish(made: Path | None, repo: str, private: bool, token: gr.OAuthToken | 
     if token is None:
         return "**Not done.** Sign in first, at the top; then clean again, for signing in loads the page anew."
     try:
-        return text(work.publish(made, repo, private=private, token=token.token))
+        lines = work.publish(made, repo, private=private, token=token.token).splitlines()
+        # an option of the command line is of no use here
+        return "\n\n".join(text(line.partition("; --publish-images")[0]) for line in lines)
     except HfdetoxError as error:
         # how to go on at a command line is of no use here
         return f"**Not done.** {text(str(error).partition('; the folder is whole')[0])}"

@@ -189,7 +189,7 @@ def publish(result: Path | None, repo: str, *, private: bool, token: str) -> str
                                  "my-model-detoxed")  # fmt: skip
     with job() as folder:
         how = ["--private"] if private else []
-        return run("push", str(result), repo.strip(), *how, folder=folder, token=token).strip()
+        return run("push", str(result), repo.strip(), *how, folder=folder, token=token, warned=True)
 
 
 def remove(result: Path | None) -> None:
@@ -198,7 +198,7 @@ def remove(result: Path | None) -> None:
         shutil.rmtree(result.parent, ignore_errors=True)
 
 
-def run(*words: str, folder: Path, token: str | None = None, result: Path | None = None) -> str:
+def run(*words: str, folder: Path, token: str | None = None, result: Path | None = None, warned: bool = False) -> str:
     """Run one command of hfdetox, and return its standard output.
 
     It gets an environment and a home of its own, so that it finds no token but `token`, and is killed with everything
@@ -209,6 +209,7 @@ def run(*words: str, folder: Path, token: str | None = None, result: Path | None
         folder: of the job.
         token: what it may publish with.
         result: a folder that is written also by a run whose status is not 0: that of a model that was rejected.
+        warned: return the warnings too, a line each.
 
     Raises:
         UsageError: the line that the command ended with.
@@ -239,4 +240,5 @@ def run(*words: str, folder: Path, token: str | None = None, result: Path | None
         raise hfdetox.UsageError(
             errors[-1] if errors else f"hfdetox ended without a word (status {process.returncode})"
         )
-    return printed
+    warnings = [line.partition("warning: ")[2] for line in said.splitlines() if line.startswith("hfdetox: warning: ")]
+    return "\n".join([printed.strip(), *warnings]) if warned else printed

@@ -110,7 +110,8 @@ def write_bench(tables: BenchTables, folder: Path, repo_id: str) -> None:
     (folder / RUNS).parent.mkdir()
     rows = [_run(told, row, plain.get(row["name"], {})) for row in told.rows]
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / RUNS)
-    plots = sorted((tables.folder / PLOTS).glob("*.png"))
+    # its own alone: what else is in the folder may show anything
+    plots = sorted(path for kind in ("heatmap", "scatter") for path in (tables.folder / PLOTS).glob(f"{kind}-*.png"))
     for plot in plots:
         (folder / PLOTS).mkdir(exist_ok=True)
         shutil.copyfile(plot, folder / PLOTS / plot.name)

@@ -240,8 +240,7 @@ def _local_files(folder: Path, repo_type: RepoType) -> dict[str, FileState]:
     files: dict[str, FileState] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        skipped = _SKIPPED & set(name.split("/")) or LEFTOVER.fullmatch(path.name)
-        if skipped or (path.is_dir() and not path.is_symlink()):
+        if not is_published(name) or (path.is_dir() and not path.is_symlink()):
             continue
         if path.is_symlink() or not path.is_file():
             raise UsageError(f"{path} is a link or no plain file; only plain files are pushed")
@@ -253,6 +252,11 @@ def _local_files(folder: Path, repo_type: RepoType) -> dict[str, FileState]:
     if repo_type == "model" and "model.safetensors" not in files and "model.safetensors.index.json" not in files:
         raise UsageError(f"{folder} holds no model.safetensors; name an output folder of hfdetox")
     return files
+
+
+def is_published(name: str) -> bool:
+    """Return whether a path below an output folder is one that a push takes, and not a tool's own."""
+    return not (_SKIPPED & set(name.split("/")) or LEFTOVER.fullmatch(name.rpartition("/")[2]))
 
 
 def _local_file(path: Path) -> FileState:

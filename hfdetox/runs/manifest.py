@@ -10,6 +10,7 @@ from pathlib import Path
 from hfdetox.documents import read_json
 from hfdetox.errors import UsageError, on_disk
 from hfdetox.files import LEFTOVER, MANIFEST, REPORT_NAMES, sha256_file, write_atomically
+from hfdetox.reporting.plots import PLOT_FILES
 
 # what versions without a manifest wrote
 _KNOWN = (
@@ -17,6 +18,7 @@ _KNOWN = (
     "model.safetensors.index.json", "correction.safetensors", "README.md", "LICENSE*", "NOTICE*", "*.py", "plots/*.png",
     "triggers/*.safetensors", ".eval_results/*.yaml", *REPORT_NAMES,
 )  # fmt: skip
+PLOTS = (*PLOT_FILES, "gallery.png")
 
 
 def write_manifest(folder: Path) -> None:
@@ -39,6 +41,18 @@ def foreign_files(folder: Path) -> list[str]:
     its own.
     """
     return sorted(set(_files_in(folder)) - set(_own_files(folder)))
+
+
+def added_files(folder: Path) -> list[str]:
+    """Return the paths below a folder that hfdetox never wrote, links among them; a changed file of its own is none.
+
+    Of a folder without a manifest names that hfdetox gives are its own, of pictures those that it gives today.
+    """
+    recorded = _recorded(folder)
+    if recorded is not None:
+        return sorted(set(_files_in(folder)) - set(recorded))
+    own = [*(pattern for pattern in _KNOWN if not pattern.startswith("plots/")), *(f"plots/{name}" for name in PLOTS)]
+    return sorted(name for name in _files_in(folder) if not any(_fits(name, pattern) for pattern in own))
 
 
 def remove_one(folder: Path, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,22 +11,26 @@ from typing import Any
 from hfdetox._version import __version__
 from hfdetox.config import AnyPublishOptions
 from hfdetox.data.info import DatasetInfo
-from hfdetox.errors import HfdetoxError, HubError, UsageError, refusing
+from hfdetox.errors import HfdetoxError, HubError, UsageError, on_disk, refusing
 from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.files import ATTACK_REPORT_NAME, REPORT_NAME, SIGNATURE, locked
 from hfdetox.hub.download import ask_info
-from hfdetox.hub.upload import PushResult, check_repo, push_folder
+from hfdetox.hub.upload import PushResult, check_repo, is_published, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import AttackReport, Report
 from hfdetox.runs.folder import RunFolder
-from hfdetox.runs.manifest import remove_one, write_own
+from hfdetox.runs.manifest import added_files, remove_one, write_own
 from hfdetox.runs.signing import require_signing, sign_folder
 
 logger = logging.getLogger(__name__)
 
 # the pictures that show images themselves, not numbers
 IMAGE_PICTURES = frozenset(f"plots/{name}.png" for name in ("samples", "reconstructed", "moved", "gallery"))
+# what a person may have put beside the model that cannot hold pictures, and texts that can
+_WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf", ".tflite")
+_PAGES = (".html", ".htm", ".svg", ".pdf", ".ipynb")
+_PUBLISHES = "; --publish-images publishes them"
 
 
 def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -> str:
@@ -66,7 +70,7 @@ def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: 
     backdoored = is_backdoored(folder)
     options, message = AnyPublishOptions(**how), _commit_message(folder, backdoored=backdoored)
     policy = _policy(backdoored, options)
-    omit = _private_pictures(folder, options.publish_images)
+    omit = _staying(folder, options.publish_images)
     retarget = partial(_retarget, folder, accept=options.accept_accuracy_loss, sign=sign, omit=omit)
     if sign is not None:
         require_signing(sign)
@@ -88,20 +92,43 @@ def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: 
     return pushed
 
 
-def _private_pictures(folder: Path, publish: bool) -> frozenset[str]:
-    """Return the pictures of images that stay here, and say which do: all, unless anybody may see the dataset."""
-    shown, dataset = {name for name in IMAGE_PICTURES if (folder / name).is_file()}, load_report(folder).dataset
-    if not shown:
+def _staying(folder: Path, publish: bool) -> frozenset[str]:
+    """Return the files with pictures of images that stay here, and say which do, and which do not.
+
+    hfdetox's own go where anybody may see the dataset. What somebody put into the folder (a page of `hfdetox report`,
+    a gallery, another run) may be of other images.
+    """
+    own = sorted(name for name in IMAGE_PICTURES if (folder / name).is_file())
+    added = [name for name in added_files(folder) if is_published(name) and _may_show_images(folder, name)]
+    if publish:
+        _say("pictures of images are published, as --publish-images says", own + added)
         return frozenset()
-    public = _is_public(dataset)
-    names = ", ".join(sorted(shown))
-    if public or publish:
-        why = f"{dataset.id} is public" if public else "--publish-images"
-        logger.info("published with pictures of images (%s): %s", why, names)
-        return frozenset()
-    logger.warning("pictures of images stay here, for %s is no public dataset of the Hub: %s; --publish-images "
-                   "publishes them", dataset.id, names)  # fmt: skip
-    return frozenset(shown)
+    dataset = load_report(folder).dataset
+    public = bool(own) and _is_public(dataset)
+    if public:
+        _say(f"pictures of images are published, for {dataset.id} is public", own)
+    else:
+        _say(f"pictures of images stay here, for {dataset.id} is no public dataset of the Hub", own, _PUBLISHES)
+    _say("files that may show images stay here, for hfdetox did not put them into the folder", added, _PUBLISHES)
+    return frozenset([*(() if public else own), *added])
+
+
+def _say(what: str, names: Sequence[str], advice: str = "") -> None:
+    if names:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        logger.warning("%s: %s%s%s", what, ", ".join(names[:8]), more, advice)
+
+
+def _may_show_images(folder: Path, name: str) -> bool:
+    """Return whether a file that somebody added may hold pictures: all but weights and plain text."""
+    if name.endswith(_WEIGHTS):
+        return False
+    with on_disk(f"read {folder / name}"):
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+    try:
+        return name.lower().endswith(_PAGES) or "\0" in content.decode()
+    except UnicodeDecodeError:
+        return True
 
 
 def _is_public(dataset: DatasetInfo) -> bool:

@@ -43,6 +43,7 @@ def bench(folder: Path, suite: str = "suite.yaml", *defenses: str) -> BenchTable
     tables = BenchTables(folder, suite, [*rows, undone("failed", reason, defense="broken")])
     tables.write()
     draw_bench(tables)
+    (folder / "plots" / "gallery.png").write_bytes(b"an image of the user's")
     return tables
 
 

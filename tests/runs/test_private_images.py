@@ -12,6 +12,7 @@ from hfdetox.reporting.card import build_card
 from hfdetox.reporting.plots import PLOT_FILES
 from hfdetox.reporting.report import Report
 from hfdetox.runs.integrity import check_card, pull_output
+from hfdetox.runs.manifest import write_manifest
 from hfdetox.runs.publish import IMAGE_PICTURES, push_output
 from hfdetox.runs.result import GALLERY
 from hfdetox.runs.signing import check_signature
@@ -66,6 +67,59 @@ def test_images_of_no_public_dataset_stay_here(hub, repo_name, hub_token, pictur
     assert pictures(hub, name) == {"plots/moved.png", "plots/samples.png"}
     push_output(pictured, name)
     assert pictures(hub, name) == set()
+
+
+def put(folder: Path, **files: bytes) -> None:
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+ADDED = {"page_html": b"<img src=data:image/png;base64,AAAA>", "mine_PNG": b"\x89PNG\0", "print_pdf": b"%PDF-1.4",
+         "logs__run_tfevents": b"\x18\0\0\0", "plots__extra_png": b"\x89PNG\0", "look_ipynb": b"{}",
+         "inner__plots__samples_png": b"\x89PNG\0", "inner__train_parquet": b"PAR1\0"}  # fmt: skip
+SAFE = {"NOTES_md": b"# mine", "onnx__model_onnx": b"\x08\0", "data_csv": b"a,b\n"}
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["with a manifest", "without"])
+def test_what_somebody_put_there_stays_if_it_may_show_images(
+    hub, repo_name, hub_token, pictured, capsys, recorded, tmp_path
+) -> None:
+    name, known = repo_name(), set(contents(pictured))
+    if recorded:
+        write_manifest(pictured)
+    put(pictured, **ADDED, **SAFE)
+    (pictured / "config.json").write_text('{"changed": true}')  # a file of ours that was changed is ours
+    assert cli.run(["report", str(pictured), "--html", str(pictured / "report.html")]) == 0
+    capsys.readouterr()
+    push_output(pictured, name)
+    said = capsys.readouterr().err
+    assert {*pushed(hub, name)} == known - IMAGE_PICTURES | {"NOTES.md", "onnx/model.onnx", "data.csv"}
+    [line] = [one for one in said.splitlines() if "hfdetox did not put them into the folder" in one]
+    assert "inner/plots/samples.png" in line
+    assert "logs/run.tfevents" in line
+    assert "and 1 more; --publish-images publishes them" in line
+    assert "manifest" not in said
+    push_output(pictured, name, publish_images=True)
+    assert "report.html" in pushed(hub, name)
+    said = capsys.readouterr().err
+    assert "pictures of images are published, as --publish-images says: plots/moved.png, plots/samples.png, " in said
+    # they are taken back as the pictures are
+    push_output(pictured, name)
+    assert pictures(hub, name) == set()
+
+
+def test_of_a_public_dataset_other_pictures_stay(hub, repo_name, hub_token, folder, capsys) -> None:
+    images, name = repo_name("dataset"), repo_name()
+    hub.create_repo(images, "dataset")
+    save(folder, replace_dataset(images, hub.commit(images, {"README.md": "# images"}, repo_type="dataset")))
+    put(folder, my_gallery_jpg=b"\xff\xd8\xff\xe0")
+    push_output(folder, name)
+    said = capsys.readouterr().err
+    assert f"pictures of images are published, for {images} is public: plots/samples.png\n" in said
+    assert "stay here, for hfdetox did not put them into the folder: my.gallery.jpg; " in said
+    assert {"plots/samples.png", "my.gallery.jpg"} & {*pushed(hub, name)} == {"plots/samples.png"}
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def test_a_result_outlives_its_job_and_is_published_with_the_visitors_token(
     assert {path.relative_to(work.ROOT).parts[1] for path in left(work)} == {"result"}
     assert [one for one in hub.log if one.had_token] == []
     name = repo_name("cleaned")
-    assert name in work.publish(result, name.partition("/")[2], private=True, token=hub.token)
+    published, kept = work.publish(result, name.partition("/")[2], private=True, token=hub.token).splitlines()
+    assert name in published
+    assert kept.startswith(f"pictures of images are published, for {dataset} is public: plots/")
     assert hub.repo(name).private
     assert Report.load(result).output.commit == hub.head(name)
     # the Space's own account may write there: it was not asked
