@@ -240,8 +240,8 @@ def report(line: CommandLine) -> None:
 
         write_page(options.source, path, revision=options.revision)
         say(f"report: {path}")
-        if options.open_it:
-            webbrowser.open(path.absolute().as_uri())
+        if options.open_it and not webbrowser.open(path.absolute().as_uri()):
+            complain(f"no browser could be started: open {path} yourself")
 
 
 @app.command()

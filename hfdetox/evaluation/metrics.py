@@ -81,6 +81,7 @@ class Predictions:
         hits: per trigger, the places of its images in `correct` (M) and whether each was classified as the attacker
             wants (M).
         predicted: the labels given to the clean images (N).
+        losses: the cross-entropy of each clean image (N, nats).
         triggered: per trigger, the labels given to its triggered images (M).
     """
 
@@ -88,6 +89,7 @@ class Predictions:
     correct: NDArray[np.bool_]
     hits: dict[str, tuple[NDArray[np.int64], NDArray[np.bool_]]]
     predicted: NDArray[np.int64]
+    losses: NDArray[np.float64]
     triggered: dict[str, NDArray[np.int64]]
 
 
@@ -280,7 +282,7 @@ def _measure_clean(network: nn.Module, evaluation: ImageSource, accelerator: Acc
     correct = clean.predicted == truth
     measurement = Measurement(rate(int(correct.sum()), len(correct)), float(clean.losses.mean()), {},
                               class_accuracies(truth, correct, clean.classes, labels))  # fmt: skip
-    return Predictions(measurement, correct, {}, clean.predicted, {})
+    return Predictions(measurement, correct, {}, clean.predicted, clean.losses, {})
 
 
 def ratings(before: Predictions, after: Predictions, *, seed: int = 0) -> dict[str, Rating]:

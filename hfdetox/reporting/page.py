@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 from markdown_it import MarkdownIt
 
@@ -34,8 +33,11 @@ def build_page(
     classes = {state: found.classes.accuracies for state, found in states.items() if found and found.classes}
     style, script = (resources.files("hfdetox.cards").joinpath(f"report.{kind}").read_text("utf-8")
                      for kind in ("css", "js"))  # fmt: skip
+    # what is before the second heading are the results, to which the classes belong
+    opening, *chapters = _html(text, pictures).split("<h2>")
     return templates().get_template("report.html.jinja").render(
-        title=title, version=report.hfdetox_version, body=_html(text, pictures), states=_heads(list(classes)),
+        title=title, version=report.hfdetox_version, results="<h2>".join([opening, *chapters[:1]]),
+        chapters=["<h2>" + chapter for chapter in chapters[1:]], states=_heads(list(classes)),
         classes=_rows(list(classes.values()), labels), style=style, style_hash=_hash(style), script=script,
         script_hash=_hash(script),
     )  # fmt: skip
@@ -45,15 +47,16 @@ def _heads(states: list[str]) -> list[str]:
     return [*states, "Change"] if len(states) == 2 else states
 
 
-def _rows(states: Sequence[Sequence[float | None]], labels: Sequence[str] | None) -> list[list[Any]]:
-    """Return name, accuracies in percent and, of two states, the difference of every class."""
-    rows: list[list[Any]] = []
+def _rows(states: Sequence[Sequence[float | None]], labels: Sequence[str] | None) -> list[list[str]]:
+    """Return name, accuracies in percent and, of two states, the difference in points of every class."""
+    rows = []
     for index, values in enumerate(zip(*states, strict=True)):
-        shares = [None if value is None else 100 * value for value in values]
-        if len(shares) == 2:
-            before, after = shares
-            shares.append(None if before is None or after is None else after - before)
-        rows.append([labels[index] if labels and index < len(labels) else str(index), *shares])
+        cells = ["–" if value is None else f"{100 * value:.1f}" for value in values]
+        if len(values) == 2:
+            before, after = values
+            change = "–" if before is None or after is None else f"{100 * (after - before):+.1f}"
+            cells.append("0.0" if change in ("+0.0", "-0.0") else change.replace("-", "−"))
+        rows.append([labels[index] if labels and index < len(labels) else str(index), *cells])
     return rows
 
 

@@ -47,15 +47,21 @@ def show_evidence(artifacts: Artifacts, inquiry: Inquiry, before: Predictions, a
 
 
 def draw_moved(evaluation: Evaluator, before: Predictions, after: Predictions) -> list[StripRow]:
-    """Return pictures of images that the cleaned model answers otherwise, of as many classes as there are."""
+    """Return pictures of images that the cleaned model answers otherwise, those that moved most.
+
+    How far is the change of the probability of an image's own class. Of each class comes the one that moved most,
+    then all others.
+    """
     clean, labels = evaluation.clean, evaluation.classifier.labels
     truth, changed = clean.labels.cpu().numpy(), np.flatnonzero(before.predicted != after.predicted)
     if evaluation.classifier.preprocessing.dtype != torch.uint8 or not len(changed):
         return []
+    far = np.abs(np.exp(-after.losses) - np.exp(-before.losses))
+    changed = changed[np.argsort(-far[changed], kind="stable")]
     _, first = np.unique(truth[changed], return_index=True)
-    chosen = list(dict.fromkeys([*changed[first].tolist(), *changed.tolist()]))[:STRIP_COLUMNS]
-    return [_row("Images that are answered otherwise now", clean, clean.positions[chosen].tolist(), labels, truth,
-                 before.predicted, after.predicted)]  # fmt: skip
+    chosen = list(dict.fromkeys([*changed[np.sort(first)].tolist(), *changed.tolist()]))[:STRIP_COLUMNS]
+    return [_row("Images that are answered otherwise now, the most moved first", clean,
+                 clean.positions[chosen].tolist(), labels, truth, before.predicted, after.predicted)]  # fmt: skip
 
 
 def _row(title: str, pixels: Pixels, chosen: Sequence[int], labels: Sequence[str],

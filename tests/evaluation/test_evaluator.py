@@ -203,7 +203,9 @@ def answered(predicted: list[int], truth: list[int]) -> Predictions:
     """Return an outcome with these answers."""
     labels = np.array(predicted)
     correct = labels == np.array(truth)
-    return Predictions(Measurement(rate(int(correct.sum()), len(correct)), 1.0), correct, {}, labels, {})
+    return Predictions(
+        Measurement(rate(int(correct.sum()), len(correct)), 1.0), correct, {}, labels, np.zeros(len(labels)), {}
+    )
 
 
 def check(predicted: list[int], truth: list[int], count: int = 10) -> list[str]:

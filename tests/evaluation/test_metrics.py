@@ -290,7 +290,7 @@ def outcome(correct: NDArray[np.bool_], **hits: tuple[NDArray[np.int64], NDArray
     """Return an outcome as `measure` gives it, of what the ratings need."""
     clean = Measurement(rate(int(correct.sum()), len(correct)), 0.0)
     empty = np.zeros(len(correct), dtype=np.int64)
-    return Predictions(clean, correct, hits, empty, dict.fromkeys(hits, empty))
+    return Predictions(clean, correct, hits, empty, np.zeros(len(correct)), dict.fromkeys(hits, empty))
 
 
 def drawn(count: int, seed: int) -> tuple[Predictions, Predictions]:

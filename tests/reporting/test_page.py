@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +15,10 @@ import pytest
 from hfdetox.cli import app as cli
 from hfdetox.evaluation.results import ClassAccuracies, Rate
 from hfdetox.reporting.card import build_card
+from hfdetox.reporting.page import _rows
 from tests.attacked import attack_report
 from tests.browser import browser
+from tests.conftest import REPOSITORY
 from tests.image_data import png
 from tests.written_report import SOURCE, written_report
 
@@ -61,6 +66,7 @@ def test_it_is_one_file_that_names_nothing_outside(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     assert re.findall(r'\b(?:src|srcset|data|action|poster)="(?!data:)[^"]*"', text) == []
+    assert '<meta http-equiv="x-dns-prefetch-control" content="off">' in text
     assert re.findall(r"<(?:link|iframe|object|embed|form|base)\b", text) == []
     assert len(re.findall(r"<script", text)) == 1
     assert "evil.example" in text  # as words
@@ -79,19 +85,54 @@ def test_in_a_browser_words_stay_words_and_the_table_sorts(page: Path) -> None:
         assert (asked, said) == ([page.as_uri()], [])
         assert EVIL in tab.locator("body").inner_text()
         assert tab.locator("img").evaluate_all("found => found.map(one => one.naturalWidth)") == [1, 1]
-        rows = tab.locator("#classes ~ table").last
+        rows = tab.locator("#classes ~ table").first
 
         def column(index: int) -> list[str]:
             return [row.split("\t")[index] for row in rows.locator("tbody tr").all_inner_texts()]
 
-        assert rows.locator("tbody tr").first.inner_text().split("\t") == ["10 plane", "90.0", "87.5", "-2.5"]
-        for heading, expected in {"Change": ["-50.0", "-2.5", "–"], "Before": ["90.0", "100.0", "–"]}.items():
+        assert rows.locator("tbody tr").first.inner_text().split("\t") == ["10 plane", "90.0", "87.5", "−2.5"]
+        for heading, expected in {"Change": ["−50.0", "−2.5", "–"], "Before": ["90.0", "100.0", "–"]}.items():
             rows.get_by_text(heading).click()
             assert column(3 if heading == "Change" else 1) == expected
         rows.get_by_text("Before").press("Enter")  # the other way, by keyboard
         assert column(1) == ["–", "100.0", "90.0"]
         rows.get_by_text("Class").click()
         assert column(0) == ["9 bird|nest", "10 plane", EVIL]
+
+
+def test_the_classes_belong_to_the_results_and_paper_shows_every_line(page: Path) -> None:
+    with browser() as running:
+        tab = running.new_page(viewport={"width": 500, "height": 800}, color_scheme="dark")
+        tab.goto(page.as_uri())
+        headings = tab.locator("h2").all_inner_texts()
+        assert headings[:2] == ["Results", "Every class"]
+        assert headings[2:]
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        cut = "found => found.filter(one => one.scrollWidth > one.clientWidth).length"
+        assert tab.locator("pre").evaluate_all(cut) > 0  # on a screen they scroll
+        tab.emulate_media(media="print")
+        assert tab.locator("pre").evaluate_all(cut) == 0
+        assert tab.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+
+
+def test_changes_are_written_as_in_the_card() -> None:
+    states = [[0.9, 0.5, 0.7, None, 0.3], [0.95, 0.25, 0.7, 0.1, 0.2999]]
+    assert [row[-1] for row in _rows(states, None)] == ["+5.0", "−25.0", "0.0", "–", "0.0"]
+    assert [row[1:3] for row in _rows(states, None)][3] == ["–", "10.0"]
+
+
+def test_where_no_browser_starts_it_says_so(tmp_path) -> None:
+    command = [sys.executable, "-m", "hfdetox", "report", str(output(tmp_path / "out")), "--html", "page.html"]
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    # a PATH on which there is none
+    environment |= {"PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, "--open"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "no browser could be started: open page.html yourself" in done.stderr
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_with_a_content_policy_a_forged_script_would_not_run(page: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import TriggerView
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.runs.folder import RunFolder
-from hfdetox.runs.pictures import draw_strip
+from hfdetox.runs.pictures import draw_moved, draw_strip
 from hfdetox.runs.result import Artifacts, DetoxResult, save_result
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers import BadNets
@@ -111,6 +112,32 @@ def test_the_strip_shows_the_same_images_however_they_are_kept(max_bytes: int) -
     # a patch of 8 at 32 pixels is 2×2 at 8
     assert (rows[1].images[:, -2:, -2:] == 255).all()
     assert (rows[0].images[:, :-2] == rows[1].images[:, :-2]).all()
+
+
+def test_of_the_images_that_moved_each_class_shows_the_one_that_moved_most() -> None:
+    rows = 12
+    model, preprocessing = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), toy_preprocessing()
+    clean = Pixels(toy_set(rows), preprocessing)
+    classifier = load_classifier(model, preprocessing=preprocessing, labels=["a", "b", "c", "d"])
+    evaluation = Evaluator(classifier, make_accelerator("cpu", "no"), clean, [], progress=False)
+    before = evaluation.measure("measure")
+    truth, moved = clean.labels.numpy(), [0, 2, 3, 5, 6, 7, 9, 10]
+    predicted, losses = before.predicted.copy(), before.losses.copy()
+    predicted[moved] = (predicted[moved] + 1) % 4
+    after = replace(before, predicted=predicted, losses=losses)
+    # how far each went: the probability of its class was 1
+    far = np.array([0.1, 0.9, 0.5, 0.3, 0.99, 0.2, 0.4, 0.6, 0.95, 0.7, 0.05, 0.9])
+    before = replace(before, losses=np.zeros(rows))
+    after = replace(after, losses=-np.log(1 - far))
+    by_distance = sorted(moved, key=lambda place: -far[place])
+    firsts = [place for place in by_distance
+              if place == next(other for other in by_distance if truth[other] == truth[place])]  # fmt: skip
+    wanted = [*firsts, *(place for place in by_distance if place not in firsts)][:6]
+    [row] = draw_moved(evaluation, before, after)
+    positions = clean.positions[wanted].tolist()
+    assert (row.images == clean.pictures(positions)[1]).all()
+    assert list(row.labels) == ["abcd"[truth[place]] for place in wanted]
+    assert draw_moved(evaluation, before, before) == []
 
 
 def test_a_result_that_cannot_be_written_keeps_the_run_and_says_how_to_go_on(tmp_path: Path) -> None:
