@@ -20,6 +20,7 @@ from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.loaded import check_links
+from hfdetox.progress import note
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
@@ -104,6 +105,8 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     limit = planned_passes(method, len(pixels)) // 2
     inquiry = Inquiry(evaluation, pixels, options.seed, limit, wanted=options.scan, tested=options.residual)
     report = replace(report, evidence=inquiry.begin(before))
+    if report.evidence is not None and report.evidence.images is not None:
+        note(report.evidence.images.described, shown=progress)
     artifacts = gather_artifacts(classifier, images, evaluation)
     check_draft(build_card(report, source_card=artifacts.source_card, repo_id=push_to, labels=classifier.labels),
                 push_to, accelerator)  # fmt: skip

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from hfdetox import detoxify, scan
 from hfdetox.cli import app as cli
+from hfdetox.errors import RunError
 from hfdetox.evidence.results import Finding
 from hfdetox.models.classifier import load_classifier
 from hfdetox.reporting.report import Report
@@ -115,6 +116,32 @@ def test_a_run_scans_before_and_after_and_the_result_is_that_without(made: Made,
         assert load_trigger(tmp_path / "with" / "triggers" / f"{name}.safetensors").kind == "mask"
         assert name not in (report.before.triggers if report.before else {})
     assert (tmp_path / "with" / "plots" / "reconstructed.png").exists() == bool(evidence.reconstructed)
+
+
+def test_the_clean_images_are_graded_on_the_terminal_before_the_training(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    words = ["detox", made.timm, "--dataset", made.digits, "--samples", "120", "--eval-samples", "100", "--defense",
+             "ft", "--epochs", "1", "--max-accuracy-loss", "100", "--output", tmp_path / "out"]  # fmt: skip
+    assert cli.run([*map(str, words)]) == 0
+    shown = capsys.readouterr()
+    said = "120 clean images: no failure in as many would bound a rate at 3 % at best; 0 exact duplicates; "
+    assert shown.err.count(said) == 1
+    report = Report.load(tmp_path / "out")
+    assert report.evidence is not None
+    assert report.evidence.images is not None
+    assert report.evidence.images.described in shown.err
+    assert f"The {report.evidence.images.described}." in (tmp_path / "out" / "README.md").read_text()
+
+    def stops(*_: object, **__: object) -> None:
+        raise RunError("no training here")
+
+    monkeypatch.setattr("hfdetox.detox.train", stops)
+    for quiet in (False, True):
+        again = [*words[:-1], tmp_path / f"other-{quiet}", *(["--quiet"] if quiet else [])]
+        assert cli.run([*map(str, again)]) == 1
+        assert (said in capsys.readouterr().err) is not quiet
 
 
 def test_a_long_run_measures_what_was_reconstructed_before_and_after(made: Made, tmp_path: Path) -> None:

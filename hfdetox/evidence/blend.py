@@ -7,7 +7,7 @@ import torch
 
 from hfdetox.evidence.base import Reconstruction, Suspect
 from hfdetox.evidence.results import ScoreResult
-from hfdetox.evidence.searching import affordable, ahead, parts, share_led, triggers_of
+from hfdetox.evidence.searching import affordable, ahead, parts, share_led, shortened, triggers_of
 from hfdetox.training.search import search_blends
 from hfdetox.triggers.base import Trigger
 
@@ -54,5 +54,6 @@ class Blend(Reconstruction):
         table = torch.stack(all_rates)
         chosen = [next((place for place, rate in enumerate(column) if rate >= _LEADS), len(self.alphas) - 1)
                   for column in table.T.tolist()]  # fmt: skip
-        result = ahead(suspect, classes, table.mean(0), low=False, passes=total)
+        result = ahead(suspect, classes, table.mean(0), low=False, passes=total,
+                       note=shortened(steps, self.steps))  # fmt: skip
         return result, [triggers[place][row] for row, place in enumerate(chosen)]

@@ -11,18 +11,21 @@ from torch import Tensor
 from hfdetox.data.cache import Pixels
 from hfdetox.evaluation.metrics import BATCH_SIZE, rate
 from hfdetox.evidence.base import Suspect
-from hfdetox.evidence.results import Agreement, ImageGrade, Moved
+from hfdetox.evidence.results import Agreement, ClassShift, ImageGrade, Moved, ScanResult
 from hfdetox.evidence.run import accuracy_of
+from hfdetox.training.shift import robust_z
 
 # an image is one that the model is sure of when it is right, with this softmax at least
 _SURE, _USUAL = 0.9, 0.99
 # of the features of fewer images than these nothing is said
 _LEAST = 50
 MOVED_CLASSES = 5
+# of more classes, those with so many lowest and highest shifts after cleaning are named
+SHOWN_SHIFTS = 6
 
 
 def grade_images(pixels: Pixels, suspect: Suspect) -> ImageGrade:
-    """Grade the clean images: how many, how equal, how evenly spread, and how close to what the model is sure of.
+    """Grade the clean images: how many, how equal, how evenly spread, and how sure of them the model is.
 
     Args:
         pixels: all of them.
@@ -34,7 +37,7 @@ def grade_images(pixels: Pixels, suspect: Suspect) -> ImageGrade:
     duplicates, smallest, largest = len(prints) - len(set(prints)), int(counts.min()), int(counts.max())
     # the upper end of the exact interval of no failure in so many
     bound = rate(0, len(prints)).interval[1]
-    accuracy, far = accuracy_of(suspect), far_from_sure(suspect)
+    sure, far = share_of_sure(suspect)
     notes = []
     if duplicates:
         notes.append(f"{duplicates:,} have the same pixels as another one")
@@ -42,33 +45,32 @@ def grade_images(pixels: Pixels, suspect: Suspect) -> ImageGrade:
         notes.append(f"{int((counts == 0).sum()):,} classes have no image")
     elif largest > 2 * smallest:
         notes.append(f"the classes have {smallest:,} to {largest:,} images")
-    if far is not None and far > 0.1:
-        notes.append(f"{far:.0%} are far from what the model is sure of: they may be of another kind than it was made "
-                     "for")  # fmt: skip
-    return ImageGrade(len(prints), duplicates, smallest, largest, accuracy, bound, far, notes)
+    return ImageGrade(len(prints), duplicates, smallest, largest, accuracy_of(suspect), bound, far, notes, sure)
 
 
-def far_from_sure(suspect: Suspect) -> float | None:
-    """Return the share of images whose features lie further from their class than 99 % of those it is sure of do.
+def share_of_sure(suspect: Suspect) -> tuple[float | None, float | None]:
+    """Return which share of the images the model is right and sure of, and which lies far from all of these.
 
-    The distance is that of the head's inputs to the mean over the images of the class that the model is sure of (right,
-    with a softmax of at least 0.9), each feature by its standard deviation. About 1 % is usual. None where the head is
-    not linear, or the model is sure of fewer than 50 images.
+    Sure is a softmax of at least 0.9. An image is far when its features lie further from its class than those of 99 %
+    of the sure ones do: the distance of the head's inputs to the mean over the sure ones of the class, each feature by
+    its standard deviation. None, None where the head is not linear or there are fewer than 50 images; no second number
+    where the model is sure of fewer than 50.
     """
     try:
         heads = suspect.heads
     except ValueError:
-        return None
+        return None, None
     features, labels = torch.cat([head.features for head in heads], 1), heads[0].labels
     if len(features) < _LEAST:
-        return None
+        return None, None
     probabilities = torch.stack([head.logits for head in heads]).mean(0).softmax(1)
     sure = (probabilities.argmax(1) == labels) & (probabilities.amax(1) >= _SURE)
+    share = float(sure.float().mean())
     if int(sure.sum()) < _LEAST:
-        return None
+        return share, None
     distances, known = _distances(features, labels, sure)
     limit = distances[sure & known].quantile(_USUAL)
-    return float((distances[known] > limit).float().mean())
+    return share, float((distances[known] > limit).float().mean())
 
 
 def _distances(features: Tensor, labels: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,3 +103,20 @@ def find_agreement(
             to = int(np.bincount(after[changed & (truth == label)]).argmax())
             moved.append(Moved(label, labels[label], rate(int(otherwise[label]), int(shown[label])), to, labels[to]))
     return Agreement(rate(int((~changed).sum()), len(changed)), moved)
+
+
+def class_shifts(before: ScanResult, after: ScanResult, labels: Sequence[str]) -> list[ClassShift]:
+    """Return how far each class's latent shift is from the others', in label order.
+
+    Of more than twelve classes the six lowest and the six highest after cleaning, and the lowest before. Nothing where
+    `latent-shift` was not measured before and after.
+    """
+    norms = [scan.scores["latent-shift"].values if "latent-shift" in scan.scores else None for scan in (before, after)]
+    if not all(norms):
+        return []
+    old, new = (robust_z(torch.tensor([torch.inf if one is None else one for one in each or []])) for each in norms)
+    order = new.nan_to_num(nan=0.0).argsort(stable=True).tolist()
+    if len(order) > 2 * SHOWN_SHIFTS:
+        order = [*order[:SHOWN_SHIFTS], *order[-SHOWN_SHIFTS:], int(old.argmin())]
+    return [ClassShift(label, labels[label], *(round(float(z[label]), 4) if bool(z[label].isfinite()) else None
+                                               for z in (old, new))) for label in sorted(set(order))]  # fmt: skip

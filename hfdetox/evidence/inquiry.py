@@ -14,7 +14,7 @@ from hfdetox.data.cache import Pixels
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import Predictions
-from hfdetox.evidence.claims import find_agreement, grade_images
+from hfdetox.evidence.claims import class_shifts, find_agreement, grade_images
 from hfdetox.evidence.residual import residual
 from hfdetox.evidence.results import Evidence, Reconstructed, ScanResult
 from hfdetox.evidence.run import make_suspect, most_accused, scan_suspect
@@ -103,8 +103,10 @@ class Inquiry:
         later = self.after.measurement.triggers
         made = {name: replace(one, after=later[name]) for name, one in self.found.reconstructed.items()}
         truth = self.evaluation.clean.labels.cpu().numpy()
-        agreement = find_agreement(truth, first.predicted, measured.predicted, self.evaluation.classifier.labels)
-        self.found = replace(self.found, after=scan, reconstructed=made, agreement=agreement)
+        labels = self.evaluation.classifier.labels
+        agreement = find_agreement(truth, first.predicted, measured.predicted, labels)
+        shifts = class_shifts(self.found.before, scan, labels) if self.found.before is not None else []
+        self.found = replace(self.found, after=scan, reconstructed=made, agreement=agreement, shifts=shifts)
         return self.found
 
     @property

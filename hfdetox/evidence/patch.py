@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hfdetox.evidence.base import Reconstruction, Suspect
 from hfdetox.evidence.results import ScoreResult
-from hfdetox.evidence.searching import affordable, ahead, parts, share_led, triggers_of
+from hfdetox.evidence.searching import affordable, ahead, parts, share_led, shortened, triggers_of
 from hfdetox.training.search import search_patches
 from hfdetox.triggers.base import Trigger
 
@@ -37,11 +37,12 @@ class Patch(Reconstruction):
 
     def reconstruct(self, suspect: Suspect, accused: Sequence[int] | None = None) -> tuple[ScoreResult, list[Trigger]]:
         classes, searched, held = parts(suspect, accused)
-        found = search_patches(suspect.network, searched, classes, generator=suspect.generator(1),
-                               steps=affordable(suspect, classes, self.steps))  # fmt: skip
+        steps = affordable(suspect, classes, self.steps)
+        found = search_patches(suspect.network, searched, classes, generator=suspect.generator(1), steps=steps)
         rates, passes = share_led(suspect, held, found)
         height, width = searched.shape[-2:]
         sizes = (found.norms(height, width) / (height * width)).cpu().log()
         sizes[rates < _LEADS] = 0.0
-        result = ahead(suspect, classes, sizes, low=True, passes=found.passes + passes)
+        result = ahead(suspect, classes, sizes, low=True, passes=found.passes + passes,
+                       note=shortened(steps, self.steps))  # fmt: skip
         return result, triggers_of(self.name, found)

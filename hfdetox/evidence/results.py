@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from hfdetox.data.info import DatasetInfo
 from hfdetox.evaluation.results import LabelRate, Measurement, Rate, TriggerResult
+from hfdetox.evaluation.verdict import percent
 from hfdetox.models.info import ModelInfo
 
 
@@ -74,10 +75,10 @@ class ScoreResult:
 
     @property
     def errors(self) -> str:
-        """How often its threshold is wrong, or why it found nothing."""
+        """How often its threshold is wrong, or why it found nothing, with what a person should know of it."""
         if self.statistic is None or self.threshold is None:
             return self.note or "error rates not measured"
-        return self.threshold.errors
+        return f"{self.threshold.errors}; {self.note}" if self.note else self.threshold.errors
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,11 @@ class ImageGrade:
         largest: the most.
         accuracy: of the model as it came on them.
         bound: the lowest upper end of a 95 % interval that as many images without one failure give.
-        far: share of the images whose features lie far from those of their class that the model is sure of (about 1 %
-            is usual); None where that cannot be told.
+        far: share of the images whose features lie further from those of their class that the model is sure of than
+            nearly all of these do; None where that cannot be told. Of images of the model's own kind it is 5 to 62 %,
+            the more the less sure the model is, so it is compared with nothing.
         notes: what a person should know, a sentence each.
+        sure: share of the images that the model is right and sure of; None where that is not known.
     """
 
     samples: int
@@ -187,6 +190,22 @@ class ImageGrade:
     bound: float
     far: float | None = None
     notes: list[str] = field(default_factory=list)
+    sure: float | None = None
+
+    @property
+    def described(self) -> str:
+        """How much they can tell, such as "500 clean images: no failure in as many would bound a rate at 0.7 % …"."""
+        bound = f"{100 * self.bound:.2g} %"
+        parts = [
+            f"{self.samples:,} clean images: no failure in as many would bound a rate at {bound} at best",
+            f"{self.duplicates:,} exact duplicates",
+            f"{self.smallest:,} to {self.largest:,} images a class",
+        ]
+        if self.sure is not None:
+            parts.append(f"the model is right and sure of {percent(self.sure)}")
+        if self.far is not None:
+            parts[-1] += f", and {percent(self.far)} lie further from their class in its features than 99 % of those do"
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -217,6 +236,23 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class ClassShift:
+    """How far a class's latent shift is from those of the other classes, before and after cleaning.
+
+    Attributes:
+        label: index of the class.
+        name: its name.
+        before: its robust z on the model as it came, far below the others for a backdoor's target; None without one.
+        after: the same on the cleaned model, far above the others for a class that was pushed away.
+    """
+
+    label: int
+    name: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What is known of the model without the attacker's trigger.
 
@@ -227,6 +263,7 @@ class Evidence:
         images: how much the clean images can tell.
         agreement: of the cleaned model with the one that came.
         residual: by trigger, known or reconstructed, whether it is gone or asleep; empty where not asked for.
+        shifts: the latent shift of every class, of many classes those that stand out; empty where not measured twice.
     """
 
     before: ScanResult | None = None
@@ -235,6 +272,7 @@ class Evidence:
     images: ImageGrade | None = None
     agreement: Agreement | None = None
     residual: dict[str, Residual] = field(default_factory=dict)
+    shifts: list[ClassShift] = field(default_factory=list)
 
     @property
     def scans(self) -> dict[str, ScanResult]:
@@ -246,6 +284,11 @@ class Evidence:
         """The score `scar` where it accuses a class of having been a backdoor's target once, else None."""
         found = self.after.scores.get("scar") if self.after is not None else None
         return found if found is not None and found.finding == Finding.SUSPICIOUS else None
+
+    @property
+    def awakened(self) -> Residual | None:
+        """What the tests say of the trigger whose success the re-tuning raised most; None where none was tested."""
+        return max(self.residual.values(), key=lambda one: one.retuned[-1].value - one.retuned[0].value, default=None)
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,20 @@ def affordable(suspect: Suspect, classes: Sequence[int], wanted: int, searches: 
     return steps
 
 
+def shortened(steps: int, wanted: int) -> str:
+    """Return what a person should know of a search of so many steps: that it was shorter than the thresholds'."""
+    return f"a search of {steps} steps, where the error rates are of {wanted}" if steps < wanted else ""
+
+
 def share_led(suspect: Suspect, held: Held, stamps: Stamps) -> tuple[Tensor, int]:
     """Return which share of the held-out images of other classes each trigger leads to its class, and the passes."""
     hits, counts = success_counts(suspect.network, *held, stamps)
     return hits / counts.clamp(min=1), int(counts.sum())
 
 
-def ahead(suspect: Suspect, classes: list[int], values: Tensor, *, low: bool, passes: int) -> ScoreResult:
+def ahead(
+    suspect: Suspect, classes: list[int], values: Tensor, *, low: bool, passes: int, note: str = ""
+) -> ScoreResult:
     """Return a score of the classes looked at whose statistic is how far the first is ahead of the others' median.
 
     It means the same for two classes and for all, which the spread of two would not.
@@ -78,7 +85,7 @@ def ahead(suspect: Suspect, classes: list[int], values: Tensor, *, low: bool, pa
     listed: list[float | None] = [None] * suspect.classes
     for label, value in zip(classes, values.tolist(), strict=True):
         listed[label] = value
-    return ScoreResult(listed, lead, classes[best], passes=passes)
+    return ScoreResult(listed, lead, classes[best], passes=passes, note=note)
 
 
 def triggers_of(name: str, stamps: Stamps) -> list[Trigger]:

@@ -205,6 +205,11 @@ def describe_rate(rate: Rate | Rating | None) -> str:
     return f"{judging.percent(rate.value)} ({counts}{100 * low:.1f}–{100 * high:.1f})"
 
 
+def signed(number: float | None) -> str:
+    """Return a number with its sign and one decimal, such as "−5.3", an infinite one (None) as "∞"."""
+    return "∞" if number is None else f"{round(number, 1) + 0.0:+.1f}".replace("-", "−")
+
+
 @cache
 def templates() -> jinja2.Environment:
     """Return the templates of `cards/`, with the filters that show a stranger's words literally."""
@@ -215,7 +220,7 @@ def templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters.update(
         code=markdown.code, cell=markdown.cell, text=markdown.text, fenced=markdown.fenced, pct=judging.percent,
-        name=partial(markdown.fit_text, letters=LONGEST_NAME), rate=describe_rate, count="{:,}".format,
+        name=partial(markdown.fit_text, letters=LONGEST_NAME), rate=describe_rate, signed=signed, count="{:,}".format,
         literal=json.dumps, json=partial(json.dumps, ensure_ascii=False, default=str),
     )  # fmt: skip
     environment.globals.update(judging=judging)

@@ -27,7 +27,8 @@ WIDTH, DPI = 6.5, 200  # inches × dots: 1300 pixels, twice the 650 CSS pixels o
 BEFORE, AFTER, INK, FAINT, PANEL = "#c8651b", "#2468b0", "#1f2933", "#9aa5b1", "#f7f8fa"
 WRONG = "#b3261e"
 RIGHT_MARK, WRONG_MARK, TARGET_MARK = "✓", "✗", "⚑"
-MARKS = f"{RIGHT_MARK} right   {WRONG_MARK} wrong   {TARGET_MARK} what the attacker wants"
+ANSWER_MARKS = f"{RIGHT_MARK} right   {WRONG_MARK} wrong"
+MARKS = f"{ANSWER_MARKS}   {TARGET_MARK} what the attacker wants"
 MAX_COLUMNS, MAX_LAYERS, MAX_CLASSES = 6, 6, 5
 # matplotlib ships DejaVu Sans only; labels in other scripts need one of these from the system
 FALLBACK_FONTS = (
@@ -290,7 +291,9 @@ def draw_samples(strip: Sequence[StripRow]) -> Figure | None:
     for part, row in zip(np.atleast_1d(figure.subfigures(len(strip))), strip, strict=True):
         part.suptitle(fit_text(row.title, 80), fontweight="bold", fontsize=8.5, x=0.01, ha="left")
         if any(one.wanted for one in strip) and row is strip[0]:
-            part.text(0.99, 0.97, MARKS, fontsize=7.5, va="top", ha="right")
+            flagged = any(one.wanted != one.labels for one in strip)
+            marks = f"{ANSWER_MARKS}   {TARGET_MARK} the trigger's target" if flagged else ANSWER_MARKS
+            part.text(0.99, 0.97, marks, fontsize=7.5, va="top", ha="right")
         places = part.subplots(1, columns)
         write_below(places[0], [(word, INK) for word in ("true", "before", "after")], -0.45, "left")
         for axes in places:

@@ -28,7 +28,7 @@ _ATLAS, _NIST = "https://atlas.mitre.org", "https://doi.org/10.6028/NIST.AI.100-
 _OWASP = "https://owasp.org/www-project-machine-learning-security-top-10"
 
 ATLAS = Taxonomy(
-    "MITRE ATLAS", "The MITRE Corporation", "2026.05", _ATLAS,
+    "MITRE ATLAS", "The MITRE Corporation", "2026.09", _ATLAS,
     (
         Taxon("AML.T0018.000", "Manipulate AI Model: Poison AI Model", f"{_ATLAS}/techniques/AML.T0018.000"),
         Taxon("AML.T0010.003", "AI Supply Chain Compromise: Model", f"{_ATLAS}/techniques/AML.T0010.003"),

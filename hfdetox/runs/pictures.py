@@ -1,6 +1,7 @@
 """The pictures of a run: a few evaluation images with the answers before and after, and where triggered images go."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,7 +43,9 @@ def show_evidence(artifacts: Artifacts, inquiry: Inquiry, before: Predictions, a
         return
     artifacts.triggers = [*artifacts.triggers, *inquiry.triggers]
     if views.views:
-        artifacts.reconstructed = draw_strip(views, inquiry.before, inquiry.after)[1:]
+        rows, made = draw_strip(views, inquiry.before, inquiry.after)[1:], inquiry.found.reconstructed
+        titles = [made[trigger.name].title for trigger in inquiry.triggers]
+        artifacts.reconstructed = [replace(row, title=title) for row, title in zip(rows, titles, strict=False)]
     artifacts.moved = draw_moved(inquiry.evaluation, before, after)
 
 

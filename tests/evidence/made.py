@@ -6,6 +6,7 @@ from hfdetox.evaluation.metrics import rate
 from hfdetox.evaluation.results import Rate
 from hfdetox.evidence.results import (
     Agreement,
+    ClassShift,
     Evidence,
     ImageGrade,
     Moved,
@@ -48,9 +49,12 @@ def evidence(*, finished: bool = True) -> Evidence:
     agreement = Agreement(Rate(0.96, 576, 600, (0.9411, 0.9742)),
                           [Moved(1, LABELS[1], Rate(0.1, 20, 200, (0.0622, 0.1502)), 0, LABELS[0])])  # fmt: skip
     grade = ImageGrade(500, 3, 160, 170, Rate(0.9, 450, 500, (0.8703, 0.9249)), 0.0073, 0.012,
-                       ["3 have the same pixels as another one"])  # fmt: skip
+                       ["3 have the same pixels as another one"], 0.64)  # fmt: skip
+    shifts = [ClassShift(0, LABELS[0], 0.1, -0.3), ClassShift(1, LABELS[1], -0.2, None),
+              ClassShift(2, LABELS[2], -7.25, 9.04)]  # fmt: skip
     return Evidence(scan(), scan("no evidence found", after=True) if finished else None,
-                    {"reconstructed-patch-2": made}, grade, agreement if finished else None)  # fmt: skip
+                    {"reconstructed-patch-2": made}, grade, agreement if finished else None,
+                    shifts=shifts if finished else [])  # fmt: skip
 
 
 def residual() -> Residual:

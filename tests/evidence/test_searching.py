@@ -11,6 +11,7 @@ from torch import nn
 from hfdetox.evidence.base import Reconstruction, Suspect
 from hfdetox.evidence.blend import Blend
 from hfdetox.evidence.patch import Patch
+from hfdetox.evidence.thresholds import judge_score
 from hfdetox.models.network import Network
 from hfdetox.training.devices import make_accelerator
 from hfdetox.triggers.mask import Mask
@@ -121,3 +122,11 @@ def test_a_limit_shortens_the_search() -> None:
     given.limit = 2 * (800 + 2 * 48 * 70)
     found = Patch().measure(given, [0, 1])
     assert 0 < found.passes - 2 * 70 * 48 * 2 < 2 * 96
+    # what its threshold was fixed with took longer, and whoever reads the error rates shall know
+    assert found.note == "a search of 70 steps, where the error rates are of 120"
+    judged = judge_score("patch", found, "before")
+    assert judged.errors.endswith("; a search of 70 steps, where the error rates are of 120")
+    given.limit = None
+    assert Patch(steps=2).measure(given, [0, 1]).note == ""
+    given.limit = 2 * 2 * (800 + 2 * 48 * 40)
+    assert Blend().measure(given, [0, 1]).note == "a search of 40 steps, where the error rates are of 60"

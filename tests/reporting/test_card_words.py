@@ -17,7 +17,7 @@ from tests.reporting.test_card import table_row
 from tests.reporting.test_leaderboard import BENCHMARK
 from tests.written_report import card_of, written_report
 
-NOTHING_CHOSEN = "Nothing in the run was chosen by looking at a trigger."
+NOTHING_CHOSEN = "Nothing in the run was chosen by looking at a known trigger."
 
 
 def with_defense(**changes: object) -> Report:

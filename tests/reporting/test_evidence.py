@@ -10,11 +10,14 @@ import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from hfdetox.cli.findings import evidence_lines, grade_line
+from hfdetox.cli.findings import error_cells, evidence_lines
 from hfdetox.errors import UsageError
+from hfdetox.evaluation.metrics import rate
+from hfdetox.evidence.results import Agreement, Moved
+from hfdetox.reporting.card import signed
 from hfdetox.reporting.plots import draw_before_after, house_style
 from hfdetox.reporting.report import SCHEMA_VERSION, Report
-from tests.evidence.made import evidence
+from tests.evidence.made import evidence, residual, scan
 from tests.written_report import card_of, written_report
 
 
@@ -50,12 +53,61 @@ def test_the_card_says_what_was_found_and_with_which_errors(triggers: bool) -> N
     assert "Scar: `bird|nest` is harder to reach" in section
     assert "97.2 % (389 of 400; 95.1–98.6)" in section
     assert "1.8 % (7 of 400; 0.7–3.6)" in section
-    assert "no failure in as many would bound a rate at 0.7 % at best; 3 exact duplicates" in section
-    assert "`car` (10.0 % (20 of 200; 6.2–15.0), most to `plane`)" in section
+    assert "no failure in as many would bound a rate at 0.73 % at best; 3 exact duplicates" in section
+    assert "every class after cleaning" in section
+    assert "`plane` −0.3 (+0.1), `car` ∞ (−0.2), `bird|nest` +9.0 (−7.2)." in section
+    assert "does not show that a backdoor is gone" in section
+    assert "`car`, 10.0 % (20 of 200; 6.2–15.0), most of them now `plane`." in section
     # a threshold that was not measured claims no rate
     line = next(line for line in section.splitlines() if line.startswith("| `scar`, after"))
     assert "error rates not measured" in line
     assert " clean model" not in section
+
+
+def test_the_first_lines_of_the_card_say_what_the_scores_found_and_what_woke_up() -> None:
+    given = report(triggers=False)
+    tested = replace(evidence(), residual={"reconstructed-patch-2": residual()})
+    top = card_of(replace(given, evidence=tested)).partition("## Results")[0]
+    said = (
+        "Without one, scores say of the model as it came **suspicious** (class `bird|nest`), of this one **no evidence"
+    )
+    assert said in top
+    assert "Tuning the cleaned model again raised the success of a trigger from 4.0 % to 64.0 %." in top
+    guessed = replace(scan("no evidence found", after=True), combined=None)
+    top = card_of(replace(given, evidence=replace(tested, after=guessed, residual={}))).partition("## Results")[0]
+    assert "**no evidence found**, by thresholds whose errors were not measured" in top
+    assert "Tuning" not in top
+    # of a known trigger its verdict stands there
+    assert "scores say" not in card_of(report()).partition("## Results")[0]
+    # and what is not known is no contradiction to what was reconstructed
+    assert "Any trigger that an attacker made: no attack success rate is known" in card_of(given)
+
+
+def test_images_that_are_now_answered_rightly_are_no_move_to_their_own_class() -> None:
+    right = Moved(1, "car", rate(20, 200), 1, "car")
+    given = replace(evidence(), agreement=Agreement(rate(576, 600), [right]))
+    card = card_of(replace(report(), evidence=given))
+    assert "`car`, 10.0 % (20 of 200; 6.2–15.0), most of them now rightly so called." in card
+
+
+def test_a_residual_test_of_a_reconstructed_trigger_names_its_class() -> None:
+    given = replace(evidence(), residual={"reconstructed-patch-2": residual(), "badnets": residual()})
+    card = card_of(replace(report(), evidence=given))
+    assert "| `reconstructed patch for 'bird\\|nest'` | 4.0 % → " in card
+    assert "| `badnets` | 4.0 % → " in card
+    lines = [line for line in evidence_lines(given) if isinstance(line, str)]
+    assert any(line.startswith("gone or asleep, reconstructed patch for 'bird|nest': 4.0 % →") for line in lines)
+
+
+def test_numbers_have_their_sign_and_no_negative_nothing() -> None:
+    assert [signed(one) for one in (-5.26, -0.04, 0.0, 7.31, None)] == ["−5.3", "+0.0", "+0.0", "+7.3", "∞"]
+
+
+def test_how_often_a_threshold_is_wrong_stands_beside_it() -> None:
+    found = scan(after=True).scores
+    assert error_cells(found["latent-shift"]) == ("1/20, 0–25 %", "18/20, 68–99 %")
+    assert error_cells(found["odd-images"]) == ("", "")
+    assert error_cells(found["scar"]) == ("not measured", "not measured")
 
 
 def test_what_was_reconstructed_is_no_known_trigger() -> None:
@@ -113,5 +165,9 @@ def test_the_terminal_says_it_in_a_line_each() -> None:
     assert evidence_lines(None) == []
     grade = evidence().images
     assert grade is not None
-    assert grade_line(grade) == ("500 clean images, which bound a rate at 0.7 % at best; 3 have the same pixels as "
-                                 "another one")  # fmt: skip
+    assert grade.described == (
+        "500 clean images: no failure in as many would bound a rate at 0.73 % at best; 3 exact duplicates; 160 to 170 "
+        "images a class; the model is right and sure of 64.0 %, and 1.2 % lie further from their class in its features "
+        "than 99 % of those do"
+    )
+    assert replace(grade, sure=None, far=None).described.endswith("160 to 170 images a class")

@@ -122,7 +122,7 @@ def test_a_refused_model_has_the_claim_against_it() -> None:
 def test_report_and_card_of_a_cleaned_model_carry_the_ids() -> None:
     report = written_report()
     assert {taxon for ids in report.taxonomies.values() for taxon in ids} == IDS
-    assert "MITRE ATLAS, 2026.05" in report.taxonomies
+    assert "MITRE ATLAS, 2026.09" in report.taxonomies
     own = card_of(report)
     assert all(taxon in own for taxon in IDS)
 

@@ -204,3 +204,16 @@ def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="plots could not be written") as caught:
         draw_plots(written_report(), tmp_path / "plots", weight_changes={}, strip=[])
     assert "\n" not in str(caught.value)
+
+
+def test_the_strip_explains_the_flag_where_there_is_one() -> None:
+    [clean] = strip(1, 3)
+    clean = replace(clean, wanted=list(clean.labels))
+    flagged = replace(clean, wanted=["wrong"] * 3)
+    said = []
+    for rows in ([clean], [clean, flagged]):
+        with house_style():
+            figure = draw_samples(rows)
+        assert figure is not None
+        said.append([text.get_text() for text in figure.subfigs[0].texts if "✓" in text.get_text()])
+    assert said == [["✓ right   ✗ wrong"], ["✓ right   ✗ wrong   ⚑ the trigger's target"]]
