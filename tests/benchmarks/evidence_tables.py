@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.benchmarks.markdown import arrow, exists, percent, read, source, tabl
 
 WORDS = {"grid": "BadNets", "noise": "Blended", "wanet": "WaNet", "lf": "LF", "inputaware": "Input-aware", "sig": "SIG",
          "ssba": "SSBA", "badnets": "BadNets", "blended": "Blended"}  # fmt: skip
-KINDS = {"resnet": "ResNet", "convnext": "ConvNeXt", "vit": "ViT"}
+KINDS = {"resnet": "ResNet", "convnext": "ConvNeXt", "vit": "ViT", "swin": "Swin", "lite0": "EfficientNet"}
 NOT_RUN = ["Not run."]
 
 
@@ -70,7 +71,7 @@ def _model(one: dict[str, Any], names: list[str], scores: dict[str, Any]) -> lis
 
 def _attack(cell: str) -> str:
     """Return what the attack of a model of the zoo is called."""
-    return WORDS[next(part for part in cell.split("-") if part in WORDS)]
+    return WORDS[next(part for part in re.split("[-_]", cell) if part in WORDS)]
 
 
 def _true(row: dict[str, Any]) -> str:
@@ -147,21 +148,36 @@ def canaries() -> list[str]:
 
 def _unlearnt(name: str) -> list[str]:
     """Return what defenses made of the models of a zoo, phases alone."""
-    if not exists(name):
-        return NOT_RUN
-    rows = []
-    for row in sorted(read(name)["rows"], key=lambda row: ("clean" in row["cell"], row["cell"])):
+    return [*unlearnt_table(read(name)["rows"]), *source(name)] if exists(name) else NOT_RUN
+
+
+def unlearnt_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return runs of `unlearn_zoo.py` as a table, the models without a backdoor last."""
+    header = ["model", "attack", "defense", "ACC", "ASR", "RA", "into one class", "passes"]
+    return table(header, unlearnt_rows(sorted(rows, key=lambda row: ("clean" in row["cell"], row["cell"]))),
+                 text_columns=3)  # fmt: skip
+
+
+def unlearnt_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of each run."""
+    lines = []
+    for row in rows:
         before, after = row["before"], row["after"]
-        kind, attack = row["cell"].split("-")[0], "none" if "clean" in row["cell"] else _attack(row["cell"])
-        attack += ", all to all" if "all-to-all" in row["cell"] else ""
+        kind, attack = row["cell"].split("-")[0], "none"
+        if "two_targets" in row["cell"]:
+            attack = f"two targets: {WORDS[after['trigger']]}"
+        elif "clean" not in row["cell"]:
+            attack = _attack(row["cell"])
+        for word, named in (("all-to-all", ", all to all"), ("sam_", ", SAM"), ("shift_", ", hidden"),
+                            ("-0.02-", " at 2 %")):  # fmt: skip
+            attack += named if word in row["cell"] else ""
         cells = ["–"] * 3
         if "asr" in after:
             cells = [arrow(*(state[key] for state in (before, after))) for key in ("asr", "ra")]
             cells.append(f"{100 * after['share']:.0f} ({100 * after['excess']:+.0f})")
         accuracy = arrow(before["accuracy"], after["accuracy"])
-        rows.append([KINDS[kind], attack, f"`{row['arm']}`", accuracy, *cells, f"{row['passes']:,}"])
-    header = ["model", "attack", "defense", "ACC", "ASR", "RA", "into one class", "passes"]
-    return [*table(header, rows, text_columns=3), *source(name)]
+        lines.append([KINDS[kind], attack, f"`{row['arm']}`", accuracy, *cells, f"{row['passes']:,}"])
+    return lines
 
 
 def unlearnt() -> list[str]:
@@ -172,11 +188,6 @@ def unlearnt() -> list[str]:
 def held_out() -> list[str]:
     """Return `unlearn`, `d3:auto-1` and plain fine-tuning on models that had no say."""
     return _unlearnt("unlearn_heldout")
-
-
-def auto_held_out() -> list[str]:
-    """Return `d3:auto`, `d3:auto-1` and plain fine-tuning on models that had no say."""
-    return _unlearnt("auto_heldout")
 
 
 def trials() -> list[str]:
@@ -206,6 +217,6 @@ def _tried(name: str) -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "scan": scan, "scan_models": models, "cleaned": cleaned, "asleep": asleep, "canaries": canaries,
-    "unlearnt": unlearnt, "held_out": held_out, "auto_held_out": auto_held_out, "trials": trials,
+    "unlearnt": unlearnt, "held_out": held_out, "trials": trials,
     "ablation": ablation,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tests.benchmarks import evidence_tables, gpu_tables
+from tests.benchmarks import auto_tables, evidence_tables, gpu_tables
 from tests.benchmarks.markdown import ATTACKS, RESULTS, arrow, percent, read, source, table, with_interval
 
 __all__ = ["RESULTS", "read"]
@@ -338,6 +338,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "architectures_transformers": lambda: architectures("transformers"),
     "architectures_timm": lambda: architectures("timm"),
     **evidence_tables.TABLES,
+    **auto_tables.TABLES,
     **gpu_tables.TABLES,
     "thousand": thousand,
 }
