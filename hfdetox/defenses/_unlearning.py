@@ -22,6 +22,7 @@ from hfdetox.training.batches import step_bounds
 from hfdetox.training.probe import log_odds, probed_shares
 from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
 from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
+from hfdetox.training.statistics import Statistics, measured_layers
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
 
 LOOK, SEARCH = "unlearn-look", "unlearn-search"
@@ -96,7 +97,8 @@ class Unlearning:
     Attributes:
         accused: label indices (int64).
         screened: classes (int64) of which the search takes those that are accused, where the look accused none.
-        average: of the weights over the later steps, for networks that AdamW trains.
+        average: of the weights over the later steps.
+        steady: whether the rate stays as it is, and patches are searched again: for networks without BatchNorm.
         masks, patches: of the patches found (P×1×h×w and P×C×h×w, float32).
         blends: patterns of the blends found (B×C×h×w, float32).
         evident: whether something speaks for a backdoor: a head that gives random features to one class, a latent
@@ -113,9 +115,8 @@ class Unlearning:
         """
         self.network, self.config, self.needed, self.able = network, config, needed, True
         self.phase: Phase | None = None
-        self.average: WeightAverage | None = None
-        if config.adamw_for(network.model) and not has_batch_norm(network.model):
-            self.average = WeightAverage(trained_parameters(network))
+        self.average = WeightAverage(trained_parameters(network))
+        self.steady = config.adamw_for(network.model) and not has_batch_norm(network.model)
         named, count = [int(text) for text in config.classes], classes_of(network.model)
         if max(named, default=0) >= count:
             raise UsageError(f"unlearn: this model has the classes 0 to {count - 1}, and classes names {max(named)}")
@@ -150,16 +151,22 @@ class Unlearning:
     def after_epoch(self) -> list[Pass]:
         """Return the pass that searches once more, where it is time; called before the first epoch and after each.
 
-        The searches lie evenly between the epochs. After the last the weights are those of the average.
+        The searches lie evenly between the epochs. In the end the average takes over, with BatchNorm statistics anew.
         """
         self.ended += 1
         rounds = self.config.rounds
         due = {math.ceil(self.epochs * part / (rounds + 1)) for part in range(1, rounds + 1)}
-        if self.ended == self.epochs and self.average is not None:
+        if self.ended == self.epochs:
             self.average.take()
-        if self.ended not in due or not 0 < self.ended < self.epochs:
+            return [self._measure_statistics()] if measured_layers(self.network) else []
+        if self.ended not in due or self.ended == 0:
             return []
         return [Pass(name=SEARCH, on_batch=self._keep, finish=self._search_again)]
+
+    def _measure_statistics(self) -> Pass:
+        statistics = Statistics(self.network)
+        return Pass(name="unlearn-statistics", on_batch=statistics.on_batch, batch_size=_BATCH,
+                    finish=lambda accelerator: {"passes": float(statistics.finish(accelerator))})  # fmt: skip
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the loss of a batch of which some images carry triggers, and that of the others, `clean_loss`."""
@@ -231,8 +238,7 @@ class Unlearning:
         parts = self.config.gradient_accumulation_steps * accelerator.num_processes
         steps = len(step_bounds(count, self.config.batch_size, parts))
         self.epochs = max(self.config.epochs, math.ceil(self.config.min_steps / steps))
-        if self.average is not None:
-            self.average.first = round(_SETTLING * self.epochs * steps)
+        self.average.first = round(_SETTLING * self.epochs * steps)
         self._set_up()
         return {**found, **{f"accused_{row}": float(label) for row, label in enumerate(self.accused.tolist())},
                 "epochs": self.epochs, "steps": self.epochs * steps, "images": count,
@@ -317,7 +323,7 @@ class Unlearning:
         """Search one more blend for each accused class, and without BatchNorm a patch in half of the steps."""
         config, (images, classes, generator) = self.config, self._begin_search(accelerator)
         passes = self._search_blends(images, classes, max(config.alphas), generator, accelerator).passes
-        if config.patch_steps and self.average is not None:
+        if config.patch_steps and self.steady:
             passes += self._search_patches(images, classes, config.patch_steps // 2 or 1, generator, accelerator).passes
         return {"passes": passes}
 
@@ -352,10 +358,9 @@ class Unlearning:
         """Return what was found so far."""
         numbers = [self.seed, self.searches, self.ended, self.images, self.epochs, int(self.augmented),
                    int(self.evident)]  # fmt: skip
-        averaged = {} if self.average is None else self.average.state_dict()
         return {"accused": self.accused, "screened": self.screened, "masks": self.masks, "patches": self.patches,
                 "blends": self.blends, "numbers": torch.tensor(numbers),
-                **{f"average.{name}": value for name, value in averaged.items()}}  # fmt: skip
+                **{f"average.{name}": value for name, value in self.average.state_dict().items()}}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with what a stopped run found."""
@@ -364,9 +369,8 @@ class Unlearning:
         )
         self.seed, self.searches, self.ended, self.images, self.epochs, *flags = state["numbers"].tolist()
         (self.augmented, self.evident), self._whole = map(bool, flags), None
-        if self.average is not None:
-            parts = {name: value for name, value in state.items() if name.startswith("average.")}
-            self.average.load_state_dict({name.partition(".")[2]: value for name, value in parts.items()})
+        parts = {name: value for name, value in state.items() if name.startswith("average.")}
+        self.average.load_state_dict({name.partition(".")[2]: value for name, value in parts.items()})
         self._set_up()
 
     def _set_up(self) -> None:

@@ -17,9 +17,10 @@ For the accused classes, triggers are searched on the suspect model (`hfdetox.tr
 where T_i is nothing for most images, and for a `share` of them one of the triggers, drawn anew in each step; a blend
 has a strength of its own for each image, α ~ U(0.05, 0.25), so that not one dose is unlearnt. As the model changes,
 what is left of the backdoor is somewhere else: `rounds` times during the training, one more blend is searched on the
-model as it is then. A network without BatchNorm keeps a patch for longer, so there one more patch is searched too; and
-it is trained by AdamW at a constant rate, its weights in the end the mean of those after the first third of the steps:
-one that was made with a falling rate loses accuracy by steps at a high one, and the mean takes some of that back.
+model as it is then. A network without BatchNorm keeps a patch for longer, so there one more patch is searched too, and
+it is trained by AdamW at a constant rate. The weights in the end are the mean of those after the first third of the
+steps: what was made with a falling rate loses accuracy by steps at a high one, and the mean takes some of that back.
+BatchNorm's statistics are then measured anew.
 
 Any network has such triggers, and unlearning those of one without a backdoor costs accuracy. Where all classes are
 found, none gets most of the random features, none has a z below −4 and the most of them, and neither a faintest blend
@@ -81,8 +82,8 @@ class UnlearnConfig(UnlearnSettings):
                         f"images to these classes. So the triggers were unlearnt gently.")  # fmt: skip
         said += [f"{look['epochs']:.0f} epochs, {look['steps']:.0f} steps: at least {self.epochs} epochs and "
                  f"{self.min_steps} steps.",
-                 "AdamW trained the network, for it has no BatchNorm; its weights are the mean of those of the last "
-                 "two thirds of the steps." if look["adamw"] else "SGD trained the network.",
+                 ("AdamW trained the network, for it has no BatchNorm" if look["adamw"] else "SGD trained the network")
+                 + "; its weights are the mean of those of the last two thirds of the steps.",
                  f"Augmentation {self.augmentation if look['augmented'] else 'none'}: the model as it came has "
                  f"{100 * look['accuracy_augmented']:.1f} % of the trusted images right with {self.augmentation}, and "
                  f"{100 * look['accuracy']:.1f} % without."]  # fmt: skip
@@ -120,12 +121,12 @@ class UnlearnConfig(UnlearnSettings):
 
     def stages(self, unlearning: Unlearning) -> list[Phase | Pass]:
         """Return the look, the search and the training that share `unlearning`."""
-        network, average = unlearning.network, unlearning.average
+        network = unlearning.network
         phase = self.phase(name=self.name, parameters=trained_parameters(network), loss=unlearning.terms,
                            optimizer=self._optimizer(network), state=unlearning,
                            on_epoch_end=unlearning.after_epoch,
-                           after_step=average and average.update,
-                           schedule="cosine" if average is None else "constant")  # fmt: skip
+                           after_step=unlearning.average.update,
+                           schedule="constant" if unlearning.steady else "cosine")  # fmt: skip
         return [unlearning.look(phase), unlearning.search(), phase]
 
     def _optimizer(self, network: Network) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class WeightAverage:
     """Adds up weights after each step, and puts their mean in their place (SWA, arXiv 1803.05407).
 
-    For networks without BatchNorm: the statistics of one would have to be measured anew.
+    BatchNorm's statistics do not belong to the mean: measure them anew (`hfdetox.training.statistics`).
 
     Args:
         parameters: what is trained; they stay where they are until `take`.

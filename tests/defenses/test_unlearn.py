@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from hfdetox.defenses._unlearning import Unlearning, hardly_found
 from hfdetox.defenses.unlearn import UnlearnConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.network import Network
+from hfdetox.training.engine import Engine
+from hfdetox.training.phases import Pass, Phase
 from hfdetox.training.shift import HeadInputs
+from hfdetox.training.statistics import Statistics, measured_layers
 from tests.defenses.pixels import linear, pixel_convnet
-from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, run
-from tests.tiny_training import _quick_garbage, accelerator, mlp, toy_preprocessing
+from tests.defenses.runs import assert_repeatable_and_tidy, assert_resumes, one_batch, run
+from tests.tiny_training import ToyImages, _quick_garbage, accelerator, mlp, toy_preprocessing
 
 __all__ = ["_quick_garbage", "accelerator"]
 
@@ -239,8 +243,40 @@ def test_triggers_are_found_for_each_accused_class_and_in_each_round(accelerator
     _, first, *rounds = record.history
     # 3 steps of all of the 48 images, there and back, for two classes: a patch and two blends, then one blend
     assert first["passes"] == 3 * 2 * 2 * 3 * 48
-    assert [entry.get("passes") for entry in rounds] == [2 * 2 * 3 * 48, 2 * 2 * 3 * 48, None]
+    # the statistics of BatchNorm take the images once more
+    assert [entry.get("passes") for entry in rounds] == [2 * 2 * 3 * 48, 2 * 2 * 3 * 48, 48]
     assert {name for name in first if name.startswith("mask_norm")} == {"mask_norm_2", "mask_norm_0"}
+
+
+def test_the_weights_are_the_mean_of_later_steps_and_the_statistics_theirs(accelerator: Accelerator) -> None:
+    config, network = small(classes=("1",)), pixel_convnet()
+    phases = config.phases(network)
+    phase = phases[-1]
+    count, seen = after_step_of(phase), list[torch.Tensor]()
+
+    def note() -> None:
+        count()
+        seen.append(next(network.parameters()).detach().clone())
+
+    phase.after_step = note  # type: ignore[union-attr]
+    Engine(accelerator, ToyImages(), seed=0).run(network, phases)
+    # six steps, of which the last four count
+    assert len(seen) == 6
+    assert torch.allclose(next(network.parameters()), torch.stack(seen[2:]).mean(0))
+    after = [layer.running_mean.clone() for layer in measured_layers(network) if layer.running_mean is not None]
+    assert after
+    statistics = Statistics(network)
+    with torch.no_grad():
+        statistics.on_batch(network, one_batch())
+    for layer, mean in zip(measured_layers(network), after, strict=True):
+        assert torch.allclose(layer.running_mean, mean, atol=1e-6)  # type: ignore[arg-type]
+
+
+def after_step_of(phase: Phase | Pass) -> Callable[[], None]:
+    """Return what a training phase does after each step."""
+    assert isinstance(phase, Phase)
+    assert phase.after_step is not None
+    return phase.after_step
 
 
 def test_few_images_get_more_epochs(accelerator: Accelerator) -> None:
@@ -278,7 +314,8 @@ def test_what_it_chose_is_said(accelerator: Accelerator) -> None:
     assert accused.startswith("Taken as possible targets: class ")
     assert "no class was accused by the latent shift" in accused
     assert length == "3 epochs, 6 steps: at least 3 epochs and 0 steps."
-    assert optimizer == "SGD trained the network."
+    assert optimizer == ("SGD trained the network; its weights are the mean of those of the last two thirds of the "
+                         "steps.")  # fmt: skip
     assert augmentation.startswith(("Augmentation flip: ", "Augmentation none: "))
     named = small(classes=("1",))
     record = run(named, pixel_convnet(), accelerator)
