@@ -25,7 +25,6 @@ from hfdetox.defenses._unlearning import Unlearning
 from hfdetox.defenses.auto import LEAST_EPSILON, AutoD3, D3Config
 from hfdetox.defenses.base import Batch, Network, Pass, Phase, trained_parameters
 from hfdetox.defenses.unlearn import UnlearnConfig
-from hfdetox.training.averaging import WeightAverage
 from hfdetox.training.devices import make_accelerator
 from hfdetox.training.engine import Engine
 from tests.benchmarks.unlearn_zoo import SAMPLES, opened, state
@@ -120,13 +119,12 @@ def no_patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pa
 def patches_again(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
     """Search patches again with BatchNorm too."""
     look, search, phase, unlearning = parts(config, network)
-    # an average of nothing
-    unlearning.average = WeightAverage([])
+    unlearning.steady = True
     return [look, search, phase]
 
 
 def not_averaged(config: UnlearnConfig, network: Network) -> list[Phase | Pass]:
-    """Take the last weights of a falling rate, as with BatchNorm."""
+    """Take the last weights of a falling rate."""
     look, search, phase, _ = parts(config, network)
     return [look, search, replace(phase, after_step=None, schedule="cosine")]
 
