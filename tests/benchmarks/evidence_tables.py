@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from hfdetox.evaluation.metrics import rate
 from tests.benchmarks.markdown import arrow, exists, percent, read, source, table
@@ -82,7 +83,7 @@ def cleaned() -> list[str]:
     """Return the attack success of true and of reconstructed triggers on cleaned models, and how they differ."""
     if not exists("cleaned"):
         return NOT_RUN
-    found, rows, apart = [row for row in read("cleaned")["rows"] if row["defense"] != "none"], [], []
+    found, rows, pairs = [row for row in read("cleaned")["rows"] if row["defense"] != "none"], [], []
     for row in found:
         true = _true(row)
         cells = []
@@ -91,15 +92,18 @@ def cleaned() -> list[str]:
             cells.append("–" if made is None else arrow(made[0][0], made[1][0]))
         best = max((rates for name, rates in row["rates"].items() if name != true), key=lambda r: r[0][0], default=None)
         if best is not None:
-            apart.append(abs(best[1][0] - row["rates"][true][1][0]))
+            pairs.append((best[1][0], row["rates"][true][1][0]))
         rows.append([_attack(row["cell"]), f"`{row['defense']}`",
                      arrow(*row["accuracy"]), *(arrow(*pair) for pair in zip(*row["rates"][true], strict=True)),
                      *cells])  # fmt: skip
     header = ["attack", "defense", "ACC", "ASR", "RA", "reconstructed blend", "reconstructed patch"]
-    near = sum(one <= 0.1 for one in apart)
-    mean = f"{100 * np.mean(apart):.1f}"
+    above = np.array([said - true for said, true in pairs])
+    rank = spearmanr(*zip(*pairs, strict=True)).statistic
+    near, mean = int((abs(above) <= 0.1).sum()), 100 * abs(above).mean()
+    most, least = 100 * above.max(), max(0.0, -100 * above.min())
     said = ("Of the reconstruction with the higher rate before, the rate after is within 10 points of the true "
-            f"trigger's in {near} of {len(apart)} rows; the mean difference is {mean} points.")  # fmt: skip
+            f"trigger's in {near} of {len(pairs)} rows, {mean:.1f} points apart on average, at most {most:.1f} above it "
+            f"and {least:.1f} below it; rank correlation {rank:.2f}.")  # fmt: skip
     return [*table(header, rows, text_columns=2), "", said, *source("cleaned")]
 
 
