@@ -102,8 +102,8 @@ def cleaned() -> list[str]:
     near, mean = int((abs(above) <= 0.1).sum()), 100 * abs(above).mean()
     most, least = 100 * above.max(), max(0.0, -100 * above.min())
     said = ("Of the reconstruction with the higher rate before, the rate after is within 10 points of the true "
-            f"trigger's in {near} of {len(pairs)} rows, {mean:.1f} points apart on average, at most {most:.1f} above it "
-            f"and {least:.1f} below it; rank correlation {rank:.2f}.")  # fmt: skip
+            f"trigger's in {near} of {len(pairs)} rows, {mean:.1f} points apart on average, at most {most:.1f} above "
+            f"it and {least:.1f} below it; rank correlation {rank:.2f}.")  # fmt: skip
     return [*table(header, rows, text_columns=2), "", said, *source("cleaned")]
 
 
