@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from hfdetox import D3, D3Config, evaluate, load_classifier, load_images
-from hfdetox.integrations.trainer import D3Trainer
+from hfdetox.integrations import D3Trainer
 
 
 def make_trainer(

@@ -10,16 +10,20 @@ What Trainer would do to D3 if it were let, and what is done here instead:
   `optimizers` are passed.
 - Its callbacks are called after a step that fp16 skipped, too: the callback asks the optimizer.
 - Its checkpoints know nothing of the weights that D3 started from: `d3.safetensors` is put beside them.
-- Of some models (ViT) it writes checkpoints under older parameter names, and would resume with a warning about missing
-  keys and the old weights: the checkpoint is read as `from_pretrained` reads it.
+- Of some models (ViT) it writes checkpoints under older parameter names, and would resume, or end with the best model,
+  with a warning about missing keys and the weights it has: checkpoints are read as `from_pretrained` reads them.
+
+What is refused: weights that are not float32 (bf16 and fp16 are for TrainingArguments), weights that FSDP or DeepSpeed
+split, a D3 of another model, label smoothing, `compute_loss_func`, and a checkpoint that D3 did not write.
 
 What is left to its user:
-- Trainer clips gradients to a norm of 1 unless it is told `max_grad_norm=0`. Label smoothing stays off: the loss here
-  does not know it. Of a config, Trainer reads neither epochs nor batch size: TrainingArguments has its own.
+- Trainer clips gradients to a norm of 1 unless it is told `max_grad_norm=0`. Of a config, Trainer reads neither epochs
+  nor batch size: TrainingArguments has its own.
 - A batch whose accumulated parts differ in size (the last of an epoch) weighs the images of the smaller part more; the
   engine does not. Choose numbers that divide, or pass `dataloader_drop_last=True`.
 """
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hfdetox.defenses.auto import D3Config
 from hfdetox.defenses.d3 import D3
+from hfdetox.errors import UsageError
 
 STATE_FILE = "d3.safetensors"
 
@@ -39,17 +44,47 @@ class D3Callback(TrainerCallback):
     """Moves the selected weights away at the start, and back onto their sphere after every real optimizer step.
 
     Args:
-        d3: the method, made of the model as it came.
+        d3: the method, made of the model as it came; the scales in its `frozen_scales` are not trained.
     """
 
     def __init__(self, d3: D3) -> None:
         self.d3 = d3
+        self._resumed = False
+        for scale in d3.frozen_scales:
+            scale.requires_grad_(False)
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Initialise, unless a checkpoint is resumed; all processes draw alike."""
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        """Initialise, all processes alike, or take the weights that D3 started from of the checkpoint that is resumed.
+
+        Raises:
+            UsageError: these are not weights that D3 can move.
+        """
+        self._check(model)
         if state.global_step == 0:
             torch.manual_seed(args.seed)
             self.d3.initialize()
+        elif not self._resumed:
+            self.resume(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take over the weights that D3 started from; UsageError where the checkpoint has none."""
+        if not (checkpoint / STATE_FILE).is_file():
+            raise UsageError(f"{checkpoint} has no {STATE_FILE}, so it is not known from where D3 started: resume a "
+                             "checkpoint that D3Callback or D3Trainer wrote")  # fmt: skip
+        self.d3.load_state_dict(load_file(str(checkpoint / STATE_FILE)))
+        self._resumed = True
+
+    def _check(self, model: nn.Module) -> None:
+        trained = {id(parameter) for parameter in model.parameters()}
+        for name, weight in self.d3.weights.items():
+            if id(weight) not in trained or weight.shape != self.d3.initial[name].shape:
+                raise UsageError(f"the weights of {name} are not what this Trainer trains: make D3(model, config) of "
+                                 "the model that it gets, without model_init, and without FSDP or DeepSpeed, which "
+                                 "split them")  # fmt: skip
+            if weight.dtype != torch.float32:
+                raise UsageError(f"the weights of {name} are {str(weight.dtype).removeprefix('torch.')}, too coarse "
+                                 "for D3's sphere: load the model with dtype=torch.float32, and say "
+                                 "TrainingArguments(bf16=True) or fp16=True")  # fmt: skip
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
         """Project; Trainer calls this (and `on_step_end`) after a skipped step as well."""
@@ -70,6 +105,9 @@ class D3Trainer(Trainer):
     Args:
         d3: the method, made of the model as it came; the scales in its `frozen_scales` are not trained.
         args, options: what Trainer takes.
+
+    Raises:
+        UsageError: an option that D3's loss does not know, or a model that takes no `pixel_values`.
     """
 
     loss_is_scaled_for_ga = False
@@ -81,16 +119,37 @@ class D3Trainer(Trainer):
         # what `loss_is_scaled_for_ga` is to the first releases of transformers 5
         self.model_accepts_loss_kwargs = False
         self.d3 = d3
-        for scale in d3.frozen_scales:
-            scale.requires_grad_(False)
-        self.add_callback(D3Callback(d3))
+        self._check()
+        self._callback = D3Callback(d3)
+        self.add_callback(self._callback)
+
+    def _check(self) -> None:
+        known: Any = self
+        if self.args.label_smoothing_factor or known.compute_loss_func is not None:
+            raise UsageError(
+                "D3Trainer minimises D3's own loss: leave label_smoothing_factor and compute_loss_func out"
+            )
+        taken = inspect.signature(known.model.forward).parameters.values()
+        if not any(one.name == "pixel_values" or one.kind == one.VAR_KEYWORD for one in taken):
+            raise UsageError(f"D3Trainer gives a model pixel_values, which {type(self.model).__name__} does not take: "
+                             "load a timm model with transformers, or use D3Callback with a Trainer of your "
+                             "own")  # fmt: skip
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of one accumulated batch; `num_items_in_batch`, the images of all of them, is not needed."""
+        """Return the loss of one accumulated batch; `num_items_in_batch`, the images of all of them, is not needed.
+
+        Raises:
+            UsageError: the batch has no images or no labels.
+        """
+        labels = next(iter(self.label_names), "labels")
+        if missing := [name for name in ("pixel_values", labels) if name not in inputs]:
+            raise UsageError(f"a batch has no {' and no '.join(missing)} (it has {', '.join(inputs) or 'nothing'}; "
+                             "Trainer drops the columns that the model does not take): rename the columns, or name "
+                             "that of the labels with TrainingArguments(label_names=[…])")  # fmt: skip
         outputs = model(pixel_values=inputs["pixel_values"])
-        loss = self.d3.loss(outputs.logits, inputs["labels"])
+        loss = self.d3.loss(outputs.logits, inputs[labels])
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
@@ -111,9 +170,17 @@ class D3Trainer(Trainer):
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **options: Any) -> None:
+        self._callback.resume(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **options)
-        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.model.load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint).state_dict())
-        state = Path(resume_from_checkpoint) / STATE_FILE
-        if state.is_file():
-            self.d3.load_state_dict(load_file(str(state)))
+        if isinstance(self.model, PreTrainedModel):
+            self._read(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            self._read(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _read(self, checkpoint: str) -> None:
+        model: Any = self.model
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
