@@ -57,11 +57,19 @@ def gate(given: GateOptions) -> GateResult:
         raise UsageError("the policy asks for a signature (cleaned: signed): give the key with --public-key")
     if given.clean and given.output is not None:
         check_output(Path(given.output), overwrite=False)
-    found = _Gate(given, policy).run()
-    for file, form in ((given.sarif, sarif), (given.cyclonedx, cyclonedx)):
+    deciding = _Gate(given, policy)
+    # whoever reads a file of an earlier run, or of one that was killed, must not find a pass there
+    open_still = Reason(Rule.UNDECIDED, UNKNOWN, "hfdetox gate has not finished: it was stopped, or is still at work")
+    _write_files(given, replace(deciding.found, reasons=[open_still]))
+    found = deciding.run()
+    _write_files(given, found)
+    return found
+
+
+def _write_files(options: GateOptions, found: GateResult) -> None:
+    for file, form in ((options.sarif, sarif), (options.cyclonedx, cyclonedx)):
         if file is not None:
             write_atomically(Path(file), json.dumps(form(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return found
 
 
 class _Gate:

@@ -22,7 +22,6 @@ from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator
 from hfdetox.evaluation.metrics import BROKEN, Predictions, paired_difference, ratings
 from hfdetox.evaluation.results import Measurement, TriggerResult
 from hfdetox.evidence.claims import find_agreement, grade_images
-from hfdetox.evidence.recount import recount_scores
 from hfdetox.evidence.results import Reconstructed
 from hfdetox.evidence.run import make_suspect
 from hfdetox.hub.download import read_text_file
@@ -42,6 +41,7 @@ from hfdetox.runs.integrity import (
     pull_output,
 )
 from hfdetox.runs.publish import IMAGE_PICTURES
+from hfdetox.runs.rescan import evidence_of, grade_checks, scan_checks, stated_checks
 from hfdetox.runs.signing import check_signature
 from hfdetox.threads import use_threads
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
@@ -153,6 +153,8 @@ class _Verifier:
         # the card of a folder that was named need not be that of the model as it came
         source_card = base.card_source() or "" if base is not None and base.info.revision is not None else None
         self.checks.append(check_card(output, None if classifier is None else classifier.labels, source_card))
+        if classifier is not None:
+            self.checks += stated_checks(report, classifier.labels)
         images = None if classifier is None else self._tried("after", partial(self._choose_again, classifier))
         if classifier is not None and images is not None:
             self._check_leaderboards(images)
@@ -294,22 +296,16 @@ class _Verifier:
 
     def _rescan(self, when: str, classifier: Classifier, images: Images, comparison: Comparison) -> None:
         """Measure again the scores that search nothing, and grade the clean images again."""
-        evidence = self.report.evidence if isinstance(self.report, Report) else None
+        evidence = evidence_of(self.report)
         scan = evidence.scans.get(when) if evidence is not None else None
         if evidence is None or scan is None:
             return
         with self.trying(f"{when}: scan"):
             pixels = decoded(images.clean, classifier, self.accelerator, "decode", self.options.progress)
             suspect = make_suspect(classifier, pixels, self.accelerator, seed=self.report.environment.seed)
-            for name, old, new in recount_scores(scan, suspect):
-                self.checks.append(comparison.scores(f"{when}: score {name}", old.statistic, new.statistic))
+            self.checks += scan_checks(when, scan, suspect, comparison)
             if when == "before" and evidence.images is not None:
-                counts = [(one.samples, one.duplicates, one.smallest, one.largest)
-                          for one in (evidence.images, grade_images(pixels, suspect))]  # fmt: skip
-                stated, found = (f"{samples:,}, {duplicates:,} duplicates, {low:,} to {high:,} a class"
-                                 for samples, duplicates, low, high in counts)  # fmt: skip
-                same = CheckFinding.MATCH if stated == found else CheckFinding.MISMATCH
-                self.checks.append(Check("grade of the clean images", stated, found, same))
+                self.checks += grade_checks(evidence.images, grade_images(pixels, suspect), comparison)
 
     def _compare(self, where: str, stated: Measurement | None, evaluation: Evaluator,
                  comparison: Comparison) -> Predictions | None:  # fmt: skip
@@ -344,7 +340,7 @@ def _results(report: RunReport) -> dict[str, TriggerResult]:
 
 def _reconstructed(report: RunReport) -> dict[str, Reconstructed]:
     """Return the reconstructed triggers of the report by name, each with its `before` and `after`."""
-    evidence = report.evidence if isinstance(report, Report) else None
+    evidence = evidence_of(report)
     return evidence.reconstructed if evidence is not None else {}
 
 
@@ -361,6 +357,10 @@ def _agreeing(
         truth = evaluation.clean.labels.cpu().numpy()
         found = find_agreement(truth, before.predicted, after.predicted, evaluation.classifier.labels)
         yield comparison.rates("answers as before", report.evidence.agreement.rate, found.rate)
+        if comparison.exact:
+            same = CheckFinding.MATCH if report.evidence.agreement == found else CheckFinding.MISMATCH
+            yield Check("classes that are answered otherwise", "as counted again",
+                        "as counted again" if same is CheckFinding.MATCH else "others", same)  # fmt: skip
 
 
 def _paired(report: Report, before: Predictions, after: Predictions, comparison: Comparison) -> Iterator[Check]:

@@ -14,9 +14,12 @@ from PIL import Image
 import hfdetox
 from hfdetox.cli import app as cli
 from hfdetox.gating import gate
-from hfdetox.reporting.gate_facts import GateResult
+from hfdetox.reporting.cyclonedx import cyclonedx
+from hfdetox.reporting.gate_facts import GateResult, GateVerdict, Reason, Rule
+from hfdetox.reporting.sarif import sarif
 from tests import backdoored
 from tests.backdoored import Made
+from tests.gated import result
 from tests.hub_server.server import HubServer
 from tests.test_verifying import Published, published
 
@@ -55,6 +58,27 @@ def test_nobody_elses_file_is_overwritten(
     assert cli.run(["gate", str(made.timm), "--dataset", str(made.digits), option, str(mine)]) not in (0, 10)
     assert f"{option} {mine} is there, and is none that hfdetox wrote" in capsys.readouterr().err
     assert mine.read_text() == '{"name": "mine"}'
+
+
+def test_a_crash_leaves_no_pass_behind(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"sarif": tmp_path / "gate.sarif", "cyclonedx": tmp_path / "gate.cdx.json"}
+    passed = result(Reason(Rule.NO_EVIDENCE, GateVerdict.PASS, "no evidence found on 500 clean images"))
+    assert passed.status == 0
+    for form, file in zip((sarif, cyclonedx), files.values(), strict=True):
+        file.write_text(json.dumps(form(passed)))
+
+    def crash(**_: object) -> None:
+        raise RuntimeError("a fault of our own")
+
+    monkeypatch.setattr("hfdetox.gating.scan", crash)
+    with pytest.raises(RuntimeError, match="a fault of our own"):
+        at_gate(made.timm, made.digits, **files)
+    log, bill = (json.loads(file.read_text()) for file in files.values())
+    [run] = log["runs"]
+    assert run["properties"]["verdict"] == "unknown"
+    assert [one["level"] for one in run["results"]] == ["warning"]
+    assert "has not finished" in run["results"][0]["message"]["text"]
+    assert {"name": "hfdetox:gate:verdict", "value": "unknown"} in bill["metadata"]["properties"]
 
 
 def test_a_backdoored_model_never_passes_and_the_files_say_so(

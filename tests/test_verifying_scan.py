@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from tests.evidence.made import evidence, scan
 from tests.written_report import written_report
 
 _MADE: list[Path] = []
+# in place of a value: the field is left out
+GONE = "gone"
 
 
 @pytest.fixture
@@ -61,19 +64,53 @@ def test_scores_and_grade_are_measured_again_and_the_rest_is_named(
     (("after", "scores", "odd-images", "statistic"), 0.9, "after: score odd-images"),
     (("after", "scores", "scar", "finding"), "unknown", "after: findings of the scores"),
     (("images", "duplicates"), 7, "grade of the clean images"),
+    (("images", "bound"), 0.001, "grade of the clean images"),
+    (("images", "sure"), 0.123, "clean images that the model is sure of"),
+    (("before", "finding"), "no evidence here", "what the scans say"),
+    (("before", "why"), "all is well", "what the scans say"),
+    (("before", "combined", "models"), 1000, "what the scans say"),
+    (("after", "combined", "measured"), None, "what the scans say"),
+    (("before", "scores", "patch", "threshold", "value"), 9.0, "what the scans say"),
+    (("after", "scores", "latent-shift", "values", 3), 77.0, "after: score latent-shift, each class"),
+    (("before", "scores", "head-probe", "label"), "a class of my own", "what the scans say"),
+    (("before", "scores", "head-probe"), GONE, "what the scans say"),
+    (("shifts", 4, "after"), 0.5, "what the scans say"),
+    (("shifts", 0, "name"), "another", "what the scans say"),
+    (("after",), None, "what the scans say"),
+    (("agreement",), None, "what the scans say"),
+    (("agreement", "moved"), [], "classes that are answered otherwise"),
+    (("before", "samples"), 5000, "before: clean images looked at"),
 ])  # fmt: skip
 def test_an_edited_scan_is_found(
-    cleaned: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, path: tuple[str, ...], value: Any,
-    expected: str,
+    cleaned: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, path: tuple[str | int, ...],
+    value: Any, expected: str,
 ) -> None:  # fmt: skip
     folder = tmp_path / "out"
     shutil.copytree(cleaned, folder)
     plain = json.loads((folder / "detox_report.json").read_text())
-    functools.reduce(dict.__getitem__, path[:-1], plain["evidence"])[path[-1]] = value
+    held: Any = functools.reduce(operator.getitem, path[:-1], plain["evidence"])
+    if value == GONE:
+        del held[path[-1]]
+    else:
+        held[path[-1]] = not held[path[-1]] if path[-1] == "measured" else value
     (folder / "detox_report.json").write_text(json.dumps(plain))
     found = check(folder, tmp_path_factory)
     assert found.status == 1
     assert expected in {one.what for one in found.mismatches}
+
+
+def test_the_ids_of_the_taxonomies_are_those_of_the_version(
+    cleaned: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(cleaned, folder)
+    plain = json.loads((folder / "detox_report.json").read_text())
+    for version, wrong in ((plain["hfdetox_version"], True), ("0.1.9", False)):
+        edited = plain | {"taxonomies": {"MITRE ATLAS, 1999": ["AML.T0000"]}, "hfdetox_version": version}
+        (folder / "detox_report.json").write_text(json.dumps(edited))
+        found = check(folder, tmp_path_factory)
+        # another version has other ids, thresholds and words
+        assert ("ids of the taxonomies" in {one.what for one in found.mismatches}) is wrong
 
 
 def test_scores_that_search_are_named_as_never_recomputed() -> None:
