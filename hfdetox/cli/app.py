@@ -207,12 +207,11 @@ def push(line: CommandLine) -> None:
         from hfdetox.hub.collections import add_to_collection, check_collection
         from hfdetox.runs.publish import push_output
 
-        if options.collection is not None:
-            check_collection(options.collection)
+        slug = check_collection(options.collection) if options.collection is not None else None
         pushed = push_output(options.folder, options.repo, sign=options.sign, **options.publishing())
         say(f"published: {pushed.pull_request or pushed.url} (commit {pushed.commit})")
-        if options.collection is not None:
-            say(f"in the collection: {add_to_collection(options.collection, pushed.repo_id)}")
+        if slug is not None:
+            say(f"in the collection: {add_to_collection(slug, pushed.repo_id)}")
 
 
 @app.command()

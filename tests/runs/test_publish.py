@@ -74,8 +74,19 @@ def test_a_model_joins_a_collection(hub, repo_name, hub_token, folder, capsys):
         assert cli.run(words) == 0
         assert f"in the collection: {hub.url}/collections/{slug}\n" in capsys.readouterr().out
         assert hub.collections[slug] == ["me/another", name]
+    address = f"https://huggingface.co/collections/{slug}/"
+    assert cli.run([*words[:-1], address]) == 0
+    assert hub.collections[slug] == ["me/another", name]
     hub.collections["someone/theirs-01"] = []
-    assert cli.run([*words[:-1], "someone/theirs-01"]) == 3
+    capsys.readouterr()
+    # what cannot be is said before anything is sent
+    for other, status, line in (("someone/theirs-01", 3, "someone/theirs-01 is not one of me"),
+                                ("mine", 2, "--collection mine names no collection: give OWNER/TITLE-ID"),
+                                ("a b/c", 2, "names no collection"), (address + "x/y", 2, "names no")):  # fmt: skip
+        new = repo_name()
+        assert cli.run([*words[:2], new, "--collection", other]) == status
+        assert line in capsys.readouterr().err
+        assert not hub.exists(new)
     assert hub.collections["someone/theirs-01"] == []
 
 

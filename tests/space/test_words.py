@@ -73,3 +73,12 @@ def test_a_report_of_strange_names_is_words(page: ModuleType) -> None:
 
 def test_who_is_not_signed_in_publishes_nothing(page: ModuleType, tmp_path) -> None:
     assert page.publish(tmp_path, "mine", True, None).startswith("**Not done.** Sign in first")
+
+
+def test_what_a_push_says_is_a_line_each_without_options(page: ModuleType, tmp_path, monkeypatch) -> None:
+    said = f"published: {EVIL}\npictures of images stay here, for x is private: a.png; --publish-images publishes them"
+    monkeypatch.setattr(page.work, "publish", lambda *_, **__: said)
+    shown = page.publish(tmp_path, "mine", True, page.gr.OAuthToken("t", "", 0))
+    assert "publish-images" not in shown
+    assert html(shown).count("<p>") == 2
+    check_words(html(shown))
