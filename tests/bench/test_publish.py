@@ -18,6 +18,7 @@ from hfdetox.hub import client
 from hfdetox.hub.client import AccessError
 from hfdetox.hub.upload import RepoExistsError
 from tests.bench.test_summary import row, undone
+from tests.conftest import REPOSITORY
 from tests.hub_server.server import HubServer
 from tests.written_report import written_report
 
@@ -86,6 +87,22 @@ def test_many_peoples_runs_are_one_table(hub: HubServer, hub_token: str, repo_na
     assert done["attack_success"].tolist() == [0.5] * 3
     assert set(done["model_id"]) == {"someone/net"}
     assert json.loads(done["settings"].iloc[0]) == {"trigger": "mine.safetensors"}
+
+
+def test_the_leaderboard_of_the_docs_has_runs_on_local_images_too(
+    hub: HubServer, hub_token: str, repo_name, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, tables = repo_name("bench"), bench(tmp_path / "bench", "suite.yaml", "nad")
+    made = written_report()
+    local = replace(made, dataset=replace(made.dataset, id="pictures", revision=None))
+    local.save(tables.folder / tables.rows[0]["name"])
+    push_bench(tables, name)
+    page = (REPOSITORY / "docs" / "how-to" / "compare-defenses.md").read_text(encoding="utf-8")
+    [code] = [block.partition("```")[0] for block in page.split("```python\n")[1:] if "hfdetox-bench" in block]
+    # the test Hub lists no repositories by tag
+    lines = (line for line in code.splitlines() if not line.startswith("names ="))
+    exec("\n".join(lines), {"names": [name]})  # noqa: S102
+    assert "nad" in capsys.readouterr().out
 
 
 def test_a_later_bench_takes_the_place_of_the_earlier_one(
