@@ -14,7 +14,7 @@ from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, pa
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
-from hfdetox.evidence.cost import measure_cost
+from hfdetox.evidence.cost import measure_cost, measuring_effort, say_cost
 from hfdetox.evidence.inquiry import Inquiry, planned_passes
 from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
@@ -93,8 +93,9 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress, also=images.info.label_map)  # fmt: skip
     if not resumed:
-        cost = measure_cost(evaluation, method, len(images.clean), scan=options.scan)
-        cost.check(options.max_minutes, progress=progress and accelerator.is_main_process)
+        cost = measure_cost(evaluation, method, len(images.clean), scan=options.scan, residual=options.residual)
+        cost.check(options.max_minutes)
+        cost.say(progress=progress)
     before = evaluation.measure_plausible("before", notes.warn)
 
     # a run must not fail at its end for a reason known at its start
@@ -156,6 +157,7 @@ def evaluate(given: EvaluateOptions) -> EvalResult:
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=given.progress,
                                     also=images.info.label_map)  # fmt: skip
+    say_cost(evaluation, "measuring", measuring_effort(evaluation), progress=given.progress)
     outcome = evaluation.measure_plausible("measure", notes.warn, trains=False)
     measured = outcome.measurement
     visibility = evaluation.visibility()

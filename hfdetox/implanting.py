@@ -19,7 +19,7 @@ from hfdetox.data.load import Images, class_names, open_first, pin, pull_images
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator, with_targets
 from hfdetox.evaluation.metrics import Predictions
-from hfdetox.evidence.cost import say_training
+from hfdetox.evidence.cost import say_cost
 from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier, load_classifier
 from hfdetox.models.initial import InitialModel, init_model
@@ -81,8 +81,9 @@ def implant(given: AttackOptions) -> AttackResult:
 
     goals = goals_of(run, before)
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
-    passes = 2 * training.epochs * len(kept) * (1 if sharpness is None else 2)
-    say_training(evaluation, passes, progress=progress and accelerator.is_main_process)
+    effort = float(training.epochs * len(kept) * (1 if sharpness is None else 2))
+    less = (effort / 2, f"with --epochs {training.epochs // 2}") if training.epochs > 1 else None
+    say_cost(evaluation, "the training", effort, less, progress=progress)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
     context = AttackContext(classifier=classifier, clean=decoded(kept, classifier, accelerator, "decode", progress),
                             accelerator=accelerator, training=training, from_scratch=start.from_scratch,

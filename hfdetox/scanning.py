@@ -7,7 +7,7 @@ from hfdetox.config_scan import ScanOptions
 from hfdetox.data.load import NoDatasetError
 from hfdetox.errors import RunError
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator, settle_order
-from hfdetox.evidence.cost import say_scan
+from hfdetox.evidence.cost import say_cost, scan_efforts
 from hfdetox.evidence.inquiry import Inquiry
 from hfdetox.evidence.results import ScanReport
 from hfdetox.evidence.run import make_suspect, scan_suspect
@@ -48,12 +48,12 @@ def scan(given: ScanOptions) -> ScanReport:
     images = settle_order(images, classifier, accelerator, notes.warn, given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                    warn=notes.warn, progress=given.progress, also=images.info.label_map)  # fmt: skip
+    say_cost(evaluation, "the scan", *scan_efforts(evaluation, thorough=options.thorough), progress=given.progress)
     outcome = evaluation.measure("measure")
     try:
         check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn, trains=False)
     except RunError as error:
         notes.warn(str(error))
-    say_scan(evaluation, thorough=options.thorough, progress=given.progress and accelerator.is_main_process)
     pixels = decoded(images.clean, classifier, accelerator, "decode", given.progress)
     inquiry = Inquiry(evaluation, pixels, options.seed, thorough=options.thorough)
     when: When = "after" if options.cleaned else "before"

@@ -22,6 +22,7 @@ from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator
 from hfdetox.evaluation.metrics import BROKEN, Predictions, paired_difference, ratings
 from hfdetox.evaluation.results import Measurement, TriggerResult
 from hfdetox.evidence.claims import find_agreement, grade_images
+from hfdetox.evidence.cost import measuring_effort, say_cost, scan_effort
 from hfdetox.evidence.results import Reconstructed
 from hfdetox.evidence.run import make_suspect
 from hfdetox.hub.download import read_text_file
@@ -276,6 +277,11 @@ class _Verifier:
         for trigger in self._triggers():
             with self.trying(f"trigger {trigger.name}"):
                 evaluation = evaluation.with_triggers([*(view.trigger for view in evaluation.views), trigger])
+        times = 1 + (report.uncorrected is not None) + (base is not None)
+        evidence = evidence_of(report)
+        scores = len(evidence.scans if evidence is not None else ()) * scan_effort(0, thorough=False)
+        say_cost(evaluation, "counting again", times * measuring_effort(evaluation) + scores,
+                 progress=self.options.progress)  # fmt: skip
         counts = np.bincount(images.evaluation.labels.numpy(), minlength=len(classifier.labels)).tolist()
         comparison = Comparison(not self.differing, counts)
         after = self._compare("after", report.after, evaluation, comparison)

@@ -41,6 +41,7 @@ class ANPConfig(TuningConfig):
     summary = "prune the channels whose small perturbations do most harm"
     paper = "arXiv 2110.14430 (NeurIPS 2021)"
     cost = "3"
+    times = 2.5
     card_text = ("ANP, adversarial neuron pruning (arXiv 2110.14430), trained masks on the model's channels with "
                  "{images} and set the channels to zero that are most sensitive to small perturbations.")  # fmt: skip
     unweighted = "reweight is for a fine-tuning, and ANP trains masks alone"

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses import _by_evidence
-from hfdetox.defenses.base import Network, TuningConfig, trained_parameters
+from hfdetox.defenses.base import FORWARD, Network, TuningConfig, trained_parameters, tuned_images
 from hfdetox.defenses.d3 import D3, D3Settings
 from hfdetox.defenses.unlearn import UnlearnConfig
 from hfdetox.errors import UsageError
@@ -138,6 +138,14 @@ class D3Config(D3Settings, TuningConfig):
     def automatic(self) -> bool:
         """Whether a look at the model and the clean images comes before the training."""
         return "auto" in (self.lambda_, self.epsilon) or self.match_augmentation or self.min_steps > 0
+
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        pushed = tuned_images(self, images) + (FORWARD * len(_STRENGTH) * images if self.automatic else 0)
+        if not self.reconstruct:
+            return (pushed,)
+        unlearning = self._unlearning
+        looked = 2 * FORWARD * images + unlearning.searched(classes, most=False, rounds=False)
+        return *unlearning.efforts(images, classes), looked + pushed
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return match_layers(model, self.layers)

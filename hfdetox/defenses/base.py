@@ -1,5 +1,6 @@
 """What a defense is: a frozen configuration that turns a model into phases for the engine."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,11 @@ from hfdetox.training.reweighting import Reweight, reweighted
 from hfdetox.values import Interval, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 # with what its methods take and give, so that a defense imports the one module
-__all__ = ["Batch", "DefenseConfig", "Network", "Pass", "Phase", "TuningConfig", "clean_terms", "trained_parameters"]
+__all__ = ["FORWARD", "Batch", "DefenseConfig", "Network", "Pass", "Phase", "TuningConfig", "clean_terms",
+           "trained_parameters", "tuned_images"]  # fmt: skip
+
+# what an image forward alone takes of one there and back
+FORWARD = 1 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +33,9 @@ class DefenseConfig(ABC):
 
     A defense is a subclass with a `name`. It may also have a one-line `summary`, its `paper`, its `presets` (the first
     is the default), `data` (what it needs besides the model), `cost` (relative to plain fine-tuning with as many
-    epochs), and `card_text`: what a model card says was done, Markdown with `{images}` for the number of clean images
-    ("2,500 trusted images"); an arXiv number in it, as in "arXiv 2411.09585", becomes a link.
+    epochs) and `times` (the same as a number, for the estimate before a run), and `card_text`: what a model card says
+    was done, Markdown with `{images}` for the number of clean images ("2,500 trusted images"); an arXiv number in it,
+    as in "arXiv 2411.09585", becomes a link.
     `treats` has the patterns of the layers that it treats apart from the rest.
     """
 
@@ -38,6 +44,7 @@ class DefenseConfig(ABC):
     paper: ClassVar[str] = "no paper"
     data: ClassVar[str] = "clean images with labels"
     cost: ClassVar[str] = "unknown"
+    times: ClassVar[float] = 1.0
     card_text: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     treats: ClassVar[tuple[str, ...]] = ()
@@ -57,6 +64,17 @@ class DefenseConfig(ABC):
             history: that of a run, its entries in order.
         """
         return []
+
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        """Return about how many images go through the network and back, one number for each way that a run may take.
+
+        An image that goes forward alone counts `FORWARD`.
+
+        Args:
+            images: how many clean images there are.
+            classes: how many the model tells apart.
+        """
+        return (max(FORWARD * images, self.times * tuned_images(self, images)),)
 
     @property
     def trigger_given(self) -> bool:
@@ -146,6 +164,18 @@ class TuningConfig(DefenseConfig):
             "augmentation": self.augmentation, "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "optimizer": self.sgd, "loss": clean_terms}  # fmt: skip
         return reweighted(Phase(**{**shared, **parts}), self.reweight)
+
+
+def tuned_images(settings: Any, images: int) -> int:
+    """Return how many images the training of a defense takes in all; none where it trains no epochs.
+
+    Args:
+        settings: the defense's configuration.
+        images: how many clean images there are.
+    """
+    steps = math.ceil(images / max(1, getattr(settings, "batch_size", images)))
+    least = math.ceil(getattr(settings, "min_steps", 0) / max(1, steps))
+    return max(getattr(settings, "epochs", 0), least) * images
 
 
 def trained_parameters(network: nn.Module, but: Sequence[Tensor] = ()) -> list[nn.Parameter]:

@@ -114,6 +114,15 @@ class BNAConfig(DefenseConfig):
         where = "beside the weights, which it did not change" if self.result == "route" else "in the norms' weights"
         return super().describe(images).replace("{trigger}", trigger).replace("{where}", where)
 
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        if self.trigger:
+            return super().efforts(images, classes)
+        nc = self._search()
+        return tuple(nc.searched(images, classes, epochs) for epochs in (nc.patience, nc.inversion_epochs))
+
+    def _search(self) -> NCConfig:
+        return NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
+
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
         if self.trigger:
@@ -125,9 +134,8 @@ class BNAConfig(DefenseConfig):
             if named >= count:
                 raise UsageError(f"bna: this model has the classes 0 to {count - 1}; the trigger's target is {named}")
             return [*BNA(network, self, trigger=trigger, target=named).passes()]
-        nc = NCConfig(classes=self.classes, inversion_epochs=self.inversion_epochs, batch_size=self.batch_size)
         # without the unlearning, which would train the weights
-        inversion, search = nc.search(network)
+        inversion, search = self._search().search(network)
         return [*search, *BNA(network, self, inversion=inversion).passes()]
 
 

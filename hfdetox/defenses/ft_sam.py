@@ -32,6 +32,7 @@ class FTSAMConfig(TuningConfig):
     summary = "fine-tune with the gradient taken where a perturbation of the weights hurts most"
     paper = "arXiv 2304.11823 (ICCV 2023)"
     cost = "2"
+    times = 2.0
     card_text = ("FT-SAM (arXiv 2304.11823) fine-tuned the model on {images} with sharpness-aware minimisation, which "
                  "perturbs large weights most.")  # fmt: skip
     presets: ClassVar = {"cifar": {}, "gtsrb-tiny": {"rho": 8.0, "label_smoothing": 0.0}}

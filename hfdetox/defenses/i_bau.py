@@ -52,6 +52,7 @@ class IBAUConfig(TuningConfig):
     summary = "unlearn a universal perturbation, minding how the model's change changes it"
     paper = "arXiv 2110.03735 (ICLR 2022)"
     cost = "8 to 12 for each round"
+    times = 6.5
     card_text = ("i-BAU, implicit backdoor adversarial unlearning (arXiv 2110.03735), fine-tuned the model on "
                  "{images}, some of which carried a perturbation that was searched for to mislead it.")  # fmt: skip
     unweighted = "reweight works from epoch to epoch of a phase, and each round of i-BAU is a phase of its own"

@@ -107,6 +107,15 @@ class IMSConfig(DefenseConfig):
         if not any((self.initial_rounds, self.free_rounds, self.sparse_rounds)):
             raise UsageError("ims: the rounds of the three stages are all 0: nothing would be learnt")
 
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        batch, stages = min(self.batch_size, images), (self.initial_rounds, self.free_rounds, self.sparse_rounds)
+        # a stage ends after `patience` rounds at the soonest
+        found = []
+        for most in (self.patience, max(stages)):
+            initial, *perturbed = (min(most, rounds) for rounds in stages)
+            found.append(batch * (2 * initial + sum(perturbed) * (4 + 2 * self.inner_steps)))
+        return tuple(map(float, found))
+
     def describe(self, images: str) -> str:
         perturbed = ", against perturbations that stand for a trigger" if self.free_rounds + self.sparse_rounds else ""
         return super().describe(images).replace("{against}", perturbed)

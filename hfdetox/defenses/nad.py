@@ -9,14 +9,14 @@ positions. The teacher runs in eval mode and in float32, whatever the student's 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
+from hfdetox.defenses.base import FORWARD, Batch, Network, Pass, Phase, TuningConfig, trained_parameters, tuned_images
 from hfdetox.models.feature_maps import captured, last_stages
 from hfdetox.values import NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -49,6 +49,10 @@ class NADConfig(TuningConfig):
     beta2: NonNegativeFloat = 1000.0
     beta3: NonNegativeFloat = 1000.0
     power: PositiveFloat = 2.0
+
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        teaching = tuned_images(replace(self, epochs=self.teacher_epochs), images)
+        return (teaching + (1 + FORWARD) * tuned_images(self, images),)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         nad = NAD(network, self)

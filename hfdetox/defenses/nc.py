@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hfdetox.defenses._perturbed import FrozenMethod, OwnState, require_pixels
-from hfdetox.defenses.base import Batch, Network, Pass, Phase, TuningConfig, trained_parameters
+from hfdetox.defenses.base import FORWARD, Batch, Network, Pass, Phase, TuningConfig, trained_parameters, tuned_images
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import classes_of
 from hfdetox.training.search import PIXEL, TOGETHER, bounded, led, slopes, stamped
@@ -79,6 +79,16 @@ class NCConfig(TuningConfig):
         super().__post_init__()
         if not all(text.isdecimal() for text in self.classes) or len(set(self.classes)) != len(self.classes):
             raise UsageError(f"nc: classes must be different indices, as in 0,3,7, got {','.join(self.classes)!r}")
+
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        tuning = tuned_images(self, images)
+        # a class is done after `patience` epochs at the soonest
+        least, most = (self.searched(images, classes, epochs) for epochs in (self.patience, self.inversion_epochs))
+        return least, most + tuning
+
+    def searched(self, images: int, classes: int, epochs: int) -> float:
+        """Return how many images the search takes there and back in so many epochs, and the verdict."""
+        return (len(self.classes) or classes) * images * (min(epochs, self.inversion_epochs) + FORWARD)
 
     def chosen_classes(self, model: nn.Module) -> list[int]:
         """Return the indices of the classes to look at; raises UsageError when there are too few, or no such."""

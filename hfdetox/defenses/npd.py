@@ -72,6 +72,7 @@ class NPDConfig(TuningConfig):
     summary = "train one linear map of the channels inside the frozen model, then fold it in"
     paper = "arXiv 2306.16697 (NeurIPS 2023)"
     cost = "2 to 3"
+    times = 4.0
     card_text = ("NPD, the neural polarizer (arXiv 2306.16697), trained a linear map of the channels before one layer "
                  "on {images} and adversarially perturbed copies of them, and folded it into that layer; every other "
                  "weight is the author's.")  # fmt: skip
@@ -94,6 +95,9 @@ class NPDConfig(TuningConfig):
 
     def selected_layers(self, model: nn.Module) -> list[str]:
         return [polarized_layer(model, self.layer)]
+
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        return tuple(effort + self.warmup * images for effort in super().efforts(images, classes))
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

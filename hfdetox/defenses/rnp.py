@@ -71,6 +71,11 @@ class RNPConfig(TuningConfig):
         if self.epoch_images < self.batch_size:
             raise UsageError(f"rnp: epoch_images must be at least batch_size, got {self.epoch_images}")
 
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        # the unlearning and the recovery; the former can stop after an epoch
+        recovery = float(self.epochs * min(self.epoch_images, images))
+        return recovery, 2 * recovery
+
     def phases(self, network: Network) -> list[Phase | Pass]:
         rnp = RNP(network, self)
         ascent, descent = replace(self, learning_rate=self.unlearning_rate), replace(self, weight_decay=0.0)

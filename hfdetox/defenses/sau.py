@@ -70,6 +70,7 @@ class SAUConfig(TuningConfig):
     summary = "unlearn the adversarial perturbations that fool the model and its old self alike"
     paper = "arXiv 2307.10562 (NeurIPS 2023)"
     cost = "8 to 12, and two models in memory"
+    times = 7.5
     card_text = ("SAU, shared adversarial unlearning (arXiv 2307.10562), fine-tuned the model on {images} and on "
                  "perturbed copies of them, so that perturbations that led the model and its state before to the same "
                  "wrong class do so no more.")  # fmt: skip

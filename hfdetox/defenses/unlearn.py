@@ -43,7 +43,7 @@ import torch
 
 from hfdetox.defenses._perturbed import require_pixels
 from hfdetox.defenses._unlearning import LOOK, SEARCH, Unlearning, UnlearnSettings
-from hfdetox.defenses.base import Network, Pass, Phase, trained_parameters
+from hfdetox.defenses.base import FORWARD, Network, Pass, Phase, trained_parameters, tuned_images
 from hfdetox.errors import UsageError
 
 
@@ -114,6 +114,10 @@ class UnlearnConfig(UnlearnSettings):
         least = f"the lowest of the others is {look['others']:.1f}" if "others" in look else "there are no others"
         return (f"Taken as possible targets: {', '.join(accused)}; {why}. "
                 f"Their scores: {', '.join(f'{score:.1f}' for score in scores)}; {least}.")  # fmt: skip
+
+    def efforts(self, images: int, classes: int) -> tuple[float, ...]:
+        shared = 2 * FORWARD * images + tuned_images(self, images)
+        return tuple(shared + self.searched(classes, most=most) for most in (False, True))
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)

@@ -1,26 +1,37 @@
-"""What a run will take, measured on its first images before it starts."""
+"""What a command will take, from what it computes and how fast this machine was on a few batches before it starts.
+
+Work is counted in images that go through the network and back; one that goes forward alone counts `FORWARD`.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
+from hfdetox.defenses.base import FORWARD
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evidence.inquiry import planned_passes
+from hfdetox.evidence.residual import residual_effort
 from hfdetox.evidence.run import LOOKED_AT
+from hfdetox.models.network import Network
 from hfdetox.progress import note
 from hfdetox.training.devices import evaluating, saved_bytes
 
 # numbers of clean images that are proposed instead
 _FEWER = (2500, 1000, 500, 250, 100)
 _WORTH_SAYING = 60.0  # seconds
-# image passes of the scores that search nothing, of both reconstructions for a class, and of the margin's
-_LOOKS, _SEARCH, _MARGIN = 6_000, 23_040, 18_000
-_BYTES, _IMAGES = 2**27, 64  # of the batch that is timed: what it may keep for its backward pass, and the most images
+# images there and back of the scores that search nothing, of both reconstructions for a class, and of the margin's
+_LOOKS, _SEARCH, _MARGIN = 3_000, 11_520, 9_000
+# of the batches that are timed: what one may keep for its backward pass, its most images, and for how many seconds
+_BYTES, _IMAGES, _SECONDS = 2**27, 64, 1.0
 
 
 @dataclass(frozen=True)
@@ -30,55 +41,74 @@ class Cost:
     Attributes:
         method: the defense's configuration.
         images: how many clean images there are.
-        measuring: image passes of measuring before and after.
-        scan: whether it is scanned, which takes at most half as many passes as the defense.
-        second_passes: image passes a second, of all processes together; a gradient counts as one more.
+        classes: how many the model tells apart.
+        measured: how many images are measured on.
+        triggers: how many known triggers.
+        speed: images there and back a second, of all processes together.
         where: what they were timed on, such as "this CPU".
+        scan: whether it is scanned, which takes at most half as much as the defense.
+        residual: whether it is tested for sleeping backdoors.
     """
 
     method: Any
     images: int
-    measuring: int
-    scan: bool
-    second_passes: float
+    classes: int
+    measured: int
+    triggers: int
+    speed: float
     where: str
+    scan: bool = True
+    residual: bool = False
 
     @property
-    def minutes(self) -> float:
-        """About how many minutes the run takes."""
-        passes = planned_passes(self.method, self.images)
-        return (self.measuring + passes * (1.5 if self.scan else 1)) / self.second_passes / 60
+    def minutes(self) -> tuple[float, float]:
+        """About how many minutes the run takes, by the shortest and by the longest of the ways that it may take."""
+        # one of the reconstructed triggers is measured too
+        triggers = self.triggers + self.scan
+        shared = FORWARD * 2 * self.measured * (1 + triggers)
+        if self.scan:
+            shared += min(planned_passes(self.method, self.images) / 4, scan_effort(self.classes, thorough=False))
+        if self.residual:
+            shared += residual_effort(self.images, triggers)
+        ways = self.method.efforts(self.images, self.classes)
+        return (shared + min(ways)) / self.speed / 60, (shared + max(ways)) / self.speed / 60
 
-    def fitting(self, minutes: float) -> tuple[str, float] | None:
-        """Return the first options that bring the run below so many minutes, and its minutes; None where none do."""
+    def fitting(self, minutes: float) -> tuple[str, Cost] | None:
+        """Return the first options that keep the run below so many minutes, and its cost; None where none do."""
         for scan in (True, False) if self.scan else (False,):
             words = "" if scan == self.scan else "--no-scan "
             for images in (self.images, *(number for number in _FEWER if number < self.images)):
                 fewer = replace(self, images=images, scan=scan)
-                if fewer.minutes <= minutes:
-                    return (words + (f"--samples {images}" if images < self.images else "")).strip(), fewer.minutes
+                if fewer.minutes[1] <= minutes:
+                    return (words + (f"--samples {images}" if images < self.images else "")).strip(), fewer
         return None
 
-    def check(self, most: float | None, *, progress: bool) -> None:
-        """Say what the run takes where that is more than a minute.
+    def check(self, most: float | None) -> None:
+        """Refuse a run of which the longest way takes more than `most` minutes.
 
         Raises:
-            UsageError: it takes more than `most` minutes; the message says what would not.
+            UsageError: it does; the message says what would not.
         """
-        if most is not None and self.minutes > most:
+        if most is not None and self.minutes[1] > most:
             fits = self.fitting(most)
-            how = (f"{fits[0]} would take about {_spoken(fits[1])}" if fits else
+            how = (f"{fits[0]} would take about {spoken(*fits[1].minutes)}" if fits else
                    "fewer clean images will not do: try another --defense, or fewer --eval-samples")  # fmt: skip
-            raise UsageError(f"the run takes about {_spoken(self.minutes)} on {self.where}, more than --max-minutes "
+            raise UsageError(f"the run takes about {spoken(*self.minutes)} on {self.where}, more than --max-minutes "
                              f"{most:g}; {how}")  # fmt: skip
-        if self.minutes * 60 > _WORTH_SAYING:
-            fits = self.fitting(self.minutes / 2)
-            less = f"; {_spoken(fits[1])} with {fits[0]}" if fits else ""
-            note(f"about {_spoken(self.minutes)} on {self.where}{less}", shown=progress)
+
+    def __str__(self) -> str:
+        """Return what the run takes, and what fewer images would: "about 14 minutes on this CPU; …"."""
+        fits = self.fitting(self.minutes[1] / 2) if self.minutes[1] * 60 > _WORTH_SAYING else None
+        less = f"; {spoken(*fits[1].minutes)} with {fits[0]}" if fits else ""
+        return f"about {spoken(*self.minutes)} on {self.where}{less}"
+
+    def say(self, *, progress: bool) -> None:
+        """Say what the run takes where that is more than a minute."""
+        note(str(self), shown=progress and self.minutes[1] * 60 > _WORTH_SAYING)
 
 
-def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool) -> Cost:
-    """Return what a run will take, by the time of two batches of its evaluation images, forward and backward.
+def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool, residual: bool) -> Cost:
+    """Return what a run will take, by the time of a few batches of its evaluation images, there and back.
 
     The model stays as it is, and no random number is drawn.
 
@@ -86,57 +116,92 @@ def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool)
         method: the defense's configuration.
         images: how many clean images there are.
         scan: whether the model is scanned.
+        residual: whether it is tested for sleeping backdoors.
     """
-    measuring = 2 * (len(evaluation.clean) + sum(len(view.source) for view in evaluation.views))
-    return Cost(method, images, measuring, scan, second_passes(evaluation), _where(evaluation))
+    # the first process's, so that no two of them decide differently
+    [speed] = broadcast_object_list([speed_on(evaluation)])
+    return Cost(method, images, len(evaluation.classifier.labels), len(evaluation.clean), len(evaluation.views),
+                speed, where(evaluation.accelerator), scan, residual)  # fmt: skip
 
 
-def say_scan(evaluation: Evaluator, *, thorough: bool, progress: bool) -> None:
-    """Say what a scan of the model takes where that is more than a minute."""
-    speed, classes = second_passes(evaluation), len(evaluation.classifier.labels)
-    minutes = scan_passes(classes, thorough=thorough) / speed / 60
-    if minutes * 60 > _WORTH_SAYING:
-        fewer = scan_passes(classes, thorough=False) / speed / 60
-        less = f"; {_spoken(fewer)} without --thorough" if thorough else ""
-        note(f"the scan takes about {_spoken(minutes)} on {_where(evaluation)}{less}", shown=progress)
+def say_cost(evaluation: Evaluator, what: str, effort: float, less: tuple[float, str] | None = None, *,
+             progress: bool) -> None:  # fmt: skip
+    """Say what a command takes where that is more than a minute.
 
-
-def say_training(evaluation: Evaluator, passes: int, *, progress: bool) -> None:
-    """Say what a training of so many image passes takes where that is more than a minute."""
-    minutes = passes / second_passes(evaluation) / 60
-    if minutes * 60 > _WORTH_SAYING:
-        note(f"the training takes about {_spoken(minutes)} on {_where(evaluation)}; fewer --set epochs=… take less",
+    Args:
+        what: the subject of the sentence, such as "the scan".
+        effort: images there and back.
+        less: what would take less effort, and how that is asked for: "without --thorough".
+    """
+    if not progress:
+        return
+    speed = speed_on(evaluation)
+    if effort / speed > _WORTH_SAYING:
+        instead = f"; {spoken(less[0] / speed / 60)} {less[1]}" if less is not None else ""
+        note(f"{what} takes about {spoken(effort / speed / 60)} on {where(evaluation.accelerator)}{instead}",
              shown=progress)  # fmt: skip
 
 
-def scan_passes(classes: int, *, thorough: bool) -> int:
-    """Return about how many image passes the scores of a scan take before cleaning, by what each says of itself."""
+def scan_effort(classes: int, *, thorough: bool) -> float:
+    """Return about how much the scores of a scan take before cleaning, by what each says of itself."""
     searched = classes if thorough else min(LOOKED_AT, classes)
-    return _LOOKS + _SEARCH * searched + (_MARGIN * classes if thorough else 0)
+    return float(_LOOKS + _SEARCH * searched + (_MARGIN * classes if thorough else 0))
 
 
-def second_passes(evaluation: Evaluator) -> float:
-    """Return image passes a second, of all processes together, from two batches; a gradient counts as one more."""
-    accelerator, clean = evaluation.accelerator, evaluation.clean
-    network = evaluation.classifier.network.to(accelerator.device)
-    count = max(1, min(_IMAGES, len(clean), _BYTES // saved_bytes(network)))
-    pixels = clean.__getitems__(range(count))[1].to(accelerator.device)
+def scan_efforts(evaluation: Evaluator, *, thorough: bool) -> tuple[float, tuple[float, str] | None]:
+    """Return what a scan takes, measuring included, and where it is thorough how it takes less, as of `say_cost`."""
+    # one of the reconstructed triggers is measured too
+    shared = measuring_effort(evaluation) + FORWARD * len(evaluation.clean)
+    whole, brief = (shared + scan_effort(len(evaluation.classifier.labels), thorough=way) for way in (thorough, False))
+    return whole, (brief, "without --thorough") if thorough else None
+
+
+def measuring_effort(evaluation: Evaluator) -> float:
+    """Return what one measuring of the clean images, and of those with each trigger, takes."""
+    return FORWARD * (len(evaluation.clean) + sum(len(view.source) for view in evaluation.views))
+
+
+def speed_on(evaluation: Evaluator) -> float:
+    """Return how many images a second go there and back, of all processes together, by a few of the clean ones."""
+    images = evaluation.clean
+    return speed_of(evaluation.classifier.network, evaluation.accelerator,
+                    lambda count: images.__getitems__(range(min(count, len(images))))[1])  # fmt: skip
+
+
+def speed_of(network: Network, accelerator: Accelerator, images: Callable[[int], Tensor]) -> float:
+    """Return how many images a second go there and back, of all processes together.
+
+    Args:
+        images: gives at most so many, as the network takes them.
+    """
+    network.to(accelerator.device)
+    pixels = images(max(1, min(_IMAGES, _BYTES // saved_bytes(network)))).to(accelerator.device)
     weights = [weight for weight in network.parameters() if weight.requires_grad]
+
+    def once() -> None:
+        loss = network(pixels).float().logsumexp(1).sum()
+        torch.autograd.grad(loss, weights, allow_unused=True)
+        float(loss.detach())  # waits for the device
+
     with evaluating(network), torch.enable_grad():
-        for _ in range(2):  # the first warms up
-            start = time.perf_counter()
-            loss = network(pixels).float().logsumexp(1).sum()
-            torch.autograd.grad(loss, weights, allow_unused=True)
-            float(loss.detach())  # waits for the device
-            seconds = time.perf_counter() - start
-    return 2 * count * accelerator.num_processes / max(seconds, 1e-9)
+        once()  # warms up
+        start, batches = time.perf_counter(), 0
+        while not batches or time.perf_counter() - start < _SECONDS:
+            once()
+            batches += 1
+        seconds = time.perf_counter() - start
+    return batches * len(pixels) * accelerator.num_processes / max(seconds, 1e-9)
 
 
-def _where(evaluation: Evaluator) -> str:
-    kind = evaluation.accelerator.device.type
+def where(accelerator: Accelerator) -> str:
+    """Return what the accelerator computes on, such as "this CPU"."""
+    kind = accelerator.device.type
     return "this CPU" if kind == "cpu" else f"this {kind.upper()} device"
 
 
-def _spoken(minutes: float) -> str:
-    rounded = max(1, round(minutes))
-    return f"{rounded:,} minute{'s' if rounded > 1 else ''}"
+def spoken(least: float, most: float | None = None) -> str:
+    """Return so many minutes in words: "1 minute", or "3 to 5 minutes"; from 3 hours on in hours."""
+    pair = [least, least if most is None else most]
+    unit, size = ("hour", 60) if pair[1] >= 180 else ("minute", 1)
+    first, last = (max(1, round(minutes / size)) for minutes in pair)
+    return (f"{first:,} to " if first < last else "") + f"{last:,} {unit}{'s' if last > 1 else ''}"

@@ -22,7 +22,7 @@ from torch import nn
 from hfdetox.attacks.base import AttackContext, Implant
 from hfdetox.attacks.poison import BadNetsPoisoner, PoisonedPixels
 from hfdetox.data.cache import Pixels
-from hfdetox.defenses.base import clean_terms
+from hfdetox.defenses.base import FORWARD, clean_terms
 from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evaluation.metrics import TriggerView, predict, rate
 from hfdetox.evaluation.results import Rate
@@ -88,6 +88,12 @@ def residual(
         drift = [_accuracy(one, everywhere, accelerator) for one in (_with(cleaned, suspect), cleaned)]
         found[name] = Residual(retuned[name], plain[name], rates[name], accuracies, drift, count, len(part) - count)
     return found
+
+
+def residual_effort(images: int, triggers: int) -> float:
+    """Return how many images `residual` takes there and back, with so many clean images, for so many triggers."""
+    looks = triggers * 2 * (EPOCHS + 2) + (STEPS_OF_PATH + 1) * (triggers + 1)
+    return (1 + triggers) * EPOCHS * min(CLEAN, images) + FORWARD * MEASURED * looks if triggers else 0.0
 
 
 def _retune(network: Network, source: ImageSource, views: Sequence[TriggerView], accelerator: Accelerator,

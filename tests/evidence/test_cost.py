@@ -1,4 +1,4 @@
-"""What a run will take: counted by hand from a speed, and measured without moving the model."""
+"""What a command will take: counted by hand from a speed, and measured without moving the model."""
 
 from __future__ import annotations
 
@@ -14,41 +14,79 @@ from hfdetox.config import DetoxOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import prepare_evaluator
-from hfdetox.evidence.cost import Cost, measure_cost, say_scan, say_training
+from hfdetox.evidence.cost import Cost, measure_cost, say_cost, scan_efforts, spoken
 from hfdetox.runs.pulling import pull
 from hfdetox.training.devices import make_accelerator
 from tests import backdoored
 from tests.backdoored import Made
 
 
-def cost(images: int = 5000, scan: bool = True, speed: float = 100.0) -> Cost:
-    """Fine-tuning of 10 epochs in batches of 250, 6,000 passes to measure."""
-    method, _ = parse_defense("ft", {"epochs": "10", "batch_size": "250"})
-    return Cost(method, images, 6000, scan, speed, "this CPU")
+def cost(images: int = 5000, scan: bool = True, speed: float = 50.0, defense: str = "ft", residual: bool = False,
+         triggers: int = 0) -> Cost:  # fmt: skip
+    """Ten epochs in batches of 250, 3,000 images to measure."""
+    method, _ = parse_defense(defense, {"epochs": "10", "batch_size": "250"})
+    return Cost(method, images, 10, 3000, triggers, speed, "this CPU", scan, residual)
 
 
-def test_minutes_are_those_of_the_passes() -> None:
-    # 20 steps × 10 epochs × 250 images × 2, half as many for the scan, and measuring: 156,000 passes
-    assert cost().minutes == pytest.approx(156_000 / 100 / 60)
-    assert cost(scan=False).minutes == pytest.approx(106_000 / 100 / 60)
+def alike(minutes: float) -> Any:
+    """Return what a run without two ways takes."""
+    return (pytest.approx(minutes), pytest.approx(minutes))
+
+
+def test_minutes_are_those_of_the_images() -> None:
+    # 50,000 images there and back; a third of 3,000, before and after: 2,000
+    assert cost(scan=False).minutes == alike(52_000 / 50 / 60)
+    # the scan as half as much, and 2,000 to measure what it reconstructs
+    assert cost().minutes == alike(79_000 / 50 / 60)
+    # of more than twice 26,040 the scan takes no half
+    assert cost(50_000).minutes == alike((500_000 + 26_040 + 4_000) / 50 / 60)
+    assert cost(scan=False, triggers=2).minutes == alike(56_000 / 50 / 60)
+    # a known trigger: two re-tunings of 1,000 images, 5 epochs, and 2,000 images looked at 36 times
+    assert cost(scan=False, triggers=1, residual=True).minutes == alike((54_000 + 10_000 + 24_000) / 50 / 60)
+    assert cost(scan=False, residual=True).minutes == cost(scan=False).minutes
+
+
+def test_a_defense_that_looks_first_may_take_two_ways() -> None:
+    found = cost(2500, defense="d3:auto", scan=False)
+    # one class unlearnt: 220 and 2 × 50 steps of 48; 75 steps are 3 epochs in batches of 96; looked at twice
+    assert found.minutes[0] == pytest.approx((2000 + 320 * 48 + 3 * 2500 + 5000 / 3) / 50 / 60)
+    # pushed: searched once, and ten classes screened; 20 epochs for 200 steps; looked at 2 and 5 times
+    pushed = 2000 + 2 * 220 * 48 + 10 * 25 * 32 + 20 * 2500 + 7 * 2500 / 3
+    # or four classes unlearnt, patches too
+    unlearnt = 2000 + 4 * (320 + 120) * 48 + 3 * 2500 + 5000 / 3
+    assert found.minutes[1] == pytest.approx(max(pushed, unlearnt) / 50 / 60)
+    assert str(found) == "about 9 to 32 minutes on this CPU"
+    with pytest.raises(UsageError, match="about 9 to 32 minutes on this CPU, more than --max-minutes 31"):
+        found.check(31)
 
 
 def test_what_would_fit_is_the_least_change() -> None:
-    assert cost().fitting(30) == ("", pytest.approx(26))
-    # 2,500 images: 81,000 passes
-    assert cost().fitting(14) == ("--samples 2500", pytest.approx(13.5))
-    # without a scan 100 images, in batches of as many, take 2,000 passes more than the 6,000 of measuring
-    assert cost().fitting(1.4) == ("--no-scan --samples 100", pytest.approx(8000 / 6000))
-    assert cost().fitting(1) is None
+    assert cost().fitting(30) == ("", cost())
+    # 2,500 images: 25,000 and half of it, 4,000 to measure
+    found = cost().fitting(14)
+    assert found is not None
+    assert (found[0], found[1].minutes) == ("--samples 2500", alike(41_500 / 3000))
+    # without a scan 100 images take 1,000 more than the 2,000 of measuring
+    assert cost().fitting(1.1) == ("--no-scan --samples 100", cost(100, scan=False))
+    assert cost().fitting(0.9) is None
 
 
 def test_it_is_said_above_a_minute_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    cost().check(None, progress=True)
+    cost().say(progress=True)
     assert capsys.readouterr().err == "about 26 minutes on this CPU; 6 minutes with --samples 1000\n"
-    cost(speed=100_000).check(None, progress=True)
-    cost().check(30, progress=False)
+    cost(speed=100_000).say(progress=True)
+    cost().say(progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [((0.2,), "1 minute"), ((2.4, 2.4), "2 minutes"), ((1, 1.6), "1 to 2 minutes"), ((170,), "170 minutes"),
+     ((20, 190), "1 to 3 hours"), ((4000,), "67 hours")],
+)  # fmt: skip
+def test_minutes_in_words(minutes: tuple[float, ...], words: str) -> None:
+    assert spoken(*minutes) == words
 
 
 @pytest.mark.parametrize(
@@ -60,35 +98,24 @@ def test_it_is_said_above_a_minute_only(capsys: pytest.CaptureFixture[str], monk
 )
 def test_a_run_that_takes_too_long_is_refused(most: float, line: str) -> None:
     with pytest.raises(UsageError, match=line):
-        cost().check(most, progress=True)
+        cost().check(most)
+    cost().check(None)
+    cost().check(26.4)
 
 
-def test_a_scan_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    speeds = iter([100.0, 100.0, 100_000.0])
-    monkeypatch.setattr("hfdetox.evidence.cost.second_passes", lambda _: next(speeds))
-    ten: Any = SimpleNamespace(classifier=SimpleNamespace(labels=list("abcdefghij")),
+    monkeypatch.setattr("hfdetox.evidence.cost.speed_on", lambda _: 50.0)
+    ten: Any = SimpleNamespace(classifier=SimpleNamespace(labels=list("abcdefghij")), clean=range(3000), views=[],
                                accelerator=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
-    # two classes: 52,080 passes; all ten, and their margins: 416,400
-    say_scan(ten, thorough=False, progress=True)
+    # two classes: 26,040 images there and back; all ten, and their margins: 208,200; 6,000 are measured
+    say_cost(ten, "the scan", *scan_efforts(ten, thorough=False), progress=True)
     assert capsys.readouterr().err == "the scan takes about 9 minutes on this CPU\n"
-    say_scan(ten, thorough=True, progress=True)
-    said = "the scan takes about 69 minutes on this CPU; 9 minutes without --thorough\n"
+    say_cost(ten, "the scan", *scan_efforts(ten, thorough=True), progress=True)
+    said = "the scan takes about 70 minutes on this CPU; 9 minutes without --thorough\n"
     assert capsys.readouterr().err == said
-    say_scan(ten, thorough=False, progress=True)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_training_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    monkeypatch.setattr("hfdetox.evidence.cost.second_passes", lambda _: 100.0)
-    one: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
-    say_training(one, 60_000, progress=True)
-    assert (
-        capsys.readouterr().err == "the training takes about 10 minutes on this CPU; fewer --set epochs=… take less\n"
-    )
-    say_training(one, 5_000, progress=True)
-    say_training(one, 60_000, progress=False)
+    say_cost(ten, "the training", 2900, progress=True)
+    say_cost(ten, "the training", 60_000, progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -101,14 +128,14 @@ def test_measuring_it_moves_nothing(tmp_path_factory: pytest.TempPathFactory, ca
     before = {name: value.clone() for name, value in classifier.network.state_dict().items()}
     classifier.network.train()
     state = torch.random.get_rng_state()
-    found = measure_cost(evaluation, parse_defense("ft", {})[0], 100, scan=True)
-    assert found.second_passes > 0
-    assert found.measuring == 200
+    found = measure_cost(evaluation, parse_defense("ft", {})[0], 100, scan=True, residual=False)
+    assert found.speed > 0
+    assert (found.measured, found.classes, found.where) == (100, 10, "this CPU")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert classifier.network.training
     assert all(torch.equal(before[name], value) for name, value in classifier.network.state_dict().items())
     assert all(weight.grad is None for weight in classifier.network.parameters())
-    assert not replace(found, second_passes=1e9).minutes > 1
+    assert not replace(found, speed=1e9).minutes[1] > 1
     # and from the command line
     words = [str(made.timm), "--dataset", str(made.digits), "--samples", "100", "--eval-samples", "100"]
     assert cli.run([*words, "--max-minutes", "0.00001", "--output", str(made.timm.parent / "never")]) == 2
