@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions
 from hfdetox.data.load import Images, open_first, pin
+from hfdetox.data.opened import OpenedDataset
 from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
+from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
@@ -25,6 +27,7 @@ from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
 from hfdetox.reporting.report import Report
+from hfdetox.runs.estimate import estimate
 from hfdetox.runs.folder import RunFolder, check_output, command_of, fingerprint, holds_output, log_folder, open_run
 from hfdetox.runs.pictures import draw_strip, find_answers, show_evidence
 from hfdetox.runs.publish import check_push_allowed
@@ -227,17 +230,20 @@ def _without_objects(given: DetoxOptions) -> DetoxOptions:
 
 
 @takes(DetoxOptions)
+@accelerate_state_kept()
 def plan(options: DetoxOptions) -> dict[str, Any]:
     """Return what `detoxify` with these arguments would pull, choose, write and push.
 
-    Of the model card and configuration are pulled, of the dataset the header.
+    Of the model card and configuration are pulled, of the dataset the header. What the run takes is timed on a network
+    like the model's.
 
     Args:
         {arguments}
 
     Raises:
         UsageError, HubError: what can be known at this point: unknown repositories, wrong settings or triggers, a
-            dataset without images or with other classes, an output that exists.
+            dataset without images or with other classes, an output that exists, a run that takes more than
+            `max_minutes`.
     """
     method, preset = parse_defense(str(options.defense), options.settings)
     parse_triggers(options.triggers)
@@ -252,6 +258,7 @@ def plan(options: DetoxOptions) -> dict[str, Any]:
     planned["defense"] = {"name": method.name, "preset": preset, **method.settings()}
     planned["triggers"] = list(options.triggers)
     planned["device"], planned["precision"] = kind, resolve_precision(options.precision, kind)
+    planned |= _plan_time(options, method, opened)
     if options.output is not None:
         check_output(Path(options.output), overwrite=options.overwrite)
         RunFolder.beside(options.output).refuse_existing()
@@ -259,6 +266,18 @@ def plan(options: DetoxOptions) -> dict[str, Any]:
     if options.push_to is not None:
         planned["push_to"] = check_push_allowed(options.push_to, **options.publishing())
     return planned
+
+
+def _plan_time(options: DetoxOptions, method: DefenseConfig, opened: OpenedDataset | None) -> dict[str, Any]:
+    """Return what the run takes, in minutes and in words; UsageError where that is more than it may."""
+    if opened is None:
+        return {}
+    try:
+        cost = estimate(options, method, opened)
+    except UsageError as error:
+        return {"time": f"not known: {error}"}
+    cost.check(options.max_minutes)
+    return {"minutes": [round(minutes, 2) for minutes in cost.minutes], "time": str(cost)}
 
 
 def _plan_model(model: str, revision: str | None) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _load(
     if clean_samples is not None:
         check_samples("--samples", clean_samples)
     origin = open_dataset(dataset, options, labels, warn=warn, hub_only=hub_only)
-    train, measures = _split_names(origin.splits, options.split, options.eval_split, alone=alone)
+    train, measures = split_names(origin.splits, options.split, options.eval_split, alone=alone)
     source = None if alone else origin.open(train)
     # without labels anywhere else a part of the training split is measured
     names = measures if options.eval_split is not None else [*measures, *([train] if train not in measures else [])]
@@ -243,7 +243,7 @@ def class_names(dataset: Any, options: ImageOptions) -> tuple[str, ...] | int:
     if dataset is None:
         raise UsageError("a model of fresh weights has no card that names a dataset: give --dataset ID")
     origin = open_dataset(dataset, options, warn=lambda _: None)
-    train, _ = _split_names(origin.splits, options.split, None)
+    train, _ = split_names(origin.splits, options.split, None)
     source = origin.open(train)
     reader = label_reader(source)
     if reader.names is not None:
@@ -274,7 +274,7 @@ def default_dataset(card_text: str | None) -> str:
     return ids[0]
 
 
-def _split_names(
+def split_names(
     splits: Sequence[str], split: str | None, eval_split: str | None, *, alone: bool = False
 ) -> tuple[str, list[str]]:
     """Return the split for the defense and those to measure with, the preferred one first; the same one means parts.
@@ -326,7 +326,7 @@ def open_images(
     origin = open_dataset(chosen, options, labels, warn=warn, hub_only=hub_only)
     origin.named_by_card = named_by_card
     alone = isinstance(options, EvaluateOptions)
-    train, measures = _split_names(origin.splits, options.split, options.eval_split, alone=alone)
+    train, measures = split_names(origin.splits, options.split, options.eval_split, alone=alone)
     # a split to measure with may be without labels where another has them
     with suppress(ColumnError) if alone and len(origin.splits) > 1 else nullcontext():
         names = origin.columns(measures[0] if alone else train).names

@@ -16,7 +16,7 @@ from hfdetox.errors import UsageError
 
 MAX_FRACTION_SAMPLES = 5000
 # of a dataset with one split: the share of its rows kept for measuring, and the most of them unless asked for more
-_EVAL_SHARE, _EVAL_MOST = 0.2, 10_000
+EVAL_SHARE, EVAL_MOST = 0.2, 10_000
 # where DROPPED (-1) is a class left out
 _UNLABELLED = -2
 _WITHOUT_LABELS = "{} has no image with a label; name another --label-column, or another --split"
@@ -185,7 +185,7 @@ class Chooser:
         total = len(rows.indices)
         if not total:
             raise TooFewImagesError(_WITHOUT_LABELS.format(f"split {source.split}"))
-        count = self.options.eval_samples or min(_EVAL_MOST, max(1, int(_EVAL_SHARE * total)))
+        count = self.options.eval_samples or min(EVAL_MOST, max(1, int(EVAL_SHARE * total)))
         if count >= total:
             raise TooFewImagesError(f"split {source.split} has {total} labelled images for both sets, and {count} "
                                     "for measuring leave none for the defense; lower --eval-samples")  # fmt: skip

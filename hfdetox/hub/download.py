@@ -67,7 +67,7 @@ class RepoState:
 
 @dataclass(frozen=True)
 class PulledRepo:
-    """A model's files on disk: `weights` maps each weight file's name to its SHA-256, verified.
+    """A model's files on disk: `weights` maps each weight file's name to its SHA-256, verified; `size` is their bytes.
 
     `folder` is the cache's snapshot; it may hold files that other programs cached and hfdetox did not check.
     """
@@ -77,6 +77,7 @@ class PulledRepo:
     folder: Path
     weights: dict[str, str]
     warnings: tuple[str, ...] = ()
+    size: int = 0
 
 
 def resolve(repo_id: str, *, repo_type: RepoType = "model", revision: str | None = None) -> RepoState:
@@ -126,7 +127,8 @@ def pull_model(
         check_safetensors(path)
         hashes[name] = state.files[name].sha256 or sha256_file(path)
     folder = snapshot_folder(state.id, state.repo_type, state.sha)
-    return PulledRepo(state.id, state.sha, folder, hashes, state.warnings)
+    size = sum(state.files[name].size for name in weights)
+    return PulledRepo(state.id, state.sha, folder, hashes, state.warnings, size)
 
 
 def ask_info(

@@ -141,7 +141,7 @@ def load_classifier(
     # whatever a library raises over a stranger's configuration
     with refusing(f"{name} cannot be made of its config.json and weights", _ADVICE):
         stored = _weights.find_weights(pulled.folder, pulled.weights)
-        with _weights.no_larger_than(stored, pulled.id):
+        with _weights.no_larger_than(stored.numbers, pulled.id):
             loaded = _load(pulled, stored, processor, preprocessing, trust_remote_code)
         classifier = assemble(loaded, name, pulled.revision or None, labels, preprocessing=preprocessing,
                               folder=pulled.folder, stored=stored)  # fmt: skip

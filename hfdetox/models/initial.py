@@ -13,7 +13,7 @@ from torch import nn
 
 from hfdetox.errors import UsageError
 from hfdetox.models import weights as _weights
-from hfdetox.models.classifier import Classifier, assemble, fetch_model, load_classifier
+from hfdetox.models.classifier import Classifier, assemble, fetch_model, load_classifier, peek
 from hfdetox.models.loaded import Loaded, label_names, library_of
 
 ARCHITECTURE = "timm-arch:"
@@ -101,6 +101,19 @@ def init_model(
         loaded = _drawn(pulled.folder, name, label_names(names), stored, trust_remote_code)
     classifier = assemble(loaded, name, pulled.revision or None, names)
     return InitialModel(classifier, not new_head, new_head and is_backdoored(pulled.folder), new_head)
+
+
+def draw_like(model: str, *, revision: str | None, trust_remote_code: bool) -> Classifier:
+    """Return a model like that of a Hub id, of its config.json, with weights that are drawn; none are pulled.
+
+    Raises:
+        UsageError, HubError: what `load_classifier` raises of a config.json.
+    """
+    _, labels, _ = peek(model, revision, trust_remote_code)
+    pulled, name = fetch_model(model, revision, trust_remote_code, with_weights=None)
+    # of a number of one byte there are as many as bytes
+    with torch.random.fork_rng([]), _weights.no_larger_than(pulled.size, name):
+        return assemble(_drawn(pulled.folder, name, labels, None, trust_remote_code), name, pulled.revision, labels)
 
 
 def _architecture(name: str, names: tuple[str, ...] | int, model_args: Mapping[str, Any],

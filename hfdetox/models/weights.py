@@ -80,7 +80,7 @@ def find_weights(folder: Path, known: Mapping[str, str] | None = None) -> Stored
 
 
 @contextlib.contextmanager
-def no_larger_than(stored: StoredWeights, name: str) -> Iterator[None]:
+def no_larger_than(numbers: int, name: str) -> Iterator[None]:
     """Stop a network that is built inside from growing far beyond its weights, before its memory is filled.
 
     Raises:
@@ -95,9 +95,9 @@ def no_larger_than(stored: StoredWeights, name: str) -> Iterator[None]:
         # a parameter may be put in its place again
         total += size - sizes.get((id(module), key), 0)
         sizes[id(module), key] = size
-        if total > _FACTOR * stored.numbers + _MORE:
+        if total > _FACTOR * numbers + _MORE:
             raise UsageError(f"the config.json of {name} describes a network of more than {total:,} parameters, and "
-                             f"its weights have {stored.numbers:,}; mend it")  # fmt: skip
+                             f"its weights have {numbers:,}; mend it")  # fmt: skip
 
     hook = register_module_parameter_registration_hook(grown)
     try:

@@ -1,0 +1,93 @@
+"""What a run will take, before its weights and images are pulled: by its counts, and a network like its model.
+
+How fast a network is does not depend on its weights. So one is built of the model's config.json with weights that are
+drawn, and timed on noise; how many images there are the dataset's header says.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfdetox.config import DetoxOptions
+from hfdetox.data.load import split_names
+from hfdetox.data.opened import OpenedDataset
+from hfdetox.data.sampling import EVAL_MOST, EVAL_SHARE, sample_count
+from hfdetox.errors import UsageError
+from hfdetox.evidence.cost import Cost, speed_of, where
+from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.models.initial import draw_like
+from hfdetox.training.devices import make_accelerator
+
+
+class UncountedError(UsageError):
+    """A dataset does not say how many images it has."""
+
+
+def like(model: str, options: DetoxOptions) -> Classifier:
+    """Return a local folder's model, or one like that of a Hub id, of which no weights are pulled.
+
+    Raises:
+        UsageError, HubError: what `load_classifier` raises, and a network that cannot be built without its weights.
+    """
+    if Path(model).is_dir():
+        return load_classifier(model, trust_remote_code=options.trust_remote_code)
+    return draw_like(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+
+
+def time_like(classifier: Classifier, options: DetoxOptions) -> tuple[float, str]:
+    """Return how many images a second such a network takes there and back on the options' device, and its name."""
+    accelerator = make_accelerator(options.device, "no")
+    size, noise = classifier.network.input_size, torch.Generator().manual_seed(0)
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count, *size), dtype=torch.uint8, generator=noise)
+
+    return speed_of(classifier.network, accelerator, images), where(accelerator)
+
+
+def count_images(opened: OpenedDataset, options: DetoxOptions) -> tuple[int, int]:
+    """Return about how many clean images, and images to measure, the options choose of a dataset; none are read.
+
+    Raises:
+        UncountedError: it does not say how many it has, and the options give a share of them.
+    """
+    train, [measured, *_] = split_names(opened.splits, options.split, options.eval_split)
+    rows = {name: _rows(opened, name) for name in {train, measured}}
+    total = rows[measured]
+    if measured == train and total is not None:
+        total = options.eval_samples or min(EVAL_MOST, max(1, int(EVAL_SHARE * total)))
+    evaluation = options.eval_samples if total is None else min(total, options.eval_samples or total)
+    clean = options.clean_samples
+    if evaluation is None or (rows[train] is None and isinstance(clean, float)):
+        raise UncountedError("the dataset does not say how many images it has; give --samples and --eval-samples as "
+                             "counts")  # fmt: skip
+    return sample_count(clean, rows[train] or 0), evaluation
+
+
+def _rows(opened: OpenedDataset, split: str) -> int | None:
+    # a split to measure may be without labels, where a run takes another
+    with suppress(UsageError):
+        return opened.open(split).rows
+    return None
+
+
+def estimate(options: DetoxOptions, method: Any, opened: OpenedDataset) -> Cost:
+    """Return what a run of these options will take, without weights or images.
+
+    Args:
+        method: the defense's configuration.
+        opened: the options' dataset.
+
+    Raises:
+        UncountedError: the dataset does not say how many images it has.
+        UsageError, HubError: see `like`.
+    """
+    clean, evaluation = count_images(opened, options)
+    classifier = like(str(options.model), options)
+    speed, place = time_like(classifier, options)
+    return Cost(method, clean, len(classifier.labels), evaluation, len(options.triggers), speed, place, options.scan,
+                options.residual)  # fmt: skip
