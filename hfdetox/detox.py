@@ -22,7 +22,7 @@ from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier
 from hfdetox.models.loaded import check_links
-from hfdetox.progress import note
+from hfdetox.progress import draws, note
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
@@ -95,7 +95,7 @@ def detoxify(given: DetoxOptions) -> DetoxResult:
         run.check_fingerprint(inputs)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                     warn=notes.warn, progress=progress, also=images.info.label_map)  # fmt: skip
-    if not resumed:
+    if not resumed and (draws(progress) or options.max_minutes is not None or accelerator.num_processes > 1):
         cost = measure_cost(evaluation, method, len(images.clean), scan=options.scan, residual=options.residual)
         cost.check(options.max_minutes)
         cost.say(progress=progress)

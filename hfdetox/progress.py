@@ -25,12 +25,17 @@ def progress_bar(title: str, total: int | None, unit: str, *, shown: bool, done:
     terminal = sys.stderr.isatty()
     return tqdm(total=total, initial=done, desc=title, unit=unit, leave=keep, dynamic_ncols=terminal,
                 mininterval=0.1 if terminal else LOG_SECONDS, delay=0 if terminal else LOG_SECONDS,
-                disable=not shown or are_progress_bars_disabled() or not is_main_process())  # fmt: skip
+                disable=not draws(shown))  # fmt: skip
+
+
+def draws(shown: bool) -> bool:
+    """Return whether bars are drawn, and notes written: in the main process, unless they are turned off."""
+    return shown and not are_progress_bars_disabled() and is_main_process()
 
 
 def note(text: str, *, shown: bool) -> None:
     """Write a line on standard error where bars are drawn."""
-    if shown and not are_progress_bars_disabled() and is_main_process():
+    if draws(shown):
         write_line(text)
 
 

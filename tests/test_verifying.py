@@ -115,6 +115,17 @@ def test_what_was_published_matches_count_by_count(published: Published, capsys:
     assert hfdetox.verify is verify
 
 
+def test_it_is_said_before_how_long_counting_takes(
+    published: Published, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr("hfdetox.evidence.cost.speed_on", lambda _: 0.1)
+    verify(published.cleaned)
+    assert "counting again takes about " in capsys.readouterr().err
+    verify(published.cleaned, progress=False)
+    assert "takes about" not in capsys.readouterr().err
+
+
 def test_a_local_folder_is_checked_against_its_manifest_too(
     published: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import shutil
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,28 @@ from hfdetox.arguments import takes
 from hfdetox.bench.folder import TaskFolder, given_files, weights_of
 from hfdetox.bench.plots import draw_bench
 from hfdetox.bench.publish import check_push, push_bench
-from hfdetox.bench.runner import run_tasks
+from hfdetox.bench.runner import run_tasks, to_be_made
 from hfdetox.bench.suite import SuiteFile, TargetEntry
 from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
 from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
 from hfdetox.checks import check_there
+from hfdetox.config import DetoxOptions
 from hfdetox.config_bench import BenchOptions
+from hfdetox.data.opened import open_dataset
 from hfdetox.defenses import parse_defense
-from hfdetox.errors import RunError, UsageError
+from hfdetox.errors import HubError, RunError, UsageError
+from hfdetox.evidence.cost import spoken
 from hfdetox.files import locked, sha256_file
+from hfdetox.progress import draws, note
 from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
+from hfdetox.runs.estimate import Timed, count_images, time_like
 from hfdetox.runs.folder import RUN_FILE
+from hfdetox.training.devices import accelerate_state_kept
 
 
 @takes(BenchOptions)
+@accelerate_state_kept()
 def run_bench(given: BenchOptions) -> BenchTables:
     """Run what a suite's `bench` asks for and is not there; the same call goes on after a stop.
 
@@ -47,10 +55,32 @@ def run_bench(given: BenchOptions) -> BenchTables:
     suite = load_suite(given.suite or Path())
     if given.push_to is not None:
         check_push(given.push_to, suite.file.name, private=given.private)
-    tables: BenchTables = run_tasks(Bench(suite, given))
+    bench = Bench(suite, given)
+    if draws(given.progress):
+        note(bench.describe_cost(), shown=True)
+    tables: BenchTables = run_tasks(bench)
     if given.push_to is None:
         return tables
     return replace(tables, pushed=push_bench(tables, given.push_to, private=given.private))
+
+
+@takes(BenchOptions)
+@accelerate_state_kept()
+def plan_bench(given: BenchOptions) -> dict[str, Any]:
+    """Return what `run_bench` with these arguments would run, and how long that takes; nothing is written.
+
+    Args:
+        {arguments}
+
+    Raises:
+        UsageError: as `run_bench` does.
+    """
+    bench = Bench(load_suite(given.suite or Path()), given)
+    waiting = [run.name for run in bench.waiting()]
+    left = {name: row["reason"] for name, row in bench.rows.items() if row["status"] == "not run" and row["reason"]}
+    cost = {} if (minutes := bench.minutes) is None else {"minutes": [round(one, 2) for one in minutes]}
+    return {"dataset": bench.dataset, "runs": waiting, "done": len(bench.rows) - len(waiting) - len(left),
+            "cannot be run": left, **cost, "time": bench.describe_cost(), "output": str(bench.folder)}  # fmt: skip
 
 
 class Bench(TaskFolder[Run, BenchOptions]):
@@ -150,6 +180,52 @@ class Bench(TaskFolder[Run, BenchOptions]):
             if self.rows[name]["status"] == "done":
                 self.tidy(run, 0)
         draw_bench(self.outcome())
+
+    def waiting(self) -> list[Run]:
+        """Return the runs that are to be made, in their order."""
+        return [self.tasks[name] for name, row in self.rows.items() if to_be_made(row)]
+
+    @cached_property
+    def minutes(self) -> tuple[float, float] | None:
+        """How long the runs that are to be made take one after the other, at least and at most; None where unknown.
+
+        One model of each row of the suite's models is timed.
+        """
+        opened, timed, counts = None, dict[str, Timed](), dict[Any, tuple[int, int]]()
+        least = most = 0.0
+        # what is wrong with a model or the images each run says
+        with contextlib.suppress(UsageError, HubError):
+            for run in self.waiting():
+                options, name = self._options(run), run.target.model
+                opened = opened or open_dataset(self.dataset, options, warn=lambda _: None)
+                if run.samples not in counts:
+                    counts[run.samples] = count_images(opened, options)
+                if name not in timed:
+                    timed[name] = time_like(options)
+                method = parse_defense(run.entry.defense, run.entry.settings)[0]
+                shortest, longest = timed[name].cost(method, *counts[run.samples], options).minutes
+                least, most = least + shortest, most + longest
+            return least, most
+        return None
+
+    def describe_cost(self) -> str:
+        """Return how long the runs that are to be made take, in words."""
+        runs = len(self.waiting())
+        if not runs:
+            return "nothing is to be run"
+        how = "how long is not known" if self.minutes is None else f"about {spoken(*self.minutes)}"
+        return f"{runs} run{'s' if runs > 1 else ''}: {how}"
+
+    def _options(self, run: Run) -> DetoxOptions:
+        """Return the options of a run, as far as they decide how long it takes."""
+        source, read = run.target.source, self.suite.dataset
+        model = self._zoo_folder(run.target.name) if isinstance(source, Task) else source.model
+        return DetoxOptions(
+            str(model), revision=None if isinstance(source, Task) else source.revision, dataset=self.dataset,
+            dataset_config=read.config, split=read.split, eval_split=read.eval_split, image_column=read.image_column,
+            label_column=read.label_column, dataset_revision=None if self.settings.dataset else read.revision,
+            clean_samples=run.samples, eval_samples=read.eval_samples, triggers=self._triggers(run),
+            device=self.settings.device, scan=False)  # fmt: skip
 
     def _forget(self, run: Run) -> None:
         """Remove a run's folder, unless a process that somebody else started works in it."""

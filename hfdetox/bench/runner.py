@@ -43,14 +43,17 @@ def run_tasks(folder: TaskFolder[Any, Any]) -> Any:
         return folder.outcome()
 
 
+def to_be_made(row: Row) -> bool:
+    """Tell whether a task is to be run; what is not run for a reason cannot be."""
+    return row["status"] == "failed" or (row["status"] == "not run" and not row["reason"])
+
+
 class TaskRunner(Generic[TaskT]):
     """Runs the tasks of a folder that are not there and can be run, so many at a time, in their order."""
 
     def __init__(self, folder: TaskFolder[TaskT, Any]) -> None:
         self.folder, self.settings = folder, folder.settings
-        # what is not run for a reason cannot be
-        self.waiting = {name: folder.tasks[name] for name, row in folder.rows.items()
-                        if row["status"] == "failed" or (row["status"] == "not run" and not row["reason"])}  # fmt: skip
+        self.waiting = {name: folder.tasks[name] for name, row in folder.rows.items() if to_be_made(row)}
         self.running: dict[str, Running] = {}
         self.elsewhere: set[str] = set()
         self.bar = progress_bar(folder.title, len(folder.tasks), " cells", shown=self.settings.progress,

@@ -32,7 +32,7 @@ from hfdetox.cli.options import (
     takes_line,
 )
 from hfdetox.cli.output import Output, say, standard_output
-from hfdetox.config_bench import BenchOptions, SuiteOptions
+from hfdetox.config_bench import BenchConsole, BenchOptions, SuiteOptions
 from hfdetox.config_scan import ScanOptions
 from hfdetox.config_verify import GateOptions, PageOptions, VerifyOptions
 from hfdetox.errors import HfdetoxError, UsageError, one_line
@@ -181,14 +181,18 @@ def build_suite(shown: config.ConsoleOptions, options: SuiteOptions) -> None:
 
 
 @app.command()
-@takes_line(BenchOptions, config.ConsoleOptions)
+@takes_line(BenchOptions, BenchConsole)
 def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
     # what is wrong with these is said before the libraries are loaded
-    shown, options = line.options(config.ConsoleOptions), bench_options(line)
-    with running(shown, lambda: ONLY_THE_REST) as out:
-        from hfdetox.bench.bench import run_bench
+    shown, options = line.options(BenchConsole), bench_options(line)
+    with running(shown, lambda: "nothing was written" if shown.dry_run else ONLY_THE_REST) as out:
+        from hfdetox.bench.bench import plan_bench, run_bench
 
+        if shown.dry_run:
+            planned = plan_bench(**options.changed())
+            out.show(planned, console.plan_lines(planned))
+            return
         outcome = run_bench(**replace(options, progress=shows_progress(shown)).changed())
         folder = f"{outcome.folder}{os.sep}"
         pushed = [f"published: {outcome.pushed.url} (commit {outcome.pushed.commit})"] if outcome.pushed else []

@@ -22,7 +22,7 @@ from hfdetox.evidence.inquiry import planned_passes
 from hfdetox.evidence.residual import residual_effort
 from hfdetox.evidence.run import LOOKED_AT
 from hfdetox.models.network import Network
-from hfdetox.progress import note
+from hfdetox.progress import draws, note
 from hfdetox.training.devices import evaluating, saved_bytes
 
 # numbers of clean images that are proposed instead
@@ -118,10 +118,12 @@ def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool,
         scan: whether the model is scanned.
         residual: whether it is tested for sleeping backdoors.
     """
-    # the first process's, so that no two of them decide differently
-    [speed] = broadcast_object_list([speed_on(evaluation)])
+    speeds = [speed_on(evaluation)]
+    if evaluation.accelerator.num_processes > 1:
+        # the first process's, so that no two of them decide differently
+        broadcast_object_list(speeds)
     return Cost(method, images, len(evaluation.classifier.labels), len(evaluation.clean), len(evaluation.views),
-                speed, where(evaluation.accelerator), scan, residual)  # fmt: skip
+                speeds[0], where(evaluation.accelerator), scan, residual)  # fmt: skip
 
 
 def say_cost(evaluation: Evaluator, what: str, effort: float, less: tuple[float, str] | None = None, *,
@@ -133,7 +135,7 @@ def say_cost(evaluation: Evaluator, what: str, effort: float, less: tuple[float,
         effort: images there and back.
         less: what would take less effort, and how that is asked for: "without --thorough".
     """
-    if not progress:
+    if not draws(progress):
         return
     speed = speed_on(evaluation)
     if effort / speed > _WORTH_SAYING:

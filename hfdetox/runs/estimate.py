@@ -7,6 +7,7 @@ drawn, and timed on noise; how many images there are the dataset's header says.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hfdetox.data.opened import OpenedDataset
 from hfdetox.data.sampling import EVAL_MOST, EVAL_SHARE, sample_count
 from hfdetox.errors import UsageError
 from hfdetox.evidence.cost import Cost, speed_of, where
-from hfdetox.models.classifier import Classifier, load_classifier
+from hfdetox.models.classifier import load_classifier
 from hfdetox.models.initial import draw_like
 from hfdetox.training.devices import make_accelerator
 
@@ -27,26 +28,36 @@ class UncountedError(UsageError):
     """A dataset does not say how many images it has."""
 
 
-def like(model: str, options: DetoxOptions) -> Classifier:
-    """Return a local folder's model, or one like that of a Hub id, of which no weights are pulled.
+@dataclass(frozen=True)
+class Timed:
+    """How fast a network is: images a second there and back, on what (`where`), and how many classes it tells apart."""
+
+    speed: float
+    where: str
+    classes: int
+
+    def cost(self, method: Any, images: int, measured: int, options: DetoxOptions) -> Cost:
+        """Return what a run on such a network takes, see `Cost`."""
+        return Cost(method, images, self.classes, measured, len(options.triggers), self.speed, self.where, options.scan,
+                    options.residual)  # fmt: skip
+
+
+def time_like(options: DetoxOptions) -> Timed:
+    """Time the options' model, or one like it, of a Hub id whose weights are not pulled, on the options' device.
 
     Raises:
         UsageError, HubError: what `load_classifier` raises, and a network that cannot be built without its weights.
     """
+    model, noise = str(options.model), torch.Generator().manual_seed(0)
     if Path(model).is_dir():
-        return load_classifier(model, trust_remote_code=options.trust_remote_code)
-    return draw_like(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
-
-
-def time_like(classifier: Classifier, options: DetoxOptions) -> tuple[float, str]:
-    """Return how many images a second such a network takes there and back on the options' device, and its name."""
+        classifier = load_classifier(model, trust_remote_code=options.trust_remote_code)
+    else:
+        classifier = draw_like(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     accelerator = make_accelerator(options.device, "no")
-    size, noise = classifier.network.input_size, torch.Generator().manual_seed(0)
-
-    def images(count: int) -> torch.Tensor:
-        return torch.randint(0, 256, (count, *size), dtype=torch.uint8, generator=noise)
-
-    return speed_of(classifier.network, accelerator, images), where(accelerator)
+    size = classifier.network.input_size
+    speed = speed_of(classifier.network, accelerator, lambda count: torch.randint(
+        0, 256, (count, *size), dtype=torch.uint8, generator=noise))  # fmt: skip
+    return Timed(speed, where(accelerator), len(classifier.labels))
 
 
 def count_images(opened: OpenedDataset, options: DetoxOptions) -> tuple[int, int]:
@@ -84,10 +95,7 @@ def estimate(options: DetoxOptions, method: Any, opened: OpenedDataset) -> Cost:
 
     Raises:
         UncountedError: the dataset does not say how many images it has.
-        UsageError, HubError: see `like`.
+        UsageError, HubError: see `time_like`.
     """
-    clean, evaluation = count_images(opened, options)
-    classifier = like(str(options.model), options)
-    speed, place = time_like(classifier, options)
-    return Cost(method, clean, len(classifier.labels), evaluation, len(options.triggers), speed, place, options.scan,
-                options.residual)  # fmt: skip
+    counts = count_images(opened, options)
+    return time_like(options).cost(method, *counts, options)

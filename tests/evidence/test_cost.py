@@ -141,3 +141,33 @@ def test_measuring_it_moves_nothing(tmp_path_factory: pytest.TempPathFactory, ca
     assert cli.run([*words, "--max-minutes", "0.00001", "--output", str(made.timm.parent / "never")]) == 2
     assert "more than --max-minutes 1e-05" in capsys.readouterr().err
     assert not (made.timm.parent / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "--trigger", "badnets"], "measuring takes about "),
+        (["scan"], "the scan takes about "),
+        (["gate"], "the scan takes about "),
+    ],
+)
+def test_each_command_says_it_before_its_work(
+    words: list[str], said: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    class EnoughError(Exception):
+        pass
+
+    def measure(*_: Any, **__: Any) -> Any:
+        raise EnoughError
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr("hfdetox.evidence.cost.speed_on", lambda _: 0.1)
+    monkeypatch.setattr("hfdetox.evaluation.evaluator.measure", measure)
+    made = backdoored.made(tmp_path_factory)
+    command, *more = words
+    images = ["--dataset", str(made.digits), "--eval-samples", "50", "--device", "cpu"]
+    for quiet in ([], ["--quiet"]):
+        with pytest.raises(EnoughError):
+            cli.run([command, str(made.timm), *images, *more, *quiet])
+        assert (said in capsys.readouterr().err) is not bool(quiet)

@@ -126,5 +126,5 @@ def test_what_cannot_be_built_has_no_estimate(made: Made, monkeypatch: pytest.Mo
     def never(*_: Any) -> float:
         raise UsageError("no such network")
 
-    monkeypatch.setattr("hfdetox.runs.estimate.like", never)
+    monkeypatch.setattr("hfdetox.runs.estimate.time_like", never)
     assert plan(str(made.timm), dataset=str(made.digits))["time"] == "not known: no such network"
