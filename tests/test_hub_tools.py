@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 import venv
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +69,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (place / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return home
+
+
+def test_the_extension_starts_what_the_package_starts() -> None:
+    """The script of the package answers Ctrl-C while the libraries are imported; the command line alone does not."""
+    package, extension = (tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+                          for folder in (REPOSITORY, EXTENSION))  # fmt: skip
+    assert extension == {"hf-detox": package["hfdetox"]}
 
 
 @extensions

@@ -20,7 +20,7 @@ from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentati
 from hfdetox.training.averaging import WeightAverage
 from hfdetox.training.batches import step_bounds
 from hfdetox.training.probe import log_odds, probed_shares
-from hfdetox.training.search import BATCH, PIXEL, Stamps, resized, search_blends, search_patches, success_counts
+from hfdetox.training.search import PIXEL, Stamps, resized, search_blends, search_patches, success_counts
 from hfdetox.training.shift import HeadInputs, NonlinearHeadError, head_inputs, robust_z, shifts_of_heads
 from hfdetox.training.statistics import Statistics, measured_layers
 from hfdetox.values import Interval, NonNegativeInt, PositiveFloat, PositiveInt
@@ -85,22 +85,6 @@ class UnlearnSettings(TuningConfig):
     blend_steps: PositiveInt = 50
     patch_steps: NonNegativeInt = 120
     rounds: NonNegativeInt = 2
-
-    def searched(self, classes: int, *, most: bool, rounds: bool = True) -> float:
-        """Return about how many images the searches take there and back, where the fewest or most classes are accused.
-
-        Args:
-            classes: how many the model tells apart.
-            most: whether it is the most; then patches are searched again too, as without BatchNorm.
-            rounds: whether a class is accused, the model trained, and triggers searched again.
-        """
-        # the fewest is one, and where none is accused two are taken, after ten were screened
-        count = len(self.classes) or min(_MOST_ACCUSED if most else 1 if rounds else _NONE_ACCUSED, classes)
-        steps = self.patch_steps + len(self.alphas) * self.blend_steps
-        if rounds:
-            steps += self.rounds * (self.blend_steps + (self.patch_steps // 2 if most else 0))
-        screened = 0 if rounds or self.classes else min(_SCREENED, classes) * _SCREEN_STEPS * _SCREEN_IMAGES
-        return float(count * steps * BATCH + screened)
 
     def adamw_for(self, model: nn.Module) -> bool:
         """Tell whether AdamW trains `model`."""

@@ -42,9 +42,20 @@ from typing import Any, ClassVar
 import torch
 
 from hfdetox.defenses._perturbed import require_pixels
-from hfdetox.defenses._unlearning import LOOK, SEARCH, Unlearning, UnlearnSettings
+from hfdetox.defenses._unlearning import (
+    _MOST_ACCUSED,
+    _NONE_ACCUSED,
+    _SCREEN_IMAGES,
+    _SCREEN_STEPS,
+    _SCREENED,
+    LOOK,
+    SEARCH,
+    Unlearning,
+    UnlearnSettings,
+)
 from hfdetox.defenses.base import FORWARD, Network, Pass, Phase, trained_parameters, tuned_images
 from hfdetox.errors import UsageError
+from hfdetox.training.search import BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +127,24 @@ class UnlearnConfig(UnlearnSettings):
                 f"Their scores: {', '.join(f'{score:.1f}' for score in scores)}; {least}.")  # fmt: skip
 
     def efforts(self, images: int, classes: int) -> tuple[float, ...]:
-        shared = 2 * FORWARD * images + tuned_images(self, images)
+        shared = 3 * FORWARD * images + tuned_images(self, images)
         return tuple(shared + self.searched(classes, most=most) for most in (False, True))
+
+    def searched(self, classes: int, *, most: bool, rounds: bool = True) -> float:
+        """Return about how many images the searches take there and back, where the fewest or most classes are accused.
+
+        Args:
+            classes: how many the model tells apart.
+            most: whether it is the most; then patches are searched again too, as without BatchNorm.
+            rounds: whether a class is accused, the model trained, and triggers searched again.
+        """
+        # the fewest is one, and where none is accused two are taken, after ten were screened
+        count = len(self.classes) or min(_MOST_ACCUSED if most else 1 if rounds else _NONE_ACCUSED, classes)
+        steps = self.patch_steps + len(self.alphas) * self.blend_steps
+        if rounds:
+            steps += self.rounds * (self.blend_steps + (self.patch_steps // 2 if most else 0))
+        screened = 0 if rounds or self.classes else min(_SCREENED, classes) * _SCREEN_STEPS * _SCREEN_IMAGES
+        return float(count * steps * BATCH + screened)
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         require_pixels(network, self.name)
