@@ -30,6 +30,8 @@ _FEWER = (2500, 1000, 500, 250, 100)
 _WORTH_SAYING = 60.0  # seconds
 # images there and back of the scores that search nothing, of both reconstructions for a class, and of the margin's
 _LOOKS, _SEARCH, _MARGIN = 3_000, 11_520, 9_000
+# reconstructed triggers that are measured as known ones are
+_RECONSTRUCTED = 2
 # of the batches that are timed: what one may keep for its backward pass, its most images, and for how many seconds
 _BYTES, _IMAGES, _SECONDS = 2**27, 64, 1.0
 
@@ -63,8 +65,7 @@ class Cost:
     @property
     def minutes(self) -> tuple[float, float]:
         """About how many minutes the run takes, by the shortest and by the longest of the ways that it may take."""
-        # one of the reconstructed triggers is measured too
-        triggers = self.triggers + self.scan
+        triggers = self.triggers + (_RECONSTRUCTED if self.scan else 0)
         shared = FORWARD * 2 * self.measured * (1 + triggers)
         if self.scan:
             shared += min(planned_passes(self.method, self.images) / 4, scan_effort(self.classes, thorough=False))
@@ -152,8 +153,7 @@ def scan_effort(classes: int, *, thorough: bool) -> float:
 
 def scan_efforts(evaluation: Evaluator, *, thorough: bool) -> tuple[float, tuple[float, str] | None]:
     """Return what a scan takes, measuring included, and where it is thorough how it takes less, as of `say_cost`."""
-    # one of the reconstructed triggers is measured too
-    shared = measuring_effort(evaluation) + FORWARD * len(evaluation.clean)
+    shared = measuring_effort(evaluation) + _RECONSTRUCTED * FORWARD * len(evaluation.clean)
     whole, brief = (shared + scan_effort(len(evaluation.classifier.labels), thorough=way) for way in (thorough, False))
     return whole, (brief, "without --thorough") if thorough else None
 
