@@ -26,18 +26,23 @@ def _counted(found: list[int]) -> str:
     return f"{found[0]} of {found[1]} ({100 * one.interval[0]:.0f}–{100 * one.interval[1]:.0f} %)"
 
 
-def scan() -> list[str]:
+def scan(result: str = "scan") -> list[str]:
     """Return threshold, false alarms, detections and seconds of each score and of all together."""
-    if not exists("scan"):
+    if not exists(result):
         return NOT_RUN
     rows = []
-    for name, one in read("scan")["scores"].items():
+    for name, one in read(result)["scores"].items():
         seconds = " to ".join(f"{value:.0f}" for value in one["seconds"][0]) if one["seconds"] else "–"
         limit = "–" if one["threshold"] is None else f"{one['threshold']:.3g}"
         rows.append([f"`{name}`" if one["seconds"] else "all together", limit, str(one["models"]),
                      _counted(one["false_alarms"]), _counted(one["found"]), seconds])  # fmt: skip
     header = ["score", "threshold", "from models", "false alarms", "found", "seconds"]
-    return [*table(header, rows), *source("scan")]
+    return [*table(header, rows), *source(result)]
+
+
+def scan_after() -> list[str]:
+    """Return the same of the scores after cleaning."""
+    return scan("scan_after")
 
 
 def models() -> list[str]:
@@ -220,7 +225,6 @@ def _tried(name: str) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "scan": scan, "scan_models": models, "cleaned": cleaned, "asleep": asleep, "canaries": canaries,
-    "unlearnt": unlearnt, "held_out": held_out, "trials": trials,
-    "ablation": ablation,
+    "scan": scan, "scan_after": scan_after, "scan_models": models, "cleaned": cleaned, "asleep": asleep,
+    "canaries": canaries, "unlearnt": unlearnt, "held_out": held_out, "trials": trials, "ablation": ablation,
 }  # fmt: skip
