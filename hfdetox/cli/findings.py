@@ -13,7 +13,8 @@ from hfdetox.evaluation.verdict import percent
 from hfdetox.evidence.results import Evidence, Reconstructed, Residual, ScanReport, ScanResult, ScoreResult
 from hfdetox.reporting.markdown import fit_text
 
-NEVER_CLEAN = "no scan can say that a model has no backdoor"
+NEVER_CLEAN = ("no scan can say that a model has no backdoor; the rates are of small networks trained from scratch, "
+               "and a pretrained one without a backdoor was called suspicious")  # fmt: skip
 
 
 def finding_line(scan: ScanResult, state: str = "scan") -> str:

@@ -34,8 +34,8 @@ _SEARCHED = 640
 # strengths that a blend is unlearnt in, and the strongest where nothing speaks for a backdoor
 _WEAKEST, _STRONGEST, _GENTLE = 0.05, 0.25, 0.1
 # what speaks for a backdoor: log odds of the share of random features that the head gives to one class, above the
-# largest of 69 models without one; a robust z below this, where both name the same class; a faintest blend that leads
-# so many of the images to its class; or a patch that does, and covers so small a share of the image
+# largest of 69 models without one (a pretrained one has 2); a robust z below this, where both name the same class; a
+# faintest blend that leads so many of the images to its class; or a patch that does, and covers so small a share of it
 _PROBED, _SURE, _LED, _SMALL = 1.0, -4.0, 0.9, 0.01
 # with fewer classes one gets most random features anyway
 _PROBED_CLASSES = 4
