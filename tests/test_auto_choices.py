@@ -30,7 +30,7 @@ def test_the_settings_that_a_run_finds_itself_are_said_with_their_reasons(
     assert way.startswith("Something speaks for a backdoor, and what was reconstructed of it was unlearnt")
     assert accused.startswith("Taken as possible targets: class ")
     assert length.startswith(f"{report.defense.epochs} epochs, {report.defense.steps} steps")
-    assert features == "SGD trained the network."
+    assert features.startswith("SGD trained the network; its weights are the mean")
     assert augmentation.startswith("Augmentation none: the model as it came has ")
     for sentence in report.defense.choices:
         assert f"- {sentence}" in card
