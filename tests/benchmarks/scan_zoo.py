@@ -3,6 +3,9 @@
     python -m tests.benchmarks.scan_zoo ZOO --dataset cifar10 --output scores.jsonl
     python -m tests.benchmarks.scan_zoo CLEANED --dataset cifar10 --output after.jsonl --when after --suspects ZOO
 
+A folder of CLEANED is named as the suspect, or as it and a dot and something more (`resnet-clean-s1.ft`); what is left
+of the attack is read from its report, where that measured a trigger.
+
 One line a model and score: what the model is (`backdoored`, `triggers`, `targets` of its `attack_report.json`), its
 accuracy on the clean images, and what `ScoreResult` has. A line that is there is not measured again. Everything is
 read from one process; OMP_NUM_THREADS=1 keeps it on one core.
@@ -56,8 +59,8 @@ def scan_model(folder: Path, arguments: argparse.Namespace, done: dict[tuple[str
     if all((folder.name, name) in done for name in wanted):
         return
     classifier = load_classifier(str(folder))
-    came = (arguments.suspects or arguments.zoo) / folder.name
-    what, suspect = described(came), suspect_of(classifier, folder, arguments, pulled)
+    came = folder if arguments.suspects is None else arguments.suspects / folder.name.rsplit(".", 1)[0]
+    what, suspect = {**described(came), **left(folder)}, suspect_of(classifier, folder, arguments, pulled)
     results: dict[str, ScoreResult] = {}
     with still(suspect.network):
         for name in scores:
@@ -109,6 +112,13 @@ def described(folder: Path) -> dict[str, Any]:
             "adaptive": report["attack"]["adaptive"],
             "asr": [one["attack_success_rate"]["value"] for one in report["after"]["triggers"].values()],
             "attack_seed": report["environment"]["seed"]}  # fmt: skip
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """Return the attack's success that the report of a cleaned model tells, if it measured one."""
+    path = folder / REPORT_NAME
+    triggers = json.loads(path.read_text())["after"]["triggers"] if path.is_file() else {}
+    return {"asr": [one["attack_success_rate"]["value"] for one in triggers.values()]} if triggers else {}
 
 
 def read_result(line: dict[str, Any]) -> ScoreResult:
