@@ -40,9 +40,9 @@ _PROBED, _SURE, _LED, _SMALL = 1.0, -4.0, 0.9, 0.01
 # with fewer classes one gets most random features anyway
 _PROBED_CLASSES = 4
 # classes that are accused, at most, and how many are taken where none is
-_MOST_ACCUSED, _NONE_ACCUSED = 4, 2
+MOST_ACCUSED, NONE_ACCUSED = 4, 2
 # the latter are those to which the faintest blends lead most images: of how many classes, how faint, steps and images
-_SCREENED, _FAINT, _SCREEN_STEPS, _SCREEN_IMAGES = 10, 0.05, 25, 32
+SCREENED, _FAINT, SCREEN_STEPS, SCREEN_IMAGES = 10, 0.05, 25, 32
 # a class is hardly found of which the model has a smaller share right than this of the median class's
 _HARDLY, _FEWEST = 0.5, 10
 # the share of the steps before the weights are averaged
@@ -262,10 +262,10 @@ class Unlearning:
         accused = (scores[order] < self.config.accused_below) | torch.isin(order, hidden)
         accused |= (order == probed) & sure
         order = torch.cat([order[accused], order[~accused]])
-        outliers = min(int(accused.sum()), _MOST_ACCUSED)
+        outliers = min(int(accused.sum()), MOST_ACCUSED)
         self.evident = sure or bool(scores[probed] == scores.min() < _SURE) or len(hidden) > 0
-        self.accused, others = order[: outliers or _NONE_ACCUSED], order[outliers or _NONE_ACCUSED :]
-        self.screened = order[: 0 if outliers else _SCREENED]
+        self.accused, others = order[: outliers or NONE_ACCUSED], order[outliers or NONE_ACCUSED :]
+        self.screened = order[: 0 if outliers else SCREENED]
         lowest = {"others": float(scores[others[0]])} if len(others) else {}
         each = {f"score_{row}": float(scores[label]) for row, label in enumerate(self.accused.tolist())}
         head = {"probed": float(probed), "probed_share": float(shares[probed])} if sure else {}
@@ -282,7 +282,7 @@ class Unlearning:
         """Search a patch and blends for each accused class."""
         config, (images, classes, generator) = self.config, self._begin_search(accelerator)
         found: dict[str, float] = {"passes": 0.0}
-        if len(self.screened) > _NONE_ACCUSED:
+        if len(self.screened) > NONE_ACCUSED:
             found |= self._screen(images, generator, accelerator)
             classes = self.accused.tolist()
         if config.patch_steps:
@@ -306,9 +306,9 @@ class Unlearning:
     def _screen(self, images: Tensor, generator: torch.Generator, accelerator: Accelerator) -> dict[str, float]:
         """Accuse the classes to which a very faint blend, shortly searched, leads most images."""
         blends = search_blends(self.network, images, self.screened.tolist(), alpha=_FAINT, generator=generator,
-                               steps=_SCREEN_STEPS, batch_size=_SCREEN_IMAGES)  # fmt: skip
+                               steps=SCREEN_STEPS, batch_size=SCREEN_IMAGES)  # fmt: skip
         shares = shared(self._led(images, blends), accelerator)
-        order = shares.argsort(descending=True)[:_NONE_ACCUSED]
+        order = shares.argsort(descending=True)[:NONE_ACCUSED]
         self.accused = self.screened[order]
         return {"passes": float(blends.passes), **{f"screened_{row}": float(label) for row, label in
                 enumerate(self.accused.tolist())}, **{f"faint_{row}": float(shares[place]) for row, place in
@@ -391,7 +391,7 @@ def hardly_found(right: Tensor, counts: Tensor) -> Tensor:
     if not known.any():
         return torch.empty(0, dtype=torch.int64)
     order = shares.argsort()
-    return order[shares[order] < _HARDLY * shares[known].median()][:_MOST_ACCUSED]
+    return order[shares[order] < _HARDLY * shares[known].median()][:MOST_ACCUSED]
 
 
 def shared(found: Tensor, accelerator: Accelerator) -> Tensor:

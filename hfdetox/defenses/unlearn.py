@@ -43,12 +43,12 @@ import torch
 
 from hfdetox.defenses._perturbed import require_pixels
 from hfdetox.defenses._unlearning import (
-    _MOST_ACCUSED,
-    _NONE_ACCUSED,
-    _SCREEN_IMAGES,
-    _SCREEN_STEPS,
-    _SCREENED,
     LOOK,
+    MOST_ACCUSED,
+    NONE_ACCUSED,
+    SCREEN_IMAGES,
+    SCREEN_STEPS,
+    SCREENED,
     SEARCH,
     Unlearning,
     UnlearnSettings,
@@ -139,11 +139,11 @@ class UnlearnConfig(UnlearnSettings):
             rounds: whether a class is accused, the model trained, and triggers searched again.
         """
         # the fewest is one, and where none is accused two are taken, after ten were screened
-        count = len(self.classes) or min(_MOST_ACCUSED if most else 1 if rounds else _NONE_ACCUSED, classes)
+        count = len(self.classes) or min(MOST_ACCUSED if most else 1 if rounds else NONE_ACCUSED, classes)
         steps = self.patch_steps + len(self.alphas) * self.blend_steps
         if rounds:
             steps += self.rounds * (self.blend_steps + (self.patch_steps // 2 if most else 0))
-        screened = 0 if rounds or self.classes else min(_SCREENED, classes) * _SCREEN_STEPS * _SCREEN_IMAGES
+        screened = 0 if rounds or self.classes else min(SCREENED, classes) * SCREEN_STEPS * SCREEN_IMAGES
         return float(count * steps * BATCH + screened)
 
     def phases(self, network: Network) -> list[Phase | Pass]:

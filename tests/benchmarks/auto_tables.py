@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from hfdetox.evaluation.metrics import defense_effectiveness_rating
 from tests.benchmarks.evidence_tables import KINDS, NOT_RUN, unlearnt_rows, unlearnt_table
 from tests.benchmarks.markdown import exists, percent, read, source, table
 
@@ -91,8 +92,8 @@ def _own_class(row: Row) -> bool:
 
 
 def _der(row: Row) -> float:
-    """Return the defense effectiveness rating, (ΔASR − Δaccuracy + 1) / 2 with both at least 0."""
-    return (max(0, row["before"]["asr"] - row["after"]["asr"]) - max(0, _cost(row)) + 1) / 2
+    before, after = row["before"], row["after"]
+    return defense_effectiveness_rating((before["accuracy"], after["accuracy"]), (before["asr"], after["asr"]))
 
 
 def _mean(values: Iterable[float]) -> str:

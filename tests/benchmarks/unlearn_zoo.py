@@ -91,7 +91,7 @@ def rows_of(cell: Path, cifar: Path, arm: str, samples: int, seed: int) -> list[
     passes = done.images + sum(entry.get("passes", 0) / 2 for entry in done.history)
     return [{"cell": cell.name, "arm": arm, "samples": samples, "seed": seed, "before": came, "after": left,
              "seconds": round(done.seconds), "steps": done.steps, "passes": round(passes),
-             "choices": config.choices(done.history), "settings": settings}
+             "choices": config.choices(done.history)[:2], "settings": settings}
             for came, left in zip(before, states(evaluator.measure("after").measurement), strict=True)]  # fmt: skip
 
 
