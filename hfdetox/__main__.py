@@ -32,6 +32,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """
     if not _importing(frame):
         _waiting.clear()
+        # an object that is only half made may fail once more when it is thrown away
+        sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt
     if _waiting.is_set() and not _looking.is_set():
         _say()

@@ -178,6 +178,30 @@ def test_ctrl_c_is_130_and_one_line_while_the_libraries_load(
     assert "hfdetox: interrupted; " in lines[0]
 
 
+def test_ctrl_c_in_a_constructor_says_nothing_of_the_half_made_object(fresh_env: dict[str, str]) -> None:
+    # as tqdm's bars fail, whose __del__ wants what __init__ had not set
+    script = """
+import signal
+from hfdetox import __main__ as started
+
+class Half:
+    def __init__(self):
+        signal.raise_signal(signal.SIGINT)
+        self.disable = True
+
+    def __del__(self):
+        self.disable
+
+signal.signal(signal.SIGINT, started._interrupt)
+try:
+    Half()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=fresh_env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
 def test_two_runs_with_one_output_are_never_mixed(made: Made, tmp_path: Path) -> None:
     started = [runs.start(runs.words(made.timm, made.digits, tmp_path / "out", "--seed", str(seed))) for seed in (0, 1)]
     ended = runs.wait(started)
