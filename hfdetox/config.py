@@ -348,7 +348,14 @@ class ConsoleOptions(DebugOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortSettings(ConsoleOptions):
+class PlanConsole(ConsoleOptions):
+    """What commands that compute have."""
+
+    dry_run: bool = option(False, RUN, "Say what would be done, and how long that takes, and stop.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortSettings(PlanConsole):
     """Short forms of `--set`."""
 
     epochs: int | None = option(None, RUN, "Short for --set epochs=N.", least=1, sets="epochs")
@@ -364,7 +371,6 @@ class DetoxConsole(ShortSettings):
         None, RUN, "Short for --set reweight=…: weigh images so that no class's accuracy pays for the defense.",
         metavar="none|class|wasserstein", sets="reweight",
     )  # fmt: skip
-    dry_run: bool = option(False, RUN, "Say what would be pulled, chosen and pushed, and stop.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hfdetox.arguments import Options, about, option
-from hfdetox.config import HUB, IMAGES, RUN, ConsoleOptions, Device, Precision
+from hfdetox.config import HUB, IMAGES, RUN, Device, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,3 @@ class BenchOptions(SuiteOptions):
     keep_models: bool = option(False, HUB, "Keep the cleaned models, not their reports and cards alone.")
     push_to: str | None = option(None, HUB, "Publish tables and reports there, as a dataset.", metavar="REPO")
     private: bool = option(False, HUB, "Make a new repository private.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConsole(ConsoleOptions):
-    """What `hfdetox bench SUITE` has besides the arguments of `run_bench`."""
-
-    dry_run: bool = option(False, RUN, "Say what would be run, and how long that takes, and stop.")

@@ -9,26 +9,22 @@ from accelerate import Accelerator
 
 from hfdetox.arguments import takes
 from hfdetox.config import DetoxOptions, EvaluateOptions
-from hfdetox.data.load import Images, open_first, pin
-from hfdetox.data.opened import OpenedDataset
-from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense, parse_defense
-from hfdetox.errors import UsageError
+from hfdetox.data.load import Images, pin
+from hfdetox.defenses import DefenseConfig, choose_defense, describe_defense
 from hfdetox.evaluation.evaluator import decoded, prepare_evaluator, settle_order
 from hfdetox.evaluation.results import EvalResult
 from hfdetox.evaluation.verdict import describe_loss
 from hfdetox.evidence.cost import measure_cost, measuring_effort, say_cost
 from hfdetox.evidence.inquiry import Inquiry, planned_passes
-from hfdetox.hub.download import resolve, weight_files
 from hfdetox.logging import RunWarnings
 from hfdetox.models.classifier import Classifier
-from hfdetox.models.loaded import check_links
+from hfdetox.planning import plan
 from hfdetox.progress import draws, note
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_report, open_report
 from hfdetox.reporting.gallery import check_gallery, draw_gallery
 from hfdetox.reporting.report import Report
-from hfdetox.runs.estimate import estimate
-from hfdetox.runs.folder import RunFolder, check_output, command_of, fingerprint, holds_output, log_folder, open_run
+from hfdetox.runs.folder import RunFolder, command_of, fingerprint, holds_output, log_folder, open_run
 from hfdetox.runs.pictures import draw_strip, find_answers, show_evidence
 from hfdetox.runs.publish import check_push_allowed
 from hfdetox.runs.pulling import pull
@@ -48,8 +44,6 @@ from hfdetox.training.devices import (
     forget_peak_memory,
     make_accelerator,
     peak_memory,
-    resolve_device,
-    resolve_precision,
 )
 from hfdetox.training.engine import Engine, TrainingRecord
 from hfdetox.training.unusual import tamed
@@ -227,63 +221,3 @@ def _without_objects(given: DetoxOptions) -> DetoxOptions:
         spec, texts = describe_defense(given.defense)
         options = replace(options, defense=spec, settings=texts)
     return options
-
-
-@takes(DetoxOptions)
-@accelerate_state_kept()
-def plan(options: DetoxOptions) -> dict[str, Any]:
-    """Return what `detoxify` with these arguments would pull, choose, write and push.
-
-    Of the model card and configuration are pulled, of the dataset the header. What the run takes is timed on a network
-    like the model's.
-
-    Args:
-        {arguments}
-
-    Raises:
-        UsageError, HubError: what can be known at this point: unknown repositories, wrong settings or triggers, a
-            dataset without images or with other classes, an output that exists, a run that takes more than
-            `max_minutes`.
-    """
-    method, preset = parse_defense(str(options.defense), options.settings)
-    parse_triggers(options.triggers)
-    kind = resolve_device(options.device)
-    planned: dict[str, Any] = {}
-    planned["model"] = _plan_model(str(options.model), options.revision)
-    opened = open_first(options, options, lambda _: None)
-    planned["dataset"] = {
-        "id": options.dataset or (opened and opened.id), "revision": opened and opened.revision,
-        "samples": options.clean_samples, "eval_samples": options.eval_samples,
-    }  # fmt: skip
-    planned["defense"] = {"name": method.name, "preset": preset, **method.settings()}
-    planned["triggers"] = list(options.triggers)
-    planned["device"], planned["precision"] = kind, resolve_precision(options.precision, kind)
-    planned |= _plan_time(options, method, opened)
-    if options.output is not None:
-        check_output(Path(options.output), overwrite=options.overwrite)
-        RunFolder.beside(options.output).refuse_existing()
-        planned["output"] = str(options.output)
-    if options.push_to is not None:
-        planned["push_to"] = check_push_allowed(options.push_to, **options.publishing())
-    return planned
-
-
-def _plan_time(options: DetoxOptions, method: DefenseConfig, opened: OpenedDataset | None) -> dict[str, Any]:
-    """Return what the run takes, in minutes and in words; UsageError where that is more than it may."""
-    if opened is None:
-        return {}
-    try:
-        cost = estimate(options, method, opened)
-    except UsageError as error:
-        return {"time": f"not known: {error}"}
-    cost.check(options.max_minutes)
-    return {"minutes": [round(minutes, 2) for minutes in cost.minutes], "time": str(cost)}
-
-
-def _plan_model(model: str, revision: str | None) -> dict[str, Any]:
-    if Path(model).is_dir():
-        check_links(Path(model))
-        return {"id": model, "revision": None, "files": [file.name for file in Path(model).glob("*.safetensors")]}
-    repo_id, _, at = model.removeprefix("hf_hub:").removeprefix("hf-hub:").partition("@")
-    state = resolve(repo_id, revision=revision or at or None)
-    return {"id": state.id, "revision": state.sha, "files": weight_files(state)}

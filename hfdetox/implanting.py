@@ -4,7 +4,6 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,8 +25,9 @@ from hfdetox.models.initial import InitialModel, init_model
 from hfdetox.reporting.card import build_card
 from hfdetox.reporting.filling import close_attack_report, open_attack_report
 from hfdetox.reporting.report import Goals, missed_goals
-from hfdetox.runs.folder import check_output, command_of, holds_output
-from hfdetox.runs.publish import check_push_allowed, comes_backdoored
+from hfdetox.runs.estimate import AttackCost, monitored
+from hfdetox.runs.folder import command_of, holds_output
+from hfdetox.runs.publish import check_attack_places, comes_backdoored
 from hfdetox.runs.result import AttackResult, check_draft, check_saves, gather_attack_artifacts, publish
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
 from hfdetox.training.sharpness import parse_adaptive
@@ -36,8 +36,6 @@ from hfdetox.triggers.base import ALL_TO_ALL, Target, Trigger
 
 __all__ = ["AttackResult", "implant"]
 
-# training images kept to look at after every epoch: so many at most, and this share of all
-MONITOR_MOST, MONITOR_SHARE = 1000, 0.1
 # how far below the accuracy before it a model may end, unless told otherwise
 ACCURACY_LOSS = 0.02
 
@@ -64,7 +62,7 @@ def implant(given: AttackOptions) -> AttackResult:
     training, poisoners = parse_attack_settings([trigger.kind for trigger in known], run.settings or {})
     sharpness = parse_adaptive(run.adaptive)
     accelerator = make_accelerator(run.device, run.precision, given=given.accelerator)
-    push_to = _check_places(run)
+    push_to = check_attack_places(run)
     notes = RunWarnings()
 
     with accelerator.main_process_first():
@@ -81,9 +79,10 @@ def implant(given: AttackOptions) -> AttackResult:
 
     goals = goals_of(run, before)
     kept, held_out = split_monitor(images.clean, goals.accuracy, run.seed, notes.warn)
-    effort = float(training.epochs * len(kept) * (1 if sharpness is None else 2))
-    less = (effort / 2, f"with --epochs {training.epochs // 2}") if training.epochs > 1 else None
-    say_cost(evaluation, "the training", effort, less, progress=progress)
+    cost = AttackCost(training, [(one.trigger, one.poisoner) for one in implants], run.poison_ratio,
+                      sharpness is not None, len(kept), len(held_out or ()), len(evaluation.clean),
+                      start.trained)  # fmt: skip
+    say_cost(evaluation, "the attack", *cost.efforts, besides=cost.besides, progress=progress)
     info = replace(images.info, clean_samples=len(kept), indices_sha256=kept.indices_sha256)
     context = AttackContext(classifier=classifier, clean=decoded(kept, classifier, accelerator, "decode", progress),
                             accelerator=accelerator, training=training, from_scratch=start.from_scratch,
@@ -195,15 +194,6 @@ def find_surrogate(run: AttackOptions, start: InitialModel, implants: Sequence[I
     return copy.deepcopy(start.classifier)
 
 
-def _check_places(run: AttackOptions) -> str | None:
-    """Return the whole id of the repository to push to; UsageError for what is in the way of output or push."""
-    if run.output is not None:
-        check_output(Path(run.output), overwrite=run.overwrite)
-    if run.push_to is None:
-        return None
-    return check_push_allowed(run.push_to, backdoored=not run.clean, **run.publishing())
-
-
 def goals_of(run: AttackOptions, before: Predictions | None) -> Goals:
     """Return the goals: as asked for, else, from a trained model, the accuracy before less two points."""
     accuracy = run.goal_accuracy
@@ -219,7 +209,7 @@ def split_monitor(
 
     None are held out of fewer than ten either, which `warn` is told.
     """
-    count = min(MONITOR_MOST, int(MONITOR_SHARE * len(images)))
+    count = monitored(len(images))
     if goal is not None and not count:
         warn(f"of {len(images)} training images none can be held out: the training does not stop early, and runs all "
              "its epochs")  # fmt: skip

@@ -7,7 +7,7 @@ from hfdetox.config_scan import ScanOptions
 from hfdetox.data.load import NoDatasetError
 from hfdetox.errors import RunError
 from hfdetox.evaluation.evaluator import check_plausible, decoded, prepare_evaluator, settle_order
-from hfdetox.evidence.cost import say_cost, scan_efforts
+from hfdetox.evidence.cost import measuring_effort, say_cost, scan_efforts
 from hfdetox.evidence.inquiry import Inquiry
 from hfdetox.evidence.results import ScanReport
 from hfdetox.evidence.run import make_suspect, scan_suspect
@@ -48,7 +48,9 @@ def scan(given: ScanOptions) -> ScanReport:
     images = settle_order(images, classifier, accelerator, notes.warn, given.progress)
     evaluation = prepare_evaluator(classifier, images.evaluation, known, accelerator, target=options.target,
                                    warn=notes.warn, progress=given.progress, also=images.info.label_map)  # fmt: skip
-    say_cost(evaluation, "the scan", *scan_efforts(evaluation, thorough=options.thorough), progress=given.progress)
+    efforts = scan_efforts(measuring_effort(evaluation), len(evaluation.clean), len(classifier.labels),
+                           thorough=options.thorough)  # fmt: skip
+    say_cost(evaluation, "the scan", *efforts, progress=given.progress)
     outcome = evaluation.measure("measure")
     try:
         check_plausible(outcome, evaluation.clean.labels, classifier.labels, notes.warn, trains=False)

@@ -20,10 +20,9 @@ from hfdetox.data.load import Images, load_images
 from hfdetox.errors import HfdetoxError, UsageError
 from hfdetox.evaluation.evaluator import Evaluator, decoded, prepare_evaluator
 from hfdetox.evaluation.metrics import BROKEN, Predictions, paired_difference, ratings
-from hfdetox.evaluation.results import Measurement, TriggerResult
+from hfdetox.evaluation.results import Measurement
 from hfdetox.evidence.claims import find_agreement, grade_images
-from hfdetox.evidence.cost import measuring_effort, say_cost, scan_effort
-from hfdetox.evidence.results import Reconstructed
+from hfdetox.evidence.cost import measuring_effort, say_cost
 from hfdetox.evidence.run import make_suspect
 from hfdetox.hub.download import read_text_file
 from hfdetox.models.classifier import Classifier, load_classifier
@@ -42,7 +41,17 @@ from hfdetox.runs.integrity import (
     pull_output,
 )
 from hfdetox.runs.publish import IMAGE_PICTURES
-from hfdetox.runs.rescan import evidence_of, grade_checks, scan_checks, stated_checks
+from hfdetox.runs.rescan import (
+    base_wanted,
+    evidence_of,
+    grade_checks,
+    images_wanted,
+    reconstructed_of,
+    recount_effort,
+    results_of,
+    scan_checks,
+    stated_checks,
+)
 from hfdetox.runs.signing import check_signature
 from hfdetox.threads import use_threads
 from hfdetox.training.devices import accelerate_state_kept, make_accelerator
@@ -147,7 +156,7 @@ class _Verifier:
         output, report = self.output, self.report
         if self.options.public_key is not None:
             self.checks.append(check_signature(output.folder, self.options.public_key, unpublished=IMAGE_PICTURES))
-        self.checks += [check_weights(output), *check_manifest(output), *check_triggers(output, _results(report))]
+        self.checks += [check_weights(output), *check_manifest(output), *check_triggers(output, results_of(report))]
         self.checks += arithmetic(report)
         classifier = self._tried("after", self._load_output)
         base = self._tried("before", self._load_base)
@@ -203,8 +212,7 @@ class _Verifier:
         if self.options.base is not None:
             base = self._load(str(self.options.base), None)
         elif stated.revision is None:
-            raise UsageError(f"the model as it came, {stated.id}, is a local folder or a loaded model: name its folder "
-                             "with --base DIR")  # fmt: skip
+            raise UsageError(base_wanted(stated.id))
         else:
             base = self._load(stated.id, stated.revision)
         if stated.weights_sha256 is not None:
@@ -221,8 +229,7 @@ class _Verifier:
         """
         info, given = self.report.dataset, self.options.dataset
         if given is None and info.revision is None:
-            raise UsageError(f"the images, {info.id}, are a local folder or a loaded dataset: name their folder with "
-                             "--dataset DIR")  # fmt: skip
+            raise UsageError(images_wanted(info.id))
         tries = [info.asked] if info.asked else [
             ImageChoice(info.clean_samples, count, allow_missing_classes=True) for count in (None, info.eval_samples)
         ]  # fmt: skip
@@ -277,11 +284,8 @@ class _Verifier:
         for trigger in self._triggers():
             with self.trying(f"trigger {trigger.name}"):
                 evaluation = evaluation.with_triggers([*(view.trigger for view in evaluation.views), trigger])
-        times = 1 + (report.uncorrected is not None) + (base is not None)
-        evidence = evidence_of(report)
-        scores = len(evidence.scans if evidence is not None else ()) * scan_effort(0, thorough=False)
-        say_cost(evaluation, "counting again", times * measuring_effort(evaluation) + scores,
-                 progress=self.options.progress)  # fmt: skip
+        effort = recount_effort(report, measuring_effort(evaluation), based=base is not None)
+        say_cost(evaluation, "counting again", effort, progress=self.options.progress)
         counts = np.bincount(images.evaluation.labels.numpy(), minlength=len(classifier.labels)).tolist()
         comparison = Comparison(not self.differing, counts)
         after = self._compare("after", report.after, evaluation, comparison)
@@ -321,7 +325,7 @@ class _Verifier:
         with self.trying(where):
             found = evaluation.measure(where, broken=BROKEN)
             self.checks += comparison.measurements(where, stated, found.measurement)
-            for name, one in _reconstructed(self.report).items():
+            for name, one in reconstructed_of(self.report).items():
                 result = getattr(one, where)
                 if result is not None and name in found.measurement.triggers:
                     again = found.measurement.triggers[name]
@@ -330,24 +334,10 @@ class _Verifier:
 
     def _triggers(self) -> Iterator[Trigger]:
         """Give the triggers of the report from their files, aimed as the report says."""
-        for name, result in _results(self.report).items():
+        for name, result in results_of(self.report).items():
             file = self.output.folder / "triggers" / f"{name}.safetensors"
             with self.trying(f"trigger {name}"):
                 yield replace(load_trigger(file), name=name, target=result.target)
-
-
-def _results(report: RunReport) -> dict[str, TriggerResult]:
-    """Return every trigger that the report has a file of, by its name, with what was measured last."""
-    found: dict[str, TriggerResult] = {}
-    for state in (report.before, report.after):
-        found |= state.triggers if state is not None else {}
-    return found | {name: one.before for name, one in _reconstructed(report).items()}
-
-
-def _reconstructed(report: RunReport) -> dict[str, Reconstructed]:
-    """Return the reconstructed triggers of the report by name, each with its `before` and `after`."""
-    evidence = evidence_of(report)
-    return evidence.reconstructed if evidence is not None else {}
 
 
 def _is_of(found: DatasetInfo, stated: DatasetInfo, *, trained: bool) -> bool:

@@ -147,11 +147,15 @@ class Implant:
 
 @dataclass(frozen=True, kw_only=True)
 class Poisoner(ABC):
-    """How one kind of trigger gets into a model; its fields are its own settings, as `--set` takes them."""
+    """How one kind of trigger gets into a model; its fields are its own settings, as `--set` takes them.
+
+    `uncounted` names what it does that `efforts` does not count, as in "the search of its pattern".
+    """
 
     kind: ClassVar[str]
     summary: ClassVar[str] = "no summary"
     how: ClassVar[How]
+    uncounted: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_fields(self, self.kind)
@@ -159,6 +163,17 @@ class Poisoner(ABC):
     def on_clean_model(self, trigger: Trigger) -> bool:
         """Return whether `make` or the poisoning of `trigger` needs the surrogate, a model without a backdoor."""
         return False
+
+    def efforts(self, trigger: Trigger, images: int, ratio: float, epochs: int) -> tuple[float, float]:
+        """Return about how many images go through the classifier and back, before its training and in it.
+
+        Args:
+            trigger: what is implanted.
+            images: how many training images there are.
+            ratio: the share of them, or of every batch, that is poisoned.
+            epochs: those that were asked for.
+        """
+        return 0.0, float(epochs * images)
 
     def make(self, trigger: Trigger, target: Target, context: AttackContext) -> Trigger:
         """Return the trigger ready for use: as it is, or made on the context's images or surrogate first.

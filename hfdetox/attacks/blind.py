@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks.base import AttackContext, Batch, ControlledTraining, Implant, TrainingPoisoner, check_input_mode
+from hfdetox.attacks.base import (
+    AttackContext,
+    Batch,
+    ControlledTraining,
+    Implant,
+    TrainingPoisoner,
+    Trigger,
+    check_input_mode,
+)
 from hfdetox.training.phases import Loss
 from hfdetox.triggers.base import attacked_labels
 from hfdetox.values import PositiveFloat, PositiveInt
@@ -36,6 +44,10 @@ class BlindPoisoner(TrainingPoisoner):
     backdoor_weight: PositiveFloat = 0.9
     threshold: PositiveFloat = 1.0
     window: PositiveInt = 1000
+
+    def efforts(self, trigger: Trigger, images: int, ratio: float, epochs: int) -> tuple[float, float]:
+        # every batch is there twice, without the trigger and with it
+        return 0.0, 2.0 * epochs * images
 
     def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the training, one phase of the two losses.

@@ -47,6 +47,7 @@ class InputAwarePoisoner(TrainingPoisoner):
     """
 
     kind = "inputaware"
+    uncounted = "the training of its masks"
     summary = "the training step puts each image's own pattern on a tenth of a batch, others' on another"
 
     mask_epochs: PositiveInt = 25

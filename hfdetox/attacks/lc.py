@@ -36,6 +36,9 @@ class LabelConsistentPoisoner(DataPoisoner):
     step: PositiveFloat = 1.5
     steps: PositiveInt = 100
 
+    def efforts(self, trigger: Trigger, images: int, ratio: float, epochs: int) -> tuple[float, float]:
+        return self.steps * ratio * images, float(epochs * images)
+
     def on_clean_model(self, trigger: Trigger) -> bool:
         """Return True: the images are always perturbed against one."""
         return True

@@ -44,6 +44,7 @@ class LFPoisoner(DataPoisoner):
     """
 
     kind = "lf"
+    uncounted = "the search of its pattern"
     summary = "a low-frequency universal perturbation of a clean model (lf:random needs none) is added"
 
     images: PositiveInt = 100

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from hfdetox.attacks.base import AttackContext, Batch, ControlledTraining, Implant, TrainingPoisoner, untrained
+from hfdetox.attacks.base import AttackContext, Batch, ControlledTraining, Implant, TrainingPoisoner, Trigger, untrained
 from hfdetox.errors import UsageError
 from hfdetox.models.preprocessing import Preprocessing
 from hfdetox.training.phases import Loss, Phase
@@ -50,6 +50,14 @@ class LIRAPoisoner(TrainingPoisoner):
     autoencoder_learning_rate: PositiveFloat = 1e-4
     clean_weight: Annotated[float, Interval("(0, 1)")] = 0.5
 
+    def efforts(self, trigger: Trigger, images: int, ratio: float, epochs: int) -> tuple[float, float]:
+        # a batch clean and triggered, and in the first stage as the learner draws it
+        return 0.0, (2.0 * epochs + self._first(epochs)) * images
+
+    def _first(self, epochs: int) -> int:
+        """Return the epochs of the first stage."""
+        return epochs // 2 if self.trigger_epochs is None else self.trigger_epochs
+
     def controlled_training(self, implant: Implant, context: AttackContext) -> ControlledTraining:
         """Return the two stages, phases `trigger` and `train`.
 
@@ -59,7 +67,7 @@ class LIRAPoisoner(TrainingPoisoner):
         """
         trigger = untrained(LIRA, implant, context)
         epochs = context.training.epochs
-        first = epochs // 2 if self.trigger_epochs is None else self.trigger_epochs
+        first = self._first(epochs)
         if not 0 < first < epochs:
             raise UsageError(f"lira: epochs ({epochs}) are those of both stages, so at least 2 and more than "
                              f"trigger_epochs ({first}); train for longer")  # fmt: skip

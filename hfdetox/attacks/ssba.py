@@ -45,6 +45,7 @@ class SSBAPoisoner(DataPoisoner):
     """
 
     kind = "ssba"
+    uncounted = "the training of its encoder"
     summary = "an encoder is trained on the clean images first, then hides one secret in the poisoned"
 
     encoder_epochs: PositiveInt = 20

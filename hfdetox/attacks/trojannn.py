@@ -40,6 +40,9 @@ class TrojanNNPoisoner(DataPoisoner):
     rate: PositiveFloat = 0.1
     radius: PositiveFloat = 0.3
 
+    def efforts(self, trigger: Trigger, images: int, ratio: float, epochs: int) -> tuple[float, float]:
+        return 0.0 if trigger.fitted else float(self.steps), float(epochs * images)
+
     def on_clean_model(self, trigger: Trigger) -> bool:
         return not trigger.fitted
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import shutil
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hfdetox.arguments import takes
 from hfdetox.bench.folder import TaskFolder, given_files, weights_of
 from hfdetox.bench.plots import draw_bench
 from hfdetox.bench.publish import check_push, push_bench
-from hfdetox.bench.runner import run_tasks, to_be_made
+from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteFile, TargetEntry
 from hfdetox.bench.summary import BenchTables
 from hfdetox.bench.tables import redacted
@@ -20,10 +19,9 @@ from hfdetox.bench.tasks import SHARE, Run, Task, bench_runs, load_suite
 from hfdetox.checks import check_there
 from hfdetox.config import DetoxOptions
 from hfdetox.config_bench import BenchOptions
-from hfdetox.data.opened import open_dataset
+from hfdetox.data.opened import OpenedDataset, open_dataset
 from hfdetox.defenses import parse_defense
-from hfdetox.errors import HubError, RunError, UsageError
-from hfdetox.evidence.cost import spoken
+from hfdetox.errors import RunError, UsageError
 from hfdetox.files import locked, sha256_file
 from hfdetox.progress import draws, note
 from hfdetox.reporting.report import ATTACK_REPORT_NAME, Report
@@ -75,12 +73,7 @@ def plan_bench(given: BenchOptions) -> dict[str, Any]:
     Raises:
         UsageError: as `run_bench` does.
     """
-    bench = Bench(load_suite(given.suite or Path()), given)
-    waiting = [run.name for run in bench.waiting()]
-    left = {name: row["reason"] for name, row in bench.rows.items() if row["status"] == "not run" and row["reason"]}
-    cost = {} if (minutes := bench.minutes) is None else {"minutes": [round(one, 2) for one in minutes]}
-    return {"dataset": bench.dataset, "runs": waiting, "done": len(bench.rows) - len(waiting) - len(left),
-            "cannot be run": left, **cost, "time": bench.describe_cost(), "output": str(bench.folder)}  # fmt: skip
+    return Bench(load_suite(given.suite or Path()), given).plan()
 
 
 class Bench(TaskFolder[Run, BenchOptions]):
@@ -91,7 +84,7 @@ class Bench(TaskFolder[Run, BenchOptions]):
             no zoo is named; a folder is there that another suite or command made.
     """
 
-    title = "bench"
+    title, word = "bench", "run"
     report = Report
     tables = BenchTables
 
@@ -106,6 +99,8 @@ class Bench(TaskFolder[Run, BenchOptions]):
             elif self.settings.zoo is None:
                 raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack "
                                  f"--suite {suite.file} --output ZOO builds it)")  # fmt: skip
+        self._counts: dict[Any, tuple[int, int]] = {}
+        self._timed: dict[str, Timed] = {}
         self._dataset_files = _fingerprint(Path(self.dataset))
         self._weights = {name: self._weights_of(target.source, name) for name, target in targets.items()}
         return runs
@@ -181,40 +176,18 @@ class Bench(TaskFolder[Run, BenchOptions]):
                 self.tidy(run, 0)
         draw_bench(self.outcome())
 
-    def waiting(self) -> list[Run]:
-        """Return the runs that are to be made, in their order."""
-        return [self.tasks[name] for name, row in self.rows.items() if to_be_made(row)]
+    def minutes_of(self, run: Run) -> tuple[float, float]:
+        """Return how long a run takes; one model of each row of the suite's models is timed."""
+        options, name = self._options(run), run.target.model
+        if run.samples not in self._counts:
+            self._counts[run.samples] = count_images(self._opened(options), options)
+        if name not in self._timed:
+            self._timed[name] = time_like(options)
+        method = parse_defense(run.entry.defense, run.entry.settings)[0]
+        return self._timed[name].cost(method, *self._counts[run.samples], options).minutes
 
-    @cached_property
-    def minutes(self) -> tuple[float, float] | None:
-        """How long the runs that are to be made take one after the other, at least and at most; None where unknown.
-
-        One model of each row of the suite's models is timed.
-        """
-        opened, timed, counts = None, dict[str, Timed](), dict[Any, tuple[int, int]]()
-        least = most = 0.0
-        # what is wrong with a model or the images each run says
-        with contextlib.suppress(UsageError, HubError):
-            for run in self.waiting():
-                options, name = self._options(run), run.target.model
-                opened = opened or open_dataset(self.dataset, options, warn=lambda _: None)
-                if run.samples not in counts:
-                    counts[run.samples] = count_images(opened, options)
-                if name not in timed:
-                    timed[name] = time_like(options)
-                method = parse_defense(run.entry.defense, run.entry.settings)[0]
-                shortest, longest = timed[name].cost(method, *counts[run.samples], options).minutes
-                least, most = least + shortest, most + longest
-            return least, most
-        return None
-
-    def describe_cost(self) -> str:
-        """Return how long the runs that are to be made take, in words."""
-        runs = len(self.waiting())
-        if not runs:
-            return "nothing is to be run"
-        how = "how long is not known" if self.minutes is None else f"about {spoken(*self.minutes)}"
-        return f"{runs} run{'s' if runs > 1 else ''}: {how}"
+    def _opened(self, options: DetoxOptions) -> OpenedDataset:
+        return open_dataset(self.dataset, options, warn=lambda _: None)
 
     def _options(self, run: Run) -> DetoxOptions:
         """Return the options of a run, as far as they decide how long it takes."""

@@ -16,6 +16,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, ClassVar, Generic, TypeVar
 
@@ -25,7 +26,8 @@ from hfdetox.bench.tables import LOCK_SECONDS, Row, Tables, redacted
 from hfdetox.bench.tasks import Run, Task
 from hfdetox.config_bench import SuiteOptions
 from hfdetox.documents import read_json
-from hfdetox.errors import UsageError, located, one_line, refusing
+from hfdetox.errors import HubError, UsageError, located, one_line, refusing
+from hfdetox.evidence.cost import spoken
 from hfdetox.files import locked, write_atomically
 from hfdetox.reporting.report import AttackReport, RunReport
 from hfdetox.specs import split_items
@@ -36,6 +38,11 @@ from hfdetox.values import check_known, read
 _TAIL = 1 << 16  # bytes of a log in which the reason is looked for
 _ERROR = re.compile(r"hfdetox(?: \(process \d+\))?: error: (.+)")
 OPEN = ("not run", "failed")  # what is still to be done
+
+
+def to_be_made(row: Row) -> bool:
+    """Tell whether a task is to be run; what is not run for a reason cannot be."""
+    return row["status"] == "failed" or (row["status"] == "not run" and not row["reason"])
 
 
 TaskT = TypeVar("TaskT", bound=Task | Run)
@@ -55,6 +62,7 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
 
     Attributes:
         title: what the folder is, in a word.
+        word: what a task is, in a word.
         report: what a finished task has in its folder.
         tables: what is made of the rows.
         tasks: by name, in the order in which they are run.
@@ -66,6 +74,7 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
     """
 
     title: ClassVar[str]
+    word: ClassVar[str]
     report: ClassVar[type[RunReport]]
     tables: ClassVar[type[Tables]]
 
@@ -97,6 +106,44 @@ class TaskFolder(ABC, Generic[TaskT, OptionsT]):
     @abstractmethod
     def difference(self, task: TaskT, report: Any) -> str | None:
         """Return what a finished task is that is not this one, None where it is."""
+
+    @abstractmethod
+    def minutes_of(self, task: TaskT) -> tuple[float, float]:
+        """Return how long a task takes, at least and at most.
+
+        Raises:
+            UsageError, HubError: that is not known.
+        """
+
+    def waiting(self) -> list[TaskT]:
+        """Return the tasks that are to be made, in their order."""
+        return [self.tasks[name] for name, row in self.rows.items() if to_be_made(row)]
+
+    @cached_property
+    def minutes(self) -> tuple[float, float] | None:
+        """How long the tasks that are to be made take one after the other, at least and at most; None where unknown."""
+        # what is wrong with a model or the images each task says
+        with contextlib.suppress(UsageError, HubError):
+            pairs = [self.minutes_of(task) for task in self.waiting()]
+            return sum(least for least, _ in pairs), sum(most for _, most in pairs)
+        return None
+
+    def describe_cost(self) -> str:
+        """Return how long the tasks that are to be made take, in words."""
+        tasks = len(self.waiting())
+        if not tasks:
+            return f"nothing is to be {'built' if self.word == 'model' else 'run'}"
+        how = "how long is not known" if self.minutes is None else f"about {spoken(*self.minutes)}"
+        return f"{tasks} {self.word}{'s' if tasks > 1 else ''}: {how}"
+
+    def plan(self) -> dict[str, Any]:
+        """Return what is to be made, and how long that takes; nothing is written."""
+        waiting = [task.name for task in self.waiting()]
+        left = {name: row["reason"] for name, row in self.rows.items() if row["status"] == "not run" and row["reason"]}
+        cost = {} if (minutes := self.minutes) is None else {"minutes": [round(one, 2) for one in minutes]}
+        return {"dataset": self.dataset, f"{self.word}s": waiting, "done": len(self.rows) - len(waiting) - len(left),
+                "cannot be run": left, **cost, "time": self.describe_cost(),
+                "output": str(self.folder)}  # fmt: skip
 
     def missing(self, task: TaskT) -> str | None:
         """Return why a task cannot be run, None where it can."""

@@ -11,7 +11,7 @@ from typing import Any, Generic
 
 from tqdm import tqdm
 
-from hfdetox.bench.folder import OPEN, Running, TaskFolder, TaskT
+from hfdetox.bench.folder import OPEN, Running, TaskFolder, TaskT, to_be_made
 from hfdetox.bench.tables import Row
 from hfdetox.errors import RunError, UsageError, on_disk
 from hfdetox.progress import progress_bar
@@ -41,11 +41,6 @@ def run_tasks(folder: TaskFolder[Any, Any]) -> Any:
             raise
         folder.finish()
         return folder.outcome()
-
-
-def to_be_made(row: Row) -> bool:
-    """Tell whether a task is to be run; what is not run for a reason cannot be."""
-    return row["status"] == "failed" or (row["status"] == "not run" and not row["reason"])
 
 
 class TaskRunner(Generic[TaskT]):

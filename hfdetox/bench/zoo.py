@@ -16,12 +16,17 @@ from hfdetox.bench.runner import run_tasks
 from hfdetox.bench.suite import SuiteError, SuiteFile
 from hfdetox.bench.tables import Row, Tables, redacted, rich_table, shown
 from hfdetox.bench.tasks import Task, load_suite, zoo_tasks
-from hfdetox.config import NONE
+from hfdetox.config import NONE, AttackOptions
 from hfdetox.config_bench import SuiteOptions
+from hfdetox.data.opened import open_dataset
 from hfdetox.errors import located
 from hfdetox.evaluation.verdict import percent
 from hfdetox.files import sha256_file
+from hfdetox.planning import attack_cost, time_attacked
+from hfdetox.progress import draws, note
 from hfdetox.reporting.report import AttackReport
+from hfdetox.runs.estimate import Timed, count_images
+from hfdetox.training.devices import accelerate_state_kept
 from hfdetox.training.sharpness import parse_adaptive
 from hfdetox.triggers import parse_triggers
 
@@ -127,7 +132,7 @@ class Zoo(TaskFolder[Task, SuiteOptions]):
             that another suite made.
     """
 
-    title = "zoo"
+    title, word = "zoo", "model"
     report = AttackReport
     tables = ZooTables
 
@@ -135,6 +140,8 @@ class Zoo(TaskFolder[Task, SuiteOptions]):
         """Return the models; the clean model that each is made on, where it is made on one, is there too."""
         tasks = zoo_tasks(suite)
         names = {task.name for task in tasks}
+        self._counts: tuple[int, int] | None = None
+        self._timed: dict[str, Timed] = {}
         self._surrogates = {task.name: self._surrogate(task, names) for task in tasks}
         return tasks
 
@@ -164,6 +171,28 @@ class Zoo(TaskFolder[Task, SuiteOptions]):
             "files": [sha256_file(path) for path in given_files(task.specs)],
             "surrogate_weights": surrogate and weights_of(self.folder / surrogate),
         }  # fmt: skip
+
+    def minutes_of(self, task: Task) -> tuple[float, float]:
+        """Return how long a model takes; one model of each row of the suite's models is timed."""
+        options = self._options(task)
+        if self._counts is None:
+            self._counts = count_images(open_dataset(self.dataset, options, warn=lambda _: None), options)
+        if task.model not in self._timed:
+            self._timed[task.model] = time_attacked(options)
+        timed = self._timed[task.model]
+        minutes = attack_cost(options, *self._counts).efforts[0] / timed.speed / 60
+        return minutes, minutes
+
+    def _options(self, task: Task) -> AttackOptions:
+        """Return the options of a model, as far as they decide how long it takes."""
+        entry, read = task.entry, self.suite.dataset
+        return AttackOptions(
+            entry.model, dataset=self.dataset, dataset_config=read.config, split=read.split,
+            eval_split=read.eval_split, image_column=read.image_column, label_column=read.label_column,
+            dataset_revision=None if self.settings.dataset else read.revision, clean_samples=read.samples,
+            eval_samples=read.eval_samples, triggers=list(task.specs) or [NONE], poison_ratio=task.ratio or 0.1,
+            adaptive=task.adaptive, init=entry.init, model_args=entry.model_args or None, input_size=entry.input_size,
+            settings=task.settings, seed=task.seed, device=self.settings.device)  # fmt: skip
 
     def needs(self, task: Task) -> str | None:
         """Return the name of the clean baseline that a model is made on, None for one that is made on none."""
@@ -198,6 +227,7 @@ class Zoo(TaskFolder[Task, SuiteOptions]):
 
 
 @takes(SuiteOptions)
+@accelerate_state_kept()
 def run_suite(given: SuiteOptions) -> ZooTables:
     """Build the zoo of a suite file in `output`, whatever of it is not there; the same call goes on after a stop.
 
@@ -212,5 +242,22 @@ def run_suite(given: SuiteOptions) -> ZooTables:
         RunError: the zoo cannot be written. A model that fails is not an error: its row says so.
         KeyboardInterrupt: the processes are stopped, and `zoo.json` says what was not run.
     """
-    tables: ZooTables = run_tasks(Zoo(load_suite(given.suite or Path()), given))
+    zoo = Zoo(load_suite(given.suite or Path()), given)
+    if draws(given.progress):
+        note(zoo.describe_cost(), shown=True)
+    tables: ZooTables = run_tasks(zoo)
     return tables
+
+
+@takes(SuiteOptions)
+@accelerate_state_kept()
+def plan_suite(given: SuiteOptions) -> dict[str, Any]:
+    """Return which models `run_suite` with these arguments would build, and how long that takes; nothing is written.
+
+    Args:
+        {arguments}
+
+    Raises:
+        UsageError: as `run_suite` does.
+    """
+    return Zoo(load_suite(given.suite or Path()), given).plan()

@@ -31,8 +31,8 @@ from hfdetox.cli.options import (
     suite_options,
     takes_line,
 )
-from hfdetox.cli.output import Output, say, standard_output
-from hfdetox.config_bench import BenchConsole, BenchOptions, SuiteOptions
+from hfdetox.cli.output import Output, plans, say, standard_output
+from hfdetox.config_bench import BenchOptions, SuiteOptions
 from hfdetox.config_scan import ScanOptions
 from hfdetox.config_verify import GateOptions, PageOptions, VerifyOptions
 from hfdetox.errors import HfdetoxError, UsageError, one_line
@@ -86,16 +86,15 @@ def detox(line: CommandLine) -> None:
     # an earlier result in the output folder is none of this run's
     earlier = written(output_of(run_folder(options)))
     with running(shown, lambda: resume_advice(run_folder(options), earlier=earlier)) as out:
-        from hfdetox.detox import detoxify, plan
+        from hfdetox.detox import detoxify
+        from hfdetox.planning import plan
         from hfdetox.runs.folder import RunFolder
 
         if options.resume is not None:
             # what is wrong with the folder is said when it is opened, after its lock
             with contextlib.suppress(UsageError):
                 use_threads(RunFolder(Path(options.resume)).recorded().threads)
-        if shown.dry_run:
-            planned = plan(**options.changed())
-            out.show(planned, console.plan_lines(planned))
+        if plans(shown, out, plan, options):
             return
         result = detoxify(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
@@ -107,14 +106,17 @@ def detox(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(config.EvaluateOptions, config.ConsoleOptions)
+@takes_line(config.EvaluateOptions, config.PlanConsole)
 def evaluate(line: CommandLine) -> None:
     """Measure MODEL as it is: accuracy, and what each known trigger does."""
-    shown, options = line.options(config.ConsoleOptions), line.options(config.EvaluateOptions)
+    shown, options = line.options(config.PlanConsole), line.options(config.EvaluateOptions)
     options.check()
     with running(shown, lambda: "nothing was written") as out:
         from hfdetox.detox import evaluate as measure
+        from hfdetox.planning import plan_evaluate
 
+        if plans(shown, out, plan_evaluate, options):
+            return
         measured = measure(**replace(options, progress=shows_progress(shown)).changed())
         notes = {name: describe_visibility(found) for name, found in measured.visibility.items()}
         lines: list[Any] = [console.measurement_table({str(options.model): measured}, notes)]
@@ -124,14 +126,17 @@ def evaluate(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(ScanOptions, config.ConsoleOptions)
+@takes_line(ScanOptions, config.PlanConsole)
 def scan(line: CommandLine) -> None:
     """Look for a backdoor in MODEL without its trigger; nothing is trained."""
-    shown, options = line.options(config.ConsoleOptions), line.options(ScanOptions)
+    shown, options = line.options(config.PlanConsole), line.options(ScanOptions)
     options.check()
     with running(shown, lambda: "nothing was written") as out:
+        from hfdetox.planning import plan_scan
         from hfdetox.scanning import scan as look
 
+        if plans(shown, out, plan_scan, options):
+            return
         found = look(**replace(options, progress=shows_progress(shown)).changed())
         lines: list[Any] = [console.title(found.model, found.dataset)] if found.dataset else []
         if found.measurement is not None:
@@ -152,7 +157,10 @@ def attack(line: CommandLine) -> None:
     earlier = written(output)
     with running(shown, lambda: attack_advice(output, earlier)) as out:
         from hfdetox.implanting import implant
+        from hfdetox.planning import plan_attack
 
+        if plans(shown, out, plan_attack, options):
+            return
         result = implant(**replace(options, progress=shows_progress(shown)).changed())
         report = result.report
         lines = [*console.attack_lines(report), console.attack_table(report)]
@@ -170,28 +178,28 @@ def ends(result: DetoxResult | AttackResult, parts: str) -> list[str]:
     return lines
 
 
-def build_suite(shown: config.ConsoleOptions, options: SuiteOptions) -> None:
+def build_suite(shown: config.PlanConsole, options: SuiteOptions) -> None:
     """Build the models of a suite file; the exit status is 1 when one failed or did not succeed."""
-    with running(shown, lambda: ONLY_THE_REST) as out:
-        from hfdetox.bench.zoo import run_suite
+    with running(shown, lambda: "nothing was written" if shown.dry_run else ONLY_THE_REST) as out:
+        from hfdetox.bench.zoo import plan_suite, run_suite
 
+        if plans(shown, out, plan_suite, options):
+            return
         outcome = run_suite(**replace(options, progress=shows_progress(shown)).changed())
         out.show(outcome.document(), [outcome, outcome.summary()])
         raise typer.Exit(outcome.exit_status)
 
 
 @app.command()
-@takes_line(BenchOptions, BenchConsole)
+@takes_line(BenchOptions, config.PlanConsole)
 def bench(line: CommandLine) -> None:
     """Compare defenses: run those of SUITE on its backdoored models, and write tables and pictures."""
     # what is wrong with these is said before the libraries are loaded
-    shown, options = line.options(BenchConsole), bench_options(line)
+    shown, options = line.options(config.PlanConsole), bench_options(line)
     with running(shown, lambda: "nothing was written" if shown.dry_run else ONLY_THE_REST) as out:
         from hfdetox.bench.bench import plan_bench, run_bench
 
-        if shown.dry_run:
-            planned = plan_bench(**options.changed())
-            out.show(planned, console.plan_lines(planned))
+        if plans(shown, out, plan_bench, options):
             return
         outcome = run_bench(**replace(options, progress=shows_progress(shown)).changed())
         folder = f"{outcome.folder}{os.sep}"
@@ -219,14 +227,17 @@ def push(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(VerifyOptions, config.ConsoleOptions)
+@takes_line(VerifyOptions, config.PlanConsole)
 def verify(line: CommandLine) -> None:
     """Check what hfdetox wrote, REPO or FOLDER: every hash, the card, and every rate by counting it again."""
-    shown, options = line.options(config.ConsoleOptions), line.options(VerifyOptions)
+    shown, options = line.options(config.PlanConsole), line.options(VerifyOptions)
     options.check()
     with running(shown, lambda: "nothing was written") as out:
+        from hfdetox.planning import plan_verify
         from hfdetox.verifying import verify as check
 
+        if plans(shown, out, plan_verify, options):
+            return
         found = check(**replace(options, progress=shows_progress(shown)).changed())
         out.show(found.to_dict(), verdicts.verification_lines(found))
         raise typer.Exit(found.status)
@@ -248,14 +259,17 @@ def report(line: CommandLine) -> None:
 
 
 @app.command()
-@takes_line(GateOptions, config.ConsoleOptions)
+@takes_line(GateOptions, config.PlanConsole)
 def gate(line: CommandLine) -> None:
     """Decide whether MODEL may be used: pass, pass after cleaning, reject or unknown, with reasons."""
-    shown, options = line.options(config.ConsoleOptions), line.options(GateOptions)
+    shown, options = line.options(config.PlanConsole), line.options(GateOptions)
     options.check()
     with running(shown, lambda: "nothing was decided, which is no pass") as out:
         from hfdetox.gating import gate as decide
+        from hfdetox.planning import plan_gate
 
+        if plans(shown, out, plan_gate, options):
+            return
         found = decide(**replace(options, progress=shows_progress(shown)).changed())
         out.show(found.to_dict(), verdicts.gate_lines(found))
         raise typer.Exit(found.status)

@@ -23,7 +23,8 @@ from hfdetox.values import read, to_text
 
 _PREFIXES = ("hf_hub:", "hf-hub:", "timm-arch:")
 # what a suite leaves to the command line
-_WITH_SUITE = frozenset({"suite", "jobs", "dataset", "output", "precision", "device", "quiet", "as_json", "debug"})
+_WITH_SUITE = frozenset({"suite", "jobs", "dataset", "output", "precision", "device", "quiet", "as_json", "debug",
+                         "dry_run"})  # fmt: skip
 
 Kind = TypeVar("Kind", bound=Options)
 

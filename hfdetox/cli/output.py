@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from hfdetox import config
+from hfdetox.cli.console import plan_lines
 from hfdetox.errors import one_line
 from hfdetox.logging import is_main_process
 
@@ -40,6 +41,14 @@ class Output:
             self.stream.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
         elif not self.options.quiet:
             say(*lines)
+
+
+def plans(shown: config.PlanConsole, out: Output, make: Callable[..., dict[str, Any]], options: Any) -> bool:
+    """Show what `make` plans with the options, if that is all that was asked for; return whether it was."""
+    if shown.dry_run:
+        planned = make(**options.changed())
+        out.show(planned, plan_lines(planned))
+    return shown.dry_run
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ This is hfdetox's own; the paper (arXiv 2411.09585) has constants, and names the
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from accelerate import Accelerator
@@ -138,6 +138,9 @@ class D3Config(D3Settings, TuningConfig):
     def automatic(self) -> bool:
         """Whether a look at the model and the clean images comes before the training."""
         return "auto" in (self.lambda_, self.epsilon) or self.match_augmentation or self.min_steps > 0
+
+    def settled(self, *, batch_norm: bool) -> Self:
+        return self if self.features != "auto" else replace(self, features="sgd" if batch_norm else "adamw")
 
     def efforts(self, images: int, classes: int) -> tuple[float, ...]:
         pushed = tuned_images(self, images) + (FORWARD * len(_STRENGTH) * images if self.automatic else 0)

@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,10 @@ class DefenseConfig(ABC):
             classes: how many the model tells apart.
         """
         return (max(FORWARD * images, self.times * tuned_images(self, images)),)
+
+    def settled(self, *, batch_norm: bool) -> Self:
+        """Return the settings with what depends on whether the network has BatchNorm decided, for `efforts`."""
+        return self
 
     @property
     def trigger_given(self) -> bool:

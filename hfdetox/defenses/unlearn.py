@@ -35,9 +35,9 @@ no paper has it. It never sees a true trigger.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -126,6 +126,9 @@ class UnlearnConfig(UnlearnSettings):
         return (f"Taken as possible targets: {', '.join(accused)}; {why}. "
                 f"Their scores: {', '.join(f'{score:.1f}' for score in scores)}; {least}.")  # fmt: skip
 
+    def settled(self, *, batch_norm: bool) -> Self:
+        return self if self.optimizer != "auto" else replace(self, optimizer="sgd" if batch_norm else "adamw")
+
     def efforts(self, images: int, classes: int) -> tuple[float, ...]:
         shared = 3 * FORWARD * images + tuned_images(self, images)
         return tuple(shared + self.searched(classes, most=most) for most in (False, True))
@@ -135,14 +138,15 @@ class UnlearnConfig(UnlearnSettings):
 
         Args:
             classes: how many the model tells apart.
-            most: whether it is the most; then patches are searched again too, as without BatchNorm.
+            most: whether it is the most; where AdamW may train, patches are searched again then, as without BatchNorm.
             rounds: whether a class is accused, the model trained, and triggers searched again.
         """
         # the fewest is one, and where none is accused two are taken, after ten were screened
         count = len(self.classes) or min(MOST_ACCUSED if most else 1 if rounds else NONE_ACCUSED, classes)
         steps = self.patch_steps + len(self.alphas) * self.blend_steps
         if rounds:
-            steps += self.rounds * (self.blend_steps + (self.patch_steps // 2 if most else 0))
+            again = self.optimizer == "adamw" or (most and self.optimizer == "auto")
+            steps += self.rounds * (self.blend_steps + (self.patch_steps // 2 if again else 0))
         screened = 0 if rounds or self.classes else min(SCREENED, classes) * SCREEN_STEPS * SCREEN_IMAGES
         return float(count * steps * BATCH + screened)
 

@@ -21,6 +21,7 @@ from hfdetox.evaluation.evaluator import Evaluator
 from hfdetox.evidence.inquiry import planned_passes
 from hfdetox.evidence.residual import residual_effort
 from hfdetox.evidence.run import LOOKED_AT
+from hfdetox.models.layers import has_batch_norm
 from hfdetox.models.network import Network
 from hfdetox.progress import draws, note
 from hfdetox.training.devices import evaluating, saved_bytes
@@ -123,26 +124,43 @@ def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool,
     if evaluation.accelerator.num_processes > 1:
         # the first process's, so that no two of them decide differently
         broadcast_object_list(speeds)
-    return Cost(method, images, len(evaluation.classifier.labels), len(evaluation.clean), len(evaluation.views),
-                speeds[0], where(evaluation.accelerator), scan, residual)  # fmt: skip
+    classifier = evaluation.classifier
+    method = method.settled(batch_norm=has_batch_norm(classifier.network))
+    return Cost(method, images, len(classifier.labels), len(evaluation.clean), len(evaluation.views), speeds[0],
+                where(evaluation.accelerator), scan, residual)  # fmt: skip
 
 
 def say_cost(evaluation: Evaluator, what: str, effort: float, less: tuple[float, str] | None = None, *,
-             progress: bool) -> None:  # fmt: skip
+             besides: str = "", progress: bool) -> None:  # fmt: skip
     """Say what a command takes where that is more than a minute.
 
     Args:
         what: the subject of the sentence, such as "the scan".
         effort: images there and back.
         less: what would take less effort, and how that is asked for: "without --thorough".
+        besides: what is not counted, such as "the search of its pattern".
     """
     if not draws(progress):
         return
     speed = speed_on(evaluation)
     if effort / speed > _WORTH_SAYING:
-        instead = f"; {spoken(less[0] / speed / 60)} {less[1]}" if less is not None else ""
-        note(f"{what} takes about {spoken(effort / speed / 60)} on {where(evaluation.accelerator)}{instead}",
-             shown=progress)  # fmt: skip
+        words = in_words(effort, speed, where(evaluation.accelerator), less, besides)
+        note(f"{what} takes {words}", shown=progress)
+
+
+def in_words(effort: float, speed: float, where: str, less: tuple[float, str] | None = None, besides: str = "") -> str:
+    """Return what so much takes: "about 14 minutes on this CPU; 3 minutes without --thorough".
+
+    Args:
+        effort: images there and back.
+        speed: of these a second.
+        where: what they were timed on.
+        less, besides: see `say_cost`.
+    """
+    if effort / speed <= _WORTH_SAYING:
+        less = None
+    instead = f"; {spoken(less[0] / speed / 60)} {less[1]}" if less is not None else ""
+    return f"about {spoken(effort / speed / 60)} on {where}" + (f" and {besides}" if besides else "") + instead
 
 
 def scan_effort(classes: int, *, thorough: bool) -> float:
@@ -151,10 +169,17 @@ def scan_effort(classes: int, *, thorough: bool) -> float:
     return float(_LOOKS + _SEARCH * searched + (_MARGIN * classes if thorough else 0))
 
 
-def scan_efforts(evaluation: Evaluator, *, thorough: bool) -> tuple[float, tuple[float, str] | None]:
-    """Return what a scan takes, measuring included, and where it is thorough how it takes less, as of `say_cost`."""
-    shared = measuring_effort(evaluation) + _RECONSTRUCTED * FORWARD * len(evaluation.clean)
-    whole, brief = (shared + scan_effort(len(evaluation.classifier.labels), thorough=way) for way in (thorough, False))
+def scan_efforts(measuring: float, measured: int, classes: int, *,
+                 thorough: bool) -> tuple[float, tuple[float, str] | None]:  # fmt: skip
+    """Return what a scan takes, measuring included, and where it is thorough how it takes less, as of `say_cost`.
+
+    Args:
+        measuring: what measuring takes, known triggers included.
+        measured: how many clean images are measured.
+        classes: how many the model tells apart.
+    """
+    shared = measuring + _RECONSTRUCTED * FORWARD * measured
+    whole, brief = (shared + scan_effort(classes, thorough=way) for way in (thorough, False))
     return whole, (brief, "without --thorough") if thorough else None
 
 

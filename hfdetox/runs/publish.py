@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfdetox._version import __version__
-from hfdetox.config import AnyPublishOptions
+from hfdetox.config import AnyPublishOptions, AttackOptions
 from hfdetox.data.info import DatasetInfo
 from hfdetox.errors import HfdetoxError, HubError, UsageError, on_disk, refusing
 from hfdetox.evaluation.verdict import describe_loss
@@ -19,7 +19,7 @@ from hfdetox.hub.upload import PushResult, check_repo, is_published, push_folder
 from hfdetox.reporting.card import CARD_NAME, DELIBERATE, retarget_card, validate_card
 from hfdetox.reporting.card_data import split_card
 from hfdetox.reporting.report import AttackReport, Report
-from hfdetox.runs.folder import RunFolder
+from hfdetox.runs.folder import RunFolder, check_output
 from hfdetox.runs.manifest import added_files, remove_one, write_own
 from hfdetox.runs.signing import require_signing, sign_folder
 
@@ -47,6 +47,19 @@ def check_push_allowed(repo_id: str, *, backdoored: bool = False, **how: bool) -
         HubError: token or network.
     """
     return check_repo(repo_id, **_policy(backdoored, AnyPublishOptions(**how)))
+
+
+def check_attack_places(options: AttackOptions) -> str | None:
+    """Return the whole id of the repository that an attack pushes to, None for none.
+
+    Raises:
+        UsageError, HubError: what is in the way of its output or push.
+    """
+    if options.output is not None:
+        check_output(Path(options.output), overwrite=options.overwrite)
+    if options.push_to is None:
+        return None
+    return check_push_allowed(options.push_to, backdoored=not options.clean, **options.publishing())
 
 
 def push_output(folder: Path, repo_id: str, *, sign: Path | None = None, **how: bool) -> PushResult:

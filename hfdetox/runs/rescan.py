@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from hfdetox._version import __version__
 from hfdetox.errors import one_line
+from hfdetox.evaluation.results import TriggerResult
 from hfdetox.evidence.base import Suspect
+from hfdetox.evidence.cost import scan_effort
 from hfdetox.evidence.recount import recount_scores, scan_faults
-from hfdetox.evidence.results import Evidence, ImageGrade, ScanResult, ScoreResult
+from hfdetox.evidence.results import Evidence, ImageGrade, Reconstructed, ScanResult, ScoreResult
 from hfdetox.evidence.run import accuracy_of
 from hfdetox.reporting.comparison import Check, CheckFinding, Comparison
 from hfdetox.reporting.report import Report, RunReport
@@ -16,6 +18,43 @@ from hfdetox.reporting.taxonomies import listed
 def evidence_of(report: RunReport) -> Evidence | None:
     """Return what a report says is known without the trigger; None of one that says nothing."""
     return report.evidence if isinstance(report, Report) else None
+
+
+def results_of(report: RunReport) -> dict[str, TriggerResult]:
+    """Return every trigger that a report has a file of, by its name, with what was measured last."""
+    found: dict[str, TriggerResult] = {}
+    for state in (report.before, report.after):
+        found |= state.triggers if state is not None else {}
+    return found | {name: one.before for name, one in reconstructed_of(report).items()}
+
+
+def reconstructed_of(report: RunReport) -> dict[str, Reconstructed]:
+    """Return the reconstructed triggers of a report by name, each with its `before` and `after`."""
+    evidence = evidence_of(report)
+    return evidence.reconstructed if evidence is not None else {}
+
+
+def images_wanted(name: str) -> str:
+    """Return why a report's rates cannot be counted again without being told where its images are."""
+    return f"the images, {name}, are a local folder or a loaded dataset: name their folder with --dataset DIR"
+
+
+def base_wanted(name: str) -> str:
+    """Return the same of the model as it came."""
+    return f"the model as it came, {name}, is a local folder or a loaded model: name its folder with --base DIR"
+
+
+def recount_effort(report: RunReport, measuring: float, *, based: bool) -> float:
+    """Return what it takes to count a report's rates again, in images there and back.
+
+    Args:
+        measuring: what one measuring of the images takes.
+        based: whether the model as it came is there to be measured too.
+    """
+    times = 1 + (report.uncorrected is not None) + based
+    evidence = evidence_of(report)
+    scans = len(evidence.scans) if evidence is not None else 0
+    return times * measuring + scans * scan_effort(0, thorough=False)
 
 
 def stated_checks(report: RunReport, labels: Sequence[str]) -> Iterator[Check]:

@@ -55,7 +55,7 @@ def test_a_dry_run_counts_what_is_to_be_run_and_writes_nothing(
 
     def time_like(options):
         timed.append(options.model)
-        return Timed(100.0 if len(timed) % 2 else 50.0, "this CPU", 10)
+        return Timed(100.0 if len(timed) % 2 else 50.0, "this CPU", 10, True)
 
     monkeypatch.setattr("hfdetox.bench.bench.time_like", time_like)
     words = ["bench", str(suite), "--output", str(tmp_path / "bench"), "--zoo", str(tmp_path), "--dry-run"]

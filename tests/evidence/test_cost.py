@@ -14,7 +14,7 @@ from hfdetox.config import DetoxOptions
 from hfdetox.defenses import parse_defense
 from hfdetox.errors import UsageError
 from hfdetox.evaluation.evaluator import prepare_evaluator
-from hfdetox.evidence.cost import Cost, measure_cost, say_cost, scan_efforts, spoken
+from hfdetox.evidence.cost import Cost, measure_cost, measuring_effort, say_cost, scan_efforts, spoken
 from hfdetox.runs.pulling import pull
 from hfdetox.training.devices import make_accelerator
 from tests import backdoored
@@ -109,9 +109,9 @@ def test_a_command_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkey
     ten: Any = SimpleNamespace(classifier=SimpleNamespace(labels=list("abcdefghij")), clean=range(3000), views=[],
                                accelerator=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
     # two classes: 26,040 images there and back; all ten, and their margins: 208,200; 3,000 to measure
-    say_cost(ten, "the scan", *scan_efforts(ten, thorough=False), progress=True)
+    say_cost(ten, "the scan", *scan_efforts(measuring_effort(ten), 3000, 10, thorough=False), progress=True)
     assert capsys.readouterr().err == "the scan takes about 10 minutes on this CPU\n"
-    say_cost(ten, "the scan", *scan_efforts(ten, thorough=True), progress=True)
+    say_cost(ten, "the scan", *scan_efforts(measuring_effort(ten), 3000, 10, thorough=True), progress=True)
     said = "the scan takes about 70 minutes on this CPU; 10 minutes without --thorough\n"
     assert capsys.readouterr().err == said
     say_cost(ten, "the training", 2900, progress=True)
