@@ -44,6 +44,7 @@ class LIRAPoisoner(TrainingPoisoner):
     """
 
     kind = "lira"
+    uncounted = "the drawing of its trigger"
     summary = "an autoencoder learns the trigger together with the classifier, from whole batches"
 
     trigger_epochs: PositiveInt | None = None

@@ -132,7 +132,7 @@ def measure_cost(evaluation: Evaluator, method: Any, images: int, *, scan: bool,
 
 def say_cost(evaluation: Evaluator, what: str, effort: float, less: tuple[float, str] | None = None, *,
              besides: str = "", progress: bool) -> None:  # fmt: skip
-    """Say what a command takes where that is more than a minute.
+    """Say what a command takes where that is more than a minute, or not all of it is counted.
 
     Args:
         what: the subject of the sentence, such as "the scan".
@@ -143,7 +143,8 @@ def say_cost(evaluation: Evaluator, what: str, effort: float, less: tuple[float,
     if not draws(progress):
         return
     speed = speed_on(evaluation)
-    if effort / speed > _WORTH_SAYING:
+    # what is not counted may be the larger part
+    if effort / speed > _WORTH_SAYING or besides:
         words = in_words(effort, speed, where(evaluation.accelerator), less, besides)
         note(f"{what} takes {words}", shown=progress)
 

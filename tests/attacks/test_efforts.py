@@ -50,6 +50,7 @@ def test_what_is_not_counted_is_said() -> None:
     said = {kind: effort(kind)[1].besides for kind in ATTACKS.builtin}
     assert {kind: text for kind, text in said.items() if text} == {
         "inputaware": "the training of its masks", "lf": "the search of its pattern",
+        "lira": "the drawing of its trigger",
         "ssba": "the training of its encoder"}  # fmt: skip
     # a pattern that is there is not searched
     cost = AttackCost(SETTINGS, [(parse_trigger("lf:random"), poisoner_for("lf", {}))], RATIO, False, 96, 0, 0, True)

@@ -67,3 +67,28 @@ def test_the_first_word_is_a_command(environment: dict[str, str]) -> None:
     found = completed(environment, "")
     assert {"detox", "scan", "push"} <= set(found)
     assert all((Path(word).name, word.startswith("-")) == (word, False) for word in found)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not here")
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("ev", "evaluate"), ("scan org/model --thor", "--thorough"), ("org/model --create", "--create-pr")],
+)
+def test_tab_in_fish(environment: dict[str, str], line: str, found: str) -> None:
+    plain = {name: value for name, value in environment.items() if not name.startswith("XDG_")}
+    script = "~/.config/fish/completions/hfdetox.fish"
+    ask = f"hfdetox --install-completion >/dev/null; source {script}; complete -C 'hfdetox {line}'"
+    done = subprocess.run(["fish", "-c", ask], env=plain, capture_output=True, text=True, timeout=600)
+    assert [row.split("\t")[0] for row in done.stdout.splitlines()] == [found], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not here")
+def test_zsh_is_told_what_fits(environment: dict[str, str]) -> None:
+    """As the function asks that `--install-completion` puts into ~/.zfunc; pressing a key needs a terminal."""
+    ask = ["zsh", "-f", "-c", "hfdetox --install-completion; true"]
+    subprocess.run(ask, env=environment, capture_output=True, text=True, timeout=600, check=True)
+    function = (Path(environment["HOME"]) / ".zfunc" / "_hfdetox").read_text(encoding="utf-8")
+    assert "_HFDETOX_COMPLETE=complete_zsh hfdetox" in function
+    asking = {"_HFDETOX_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "hfdetox org/model --create"}
+    done = subprocess.run(["hfdetox"], env={**environment, **asking}, capture_output=True, text=True, timeout=600)
+    assert done.stdout.startswith('_arguments \'*: :(("--create-pr":')

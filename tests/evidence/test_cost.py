@@ -114,6 +114,8 @@ def test_a_command_says_what_it_takes(capsys: pytest.CaptureFixture[str], monkey
     say_cost(ten, "the scan", *scan_efforts(measuring_effort(ten), 3000, 10, thorough=True), progress=True)
     said = "the scan takes about 70 minutes on this CPU; 10 minutes without --thorough\n"
     assert capsys.readouterr().err == said
+    say_cost(ten, "the attack", 2900, besides="the search of its pattern", progress=True)
+    assert capsys.readouterr().err == "the attack takes about 1 minute on this CPU and the search of its pattern\n"
     say_cost(ten, "the training", 2900, progress=True)
     say_cost(ten, "the training", 60_000, progress=False)
     assert capsys.readouterr().err == ""
