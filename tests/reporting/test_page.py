@@ -110,7 +110,9 @@ def test_the_classes_belong_to_the_results_and_paper_shows_every_line(page: Path
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         cut = "found => found.filter(one => one.scrollWidth > one.clientWidth).length"
         assert tab.locator("pre").evaluate_all(cut) > 0  # on a screen they scroll
+        assert "A click on a heading sorts" in tab.locator("body").inner_text()
         tab.emulate_media(media="print")
+        assert "A click" not in tab.locator("body").inner_text()
         assert tab.locator("pre").evaluate_all(cut) == 0
         assert tab.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
 
