@@ -16,9 +16,9 @@ The rule, written before any score of these was looked at:
 - Cells with even seeds **measure**: the false alarms and what is found. Lite2 and MobileNetV2 are seen there for the
   first time. Nothing is chosen by them; all of them are reported, found or not.
 - A way to score is taken for the default if, with thresholds set so, (1) the models of results/scan.json with even
-  seeds have no more false alarms in the combination (0 of 35) and no fewer found (7 of 12), and (2) fewer of the choosing
-  pretrained models without a backdoor are `suspicious` than today. Of several the one that leaves most between the
-  largest statistic without a backdoor and the smallest found on the choosing models.
+  seeds have no more false alarms in the combination (0 of 35) and no fewer found (7 of 12), and (2) fewer of the
+  choosing pretrained models without a backdoor are `suspicious` than today. Of several the one that leaves most between
+  the largest statistic without a backdoor and the smallest found on the choosing models.
 - A backdoored cell counts where its attack success is at least 30 %, as in scan_rates.py.
 """
 
