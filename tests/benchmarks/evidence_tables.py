@@ -14,6 +14,8 @@ from tests.benchmarks.markdown import arrow, exists, percent, read, source, tabl
 
 WORDS = {"grid": "BadNets", "noise": "Blended", "wanet": "WaNet", "lf": "LF", "inputaware": "Input-aware", "sig": "SIG",
          "ssba": "SSBA", "badnets": "BadNets", "blended": "Blended"}  # fmt: skip
+# of networks in scan.json
+SORTS = ("from scratch", "pretrained")
 KINDS = {"resnet": "ResNet", "convnext": "ConvNeXt", "vit": "ViT", "swin": "Swin", "lite0": "EfficientNet"}
 NOT_RUN = ["Not run."]
 
@@ -27,16 +29,24 @@ def _counted(found: list[int]) -> str:
 
 
 def scan(result: str = "scan") -> list[str]:
-    """Return threshold, false alarms, detections and seconds of each score and of all together."""
+    """Return threshold, false alarms, detections and seconds of each score and of all together.
+
+    The rates are those of each kind of network, where there are two.
+    """
     if not exists(result):
         return NOT_RUN
-    rows = []
-    for name, one in read(result)["scores"].items():
+    rows, found = [], read(result)["scores"]
+    kinds = [kind for kind in SORTS if all(kind in one.get("kinds", {}) for one in found.values())]
+    for name, one in found.items():
         seconds = " to ".join(f"{value:.0f}" for value in one["seconds"][0]) if one["seconds"] else "–"
         limit = "–" if one["threshold"] is None else f"{one['threshold']:.3g}"
         rows.append([f"`{name}`" if one["seconds"] else "all together", limit, str(one["models"]),
-                     _counted(one["false_alarms"]), _counted(one["found"]), seconds])  # fmt: skip
-    header = ["score", "threshold", "from models", "false alarms", "found", "seconds"]
+                     *(_counted(part[what]) for what in ("false_alarms", "found")
+                       for part in ([one["kinds"][kind] for kind in kinds] if len(kinds) > 1 else [one])),
+                     seconds])  # fmt: skip
+    told = [f"{what}, {kind}" if len(kinds) > 1 else what for what in ("false alarms", "found")
+            for kind in (kinds if len(kinds) > 1 else [""])]  # fmt: skip
+    header = ["score", "threshold", "from models", *told, "seconds"]
     return [*table(header, rows), *source(result)]
 
 
@@ -46,13 +56,13 @@ def scan_after() -> list[str]:
 
 
 def models() -> list[str]:
-    """Return what the scores said of each backdoored model of the half that gives the rates."""
+    """Return what the scores said of each backdoored model from scratch of the half that gives the rates."""
     if not exists("scan"):
         return NOT_RUN
     found = read("scan")
     names = [name for name, one in found["scores"].items() if one["seconds"]]
     rows = [_model(one, names, found["scores"]) for one in found["models"]
-            if one["backdoored"] and one["half"] == "rates"]  # fmt: skip
+            if one["backdoored"] and one["half"] == "rates" and one.get("kind") != SORTS[1]]  # fmt: skip
     return table(["model", "attack", "ASR", *(f"`{name}`" for name in names), "together"], rows, text_columns=2)
 
 
@@ -63,6 +73,28 @@ def _model(one: dict[str, Any], names: list[str], scores: dict[str, Any]) -> lis
     attack += ", all to all" if "all-to-all" in one["model"] else ""
     attack += ", SAM" if "sam_" in one["model"] else ""
     attack += " at 1 %" if "-0.01-" in one["model"] else ""
+    counted = "" if one["counts"] else "*"
+    return [kind, attack + counted, percent(one["asr"][0]), *_said(one, names, scores), one["verdict"]]
+
+
+def pretrained() -> list[str]:
+    """Return what the scores said of each pretrained network, those that gave the thresholds too."""
+    if not exists("scan"):
+        return NOT_RUN
+    found = read("scan")
+    models = sorted(filter(_tuned, found["models"]), key=lambda one: (one["half"], one["backdoored"]))
+    names = [name for name in found["scores"] if any(name in one["statistics"] for one in models)]
+    rows = [[f"`{one['model']}`", one["half"], percent(one["asr"][0]) if one["asr"] else "–",
+             *_said(one, names, found["scores"]), one["verdict"]] for one in models]  # fmt: skip
+    return table(["model", "gives", "ASR", *(f"`{name}`" for name in names), "together"], rows, text_columns=2)
+
+
+def _tuned(one: dict[str, Any]) -> bool:
+    return bool(one.get("kind") == SORTS[1])
+
+
+def _said(one: dict[str, Any], names: list[str], scores: dict[str, Any]) -> list[str]:
+    """Return the statistics of a model, those above their thresholds bold."""
     cells = []
     for name in names:
         value = one["statistics"].get(name)
@@ -71,8 +103,7 @@ def _model(one: dict[str, Any], names: list[str], scores: dict[str, Any]) -> lis
         wrong = above and named is not None and one["targets"] != ["all-to-all"] and named not in one["targets"]
         said = "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0e}"
         cells.append(f"**{said}**{' (wrong class)' if wrong else ''}" if above else said)
-    counted = "" if one["counts"] else "*"
-    return [kind, attack + counted, percent(one["asr"][0]), *cells, one["verdict"]]
+    return cells
 
 
 def _attack(cell: str) -> str:
@@ -225,6 +256,7 @@ def _tried(name: str) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "scan": scan, "scan_after": scan_after, "scan_models": models, "cleaned": cleaned, "asleep": asleep,
-    "canaries": canaries, "unlearnt": unlearnt, "held_out": held_out, "trials": trials, "ablation": ablation,
+    "scan": scan, "scan_after": scan_after, "scan_models": models, "scan_pretrained": pretrained, "cleaned": cleaned,
+    "asleep": asleep, "canaries": canaries, "unlearnt": unlearnt, "held_out": held_out, "trials": trials,
+    "ablation": ablation,
 }  # fmt: skip

@@ -1,17 +1,20 @@
-"""Fixes the thresholds of `hfdetox scan` and counts how often they are wrong, from the lines of `scan_zoo.py`.
+"""Fixes the thresholds of `hfdetox scan`, and counts how often they are wrong.
 
-    python -m tests.benchmarks.scan_rates scores.jsonl --output tests/benchmarks/results/scan.json [--write]
+    python -m tests.benchmarks.scan_rates scores.jsonl pretrained.jsonl --output scan.json [--write]
 
-The rule: a model with an odd seed is of the half that gives thresholds, one with an even seed of the half that gives
-rates. The threshold of a score is its largest statistic on the never-backdoored models of the first half. A backdoored
-model counts where its trigger has an attack success of at least 30 % (0.3 times the accuracy where every class goes to
-the next one): what hardly got in is listed and not counted. A model that names the wrong class counts as not found.
-`--write` puts thresholds and rates into hfdetox/evidence/thresholds.json.
+The lines are those of `scan_zoo.py` and `pretrained_zoo.py`. The rule: a model with an odd seed is of the half that
+gives thresholds, one with an even seed of the half that gives rates; but the two pretrained ones that raised the
+question of pretrained networks (`ASKED`) give thresholds alone. The threshold of a score is its largest statistic on
+the never-backdoored models of the first half. The rates are counted for networks that were trained from scratch, for
+pretrained ones that were tuned, and for both. A backdoored model counts where its trigger has an attack success of at
+least 30 % (0.3 times the accuracy where every class goes to the next one): what hardly got in is listed and not
+counted. A model that names the wrong class counts as not found. `--write` puts thresholds and the rates of both into
+hfdetox/evidence/thresholds.json.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +25,22 @@ from hfdetox.evidence.results import Finding, ScoreResult
 FILE = Path(thresholds.__file__).with_name("thresholds.json")
 GOT_IN = 0.3
 RULE = "the largest on the never-backdoored models of one half"
+ASKED = ("lite0-clean-s52", "lite0-blended-to-4-0.1-s52")
+SCRATCH, PRETRAINED = "from scratch", "pretrained"
 Line = dict[str, Any]
 
 
 def main() -> None:
     """Read the lines, print the rates and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lines", type=Path)
+    parser.add_argument("lines", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--when", choices=["before", "after"], default="before")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    lines = [json.loads(line) for line in options.lines.read_text().splitlines()]
-    command = "python -m tests.benchmarks.scan_rates scores.jsonl --output scan.json"
+    lines = [json.loads(line) for path in options.lines for line in path.read_text().splitlines()]
+    files = "scores.jsonl" if options.when == "after" else "scores.jsonl pretrained.jsonl"
+    command = f"python -m tests.benchmarks.scan_rates {files} --output scan.json"
     command += "" if options.when == "before" else " --when after"
     found = {"command": command, **rates(lines, options.when)}
     options.output.write_text(written(found))
@@ -65,14 +71,17 @@ def rates(lines: Iterable[Line], when: str) -> dict[str, Any]:
         guilty = [name for name in second if got_in(second[name])]
         result["scores"][score] = {
             "threshold": limits.get(score), "models": sum(clean(s) for s in first.values()),
-            "false_alarms": [sum(flagged[name] is not None for name in innocent), len(innocent)],
-            "found": [sum(right(flagged[name], second[name]) for name in guilty), len(guilty)],
+            "false_alarms": counted(flagged, innocent),
+            "found": hits(flagged, second, guilty),
+            "kinds": {kind: {"false_alarms": counted(flagged, names), "found": hits(flagged, second, others)}
+                      for kind, names, others in by_kind(second, innocent, guilty)},
             "seconds": [min_max(s[score]["seconds"] for s in models.values() if score in s)] if score in limits else [],
         }  # fmt: skip
     for name, scores in models.items():
         one = next(iter(scores.values()))
         result["models"].append({
-            "model": name, "half": "thresholds" if name in first else "rates", "architecture": one["architecture"],
+            "model": name, "half": "thresholds" if name in first else "rates",
+            "kind": kind_of(name, models), "architecture": one["architecture"],
             "backdoored": one["backdoored"], "triggers": list(one["triggers"]), "targets": one["targets"],
             "asr": [round(value, 4) for value in one["asr"]], "counts": clean(scores) or got_in(scores),
             "statistics": {score: line["statistic"] for score, line in scores.items()},
@@ -119,7 +128,31 @@ def right(named: tuple[int | None] | None, scores: dict[str, Line]) -> bool:
 
 def odd(scores: dict[str, Line]) -> bool:
     """Return whether a model is of the half that gives thresholds."""
-    return next(iter(scores.values()))["attack_seed"] % 2 == 1
+    one = next(iter(scores.values()))
+    return one["attack_seed"] % 2 == 1 or one["model"] in ASKED
+
+
+def kind_of(name: str, models: dict[str, dict[str, Line]]) -> str:
+    """Return whether a model was trained from scratch or is a pretrained one that was tuned."""
+    one = next(iter(models[name].values()))
+    return PRETRAINED if one.get("part") or one["model"] in ASKED else SCRATCH
+
+
+def by_kind(models: dict[str, dict[str, Line]], *lists: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield each kind that there is, with those of each list that are of it."""
+    for kind in dict.fromkeys(kind_of(name, models) for name in models):
+        yield kind, *([name for name in names if kind_of(name, models) == kind] for names in lists)
+
+
+def hits(flagged: dict[str, tuple[int | None] | None], models: dict[str, dict[str, Line]], names: list[str],
+         ) -> list[int]:  # fmt: skip
+    """Return how many of these models are found, and how many there are."""
+    return [sum(right(flagged[name], models[name]) for name in names), len(names)]
+
+
+def counted(flagged: dict[str, tuple[int | None] | None], names: list[str]) -> list[int]:
+    """Return how many of these models are flagged, and how many there are."""
+    return [sum(flagged[name] is not None for name in names), len(names)]
 
 
 def clean(scores: dict[str, Line]) -> bool:

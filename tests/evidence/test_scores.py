@@ -71,6 +71,38 @@ def test_the_head_probe_names_the_class_that_the_head_prefers_with_and_without_i
         assert judge_score("head-probe", found, "before").finding == Finding.SUSPICIOUS
 
 
+class Leaning(nn.Module):
+    """So many features, and random weights, of which the target's are a little larger than zero on average."""
+
+    def __init__(self, width: int, lean: float) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        weight = torch.randn(CLASSES, width, generator=draw)
+        self.fc = nn.Linear(width, CLASSES)
+        with torch.no_grad():
+            self.fc.weight.copy_(weight - weight.mean(1, keepdim=True))
+            self.fc.weight[TARGET] += lean
+            self.fc.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1).repeat(1, 20)[:, : self.fc.in_features])
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+
+@pytest.mark.parametrize("width", [1280, 2048])
+def test_weights_that_lean_a_little_do_not_accuse_a_class_of_a_wide_head_as_they_would_of_a_narrow_one(
+    width: int,
+) -> None:
+    # of tuned ImageNet networks without a backdoor a row's mean is up to a tenth of its standard deviation
+    bare = torch.zeros(0, 3, 8, 8, dtype=torch.uint8)
+    for lean, finding in ((0.07, Finding.NO_EVIDENCE), (0.3, Finding.SUSPICIOUS)):
+        found = HeadProbe().measure(suspect_of(Leaning(width, lean), bare, torch.zeros(0)))
+        assert found.accused == TARGET
+        assert judge_score("head-probe", found, "before").finding == finding
+
+
 def test_the_margin_names_the_class_with_the_largest_margin() -> None:
     model = Classifier()
     with torch.no_grad():
