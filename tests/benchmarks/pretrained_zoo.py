@@ -20,6 +20,9 @@ The rule, written before any score of these was looked at:
   choosing pretrained models without a backdoor are `suspicious` than today. Of several the one that leaves most between
   the largest statistic without a backdoor and the smallest found on the choosing models.
 - A backdoored cell counts where its attack success is at least 30 %, as in scan_rates.py.
+
+`combine`'s rule that latent shift and head probe may be a pair of which one is above its threshold was made after the
+measuring half had been looked at. Those of `LATER` were built and scanned after it.
 """
 
 import argparse
@@ -82,7 +85,7 @@ class Cell:
         return "chooses" if self.seed % 2 else "measures"
 
 
-CELLS = (
+EARLIER = (
     Cell("lite0", 1),
     Cell("lite0", 1, trigger=BLENDED, target=3),
     Cell("lite0", 9, head_only=True),
@@ -101,11 +104,15 @@ CELLS = (
     Cell("lite2", 4, images=2000),
     Cell("mobilenet", 8, classes=5, images=2000, optimizer="adamw", rate=3e-4),
     Cell("lite0", 2, trigger=WANET, target=5, epochs=4),
-    Cell("lite0", 8, trigger=BADNETS, target=2, ratio=0.02),
-    Cell("lite1", 12, classes=11, images=1200),
-    Cell("mobilenet", 18, classes=11, images=1200, head_only=True),
-    Cell("lite0", 10, classes=2, images=1000),
 )
+LATER = (
+    Cell("lite0", 8, trigger=BADNETS, target=2, ratio=0.02),
+    Cell("mobilenet", 22, trigger=BADNETS, target=7),
+    Cell("mobilenet", 18, classes=11, images=1200, head_only=True),
+    Cell("lite0", 24, rate=0.03),
+    Cell("lite1", 12, classes=11, images=1200),
+)
+CELLS = (*EARLIER, *LATER)
 
 
 def main() -> None:

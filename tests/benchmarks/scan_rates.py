@@ -68,9 +68,9 @@ def rates(lines: Iterable[Line], when: str) -> dict[str, Any]:
     for score in [*limits, thresholds.COMBINED]:
         flagged = {name: above(verdicts[name], score) for name in second}
         innocent = [name for name in second if clean(second[name]) and known(verdicts[name], score)]
-        guilty = [name for name in second if got_in(second[name])]
+        guilty = [name for name in second if got_in(second[name]) and was_run(second[name], score)]
         result["scores"][score] = {
-            "threshold": limits.get(score), "models": sum(clean(s) for s in first.values()),
+            "threshold": limits.get(score), "models": sum(clean(s) and was_run(s, score) for s in first.values()),
             "false_alarms": counted(flagged, innocent),
             "found": hits(flagged, second, guilty),
             "kinds": {kind: {"false_alarms": counted(flagged, names), "found": hits(flagged, second, others)}
@@ -111,6 +111,11 @@ def above(verdict: dict[str, tuple[str, int | None]], score: str) -> tuple[int |
     """Return the class that a score names, in a tuple, where it is suspicious; else None."""
     finding, named = verdict.get(score, (str(Finding.UNKNOWN), None))
     return (named,) if finding == Finding.SUSPICIOUS else None
+
+
+def was_run(scores: dict[str, Line], score: str) -> bool:
+    """Return whether a score was tried on a model; all together always say something."""
+    return score in (*scores, thresholds.COMBINED)
 
 
 def known(verdict: dict[str, tuple[str, int | None]], score: str) -> bool:
