@@ -20,6 +20,8 @@ from hfdetox.evidence.results import Finding, ScanResult, ScoreResult, Threshold
 When = Literal["before", "after"]
 # the key of all scores together
 COMBINED: Final = "combined"
+# two looks at the same head: what one is sure of and the other thinks most likely is said by both
+_PAIR: Final = ("head-probe", "latent-shift")
 # fewer clean images than these cannot tell that there is no evidence
 LEAST_IMAGES: Final = 100
 
@@ -58,7 +60,8 @@ def combine(scores: Mapping[str, ScoreResult], labels: tuple[str, ...], samples:
     """Return what judged scores together allow to be said, the class that is suspected, and why.
 
     No score alone decides. `suspicious`: two are above their thresholds, at least one of them names a class, and no two
-    name different ones. `no evidence found`: none is above, and images and accuracy are enough. All else is `unknown`.
+    name different ones; or head probe or latent shift is above its own, and the other names the same class, however
+    little it stands out. `no evidence found`: none is above, and images and accuracy are enough. All else is `unknown`.
 
     Args:
         labels: the model's.
@@ -81,6 +84,9 @@ def combine(scores: Mapping[str, ScoreResult], labels: tuple[str, ...], samples:
     accused = next(iter(classes), None)
     if len(above) > 1 and accused is not None:
         return Finding.SUSPICIOUS, accused, f"{names} are above their thresholds"
+    for one, other in (_PAIR, _PAIR[::-1]):
+        if one in above and other in scores and accused is not None and scores[other].accused == accused:
+            return Finding.SUSPICIOUS, accused, f"{one} is above its threshold, and {other} names the same class"
     if above:
         return Finding.UNKNOWN, accused, f"{names} alone is above its threshold, and no score decides alone"
     known = [name for name, one in scores.items() if one.finding == Finding.NO_EVIDENCE and name != "scar"]

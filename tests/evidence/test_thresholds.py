@@ -32,6 +32,16 @@ S, N, U = Finding.SUSPICIOUS, Finding.NO_EVIDENCE, Finding.UNKNOWN
     ({"a": found(N, 2), "b": found(N, 1)}, N, None),
     ({"a": found(N, 2), "b": found(U)}, U, None),
     ({"a": found(U), "b": found(U)}, U, None),
+    # head probe and latent shift are a pair: one above, and the other's most likely class
+    ({"head-probe": found(S, 2), "latent-shift": found(N, 2)}, S, 2),
+    ({"head-probe": found(N, 2), "latent-shift": found(S, 2)}, S, 2),
+    ({"head-probe": found(S, 2), "latent-shift": found(N, 1)}, U, 2),
+    ({"head-probe": found(S, 2), "latent-shift": found(U)}, U, 2),
+    ({"head-probe": found(S, 2), "blend": found(N, 2)}, U, 2),
+    ({"head-probe": found(N, 2), "latent-shift": found(N, 2)}, N, None),
+    ({"head-probe": found(S, 2), "latent-shift": found(N, 2), "blend": found(S, 1)}, U, None),
+    ({"head-probe": found(N, 2), "latent-shift": found(N, 2), "blend": found(S, 2)}, U, 2),
+    ({"latent-shift": found(S, 2)}, U, 2),
     # a scar tells of the model that came
     ({"a": found(N, 2), "b": found(N, 1), "scar": found(S, 3)}, N, None),
 ])  # fmt: skip
