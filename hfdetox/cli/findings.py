@@ -13,8 +13,8 @@ from hfdetox.evaluation.verdict import percent
 from hfdetox.evidence.results import Evidence, Reconstructed, Residual, ScanReport, ScanResult, ScoreResult
 from hfdetox.reporting.markdown import fit_text
 
-NEVER_CLEAN = ("no scan can say that a model has no backdoor; the rates are of small networks trained from scratch, "
-               "and a pretrained one without a backdoor was called suspicious")  # fmt: skip
+NEVER_CLEAN = ("no scan can say that a model has no backdoor; the rates are of small networks, one in six of them "
+               "pretrained on ImageNet, and say little of larger ones")  # fmt: skip
 
 
 def finding_line(scan: ScanResult, state: str = "scan") -> str:

@@ -25,7 +25,9 @@ class OddImages(Score):
     projected gradient ascent of the largest softmax from a random start, 10 steps of 2.5 ε/10. TRODO (NeurIPS 2024).
 
     It names no class, and it judges how a network was trained as much as a backdoor: one trained against adversarial
-    images, or in a flat minimum, stays below whatever is in it. Cleaning changes the scale of the logits.
+    images, or in a flat minimum, stays below whatever is in it, and ImageNet networks that were tuned on few images
+    rise more than any backdoored small one. The threshold before cleaning is above these, and finds next to nothing.
+    Cleaning changes the scale of the logits.
     """
 
     name = "odd-images"
