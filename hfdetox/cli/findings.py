@@ -13,7 +13,7 @@ from hfdetox.evaluation.verdict import percent
 from hfdetox.evidence.results import Evidence, Reconstructed, Residual, ScanReport, ScanResult, ScoreResult
 from hfdetox.reporting.markdown import fit_text
 
-NEVER_CLEAN = ("no scan can say that a model has no backdoor; the rates are of small networks, one in six of them "
+NEVER_CLEAN = ("no scan can say that a model has no backdoor; the rates are of small networks, one in five of them "
                "pretrained on ImageNet, and say little of larger ones")  # fmt: skip
 
 
