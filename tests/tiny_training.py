@@ -47,6 +47,8 @@ class ToyImages:
 class Scaled(nn.Module):
     """uint8 images in, logits of `body` out, like hfdetox's Network; `convolutional` asks for channels_last."""
 
+    normalizes = True
+
     def __init__(self, body: nn.Module, *, convolutional: bool = False) -> None:
         super().__init__()
         self.model = body

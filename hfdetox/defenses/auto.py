@@ -55,6 +55,9 @@ from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, match_layers
 from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
 from hfdetox.training.batches import Batch, step_bounds
+from hfdetox.training.distillation import TEMPERATURE, Teacher
+from hfdetox.training.gratings import with_gratings
+from hfdetox.training.mixup import mixed
 from hfdetox.training.phases import JointOptimizer, MakeOptimizer, Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -108,6 +111,10 @@ class D3Config(D3Settings, TuningConfig):
         features_learning_rate: of AdamW, before the cosine schedule, positive.
         reconstruct: first search triggers as `unlearn` does. Where one speaks for a backdoor they are unlearnt, and
             nothing is pushed; where none does, or none can be searched, the weights are pushed as without it.
+        distillation: how much the model's answers being others than those of the model as it came (KL at a temperature
+            of 2) counts beside the clean loss, at least 0.
+        gratings: the share of the images that the model sees with a random grating, and its teacher without, in [0, 1);
+            none where images are no grey levels.
     """
 
     name = "d3"
@@ -117,7 +124,9 @@ class D3Config(D3Settings, TuningConfig):
     card_text = ("D3, distance-driven detoxification (arXiv 2411.09585), fine-tuned the model on {images} while "
                  "pushing the weights of the selected layers away from where the author left them, on the sphere of "
                  "their initial norm, as far as the loss on those images allows.")  # fmt: skip
-    presets: ClassVar = {"paper": {}, "code": {"lambda_": 0.5}, "auto": {**_PUSH, "reconstruct": True}, "auto-1": _PUSH}
+    presets: ClassVar = {"paper": {}, "code": {"lambda_": 0.5},
+                         "auto": {**_PUSH, "reconstruct": True, "distillation": 1.0, "gratings": 0.25},
+                         "auto-1": _PUSH}  # fmt: skip
 
     lambda_: PositiveFloat | Auto = 10.0
     epsilon: NonNegativeFloat | Auto = 0.1
@@ -128,6 +137,8 @@ class D3Config(D3Settings, TuningConfig):
     features: Features = "sgd"
     features_learning_rate: PositiveFloat = 5e-4
     reconstruct: bool = False
+    distillation: NonNegativeFloat = 0.0
+    gratings: Annotated[float, Interval("[0, 1)")] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +154,8 @@ class D3Config(D3Settings, TuningConfig):
         return self if self.features != "auto" else replace(self, features="sgd" if batch_norm else "adamw")
 
     def efforts(self, images: int, classes: int) -> tuple[float, ...]:
-        pushed = tuned_images(self, images) + (FORWARD * len(_STRENGTH) * images if self.automatic else 0)
+        pushed = tuned_images(self, images) * (1 + FORWARD if self.distillation else 1)
+        pushed += FORWARD * len(_STRENGTH) * images if self.automatic else 0
         if not self.reconstruct:
             return (pushed,)
         unlearning = self._unlearning
@@ -183,6 +195,10 @@ class D3Config(D3Settings, TuningConfig):
         if self.epsilon == "auto":
             said.append(f"ε = {found['epsilon']:.3f}: the median of that model's losses on them, but at least "
                         f"{LEAST_EPSILON}.")  # fmt: skip
+        if self.distillation:
+            said.append("The model was also held to what it said of the same images as it came (distillation, τ = "
+                        f"{TEMPERATURE:g}), when none of them had a grating: {100 * self.gratings:.0f} % have one "
+                        "now.")  # fmt: skip
         if self.min_steps:
             said.append(f"{found['epochs']:.0f} epochs, {found['steps']:.0f} steps: at least {self.epochs} epochs and "
                         f"{self.min_steps} steps.")  # fmt: skip
@@ -199,14 +215,14 @@ class D3Config(D3Settings, TuningConfig):
 
     def phases(self, network: Network) -> list[Phase | Pass]:
         d3 = AutoD3(network.model, self) if self.automatic else D3(network.model, self)
+        teacher = Teacher(network) if self.distillation else None
+        share = self.gratings if self.gratings and network.normalizes else 0.0
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-            if not self.mixup:
-                return d3.terms(model(batch.images), batch.labels, batch.weights)
-            share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
-            others = torch.randperm(len(batch.labels)).to(batch.labels.device, non_blocking=True)
-            images = torch.lerp(batch.images[others].float(), batch.images.float(), share)
-            return d3.terms(model(images), batch.labels, batch.weights, batch.labels[others], share)
+            images, *mixing = mixed(batch, self.mixup)
+            logits = model(with_gratings(images, share) if share else images)
+            kept = self.distillation * teacher.divergence(images, logits, batch.weights) if teacher else None
+            return d3.terms(logits, batch.labels, batch.weights, *mixing, kept=kept)
 
         trained = trained_parameters(network, but=d3.frozen_scales)
         phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,

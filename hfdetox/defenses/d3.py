@@ -97,11 +97,13 @@ class D3:
 
     def terms(
         self, logits: Tensor, labels: Tensor, sample_weights: Tensor | None = None,
-        mixed_labels: Tensor | None = None, share: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
+        mixed_labels: Tensor | None = None, share: float = 1.0, *,
+        kept: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
         """Return `loss` and its parts `clean_loss`, `penalty` (the hinge), `distance` and `cosine`: 0-d, float32.
 
         `sample_weights` (N, sum 1 over a batch) replaces the mean's 1/N; `cosine` is the layers' mean of cos ∠(W, W⁰).
-        Of blended images `share` is that of `labels`, and `mixed_labels` (N, int64) are the others'.
+        Of blended images `share` is that of `labels`, and `mixed_labels` (N, int64) are the others'. What else is to be
+        `kept` low (0-d) counts with the hinge, and is returned as `distillation`.
         """
         with torch.autocast(logits.device.type, enabled=False):
             clean = cross_entropy(logits.float(), labels, reduction="none")
@@ -111,7 +113,9 @@ class D3:
             penalty = (shares * relu(clean - self.epsilon)).sum()
             pairs = [(weight.float(), self._initial(name, weight)) for name, weight in self.weights.items()]
             distance = torch.stack([torch.linalg.vector_norm(now - old) for now, old in pairs]).sum()
-            return {"loss": self.objective(penalty, distance), "clean_loss": (shares * clean).sum().detach(),
+            more = {} if kept is None else {"distillation": kept.detach()}
+            cost = penalty if kept is None else penalty + kept
+            return {"loss": self.objective(cost, distance), **more, "clean_loss": (shares * clean).sum().detach(),
                     "penalty": penalty.detach(), "distance": distance.detach(), "cosine": self.cosine()}  # fmt: skip
 
     def objective(self, penalty: Tensor, distance: Tensor) -> Tensor:

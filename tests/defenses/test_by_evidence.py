@@ -86,7 +86,10 @@ def test_the_old_preset_is_the_push_alone(accelerator: Accelerator) -> None:
     assert (preset, config.settings()["reconstruct"]) == ("auto-1", False)
     record = run(config, pixel_convnet(), accelerator)  # type: ignore[arg-type]
     assert trained(record) == ["d3-look", "d3"]
-    assert parse_defense("d3:auto")[0] == replace(D3Config(**D3Config.presets["auto-1"]), reconstruct=True)
+    assert not config.settings()["distillation"]
+    assert not config.settings()["gratings"]
+    assert parse_defense("d3:auto")[0] == replace(D3Config(**D3Config.presets["auto-1"]), reconstruct=True,
+                                                  distillation=1.0, gratings=0.25)  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [pixel_convnet, plain_network])

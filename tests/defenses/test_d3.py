@@ -228,7 +228,7 @@ CHANGED = {
     "gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "augmentation": "crop", "lambda_": 0.5, "epsilon": 0.9,
     "layers": ("features",), "initialization": "far", "freeze_norm": False, "reweight": "class",
     "centered": True, "cosine": -0.9, "match_augmentation": True, "mixup": 0.5, "min_steps": 20,
-    "features": "adamw", "features_learning_rate": 0.01,
+    "features": "adamw", "features_learning_rate": 0.01, "distillation": 0.5, "gratings": 0.5,
 }  # fmt: skip
 # what a setting needs beside it to matter
 BESIDE = {"cosine": {"lambda_": "auto"}, "features_learning_rate": {"features": "adamw"}}
