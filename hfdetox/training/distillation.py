@@ -3,8 +3,10 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
+
+from hfdetox.models.network import Network
 
 TEMPERATURE = 2.0
 
@@ -15,8 +17,15 @@ class Teacher:
     A resumed run makes its teacher before the weights of the stopped one are loaded, so that it is the same.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = copy.deepcopy(network).eval()
+    def __init__(self, network: Network) -> None:
+        try:
+            self.network = copy.deepcopy(network).eval()
+        except RuntimeError:
+            # weights that a hook computes (weight_norm's) can be copied once they were computed without gradients
+            parameter = next(network.parameters())
+            with torch.no_grad():
+                network(torch.zeros(1, *network.input_size, device=parameter.device))
+            self.network = copy.deepcopy(network).eval()
 
     def divergence(self, images: Tensor, logits: Tensor, weights: Tensor) -> Tensor:
         """Return τ² Σ wᵢ KL(p_teacher ‖ p) of softened answers, 0-d, float32, with τ = 2.

@@ -1,12 +1,15 @@
 """The teacher: a copy of the network as it was, and how far its answers are from those of the network now."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+from hfdetox.models.network import Network
 from hfdetox.training.distillation import Teacher
+from tests.tiny_training import toy_preprocessing
 
 
 class Answers(nn.Module):
@@ -22,6 +25,20 @@ class Answers(nn.Module):
 
 
 IMAGES = torch.zeros(2, 3, 4, 4)
+
+
+def test_weights_that_a_hook_computes_are_copied() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        body = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(48, 8)), nn.Linear(8, 2))
+    network = Network(body, toy_preprocessing())
+    network.input_size = (3, 4, 4)
+    teacher = Teacher(network)
+    with torch.no_grad():
+        said = network(IMAGES)
+        for parameter in network.parameters():
+            parameter.zero_()
+        assert torch.equal(teacher.network(IMAGES), said)
 
 
 def test_it_is_the_softened_divergence_by_hand() -> None:
