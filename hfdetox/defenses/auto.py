@@ -30,6 +30,10 @@ scale of a norm that feeds it is fixed, for its sign could undo the turn.
 networks are trained with it from the start, and SGD in so few steps leaves their features behind the turning head. The
 selected weights are SGD's everywhere, since AdamW's scaling would change what a unit of push is.
 
+**What it said before.** `distillation` adds the divergence from what the model said as it came to h, and `gratings`
+shows it a share of the images through a random wave of one frequency, which its teacher does not see: the old answers
+come back sooner than labels alone could teach them, and textures that lead to a class are unlearnt without a search.
+
 **How long.** As many epochs as set, or more until `min_steps` optimiser steps are made. It is the constraint that keeps
 a backdoor from creeping back, by holding the weights; a rule that stops when they turn back would come too late.
 
@@ -48,12 +52,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hfdetox.defenses import _by_evidence
+from hfdetox.defenses._augmentations import ACCURACY, STRENGTH, TOLERATED, candidates, chosen_augmentation
 from hfdetox.defenses.base import FORWARD, Network, TuningConfig, trained_parameters, tuned_images
 from hfdetox.defenses.d3 import D3, D3Settings
 from hfdetox.defenses.unlearn import UnlearnConfig
 from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, match_layers
-from hfdetox.training.augment import Augmentation, Augmenter, resolve_augmentation
+from hfdetox.training.augment import Augmentation, Augmenter
 from hfdetox.training.batches import Batch, step_bounds
 from hfdetox.training.distillation import TEMPERATURE, Teacher
 from hfdetox.training.gratings import with_gratings
@@ -61,9 +66,7 @@ from hfdetox.training.mixup import mixed
 from hfdetox.training.phases import JointOptimizer, MakeOptimizer, Pass, Phase
 from hfdetox.values import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-# the share of its accuracy that a model may lose under an augmentation that is used
-TOLERATED = 0.01
-_PROBE, _ACCURACY, _FIXED, _ADAMW = "d3-look", "accuracy_", "fixed_scales", "adamw"
+_PROBE, _FIXED, _ADAMW = "d3-look", "fixed_scales", "adamw"
 # a true class at 74 %; found, like all constants here, on the first half of the zoo
 LEAST_EPSILON = 0.3
 # how far λ may go; κ_I and κ_P, and how many times as much weights count that are ahead, for nothing turns them back
@@ -76,7 +79,6 @@ TURNED_BACK = 0.63
 HEAD_START = 0.3
 # how far short of c* weights may end before the card says so
 SHORT = 0.1
-_STRENGTH: tuple[Augmentation, ...] = ("resized-crop-flip", "crop-flip", "crop", "flip", "none")
 _BATCH = 256
 
 # AdamW's usual decay, with which the networks that it trains were made
@@ -155,7 +157,7 @@ class D3Config(D3Settings, TuningConfig):
 
     def efforts(self, images: int, classes: int) -> tuple[float, ...]:
         pushed = tuned_images(self, images) * (1 + FORWARD if self.distillation else 1)
-        pushed += FORWARD * len(_STRENGTH) * images if self.automatic else 0
+        pushed += FORWARD * len(STRENGTH) * images if self.automatic else 0
         if not self.reconstruct:
             return (pushed,)
         unlearning = self._unlearning
@@ -188,8 +190,8 @@ class D3Config(D3Settings, TuningConfig):
             said.append("AdamW trained the features, for the network has no BatchNorm." if found[_ADAMW] else
                         "SGD trained the features, for the network has BatchNorm.")  # fmt: skip
         if self.match_augmentation:
-            tried = [name for name in _STRENGTH if _ACCURACY + name in found]
-            rates = ", ".join(f"{name} {100 * found[_ACCURACY + name]:.1f} %" for name in tried)
+            tried = [name for name in STRENGTH if ACCURACY + name in found]
+            rates = ", ".join(f"{name} {100 * found[ACCURACY + name]:.1f} %" for name in tried)
             said.append(f"Augmentation {chosen_augmentation(found)}: the strongest that cost the model as it came at "
                         f"most {100 * TOLERATED:.0f} point of accuracy on the trusted images ({rates}).")  # fmt: skip
         if self.epsilon == "auto":
@@ -315,7 +317,7 @@ class AutoD3(D3):
         config, losses = self.wanted, torch.tensor(gather_object(self.losses))
         counts = torch.tensor([float(count) for count in self.right.values()], device=accelerator.device)
         shares = (accelerator.reduce(counts, reduction="sum") / len(losses)).tolist()
-        found = {_ACCURACY + name: share for name, share in zip(self.right, shares, strict=True)}
+        found = {ACCURACY + name: share for name, share in zip(self.right, shares, strict=True)}
         parts = config.gradient_accumulation_steps * accelerator.num_processes
         steps = len(step_bounds(len(losses), config.batch_size, parts))
         epochs = max(config.epochs, math.ceil(config.min_steps / steps))
@@ -356,7 +358,7 @@ class AutoD3(D3):
             self.lambda_ = (self.log_lambda - PROPORTIONAL * lag).clamp(low, high).exp()
 
     def state_dict(self) -> dict[str, Tensor]:
-        numbers = [self.epsilon, self.epochs, self.steps, self.step, _STRENGTH.index(self.augmentation)]
+        numbers = [self.epsilon, self.epochs, self.steps, self.step, STRENGTH.index(self.augmentation)]
         return {**super().state_dict(), "auto.numbers": torch.tensor(numbers, dtype=torch.float64),
                 "auto.lambda": torch.stack([self.lambda_, self.log_lambda, self.first]).cpu()}  # fmt: skip
 
@@ -364,7 +366,7 @@ class AutoD3(D3):
         super().load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("auto.")})
         epsilon, *numbers = state["auto.numbers"].tolist()
         epochs, steps, self.step, augmentation = map(int, numbers)
-        self._set_up(epsilon, epochs, steps, _STRENGTH[augmentation])
+        self._set_up(epsilon, epochs, steps, STRENGTH[augmentation])
         device = next(iter(self.weights.values())).device
         self.lambda_, self.log_lambda, self.first = state["auto.lambda"].to(device)
 
@@ -389,15 +391,3 @@ def first_lambda(config: D3Config, steps: int, norms: Sequence[float]) -> float:
     length = steps * config.learning_rate / (1 - config.momentum) / 2
     radius = sum(norms) / len(norms)
     return (1 - TURNED_BACK) * length / (radius * math.asin(-config.cosine)) - 1
-
-
-def candidates(wanted: Augmentation, height: int) -> list[Augmentation]:
-    """Return the augmentations from `wanted` (resolved for images of this height) down to none, strongest first."""
-    return list(_STRENGTH[_STRENGTH.index(resolve_augmentation(wanted, height)) :])
-
-
-def chosen_augmentation(found: Mapping[str, float]) -> Augmentation:
-    """Return the strongest augmentation that costs no more than `TOLERATED`, of a look's `accuracy_…`."""
-    tried = [name for name in _STRENGTH if _ACCURACY + name in found]
-    least = found.get(_ACCURACY + "none", 0.0) - TOLERATED
-    return next((name for name in tried if found[_ACCURACY + name] >= least), tried[-1])

@@ -10,7 +10,7 @@ from hfdetox.evaluation.metrics import defense_effectiveness_rating
 from tests.benchmarks.evidence_tables import KINDS, NOT_RUN, unlearnt_rows, unlearnt_table
 from tests.benchmarks.markdown import exists, percent, read, source, table
 
-NAME = "auto_heldout"
+NAME, TWINS, BETS = "auto_heldout", "auto_twins", "bets"
 MANY, FEW = 2500, 500
 ARMS = ("d3:auto", "d3:auto-1", "ft", "ft-sam", "d3:paper", "nad", "bnp", "sau")
 Row = dict[str, Any]
@@ -49,11 +49,11 @@ def auto_goals() -> list[str]:
             lines.append([KINDS[kind], f"{samples:,}", f"`{arm}`", str(len(attacked)),
                           _mean(map(_cost, attacked)), _count(_cost(row) <= _allowed(samples) for row in attacked),
                           _mean(row["after"]["asr"] for row in attacked),
-                          _count(row["after"]["asr"] <= 0.05 for row in attacked),
+                          _count(map(_removed, attacked)),
                           _mean(row["after"]["ra"] for row in attacked), _count(map(_own_class, attacked)),
                           _mean(map(_der, attacked)), _mean(never),
                           f"{sum(row['passes'] for row in rows) / len(rows):,.0f}"])  # fmt: skip
-    header = ["model", "images", "defense", "runs", "cost", "in bounds", "ASR", "≤ 5 %", "RA", "own class", "DER",
+    header = ["model", "images", "defense", "runs", "cost", "in bounds", "ASR", "removed", "RA", "own class", "DER",
               "cost, no backdoor", "passes"]  # fmt: skip
     return table(header, lines, text_columns=3)
 
@@ -74,6 +74,27 @@ def auto_seeds() -> list[str]:
         lines.append([*named, str(len(rows)), _range(map(_cost, rows)), *rates])
     header = ["model", "attack", "defense", "seeds", "cost", "ASR", "RA"]
     return table(header, lines, text_columns=3) if lines else NOT_RUN
+
+
+def auto_bets() -> list[str]:
+    """Return ideas that were measured alone on the development half, by model."""
+    if not exists(BETS):
+        return NOT_RUN
+    rows = sorted(read(BETS)["rows"], key=lambda row: (-row["samples"], row["cell"]))
+    # the place of the idea stands where other tables have the defense
+    cells = unlearnt_rows([{**row, "arm": row["arm"].replace("-0", "−0")} for row in rows])
+    lines = [[kind, attack, f"{row['samples']:,}", arm.strip("`"), *rest]
+             for row, (kind, attack, arm, *rest) in zip(rows, cells, strict=True)]  # fmt: skip
+    header = ["model", "attack", "images", "idea", "ACC", "ASR", "RA", "into one class", "passes"]
+    return [*table(header, lines, text_columns=4), *source(BETS)]
+
+
+def _removed(row: Row) -> bool:
+    """Tell whether no more ASR is left than 5 %, or than a model without a backdoor has on the same trigger."""
+    named = row["after"].get("trigger")
+    twins = [twin["asr"] for twin in read(TWINS)["rows"]
+             if twin["cell"] == row["cell"] and named in (None, twin["trigger"])] if exists(TWINS) else []  # fmt: skip
+    return bool(row["after"]["asr"] <= max([0.05, *twins]))
 
 
 def _cost(row: Row) -> float:
@@ -113,4 +134,5 @@ def _range(values: Iterable[float]) -> str:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "auto_goals": auto_goals, "auto_held_out": auto_held_out, "auto_few": auto_few, "auto_seeds": auto_seeds,
+    "auto_bets": auto_bets,
 }  # fmt: skip

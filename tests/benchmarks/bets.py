@@ -9,6 +9,7 @@
   trained for each accused class, and again at each search; half of the triggered images get its trigger.
 - `waves`: half of the triggered images get a grating of a random frequency (up to 8 an image), phase and amplitude (10
   to 50 grey levels) in place of a trigger that was searched; `waves too`: so does a sixth of all images besides.
+- `unlearn, taught`: it also keeps to what the suspect says of the same images without triggers.
 - `early half frozen`: the first half of the parameters is not trained.
 - `rows`: the push turns the rows of the head of the attack's true target alone, the best that an accusation can do.
 - `push taught`: the push also keeps to what the suspect model says of the same mixed images; `unlearn, push taught`:
@@ -45,6 +46,7 @@ from hfdetox.defenses.d3 import D3, project_to_sphere, start_weight
 from hfdetox.models.network import Network
 from hfdetox.training.batches import source_loader
 from hfdetox.training.devices import make_accelerator
+from hfdetox.training.distillation import Teacher
 from hfdetox.training.engine import Engine
 from hfdetox.training.phases import Pass
 from hfdetox.training.statistics import Statistics
@@ -128,6 +130,27 @@ def waves(instead: bool = True) -> AbstractContextManager[Any]:
 
     found: AbstractContextManager[Any] = mock.patch.object(Unlearning, "stamped", stamp)
     return found
+
+
+@contextmanager
+def unlearn_taught(strength: float) -> Iterator[None]:
+    """Let `unlearn` keep to what the model said, as it came, of the images without their triggers."""
+    made = Unlearning.__init__
+
+    def init(self: Any, network: Network, *arguments: Any, **named: Any) -> None:
+        made(self, network, *arguments, **named)
+        self.teacher = Teacher(network)
+
+    def terms(self: Any, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        images, _ = batch.once("stamped", lambda: self.stamped(batch.images))
+        logits = model(images)
+        errors = batch.mean(cross_entropy(logits.float(), batch.labels, reduction="none"))
+        kept = self.teacher.divergence(batch.images, logits, batch.weights)
+        return {"loss": errors + strength * kept, "clean_loss": errors.detach()}
+
+    with (mock.patch.object(Unlearning, "__init__", init),
+          mock.patch.object(Unlearning, "terms", terms)):  # fmt: skip
+        yield
 
 
 @contextmanager
@@ -309,6 +332,8 @@ ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "unlearn, waves": ("unlearn", {}, waves),
     "unlearn, waves too": ("unlearn", {}, partial(waves, instead=False)),
     "unlearn, waves too, 6 epochs": ("unlearn", {"epochs": "6"}, partial(waves, instead=False)),
+    "unlearn, taught": ("unlearn", {}, partial(unlearn_taught, 1.0)),
+    "unlearn, taught harder": ("unlearn", {}, partial(unlearn_taught, 3.0)),
     "unlearn, early half frozen": ("unlearn", {}, None),
     "push": ("d3:auto-1", {}, None),
     "push to -0.2": ("d3:auto-1", {"cosine": "-0.2"}, None),

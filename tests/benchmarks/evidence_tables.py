@@ -13,7 +13,7 @@ from hfdetox.evaluation.metrics import rate
 from tests.benchmarks.markdown import arrow, exists, percent, read, source, table
 
 WORDS = {"grid": "BadNets", "noise": "Blended", "wanet": "WaNet", "lf": "LF", "inputaware": "Input-aware", "sig": "SIG",
-         "ssba": "SSBA", "badnets": "BadNets", "blended": "Blended"}  # fmt: skip
+         "ssba": "SSBA", "bpp": "BPP", "badnets": "BadNets", "blended": "Blended"}  # fmt: skip
 # of networks in scan.json
 SORTS = ("from scratch", "pretrained")
 KINDS = {"resnet": "ResNet", "convnext": "ConvNeXt", "vit": "ViT", "swin": "Swin", "lite0": "EfficientNet"}
