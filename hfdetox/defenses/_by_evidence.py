@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hfdetox.defenses._perturbed import require_pixels
 from hfdetox.defenses._unlearning import EVIDENT, LOOK, SEARCH, UNABLE, Unlearning
 from hfdetox.defenses.base import Network, Pass, Phase, TuningConfig
@@ -21,6 +23,7 @@ CARD_TEXT = (
     "says which of the two this run did."
 )
 History = Sequence[Mapping[str, Any]]
+_SEARCHED = "searched."
 
 
 def unlearning_of(config: TuningConfig, features: Any) -> UnlearnConfig:
@@ -38,21 +41,52 @@ def unlearning_of(config: TuningConfig, features: Any) -> UnlearnConfig:
     )  # fmt: skip
 
 
-def by_evidence(network: Network, unlearn: UnlearnConfig, push: Sequence[Phase | Pass]) -> list[Phase | Pass]:
-    """Return the phases of `unlearn`, and those of `push`, which run where the search found nothing.
+class Push:
+    """What the push learns besides: the triggers that were searched before it, which speak for no backdoor.
 
-    Where the images are no grey levels nothing can be searched, and the push is all there is.
+    Its state is that of the push and of the search, for a run that was stopped in the push.
     """
+
+    def __init__(self, d3: Any, unlearning: Unlearning) -> None:
+        self.d3, self.unlearning = d3, unlearning
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return both states."""
+        found = {_SEARCHED + name: value for name, value in self.unlearning.state_dict().items()}
+        return {**self.d3.state_dict(), **found}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where a run was stopped."""
+        ours = {name.removeprefix(_SEARCHED): value for name, value in state.items() if name.startswith(_SEARCHED)}
+        self.unlearning.load_state_dict(ours)
+        self.d3.load_state_dict({name: value for name, value in state.items() if not name.startswith(_SEARCHED)})
+
+
+def searched(network: Network, unlearn: UnlearnConfig) -> Unlearning | None:
+    """Return what searches triggers before the push; None where the images are no grey levels and nothing can be."""
     try:
         require_pixels(network, unlearn.name)
     except UsageError:
-        return list(push)
-    look, search, training = unlearn.stages(Unlearning(network, unlearn, needed=False))
+        return None
+    return Unlearning(network, unlearn, needed=False)
+
+
+def by_evidence(unlearning: Unlearning, unlearn: UnlearnConfig, push: Sequence[Phase | Pass]) -> list[Phase | Pass]:
+    """Return the phases of `unlearn`, and those of `push`, which run where the search found nothing."""
+    look, search, training = unlearn.stages(unlearning)
     search.when = able
     training.when = evident
     for stage in push:
         stage.when = not_evident
+    push[-1].state = Push(push[-1].state, unlearning)
     return [look, search, training, *push]
+
+
+def with_triggers(images: Tensor, unlearning: Unlearning | None) -> Tensor:
+    """Return the images (N×C×H×W), a part of them with triggers that the search found, if there was one."""
+    if unlearning is None or len(unlearning.masks) + len(unlearning.blends) == 0:
+        return images
+    return unlearning.stamped(images)[0]
 
 
 def able(history: History) -> bool:

@@ -218,11 +218,13 @@ class D3Config(D3Settings, TuningConfig):
     def phases(self, network: Network) -> list[Phase | Pass]:
         d3 = AutoD3(network.model, self) if self.automatic else D3(network.model, self)
         teacher = Teacher(network) if self.distillation else None
+        searched = _by_evidence.searched(network, self._unlearning) if self.reconstruct else None
         share = self.gratings if self.gratings and network.normalizes else 0.0
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             images, *mixing = mixed(batch, self.mixup)
-            logits = model(with_gratings(images, share) if share else images)
+            seen = _by_evidence.with_triggers(images, searched)
+            logits = model(with_gratings(seen, share) if share else seen)
             kept = self.distillation * teacher.divergence(images, logits, batch.weights) if teacher else None
             return d3.terms(logits, batch.labels, batch.weights, *mixing, kept=kept)
 
@@ -230,7 +232,7 @@ class D3Config(D3Settings, TuningConfig):
         phase = self.phase(name="d3", parameters=trained, loss=loss, start=d3.initialize, after_step=d3.project,
                            state=d3, optimizer=self._optimizer(network, d3))  # fmt: skip
         push: list[Phase | Pass] = [d3.probe_pass(phase), phase] if isinstance(d3, AutoD3) else [phase]
-        return _by_evidence.by_evidence(network, self._unlearning, push) if self.reconstruct else push
+        return _by_evidence.by_evidence(searched, self._unlearning, push) if searched else push
 
     @property
     def _unlearning(self) -> UnlearnConfig:

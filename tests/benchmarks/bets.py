@@ -10,6 +10,8 @@
 - `waves`: half of the triggered images get a grating of a random frequency (up to 8 an image), phase and amplitude (10
   to 50 grey levels) in place of a trigger that was searched; `waves too`: so does a sixth of all images besides.
 - `unlearn, taught`: it also keeps to what the suspect says of the same images without triggers.
+- `pushed anyway`: `d3:auto`, whose push stamps what the search found on a sixth of the images, with something or
+  nothing that speaks for a backdoor; not taught, or as strongly as the labels, or 3 times (`harder`).
 - `early half frozen`: the first half of the parameters is not trained.
 - `rows`: the push turns the rows of the head of the attack's true target alone, the best that an accusation can do.
 - `push taught`: the push also keeps to what the suspect model says of the same mixed images; `unlearn, push taught`:
@@ -40,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import hfdetox
-from hfdetox.defenses import parse_defense
+from hfdetox.defenses import _by_evidence, parse_defense
 from hfdetox.defenses._unlearning import Unlearning
 from hfdetox.defenses.d3 import D3, project_to_sphere, start_weight
 from hfdetox.models.network import Network
@@ -151,6 +153,11 @@ def unlearn_taught(strength: float) -> Iterator[None]:
     with (mock.patch.object(Unlearning, "__init__", init),
           mock.patch.object(Unlearning, "terms", terms)):  # fmt: skip
         yield
+
+
+def not_evident() -> AbstractContextManager[Any]:
+    """Let `d3:auto` push although something speaks for a backdoor: the triggers that it found are stamped there."""
+    return mock.patch.object(_by_evidence, "evident", lambda history: False)
 
 
 @contextmanager
@@ -347,6 +354,9 @@ ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "push taught, few waves, statistics": ("d3:auto-1", {}, None),
     "unlearn, push taught": ("d3:auto-1", {}, None),
     "push, rows": ("d3:auto-1", {}, None),
+    "pushed anyway, not taught": ("d3:auto", {"distillation": "0", "gratings": "0.1"}, not_evident),
+    "pushed anyway, taught": ("d3:auto", {"distillation": "1", "gratings": "0.1"}, not_evident),
+    "pushed anyway, taught harder": ("d3:auto", {"distillation": "3", "gratings": "0.1"}, not_evident),
     "push, early half frozen": ("d3:auto-1", {}, None),
     "bounds": ("", {}, None),
 }
@@ -378,7 +388,7 @@ def cleaned(cell: Path, cifar: Path, arm: str, samples: int, seed: int) -> dict[
     with changed() if changed else nullcontext():
         config, _ = parse_defense(defense, settings)
         phases = config.phases(network)
-        if "taught" in arm and not settings:
+        if "taught" in arm and defense == "d3:auto-1" and not settings:
             taught(phases[-1], copy.deepcopy(network).eval(), waved=WAVED.get(arm, 0.0))
         if arm.endswith("statistics"):
             phases.append(_statistics(network))
