@@ -78,7 +78,7 @@ def by_evidence(unlearning: Unlearning, unlearn: UnlearnConfig, push: Sequence[P
     training.when = evident
     for stage in push:
         stage.when = not_evident
-    push[-1].state = Push(push[-1].state, unlearning)
+        stage.state = Push(stage.state, unlearning)
     return [look, search, training, *push]
 
 

@@ -127,7 +127,7 @@ class D3Config(D3Settings, TuningConfig):
                  "pushing the weights of the selected layers away from where the author left them, on the sphere of "
                  "their initial norm, as far as the loss on those images allows.")  # fmt: skip
     presets: ClassVar = {"paper": {}, "code": {"lambda_": 0.5},
-                         "auto": {**_PUSH, "reconstruct": True, "distillation": 3.0, "gratings": 0.1},
+                         "auto": {**_PUSH, "reconstruct": True, "distillation": 1.0, "gratings": 0.1},
                          "auto-1": _PUSH}  # fmt: skip
 
     lambda_: PositiveFloat | Auto = 10.0

@@ -157,7 +157,7 @@ def unlearn_taught(strength: float) -> Iterator[None]:
 
 def not_evident() -> AbstractContextManager[Any]:
     """Let `d3:auto` push although something speaks for a backdoor: the triggers that it found are stamped there."""
-    return mock.patch.object(_by_evidence, "evident", lambda history: False)
+    return mock.patch.object(_by_evidence, "evident", return_value=False)
 
 
 @contextmanager

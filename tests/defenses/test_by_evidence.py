@@ -89,7 +89,7 @@ def test_the_old_preset_is_the_push_alone(accelerator: Accelerator) -> None:
     assert not config.settings()["distillation"]
     assert not config.settings()["gratings"]
     assert parse_defense("d3:auto")[0] == replace(D3Config(**D3Config.presets["auto-1"]), reconstruct=True,
-                                                  distillation=3.0, gratings=0.1)  # fmt: skip
+                                                  distillation=1.0, gratings=0.1)  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [pixel_convnet, plain_network])
