@@ -30,9 +30,9 @@ scale of a norm that feeds it is fixed, for its sign could undo the turn.
 networks are trained with it from the start, and SGD in so few steps leaves their features behind the turning head. The
 selected weights are SGD's everywhere, since AdamW's scaling would change what a unit of push is.
 
-**What it said before.** `distillation` adds the divergence from what the model said as it came to h, and `gratings`
-shows it a share of the images through a random wave of one frequency, which its teacher does not see: the old answers
-come back sooner than labels alone could teach them, and textures that lead to a class are unlearnt without a search.
+**What it said before.** `distillation` adds to h the divergence from what the model said as it came, once the weights
+have turned: from the start it would teach the backdoor too. `gratings` shows a share of the images through a random
+wave of one frequency, which the teacher does not see: textures that lead to a class are unlearnt without a search.
 
 **How long.** As many epochs as set, or more until `min_steps` optimiser steps are made. It is the constraint that keeps
 a backdoor from creeping back, by holding the weights; a rule that stops when they turn back would come too late.
@@ -60,7 +60,7 @@ from hfdetox.errors import UsageError
 from hfdetox.models.layers import has_batch_norm, match_layers
 from hfdetox.training.augment import Augmentation, Augmenter
 from hfdetox.training.batches import Batch, step_bounds
-from hfdetox.training.distillation import TEMPERATURE, Teacher
+from hfdetox.training.distillation import Teacher
 from hfdetox.training.gratings import with_gratings
 from hfdetox.training.mixup import mixed
 from hfdetox.training.phases import JointOptimizer, MakeOptimizer, Pass, Phase
@@ -73,14 +73,14 @@ LEAST_EPSILON = 0.3
 # once every image is under ε; and the share of the push that what is learnt turns back, for the first λ
 BOUNDS = (0.5, 1e4)
 INTEGRAL, PROPORTIONAL = 0.05, 6.0
-AHEAD = 5.0
-TURNED_BACK = 0.63
+AHEAD, TURNED_BACK = 5.0, 0.63
 # the share of all learning rate after which the weights have to begin to turn
 HEAD_START = 0.3
+# the share of the steps after which the model as it came may teach: before, it would teach its backdoor too
+FORGETTING = 0.6
 # how far short of c* weights may end before the card says so
 SHORT = 0.1
 _BATCH = 256
-
 # AdamW's usual decay, with which the networks that it trains were made
 _DECAY = 0.05
 
@@ -113,8 +113,8 @@ class D3Config(D3Settings, TuningConfig):
         features_learning_rate: of AdamW, before the cosine schedule, positive.
         reconstruct: first search triggers as `unlearn` does. Where one speaks for a backdoor they are unlearnt, and
             nothing is pushed; where none does, or none can be searched, the weights are pushed as without it.
-        distillation: how much the model's answers being others than those of the model as it came (KL at a temperature
-            of 2) counts beside the clean loss, at least 0.
+        distillation: how much the difference from the answers of the model as it came (KL at a temperature of 2) counts
+            beside the clean loss, at least 0; with `lambda=auto` from `FORGETTING` of the steps on.
         gratings: the share of the images that the model sees with a random grating, and its teacher without, in [0, 1);
             none where images are no grey levels.
     """
@@ -198,9 +198,10 @@ class D3Config(D3Settings, TuningConfig):
             said.append(f"ε = {found['epsilon']:.3f}: the median of that model's losses on them, but at least "
                         f"{LEAST_EPSILON}.")  # fmt: skip
         if self.distillation:
-            said.append("The model was also held to what it said of the same images as it came (distillation, τ = "
-                        f"{TEMPERATURE:g}), when none of them had a grating: {100 * self.gratings:.0f} % have one "
-                        "now.")  # fmt: skip
+            said.append(
+                f"After {100 * FORGETTING:.0f} % of the steps it was held to what it said as it came "
+                f"(distillation); a random grating lay over {100 * self.gratings:.0f} % of the images."
+            )
         if self.min_steps:
             said.append(f"{found['epochs']:.0f} epochs, {found['steps']:.0f} steps: at least {self.epochs} epochs and "
                         f"{self.min_steps} steps.")  # fmt: skip
@@ -225,7 +226,8 @@ class D3Config(D3Settings, TuningConfig):
             images, *mixing = mixed(batch, self.mixup)
             seen = _by_evidence.with_triggers(images, searched)
             logits = model(with_gratings(seen, share) if share else seen)
-            kept = self.distillation * teacher.divergence(images, logits, batch.weights) if teacher else None
+            asked = teacher if d3.forgotten else None
+            kept = self.distillation * asked.divergence(images, logits, batch.weights) if asked else None
             return d3.terms(logits, batch.labels, batch.weights, *mixing, kept=kept)
 
         trained = trained_parameters(network, but=d3.frozen_scales)
@@ -285,6 +287,11 @@ class AutoD3(D3):
         device = next(iter(self.weights.values())).device
         self.lambda_ = torch.tensor(lambda_, device=device)
         self.log_lambda, self.first = self.lambda_.log(), torch.zeros((), device=device)
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the model as it came may teach."""
+        return self.step >= FORGETTING * self.steps
 
     def probe_pass(self, phase: Phase) -> Pass:
         """Return the pass that looks at the model and the images; `phase` gets what follows from them."""

@@ -81,6 +81,11 @@ class D3:
         norms = norms_before_head(model) if config.freeze_norm else []
         self.frozen_scales = [scale for norm in norms for scale in scales(model.get_submodule(norm))]
 
+    @property
+    def forgotten(self) -> bool:
+        """Whether the model as it came may teach; a run that knows its steps says no at first."""
+        return True
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Move the selected weights to where the method starts (biases stay); draws from torch's CPU generator."""

@@ -229,10 +229,10 @@ def freeze_early(network: Network) -> None:
         parameter.requires_grad_(False)
 
 
-def taught(phase: Any, teacher: nn.Module, waved: float) -> None:
+def taught(phase: Any, teacher: nn.Module, waved: float, late: float) -> None:
     """Let the push keep to the teacher's answers (KL at a temperature of 2) as strongly as to the labels.
 
-    The share `waved` of the images has a grating when the model sees them, and none when the teacher does.
+    From the share `late` of the steps on. The share `waved` of the images has a grating when the model sees them, and none when the teacher does.
     """
     loss = phase.loss
 
@@ -253,7 +253,7 @@ def taught(phase: Any, teacher: nn.Module, waved: float) -> None:
         with torch.no_grad():
             wanted = (teacher(images) / 2).log_softmax(1)
         apart = kl_div((logits / 2).log_softmax(1), wanted, reduction="none", log_target=True).sum(1)
-        strength = phase.state.lambda_
+        strength = phase.state.lambda_ * (phase.state.step >= late * phase.state.steps)
         return {**found, "loss": found["loss"] + strength / (strength + 1) * 4 * (batch.weights * apart).sum()}
 
     phase.loss = both
@@ -327,7 +327,8 @@ def _channels(out: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // 20_000)]
 
 
-WAVED = {"push taught, waves": 0.25, "push taught, few waves": 0.1, "push taught, waves, statistics": 0.25,
+LATE = {"push taught late, few waves": 0.6, "push taught last, few waves": 0.8}
+WAVED = {"push taught late, few waves": 0.1, "push taught last, few waves": 0.1, "push taught, waves": 0.25, "push taught, few waves": 0.1, "push taught, waves, statistics": 0.25,
          "push taught, few waves, statistics": 0.1}  # fmt: skip
 ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "unlearn": ("unlearn", {}, None),
@@ -348,6 +349,8 @@ ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "push taught": ("d3:auto-1", {}, None),
     "push taught, waves": ("d3:auto-1", {}, None),
     "push taught, few waves": ("d3:auto-1", {}, None),
+    "push taught late, few waves": ("d3:auto-1", {}, None),
+    "push taught last, few waves": ("d3:auto-1", {}, None),
     "push taught harder, few waves": ("d3:auto-1", {"distillation": "3", "gratings": "0.1"}, None),
     "push taught hardest, few waves": ("d3:auto-1", {"distillation": "10", "gratings": "0.1"}, None),
     "push taught, waves, statistics": ("d3:auto-1", {}, None),
@@ -389,7 +392,12 @@ def cleaned(cell: Path, cifar: Path, arm: str, samples: int, seed: int) -> dict[
         config, _ = parse_defense(defense, settings)
         phases = config.phases(network)
         if "taught" in arm and defense == "d3:auto-1" and not settings:
-            taught(phases[-1], copy.deepcopy(network).eval(), waved=WAVED.get(arm, 0.0))
+            taught(
+                phases[-1],
+                copy.deepcopy(network).eval(),
+                waved=WAVED.get(arm, 0.0),
+                late=LATE.get(arm, 0.0),
+            )
         if arm.endswith("statistics"):
             phases.append(_statistics(network))
         done = Engine(accelerator, clean, seed=seed).run(network, phases)
