@@ -76,10 +76,9 @@ INTEGRAL, PROPORTIONAL = 0.05, 6.0
 AHEAD, TURNED_BACK = 5.0, 0.63
 # the share of all learning rate after which the weights have to begin to turn
 HEAD_START = 0.3
-# the share of the steps after which the model as it came may teach: before, it would teach its backdoor too
-FORGETTING = 0.6
-# how far short of c* weights may end before the card says so
-SHORT = 0.1
+# the share of the steps after which the model as it came may teach: before, it would teach its backdoor too; and how
+# far short of c* weights may end before the card says so
+FORGETTING, SHORT = 0.6, 0.1
 _BATCH = 256
 # AdamW's usual decay, with which the networks that it trains were made
 _DECAY = 0.05
@@ -290,7 +289,6 @@ class AutoD3(D3):
 
     @property
     def forgotten(self) -> bool:
-        """Whether the model as it came may teach."""
         return self.step >= FORGETTING * self.steps
 
     def probe_pass(self, phase: Phase) -> Pass:
