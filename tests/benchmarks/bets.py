@@ -18,7 +18,7 @@
   first `unlearn, waves too`, whose result is the teacher; `push taught, waves`: a quarter of the images,
   or a tenth (`few waves`), has a grating that the teacher does not see; `statistics`: those of BatchNorm are
   measured anew in the end, without gratings.
-  `harder` and `hardest`: 3 and 10 times as strongly, with the settings that the defense has since.
+  `late` and `last`: after 60 and 80 % of the steps. `harder` and `hardest`: 3 and 10 times as strongly.
 - `bounds`: no training; UNIT's bounds on activations (arXiv 2407.11372), the masked teacher: each channel is cut at a
   bound that starts at mean + 4σ, and 300 steps of Adam tighten them while the clean accuracy of a fifth of the images,
   held out, falls by at most 3 points.
@@ -232,7 +232,8 @@ def freeze_early(network: Network) -> None:
 def taught(phase: Any, teacher: nn.Module, waved: float, late: float) -> None:
     """Let the push keep to the teacher's answers (KL at a temperature of 2) as strongly as to the labels.
 
-    From the share `late` of the steps on. The share `waved` of the images has a grating when the model sees them, and none when the teacher does.
+    From the share `late` of the steps on. The share `waved` of the images has a grating when the model sees them, and
+    none when the teacher does.
     """
     loss = phase.loss
 
@@ -328,8 +329,9 @@ def _channels(out: Tensor) -> Tensor:
 
 
 LATE = {"push taught late, few waves": 0.6, "push taught last, few waves": 0.8}
-WAVED = {"push taught late, few waves": 0.1, "push taught last, few waves": 0.1, "push taught, waves": 0.25, "push taught, few waves": 0.1, "push taught, waves, statistics": 0.25,
-         "push taught, few waves, statistics": 0.1}  # fmt: skip
+FEW = ("push taught late, few waves", "push taught last, few waves", "push taught, few waves",
+       "push taught, few waves, statistics")  # fmt: skip
+WAVED = {"push taught, waves": 0.25, "push taught, waves, statistics": 0.25, **dict.fromkeys(FEW, 0.1)}
 ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "unlearn": ("unlearn", {}, None),
     "unlearn, half triggered": ("unlearn", {"share": "0.5"}, None),
