@@ -19,8 +19,8 @@ CARD_TEXT = (
     "triggers are unlearnt: the model is fine-tuned on those images, a part of them with the triggers and their true "
     "labels. Where nothing does, D3, distance-driven detoxification (arXiv 2411.09585), fine-tunes the model while "
     "pushing the weights of the selected layers away from where the author left them, as far as the loss on those "
-    "images allows; it keeps to what it said of them as it came, also where a random grating lies over them. The list "
-    "says which of the two this run did."
+    "images allows; some of the images carry random gratings or the triggers that were found, and in the end the model "
+    "keeps to what it said as it came. The list says which of the two this run did."
 )
 History = Sequence[Mapping[str, Any]]
 _SEARCHED = "searched."
