@@ -199,7 +199,7 @@ def rows(label: int) -> Iterator[None]:
                             for name, old in self.initial.items()]).mean()  # fmt: skip
 
     def terms(self: D3, logits: Tensor, labels: Tensor, sample_weights: Any = None, mixed_labels: Any = None,
-                     share: float = 1.0) -> dict[str, Tensor]:  # fmt: skip
+                     share: float = 1.0, kept: Any = None) -> dict[str, Tensor]:  # fmt: skip
         clean = cross_entropy(logits.float(), labels, reduction="none")
         if mixed_labels is not None:
             clean = torch.lerp(cross_entropy(logits.float(), mixed_labels, reduction="none"), clean, share)
