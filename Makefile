@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml
 	@echo "installing into $(VENV); PyTorch is large, so this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --index-url $(TORCH_INDEX) torch torchvision)
-	$(BIN)/python -m pip install --editable '.[test]'
+	$(BIN)/python -m pip install --editable '.[test,trackers]'
 	@touch $@
 
 test: $(STAMP)
