@@ -11,8 +11,7 @@
   to 50 grey levels) in place of a trigger that was searched; `waves too`: so does a sixth of all images besides.
 - `unlearn, taught`: it also keeps to what the suspect says of the same images without triggers.
 - `pushed anyway`: `d3:auto`, whose push stamps what the search found on a sixth of the images, with something or
-  nothing that speaks for a backdoor; not taught, or as strongly as the labels, or 3 times (`harder`).
-- `early half frozen`: the first half of the parameters is not trained.
+  nothing that speaks for a backdoor; not taught, or as strongly as the labels.
 - `rows`: the push turns the rows of the head of the attack's true target alone, the best that an accusation can do.
 - `push taught`: the push also keeps to what the suspect model says of the same mixed images; `unlearn, push taught`:
   first `unlearn, waves too`, whose result is the teacher; `push taught, waves`: a quarter of the images,
@@ -222,13 +221,6 @@ def rows(label: int) -> Iterator[None]:
         yield
 
 
-def freeze_early(network: Network) -> None:
-    """Freeze the first half of the parameters, counted in tensors."""
-    parameters = list(network.parameters())
-    for parameter in parameters[: len(parameters) // 2]:
-        parameter.requires_grad_(False)
-
-
 def taught(phase: Any, teacher: nn.Module, waved: float, late: float) -> None:
     """Let the push keep to the teacher's answers (KL at a temperature of 2) as strongly as to the labels.
 
@@ -334,19 +326,12 @@ FEW = ("push taught late, few waves", "push taught last, few waves", "push taugh
 WAVED = {"push taught, waves": 0.25, "push taught, waves, statistics": 0.25, **dict.fromkeys(FEW, 0.1)}
 ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "unlearn": ("unlearn", {}, None),
-    "unlearn, half triggered": ("unlearn", {"share": "0.5"}, None),
-    "unlearn, 4 rounds": ("unlearn", {"rounds": "4"}, None),
-    "unlearn, 6 epochs": ("unlearn", {"epochs": "6"}, None),
     "unlearn, patches again": ("unlearn", {}, patches_again),
     "unlearn, generator": ("unlearn", {}, generator),
     "unlearn, waves": ("unlearn", {}, waves),
     "unlearn, waves too": ("unlearn", {}, partial(waves, instead=False)),
-    "unlearn, waves too, 6 epochs": ("unlearn", {"epochs": "6"}, partial(waves, instead=False)),
     "unlearn, taught": ("unlearn", {}, partial(unlearn_taught, 1.0)),
-    "unlearn, taught harder": ("unlearn", {}, partial(unlearn_taught, 3.0)),
-    "unlearn, early half frozen": ("unlearn", {}, None),
     "push": ("d3:auto-1", {}, None),
-    "push to -0.2": ("d3:auto-1", {"cosine": "-0.2"}, None),
     "push to -0.05": ("d3:auto-1", {"cosine": "-0.05"}, None),
     "push taught": ("d3:auto-1", {}, None),
     "push taught, waves": ("d3:auto-1", {}, None),
@@ -355,14 +340,11 @@ ARMS: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
     "push taught last, few waves": ("d3:auto-1", {}, None),
     "push taught harder, few waves": ("d3:auto-1", {"distillation": "3", "gratings": "0.1"}, None),
     "push taught hardest, few waves": ("d3:auto-1", {"distillation": "10", "gratings": "0.1"}, None),
-    "push taught, waves, statistics": ("d3:auto-1", {}, None),
     "push taught, few waves, statistics": ("d3:auto-1", {}, None),
     "unlearn, push taught": ("d3:auto-1", {}, None),
     "push, rows": ("d3:auto-1", {}, None),
     "pushed anyway, not taught": ("d3:auto", {"distillation": "0", "gratings": "0.1"}, not_evident),
     "pushed anyway, taught": ("d3:auto", {"distillation": "1", "gratings": "0.1"}, not_evident),
-    "pushed anyway, taught harder": ("d3:auto", {"distillation": "3", "gratings": "0.1"}, not_evident),
-    "push, early half frozen": ("d3:auto-1", {}, None),
     "bounds": ("", {}, None),
 }
 
@@ -379,8 +361,6 @@ def cleaned(cell: Path, cifar: Path, arm: str, samples: int, seed: int) -> dict[
         found = bound(network.eval(), torch.cat([part[1] for part in batches]).float(),
                       torch.cat([torch.as_tensor(part[2]) for part in batches]))  # fmt: skip
         return {**row, "after": states(evaluator.measure("after").measurement)[0], **found, "passes": 300 * 128}
-    if arm.endswith("frozen"):
-        freeze_early(network)
     label = int(cell.name.split("-to-")[1][0]) if "-to-" in cell.name and "all-to-all" not in cell.name else 0
     if arm == "push, rows":
         changed = partial(rows, label)
