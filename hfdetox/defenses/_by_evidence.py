@@ -115,4 +115,4 @@ def ways(unlearn: UnlearnConfig, history: History) -> list[str]:
         return ["Something speaks for a backdoor, and what was reconstructed of it was unlearnt; the weights were not "
                 "pushed.", *said]  # fmt: skip
     return ["Nothing that was reconstructed speaks for a backdoor, which does not mean that there is none: so the "
-            "weights were pushed.", said[0]]  # fmt: skip
+            "weights were pushed, with these triggers and random gratings on some of the images.", said[0]]  # fmt: skip

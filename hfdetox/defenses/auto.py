@@ -113,7 +113,7 @@ class D3Config(D3Settings, TuningConfig):
         reconstruct: first search triggers as `unlearn` does. Where one speaks for a backdoor they are unlearnt, and
             nothing is pushed; where none does, or none can be searched, the weights are pushed as without it.
         distillation: how much the difference from the answers of the model as it came (KL at a temperature of 2) counts
-            beside the clean loss, at least 0; with `lambda=auto` from `FORGETTING` of the steps on.
+            beside the clean loss, at least 0; where a run finds something itself, in the last 40 % of its steps.
         gratings: the share of the images that the model sees with a random grating, and its teacher without, in [0, 1);
             none where images are no grey levels.
     """
@@ -197,10 +197,8 @@ class D3Config(D3Settings, TuningConfig):
             said.append(f"ε = {found['epsilon']:.3f}: the median of that model's losses on them, but at least "
                         f"{LEAST_EPSILON}.")  # fmt: skip
         if self.distillation:
-            said.append(
-                f"After {100 * FORGETTING:.0f} % of the steps it was held to what it said as it came "
-                f"(distillation); a random grating lay over {100 * self.gratings:.0f} % of the images."
-            )
+            said.append(f"After {100 * FORGETTING:.0f} % of the steps it was also held to what it said as it came "
+                        "(distillation).")  # fmt: skip
         if self.min_steps:
             said.append(f"{found['epochs']:.0f} epochs, {found['steps']:.0f} steps: at least {self.epochs} epochs and "
                         f"{self.min_steps} steps.")  # fmt: skip
