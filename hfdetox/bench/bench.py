@@ -99,6 +99,7 @@ class Bench(TaskFolder[Run, BenchOptions]):
             elif self.settings.zoo is None:
                 raise UsageError(f"{suite.file} tries models of a zoo: name its folder with --zoo (hfdetox attack "
                                  f"--suite {suite.file} --output ZOO builds it)")  # fmt: skip
+        self._opened: OpenedDataset | None = None
         self._counts: dict[Any, tuple[int, int]] = {}
         self._timed: dict[str, Timed] = {}
         self._dataset_files = _fingerprint(Path(self.dataset))
@@ -180,14 +181,12 @@ class Bench(TaskFolder[Run, BenchOptions]):
         """Return how long a run takes; one model of each row of the suite's models is timed."""
         options, name = self._options(run), run.target.model
         if run.samples not in self._counts:
-            self._counts[run.samples] = count_images(self._opened(options), options)
+            self._opened = self._opened or open_dataset(self.dataset, options, warn=lambda _: None)
+            self._counts[run.samples] = count_images(self._opened, options)
         if name not in self._timed:
             self._timed[name] = time_like(options)
         method = parse_defense(run.entry.defense, run.entry.settings)[0]
         return self._timed[name].cost(method, *self._counts[run.samples], options).minutes
-
-    def _opened(self, options: DetoxOptions) -> OpenedDataset:
-        return open_dataset(self.dataset, options, warn=lambda _: None)
 
     def _options(self, run: Run) -> DetoxOptions:
         """Return the options of a run, as far as they decide how long it takes."""

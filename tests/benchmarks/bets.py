@@ -26,7 +26,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 import hfdetox
 from hfdetox.defenses import _by_evidence, parse_defense
@@ -110,7 +109,10 @@ def generator() -> Iterator[None]:
 
 
 def gratings(images: Tensor) -> Tensor:
-    """Return images (N×C×H×W, float32, 0 to 255) with a random grating each."""
+    """Return images (N×C×H×W, float32, 0 to 255) with a random grating each.
+
+    `hfdetox.training.gratings` came later, and draws the same numbers in another order than these rows were made with.
+    """
     height, width = images.shape[-2:]
     rows, columns = torch.arange(height).view(-1, 1) / height, torch.arange(width).view(1, -1) / width
     turns = 16 * torch.rand(len(images), 2, 1, 1) - 8
@@ -222,7 +224,7 @@ def rows(label: int) -> Iterator[None]:
         yield
 
 
-def taught(phase: Any, teacher: nn.Module, waved: float, late: float) -> None:
+def taught(phase: Any, teacher: Teacher, waved: float, late: float) -> None:
     """Let the push keep to the teacher's answers (KL at a temperature of 2) as strongly as to the labels.
 
     From the share `late` of the steps on. The share `waved` of the images has a grating when the model sees them, and
@@ -244,11 +246,11 @@ def taught(phase: Any, teacher: nn.Module, waved: float, late: float) -> None:
 
         found = loss(through, batch)
         images, logits = seen[0]
-        with torch.no_grad():
-            wanted = (teacher(images) / 2).log_softmax(1)
-        apart = kl_div((logits / 2).log_softmax(1), wanted, reduction="none", log_target=True).sum(1)
         strength = phase.state.lambda_ * (phase.state.step >= late * phase.state.steps)
-        return {**found, "loss": found["loss"] + strength / (strength + 1) * 4 * (batch.weights * apart).sum()}
+        return {
+            **found,
+            "loss": found["loss"] + strength / (strength + 1) * teacher.divergence(images, logits, batch.weights),
+        }
 
     phase.loss = both
 
@@ -315,7 +317,7 @@ def cleaned(cell: Path, cifar: Path, arm: str, samples: int, seed: int) -> dict[
         if "taught" in arm and defense == "d3:auto-1" and not settings:
             taught(
                 phases[-1],
-                copy.deepcopy(network).eval(),
+                Teacher(network),
                 waved=WAVED.get(arm, 0.0),
                 late=LATE.get(arm, 0.0),
             )
