@@ -1,9 +1,11 @@
 """Where the data files of a dataset are: a folder of this machine, or a repository on the Hub at one commit."""
 
+import gc
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,6 +87,10 @@ class LocalFiles:
             reason = one_line(error)[:160] or type(error).__name__
             raise DamagedFileError(f"{what} cannot be read ({reason}); get the dataset anew") from error
 
+    def streaming(self) -> AbstractContextManager[None]:
+        """Return what is entered while streams are opened and read."""
+        return nullcontext()
+
 
 class HubFiles(LocalFiles):
     """Data files of a dataset repository at one commit; names are `hf://datasets/ID@SHA/PATH`."""
@@ -120,6 +126,23 @@ class HubFiles(LocalFiles):
     def guard(self, what: str, call: Callable[[], Result]) -> Result:
         """Return `call()`, repeated where that may help; raises HubError."""
         return ask(lambda: super(HubFiles, self).guard(what, call), f"dataset {self._state.id}")
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Collect no garbage while streams are opened and read, and all of it afterwards.
+
+        `datasets` leaves every streamed file in a cycle of references. Such a file closes itself when it is collected,
+        and takes a lock of the client's connections for that; in the middle of a request, which has this lock, the
+        process would wait for itself.
+        """
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.collect()
+            if collects:
+                gc.enable()
 
     def _inside(self, name: str) -> str:
         path = name.removeprefix(self._prefix)

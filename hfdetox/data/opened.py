@@ -156,11 +156,13 @@ class OpenedDataset:
             rows = batches[0].column(0).to_pylist() if batches else []
         else:
             stream = self._stream(split).select_columns([column]).take(_LOOK)
-            rows = self.files.guard(f"split {split}", lambda: [row[column] for row in stream])
+            with self.files.streaming():
+                rows = self.files.guard(f"split {split}", lambda: [row[column] for row in stream])
         return {str(value) for value in rows if value}
 
     def _stream(self, split: str) -> IterableDataset:
-        return self.files.guard(f"dataset {self.id}", lambda: self.data.as_streaming_dataset(split=split))
+        with self.files.streaming():
+            return self.files.guard(f"dataset {self.id}", lambda: self.data.as_streaming_dataset(split=split))
 
     def _names(self, split: str) -> list[str]:
         return list(self.data.config.data_files[split])

@@ -174,7 +174,8 @@ class StreamReader(SplitReader):
         first = 0
         while first < len(self._images) or not self._ended:
             if first == len(self._images):
-                self._read_block()
+                with self._files.streaming():
+                    self._read_block()
             yield np.arange(first, len(self._images)), self._labels[first:]
             first = len(self._images)
 
@@ -197,6 +198,7 @@ class StreamReader(SplitReader):
                                    "get the dataset anew")  # fmt: skip
         if self._kept < most or self.limited:
             self._ended, self.rows = True, len(self._images)  # a fraction is one of what can be read
+            self._reading = None
 
     def _next(self) -> dict[str, Any] | None:
         def attempt() -> dict[str, Any] | None:

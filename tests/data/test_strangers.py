@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import zlib
@@ -190,6 +191,24 @@ def test_dotted_names_in_tar_files_are_said(tmp_path, publish, name):
     line = refused(publish(tmp_path / "w"), 2, "have a dot before the ending", "rename them")
     assert "--label-column" not in line
     assert len(line) < 300
+
+
+def test_no_stream_of_the_hub_is_left_to_be_collected_in_a_request(tmp_path, hub, repo_name):
+    """A half-read one takes a lock of the client's then, and the process would wait for itself (seen once)."""
+    for split, count in (("train", 30), ("test", 9)):
+        write_tar(tmp_path / "w" / f"{split}-000.tar", count)
+    name = repo_name("tars")
+    hub.create_repo(name, "dataset")
+    hub.commit_folder(name, tmp_path / "w", repo_type="dataset")
+    gc.collect()
+    gc.disable()
+    try:
+        load(name)
+        left = [one for one in gc.get_objects() if type(one).__name__ == "HfFileSystemStreamFile"]
+        assert not gc.isenabled(), "as it was"
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_a_list_of_columns_is_capped(tmp_path):
